@@ -1,0 +1,56 @@
+# Every target does its own set-up in .venv; the first one takes some minutes and about 6 GB.
+PYTHON ?= python3
+# More arguments for the program a target runs: make sample ARGS="sag_scale=1.0 steps=20"
+ARGS ?=
+
+VENV := .venv
+READY := $(VENV)/.installed
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help sample train-digits test lint types bench lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+sample: $(READY) ## Draw digits with and without guidance; ends with the path of the gallery
+	@$(RUN) sample.py $(ARGS)
+
+train-digits: $(READY) ## Train the bundled digits model anew, on a CPU
+	@$(RUN) train.py experiment=digits $(ARGS)
+
+test: $(READY) ## Run the tests
+	@$(RUN) -m pytest $(ARGS)
+
+lint: $(READY) ## Check style and formatting
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+types: $(READY) ## Check types
+	@$(RUN) -m mypy
+
+bench: $(READY) ## Measure speed and memory
+	@$(RUN) -m benchmarks $(ARGS)
+
+lock: ## Renew constraints.txt with the newest releases that pyproject.toml allows
+	@rm -rf $(VENV)-lock
+	@$(PYTHON) -m venv $(VENV)-lock
+	@$(VENV)-lock/bin/python -m pip --disable-pip-version-check install -qq -e ".[dev]"
+	@sed '/^[^#]/,$$d' constraints.txt > $(VENV)-lock/constraints.txt
+	@$(VENV)-lock/bin/python -m pip freeze --all --exclude-editable --exclude pip \
+		>> $(VENV)-lock/constraints.txt
+	@mv $(VENV)-lock/constraints.txt constraints.txt
+	@rm -rf $(VENV)-lock
+
+clean: ## Remove .venv, caches and builds; outputs/ stays
+	rm -rf $(VENV) $(VENV)-lock build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sag_dit needs Python 3.11 \
+	or newer, and $(PYTHON) is %d.%d: make PYTHON=python3.11 ..." % sys.version_info[:2])'
+	@echo "Setting up $(VENV) (some minutes and about 6 GB the first time) ..."
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -qq --constraint constraints.txt --editable ".[dev]"
+	@touch $@

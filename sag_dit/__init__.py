@@ -1,0 +1,39 @@
+"""sag_dit: train diffusion transformers and sample from them with Self-Attention Guidance.
+
+Public names load on first use, so that ``import sag_dit`` itself costs nothing:
+
+    model = sag_dit.load("digits")
+    images = sag_dit.sample(model, classes=[3, 7], guidance=[sag_dit.SAG(scale=1.0)], steps=50)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sag_dit.checkpoints import Model, load
+    from sag_dit.guidance import CFG, SAG, BlurGuidance
+    from sag_dit.sampling import sample
+
+_HOME = {
+    "CFG": "sag_dit.guidance",
+    "SAG": "sag_dit.guidance",
+    "BlurGuidance": "sag_dit.guidance",
+    "Model": "sag_dit.checkpoints",
+    "load": "sag_dit.checkpoints",
+    "sample": "sag_dit.sampling",
+}
+
+__version__ = "0.1.0"
+__all__ = ["CFG", "SAG", "BlurGuidance", "Model", "load", "sample"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sag_dit' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,19 @@
+"""Reading and editing self-attention in any backbone that calls PyTorch's fused attention."""
+
+from sag_dit.attention.edits import AttentionEdit, Edit, InputEdit, OutputEdit
+from sag_dit.attention.saliency import attention_map, saliency
+from sag_dit.attention.tap import AttentionLayer, AttentionTap, Capture, CaptureKind, capture_key
+
+__all__ = [
+    "AttentionEdit",
+    "AttentionLayer",
+    "AttentionTap",
+    "Capture",
+    "CaptureKind",
+    "Edit",
+    "InputEdit",
+    "OutputEdit",
+    "attention_map",
+    "capture_key",
+    "saliency",
+]

@@ -1,0 +1,246 @@
+"""AttentionTap: the one mechanism that reads and edits named modules of a network.
+
+While a tapped module runs, every call of ``torch.nn.functional.scaled_dot_product_attention`` is
+seen by a function mode that hooks on that module switch on and off. No module is replaced, no
+attention processor exists, and untapped modules run as they are, compiled or not. A tapped module
+whose ancestors are compiled runs uncompiled for that call, because hooks added after compilation
+are silently ignored inside a compiled graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sag_dit.attention.edits import AttentionEdit, Edit, InputEdit, OutputEdit
+from sag_dit.attention.saliency import attention_map, saliency
+
+Rows = slice
+CaptureKind = Literal["saliency", "map"]
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """A self-attention layer: its module's dotted name and where the image's tokens are.
+
+    ``grid`` is the (height, width) of the image's tokens, row-major. ``tokens`` is their slice of
+    the sequence, None where the sequence holds nothing else.
+    """
+
+    name: str
+    grid: tuple[int, int]
+    tokens: slice | None = None
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A wish to read one layer for some rows of the batch: its saliency or its full map.
+
+    ``key`` names what was read in the answer; left out, it is :func:`capture_key`.
+    """
+
+    layer: AttentionLayer
+    rows: Rows = field(default_factory=lambda: slice(None))
+    kind: CaptureKind = "saliency"
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.key:
+            object.__setattr__(self, "key", capture_key(self.layer.name, self.kind))
+
+
+def capture_key(layer: str, kind: CaptureKind) -> str:
+    """Return the usual name of what was read: the layer's for saliency, ``layer:map`` for maps."""
+    return layer if kind == "saliency" else f"{layer}:map"
+
+
+class _SeeAttention(TorchFunctionMode):
+    """Passes everything through but fused attention, which goes to ``on_attention``."""
+
+    def __init__(self, on_attention: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.on_attention = on_attention
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return self.on_attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class AttentionTap:
+    """Context manager that reads and edits named modules of ``network`` for chosen rows.
+
+    After a forward within the context, :attr:`captured` maps each capture's key to the layer's
+    saliency (rows, n) or map (rows, k, n, n), float32. Hooks, modes and compilation are as before
+    when the context ends, also after an exception.
+
+    Raises:
+        ValueError: a module does not exist (those that attend are listed), or the context ended
+            without a captured or edited attention layer having called fused attention.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        captures: Sequence[Capture] = (),
+        edits: Sequence[tuple[Edit, Rows]] = (),
+    ) -> None:
+        self._modules = dict(network.named_modules())
+        self._captures = tuple(captures)
+        self._edits = tuple(edits)
+        self._seen: set[str] = set()
+        self._modes: dict[str, _SeeAttention] = {}
+        self._undo = ExitStack()
+        self.captured: dict[str, Tensor] = {}
+        self._captured_names = {capture.layer.name for capture in self._captures}
+        for name in {*self._captured_names, *(edit.module for edit, _ in self._edits)}:
+            if name not in self._modules:
+                raise ValueError(
+                    f"layer {name!r} does not exist in {type(network).__name__}; "
+                    f"its attention layers are {', '.join(self._attention_names()) or 'none'}"
+                )
+
+    def _attention_names(self) -> list[str]:
+        return [name for name in self._modules if name.rpartition(".")[2].startswith("attn")]
+
+    def __enter__(self) -> Self:
+        try:
+            attending = {edit.module for edit, _ in self._edits if isinstance(edit, AttentionEdit)}
+            for name in {*self._captured_names, *attending}:
+                self._watch(name)
+            for edit, rows in self._edits:
+                if isinstance(edit, InputEdit):
+                    self._hook_input(edit, rows)
+                elif isinstance(edit, OutputEdit):
+                    self._hook_output(edit, rows)
+        except BaseException:
+            self._undo.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._undo.close()
+        unseen = set(self._modes) - self._seen
+        if kind is None and unseen:
+            raise ValueError(
+                f"layer {', '.join(sorted(unseen))}: no call of fused attention was seen there; "
+                f"seen in {', '.join(sorted(self._seen)) or 'no requested layer'}. Expected a "
+                f"module that calls torch.nn.functional.scaled_dot_product_attention "
+                f"(timm: set_fused_attn(True); diffusers: the native attention backend)"
+            )
+
+    def _eager(self, name: str) -> None:
+        """Run the module and its ancestors uncompiled until the context ends."""
+        parts = name.split(".")
+        for depth in range(len(parts) + 1):
+            module = self._modules[".".join(parts[:depth])]
+            compiled = module._compiled_call_impl
+            if compiled is not None:
+                self._undo.callback(setattr, module, "_compiled_call_impl", compiled)
+                module._compiled_call_impl = None
+
+    def _watch(self, name: str) -> None:
+        """Switch a mode on while the module runs, so that its attention is seen."""
+        mode = _SeeAttention(partial(self._attend, name))
+        self._modes[name] = mode
+        active: list[_SeeAttention] = []
+
+        def enter(*_: object) -> None:
+            mode.__enter__()  # type: ignore[no-untyped-call]
+            active.append(mode)
+
+        def leave(*_: object) -> None:
+            while active:
+                active.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+        self._eager(name)
+        self._undo.callback(leave)
+        module = self._modules[name]
+        self._undo.callback(module.register_forward_pre_hook(enter).remove)
+        # always_call: also when the module raises, or the mode would outlive the context.
+        self._undo.callback(module.register_forward_hook(leave, always_call=True).remove)
+
+    def _attend(
+        self,
+        name: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if is_causal or enable_gqa:
+            raise ValueError(
+                f"layer {name!r} attends causally or with grouped heads; only plain "
+                f"self-attention can be captured or edited, choose another layer"
+            )
+        self._seen.add(name)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = attn_mask) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale)
+
+        for capture in self._captures:
+            if capture.layer.name == name:
+                read = saliency if capture.kind == "saliency" else attention_map
+                with torch.no_grad():
+                    self.captured[capture.key] = read(
+                        query[capture.rows],
+                        key[capture.rows],
+                        scale=scale,
+                        mask=_rows_of(attn_mask, capture.rows, query.shape[0]),
+                        tokens=capture.layer.tokens,
+                    )
+        output = attend(query, key, value)
+        for edit, rows in self._edits:
+            if isinstance(edit, AttentionEdit) and edit.module == name:
+                mask = _rows_of(attn_mask, rows, query.shape[0])
+                changed = edit.edit_attention(
+                    query[rows], key[rows], value[rows], partial(attend, mask=mask)
+                )
+                output = _with_rows(output, rows, changed)
+        return output
+
+    def _hook_input(self, edit: InputEdit, rows: Rows) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x = args[0]
+            return (_with_rows(x, rows, edit.edit_input(x[rows])), *args[1:])
+
+        self._eager(edit.module)
+        handle = self._modules[edit.module].register_forward_pre_hook(hook)
+        self._undo.callback(handle.remove)
+
+    def _hook_output(self, edit: OutputEdit, rows: Rows) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            return _with_rows(output, rows, edit.edit_output(args[0][rows], output[rows]))
+
+        self._eager(edit.module)
+        handle = self._modules[edit.module].register_forward_hook(hook)
+        self._undo.callback(handle.remove)
+
+
+def _with_rows(x: Tensor, rows: Rows, changed: Tensor) -> Tensor:
+    """Return a copy of ``x`` whose ``rows`` are ``changed``; gradients flow."""
+    start, stop, _ = rows.indices(x.shape[0])
+    return torch.cat([x[:start], changed, x[stop:]])
+
+
+def _rows_of(mask: Tensor | None, rows: Rows, batch: int) -> Tensor | None:
+    """Return the mask of the chosen rows; a mask shared by all rows stays as it is."""
+    return mask if mask is None or mask.ndim < 4 or mask.shape[0] != batch else mask[rows]

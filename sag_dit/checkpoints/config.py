@@ -1,0 +1,105 @@
+"""The config of a denoiser: a dictionary of plain values that says how to build it.
+
+Its keys, as in the config.json beside exported weights:
+
+    model        the arguments of DiT; input_size is a number or [height, width]
+    process      {"schedule": "linear" or "cosine", "num_timesteps": 1000}
+    kind         "eps", "v" or "x_0"
+    x_0_range    [-1, 1] for pixels, null for latents
+    class_names  one name per class
+    vae          the autoencoder of a latent model: a folder or a hub repository (optional)
+    defaults     what to sample with, {"batch_size": 16} for example (optional)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from sag_dit.denoiser import ClassConditional
+from sag_dit.models import DiT
+from sag_dit.process import DDPM
+from sag_dit.process.base import OutputKind
+
+MODEL_KEYS = tuple(inspect.signature(DiT).parameters)
+PROCESS_KEYS = ("schedule", "num_timesteps")
+REQUIRED = ("model", "process", "kind", "x_0_range")
+
+
+def describe(denoiser: ClassConditional) -> dict[str, Any]:
+    """Return the config of a denoiser, without ``vae`` and ``defaults``, which it does not know.
+
+    Raises:
+        ValueError: the denoiser's process is none that a config can name.
+    """
+    network, process = denoiser.network, denoiser.process
+    if not isinstance(process, DDPM):
+        raise ValueError(
+            f"process={type(process).__name__}: expected DDPM, the one process a config can name"
+        )
+    height, width = network.input_size
+    hidden_size = int(network.pos_embed.shape[-1])
+    block: Any = network.blocks[0]
+    return {
+        "model": {
+            "input_size": height if height == width else [height, width],
+            "patch_size": network.patch_size,
+            "in_channels": network.in_channels,
+            "hidden_size": hidden_size,
+            "depth": len(network.blocks),
+            "num_heads": int(block.attn.num_heads),
+            "mlp_ratio": mlp_ratio(hidden_size, int(block.mlp.fc1.out_features)),
+            "class_dropout_prob": network.y_embedder.dropout_prob,
+            "num_classes": network.num_classes,
+            "learn_sigma": network.learn_sigma,
+        },
+        "process": {"schedule": process.schedule, "num_timesteps": process.num_timesteps},
+        "kind": denoiser.kind,
+        "x_0_range": None if denoiser.x_0_range is None else list(denoiser.x_0_range),
+        "class_names": list(denoiser.class_names),
+    }
+
+
+def mlp_ratio(hidden_size: int, mlp_size: int) -> float:
+    """Return the ratio r with int(hidden_size r) = mlp_size."""
+    ratio = mlp_size / hidden_size
+    # The quotient is rounded, and its product must not fall below the whole number.
+    return ratio if int(hidden_size * ratio) == mlp_size else (mlp_size + 0.5) / hidden_size
+
+
+def build(config: Mapping[str, Any]) -> ClassConditional:
+    """Build the denoiser that a config describes, with fresh weights.
+
+    Raises:
+        ValueError: a key is missing or unknown, or a value is impossible.
+    """
+    _check_keys("the config", config, required=REQUIRED)
+    model, process = config["model"], config["process"]
+    _check_keys("the config's model", model, required=MODEL_KEYS, known=MODEL_KEYS)
+    _check_keys("the config's process", process, required=PROCESS_KEYS, known=PROCESS_KEYS)
+    if config["kind"] not in get_args(OutputKind):
+        raise ValueError(f"kind={config['kind']!r}: expected one of {get_args(OutputKind)}")
+    size = model["input_size"]
+    network = DiT(**{**model, "input_size": size if isinstance(size, int) else tuple(size)})
+    return ClassConditional(
+        network,
+        DDPM(**process),
+        kind=config["kind"],
+        x_0_range=None if config["x_0_range"] is None else tuple(config["x_0_range"]),
+        class_names=config.get("class_names", ()),
+    )
+
+
+def _check_keys(
+    where: str, values: Any, required: tuple[str, ...], known: tuple[str, ...] | None = None
+) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: expected a mapping, found a {type(values).__name__}")
+    missing = [key for key in required if key not in values]
+    unknown = [] if known is None else [str(key) for key in values if key not in known]
+    if missing or unknown:
+        raise ValueError(
+            f"{where}: missing {', '.join(missing) or 'nothing'}, unknown "
+            f"{', '.join(unknown) or 'nothing'}; expected {', '.join(known or required)}"
+        )

@@ -1,0 +1,198 @@
+"""Reading weight files: what a file is, is read from its first bytes; nothing is unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+import warnings
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+EXPECTED = (
+    "expected weights of a DiT: an official .pt (a state dict, or model, ema and args), a "
+    "Lightning .ckpt of this package, a .safetensors file, or a diffusers folder"
+)
+METADATA_KEY = "sag_dit"
+WEIGHTS = re.compile(
+    r"diffusion_pytorch_model"
+    r"(?:(?P<variant>\.\w+)?\.(?P<single>safetensors|bin)"
+    r"|\.(?P<sharded>safetensors|bin)\.index(?P<sharded_variant>\.\w+)?\.json)"
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: the file cannot be read or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a readable JSON file ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def container(path: Path) -> Literal["zip", "pickle", "safetensors"]:
+    """Tell from a file's first bytes how it holds its tensors.
+
+    Raises:
+        ValueError: it cannot be read, or holds no tensors.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if head[:4] == b"PK\x03\x04":
+        return "zip"
+    # A length of at most 100 MB and a JSON object; tested first, for the length may begin with 80.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000:
+        return "safetensors"
+    if head[:1] == b"\x80":
+        return "pickle"
+    if not head:
+        found = "the file is empty"
+    elif head.startswith(b"version https://git-lfs"):
+        found = "the file is a Git LFS pointer; fetch the file itself with `git lfs pull`"
+    elif head.lstrip()[:1] == b"<":
+        found = "the file is a web page, so perhaps its download was refused"
+    else:
+        found = f"the file begins with {head[:12]!r}"
+    raise ValueError(f"{path}: {found}; {EXPECTED}")
+
+
+def read_torch(path: Path) -> Any:
+    """Read what torch.save wrote: tensors, plain values and argparse.Namespace, nothing else.
+
+    Raises:
+        ValueError: the file is damaged, foreign, or holds objects that would have to be unpickled.
+    """
+    # Mapped, the optimizer's state in a training checkpoint is never read from disk. Only zipped
+    # files can be; and by a path, torch would go by the extension.
+    mapped = container(path) == "zip" and path.suffix != ".safetensors"
+    try:
+        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            if mapped:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused is None:
+            raise ValueError(f"{path}: damaged or no file of torch.save; {EXPECTED}") from None
+        raise ValueError(
+            f"{path}: refused, because it holds Python objects ({refused[1]}) and reading those "
+            f"can run code; expected tensors, plain values and an argparse.Namespace. If you "
+            f"trust where it comes from, save its state dict alone with torch.save and load that"
+        ) from None
+    except Exception as error:  # torch raises almost any type on a damaged file
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise ValueError(
+            f"{path}: damaged, cut short, or no file of torch.save ({reason}); {EXPECTED}"
+        ) from None
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors, and the config that this package left in the metadata (empty if none).
+
+    Raises:
+        ValueError: the file is damaged or cut short.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            config = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: damaged, cut short, or no safetensors file ({error}); {EXPECTED}"
+        ) from None
+    return state, config
+
+
+def weights_name(names: Iterable[str]) -> str | None:
+    """Choose a diffusers folder's weights: full precision, then safetensors, then one file.
+
+    A sharded file is named by its index. None if there are no weights.
+    """
+    found = [match for name in names if (match := WEIGHTS.fullmatch(name))]
+    found.sort(
+        key=lambda match: (
+            match["variant"] or match["sharded_variant"] or "",
+            (match["single"] or match["sharded"]) != "safetensors",
+            match["single"] is None,
+        )
+    )
+    return found[0].string if found else None
+
+
+def weights_files(folder: Path) -> tuple[Path, ...]:
+    """Return the weight files of a diffusers folder, none if there are none or some are missing."""
+    name = weights_name(path.name for path in folder.glob("diffusion_pytorch_model*"))
+    if name is None:
+        return ()
+    files = [folder / name]
+    if name.endswith(".json"):
+        shards = set(read_json(folder / name).get("weight_map", {}).values())
+        files = [folder / shard for shard in sorted(shards)]
+    return tuple(files) if all(file.is_file() for file in files) else ()
+
+
+def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
+    """Read and join the weight files of a diffusers folder."""
+    state: dict[str, Tensor] = {}
+    for file in files:
+        part = read_safetensors(file)[0] if container(file) == "safetensors" else read_torch(file)
+        state.update(tensors(part, file))
+    return state
+
+
+def tensors(value: Any, path: Path) -> Mapping[str, Tensor]:
+    """Return a mapping of names to tensors as such.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(value, Mapping) and value:
+        strange = [name for name, item in value.items() if not isinstance(item, Tensor)]
+        if not strange:
+            return value
+        found = f"found {', '.join(str(name) for name in strange[:5])}"
+    else:
+        found = f"found an empty or foreign {type(value).__name__}"
+    raise ValueError(f"{path}: {found} where tensors should be; {EXPECTED}")
+
+
+def sha256(files: Sequence[Path]) -> str:
+    """Return the sha256 of one file, or of the list of several files' sha256.
+
+    A file in a model hub's cache is compared with the sha256 that the hub published for it.
+
+    Raises:
+        ValueError: a downloaded file is not what was published.
+    """
+    digests = []
+    for path in files:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        # The hub's cache links to large files that it names by their published sha256.
+        published = path.readlink().name if path.is_symlink() else ""
+        if re.fullmatch(r"[0-9a-f]{64}", published) and published != digests[-1]:
+            raise ValueError(
+                f"{path}: sha256 is {digests[-1]}, expected {published}; the download is damaged: "
+                f"delete {path.resolve()} and repeat the command"
+            )
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -1,0 +1,72 @@
+"""Downloading from the Hugging Face hub: only the needed files, cached and resumable."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from sag_dit.checkpoints.files import weights_files, weights_name
+
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+CONFIGS = ("model_index.json", "config.json", "scheduler_config.json")
+
+
+class NotDownloadedError(Exception):
+    """A repository is neither in the cache nor could it be downloaded; says why."""
+
+
+def snapshot(repository: str, folders: tuple[str, ...]) -> Path:
+    """Return the folder of a repository's files, downloading what is not in the cache.
+
+    ``folders`` are those whose weights are needed, "" being the repository's root.
+
+    Raises:
+        NotDownloadedError: the network, the hub or the repository's name is the matter.
+    """
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+
+    # Not asked of snapshot_download, which misses every file of the repository that is not needed.
+    landmark = "config.json" if "" in folders else "model_index.json"
+    cached = try_to_load_from_cache(repository, landmark)
+    if isinstance(cached, str) and _complete(Path(cached).parent, folders):
+        return Path(cached).parent
+    try:
+        info = HfApi().model_info(repository, timeout=10)
+        needed = needed_files((file.rfilename for file in info.siblings or ()), folders)
+        return Path(snapshot_download(repository, allow_patterns=needed))
+    except Exception as error:  # the hub's client changes its HTTP library, and so the types
+        reason = str(error).strip().split("\n")[0][:200]
+        raise NotDownloadedError(f"{type(error).__name__}: {reason}") from error
+
+
+def needed_files(names: Iterable[str], folders: tuple[str, ...]) -> list[str]:
+    """Choose from a repository's files the configs, and one set of weights for each folder."""
+    contents: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        contents[folder].append(file)
+    wanted = []
+    for folder, files in contents.items():
+        prefix = f"{folder}/" if folder else ""
+        chosen = [file for file in files if file in CONFIGS]
+        weights = weights_name(files) if folder in folders else None
+        if weights:
+            chosen.append(weights)
+            if weights.endswith(".json"):
+                # An index is named model.safetensors.index.json or ...index.fp16.json, its shards
+                # model-00001-of-00002.safetensors or model.fp16-00001-of-00002.safetensors.
+                stem, kind, *_, last, _ = weights.split(".")
+                shard = stem if last == "index" else f"{stem}.{last}"
+                chosen.append(f"{shard}-*.{kind}")
+        wanted += [prefix + file for file in chosen]
+    return wanted
+
+
+def _complete(cached: Path, folders: tuple[str, ...]) -> bool:
+    """Whether a download has all that is needed; one that was interrupted has some."""
+    return all(
+        (cached / folder / "config.json").is_file() and weights_files(cached / folder)
+        for folder in folders
+    )

@@ -1,0 +1,167 @@
+"""load: from a name or a path to a model that is ready to sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sag_dit.checkpoints import files, formats, infer, zoo
+from sag_dit.checkpoints.config import build
+from sag_dit.checkpoints.model import Model, from_denoiser
+from sag_dit.codec import Codec, IdentityCodec, VAECodec
+
+SHOWN_KEYS = 3
+
+
+def load(
+    ckpt: str | Path,
+    *,
+    ema: bool = True,
+    vae: str | Path | None = None,
+    num_heads: int | None = None,
+) -> Model:
+    """Load a published name, a file or folder of any supported layout, or a hub repository.
+
+    ``ema`` chooses averaged or raw weights. ``vae`` overrides the autoencoder of a latent model: a
+    folder, ``ema``, ``mse`` or a hub repository. ``num_heads`` overrides what the checkpoint says
+    or what is assumed of it.
+
+    Raises:
+        ValueError: the checkpoint or its autoencoder is not found, damaged, foreign or does not
+            fit; or it does not hold the weights that ``ema`` asks for.
+    """
+    found = zoo.locate(ckpt)
+    checkpoint = formats.read(found.path, ema)
+    config = full_config(checkpoint, found.path, num_heads, latent=vae is not None)
+    # Before the weights are copied, so that a missing autoencoder is told at once.
+    source = autoencoder(config, vae or checkpoint.vae)
+    codec = choose_codec(config, source)
+    try:
+        # Without memory or initial values: the checkpoint has both.
+        with torch.device("meta"):
+            denoiser = build(config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{found.path}: {error}") from None
+    fill(denoiser.network, checkpoint.state, found.path)
+    return from_denoiser(
+        denoiser.eval(),
+        found.name,
+        codec=codec,
+        sha256=files.sha256(checkpoint.files),
+        weights="ema" if ema else "raw",
+        defaults=config.get("defaults"),
+        vae=source,
+    )
+
+
+def full_config(
+    checkpoint: formats.Checkpoint, path: Path, num_heads: int | None = None, latent: bool = False
+) -> dict[str, Any]:
+    """Complete what a checkpoint says of its config with what its weights tell.
+
+    A model of one or three channels is a pixel model unless an autoencoder comes with it
+    (``latent``). An unstated process is the published one: linear betas, 1000 steps, eps.
+    """
+    stated = dict(checkpoint.stated)
+    model = dict(stated.get("model") or {})
+    if num_heads is not None:
+        model["num_heads"] = num_heads
+    model = infer.model_config(checkpoint.state, path, model)
+    latent = latent or checkpoint.vae is not None
+    pixels = model["in_channels"] in (1, 3) and not latent
+    return {
+        "kind": "eps",
+        "x_0_range": (-1.0, 1.0) if pixels else None,
+        **stated,
+        "model": model,
+        "process": {"schedule": "linear", "num_timesteps": 1000, **stated.get("process", {})},
+    }
+
+
+def autoencoder(config: Mapping[str, Any], vae: str | Path | None) -> str | None:
+    """Return the autoencoder of a model: the given one, else what its channels suggest.
+
+    One or three channels are pixels (None), four the latents of Stable Diffusion's autoencoder.
+
+    Raises:
+        ValueError: none is given, and the channels suggest none.
+    """
+    channels = config["model"]["in_channels"]
+    if vae is not None:
+        path = Path(vae).expanduser()
+        # Absolute, because it is stored with what is trained from this model.
+        return str(path.absolute() if path.exists() else vae)
+    if channels in (1, 3):
+        return None
+    if channels != 4:
+        raise ValueError(
+            f"a model of {channels} channels: expected 1 or 3 (pixels) or 4 (latents of Stable "
+            f"Diffusion's autoencoder); pass the model's own autoencoder: vae=PATH"
+        )
+    return zoo.DEFAULT_VAE
+
+
+def choose_codec(config: Mapping[str, Any], vae: str | None) -> Codec:
+    """Find a model's autoencoder and check that it fits, without reading its weights.
+
+    Raises:
+        ValueError: it is not found, incomplete, or has another number of channels.
+    """
+    if vae is None:
+        return IdentityCodec()
+    folder = zoo.locate_vae(vae)
+    weights = files.weights_files(folder)
+    if not weights:
+        raise ValueError(
+            f"vae={folder}: no weights, or not all of them; expected diffusion_pytorch_model.*"
+        )
+    codec = VAECodec(folder, sha256=files.sha256(weights))
+    channels = config["model"]["in_channels"]
+    if codec.latent_channels != channels:
+        raise ValueError(
+            f"vae={folder}: its latents have {codec.latent_channels} channels and the model has "
+            f"{channels}; pass the autoencoder that the model was trained with: vae=PATH"
+        )
+    return codec
+
+
+def fill(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Give a network (also one without memory) its weights, as float32.
+
+    Raises:
+        ValueError: names or shapes differ; the first of them are named.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    differing = [
+        f"{name} is {tuple(state[name].shape)}, expected {shape}"
+        for name, shape in expected.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    problems = [
+        f"{len(keys)} {what}: {'; '.join(keys[:SHOWN_KEYS])}{', ...' * (len(keys) > SHOWN_KEYS)}"
+        for what, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", differing),
+        )
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            f"{path}: the weights do not fit the model\n"
+            + "\n".join(problems)
+            + "\nexpected the parameters of facebookresearch/DiT; if a config comes with the file, "
+            "see that it is this file's"
+        )
+    # Copies, because a mapped file may change under a running program.
+    copies = {
+        name: tensor.detach().to(torch.float32, copy=True).contiguous()
+        for name, tensor in state.items()
+    }
+    network.load_state_dict(copies, assign=True)

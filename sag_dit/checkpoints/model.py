@@ -1,0 +1,90 @@
+"""Model: a denoiser together with what it takes to sample from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sag_dit.checkpoints.config import describe
+from sag_dit.codec import Codec, IdentityCodec
+from sag_dit.denoiser import ClassConditional
+
+BATCH_SIZE = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A denoiser, its codec and its name, ready to sample.
+
+    Attributes:
+        denoiser: as loaded, in eval mode, float32, on the CPU.
+        codec: pixels <-> the denoiser's x_0; an autoencoder's weights are read at first use.
+        name: what the checkpoint is called, fit for a folder's name.
+        sha256: of the weights file, or over several files' sha256; empty for weights in memory.
+        config: all that determines the model's arithmetic, as plain values to hash.
+        class_names: one per class.
+        defaults: what the checkpoint recommends to sample with, perhaps nothing.
+        vae: where the codec's autoencoder was found, None for a pixel model.
+    """
+
+    denoiser: ClassConditional
+    codec: Codec
+    name: str
+    sha256: str
+    config: Mapping[str, Any]
+    class_names: tuple[str, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    vae: str | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """The network's compute batch that the checkpoint recommends, else 16."""
+        return int(self.defaults.get("batch_size", BATCH_SIZE))
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The config that rebuilds the model from its weights: what a checkpoint stores."""
+        vae = {} if self.vae is None else {"vae": self.vae}
+        return {**describe(self.denoiser), **vae, "defaults": dict(self.defaults)}
+
+
+def from_denoiser(
+    denoiser: ClassConditional,
+    name: str,
+    *,
+    codec: Codec | None = None,
+    sha256: str = "",
+    weights: str = "ema",
+    defaults: Mapping[str, Any] | None = None,
+    vae: str | None = None,
+) -> Model:
+    """Make a model of a denoiser in memory.
+
+    ``codec`` may be left out for pixel models. ``weights`` tells averaged ("ema") from raw ("raw")
+    ones where a file holds both.
+
+    Raises:
+        ValueError: a latent model without a codec.
+    """
+    channels = denoiser.latent_shape[0]
+    if codec is None:
+        if channels not in (1, 3):
+            raise ValueError(
+                f"a model of {channels} channels works on latents: expected a codec, such as "
+                f"VAECodec(AutoencoderKL.from_pretrained(...))"
+            )
+        codec = IdentityCodec()
+    config = {**describe(denoiser), "weights": weights, "codec": codec.config()}
+    del config["class_names"]  # names determine no pixel
+    return Model(
+        denoiser=denoiser,
+        codec=codec,
+        name=re.sub(r"[^\w.+-]+", "-", name),
+        sha256=sha256,
+        config=config,
+        class_names=denoiser.class_names,
+        defaults=dict(defaults or {}),
+        vae=vae,
+    )

@@ -1,0 +1,1 @@
+"""What the root scripts call. Hydra is imported here and nowhere else."""

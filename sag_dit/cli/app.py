@@ -1,0 +1,119 @@
+"""Starting a command: Hydra with our configs, free-text values quoted, errors on one screen."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+FREE_TEXT = ("ckpt", "out", "requests", "vae", "data.root", "prompt")
+"""Keys whose values may hold anything, so that Hydra's grammar must not read them."""
+
+Run = Callable[[DictConfig], None]
+
+
+def config_folder() -> Path:
+    """Return the folder of configurations: inside an installed wheel, else beside the package."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def quoted(argument: str) -> str:
+    """Quote the value of a free-text ``key=value`` for Hydra; other arguments stay as they are.
+
+    A value that the user has quoted already, and null, are left alone.
+    """
+    key, separator, value = argument.partition("=")
+    if not separator or key.lstrip("+") not in FREE_TEXT or value in ("", "null"):
+        return argument
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        return argument
+    # Within Hydra's quotes a backslash means itself unless quotes follow it.
+    value = re.sub(r"(\\*)'", lambda m: m[1] * 2 + "\\'", value)
+    value = re.sub(r"(\\+)$", lambda m: m[1] * 2, value)
+    return f"{key}='{value.replace('${', chr(92) + '${')}'"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a sentence that names the closest known keys, or nothing if none is close."""
+    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f"\nDid you mean {' or '.join(matches)}?" if matches else ""
+
+
+def _keys(config: object, prefix: str = "") -> list[str]:
+    if not isinstance(config, Mapping):
+        return []
+    found = []
+    for key, value in config.items():
+        found += [f"{prefix}{key}", *_keys(value, f"{prefix}{key}.")]
+    return found
+
+
+def _explain(error: Exception, config_name: str) -> str:
+    """Return Hydra's own message, with the nearest keys where a key is unknown."""
+    message = str(error)
+    unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", message)
+    if unknown is None:
+        return message
+    key = next(group for group in unknown.groups() if group)
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = OmegaConf.to_container(hydra.compose(config_name), resolve=False)
+    return message + nearest(key, _keys(config))
+
+
+def quiet_lightning() -> None:
+    """Import Lightning and silence its list of devices and its tips; its warnings stay."""
+    import lightning.pytorch
+
+    for name in (lightning.pytorch.__name__, "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")
+
+
+def fail(message: str) -> None:
+    """Print an error on one screen and leave with exit code 1."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def launch(config_name: str, run: Run, argv: Sequence[str] | None = None) -> None:
+    """Compose the configuration from the command line and run; never show a traceback for misuse.
+
+    Misuse is a ValueError, an OSError or one of Hydra's own errors. Anything else is our mistake
+    and keeps its traceback.
+    """
+    original = list(sys.argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Hydra swallows exceptions unless told to show them; they are ours to explain.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+
+    def job(config: DictConfig) -> None:
+        # Other ranks are started with the arguments as the user wrote them.
+        sys.argv[:] = [original[0], *arguments]
+        try:
+            run(config)
+        except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+            if os.environ.get("SAG_DIT_DEBUG"):
+                raise
+            fail(str(error))
+
+    sys.argv[1:] = [quoted(argument) for argument in arguments]
+    try:
+        hydra.main(config_path=str(config_folder()), config_name=config_name, version_base="1.3")(
+            job
+        )()
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(_explain(error, config_name))
+    finally:
+        sys.argv[:] = original

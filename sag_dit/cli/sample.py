@@ -1,0 +1,204 @@
+"""``sample.py``: draw a set of images, on one device or many, and show them beside their twins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from sag_dit.cli.app import launch, quiet_lightning
+
+if TYPE_CHECKING:
+    from sag_dit.checkpoints import Model
+    from sag_dit.guidance import Term
+    from sag_dit.output.folder import SampleFolder
+    from sag_dit.sampling import Request, Settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before anything is drawn."""
+
+    model: Model
+    settings: Settings
+    requests: list[Request]
+    folder: SampleFolder
+    pixels: Mapping[str, Any]
+    """What determines the pixels; the folder's identity."""
+
+
+def describe_term(term: Term, model: Model) -> dict[str, Any]:
+    """Return a term as plain values, its layer named, for the folder's identity."""
+    values: dict[str, Any] = {"term": f"{type(term).__module__}.{type(term).__qualname__}"}
+    if is_dataclass(term):
+        values |= asdict(term)
+    if "layer" in values:
+        values["layer"] = model.denoiser.layer(values["layer"]).name
+    # Through JSON, so that what is read back from disk compares equal.
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=repr))
+    return plain
+
+
+def make_plan(config: DictConfig) -> Plan:
+    """Check the configuration, load the model and find the folder.
+
+    Raises:
+        ValueError: a value that cannot be used; the remedy is named.
+    """
+    from sag_dit.checkpoints import load
+    from sag_dit.data.requests import make_requests, read_requests
+    from sag_dit.output.folder import SampleFolder
+    from sag_dit.sampling import Settings, default_batch_size
+
+    if config.gallery.num < 0:
+        raise ValueError(f"gallery.num={config.gallery.num}: expected 0 or more")
+    guidance = {
+        name: instantiate(node, _convert_="all")
+        for name, node in config.guidance.items()
+        if node is not None
+    }
+    sampler = instantiate(config.sampler)
+    Settings(sampler, config.steps, batch_size=config.batch_size or 1, max_rows=config.max_rows)
+    model = load(config.ckpt, ema=config.ema, vae=config.vae)
+    settings = Settings(
+        sampler=sampler,
+        steps=config.steps,
+        guidance=tuple(guidance.values()),
+        batch_size=config.batch_size or default_batch_size(model),
+        max_rows=config.max_rows,
+    )
+    settings.check(model)
+    if config.requests is not None:
+        requests = read_requests(config.requests, model.class_names)
+        rule: Any = {
+            "requests_sha256": hashlib.sha256(Path(config.requests).read_bytes()).hexdigest()
+        }
+    else:
+        classes = config.classes
+        if OmegaConf.is_list(classes):
+            classes = OmegaConf.to_container(classes)
+        requests = make_requests(config.num_images, config.seed, classes, model.class_names)
+        rule = {"seed": config.seed, "classes": "all" if classes is None else classes}
+    pixels = {
+        "model": model.name,
+        "weights_sha256": model.sha256,
+        "network": model.config,
+        "codec": model.codec.config(),
+        "sampler": {"name": type(sampler).__name__, **asdict(sampler)},
+        "steps": config.steps,
+        "guidance": {
+            name: describe_term(term, model) for name, term in guidance.items() if not term.off
+        },
+        "request": rule,
+        "batch_size": settings.batch_size,
+        "precision": str(config.trainer.get("precision") or "32-true"),
+    }
+    pixels = json.loads(json.dumps(pixels))
+    digest = hashlib.sha256(json.dumps(pixels, sort_keys=True).encode()).hexdigest()
+    path = Path(config.out or f"outputs/sample/{model.name}-{digest[:8]}")
+    return Plan(model, settings, requests, SampleFolder(path), pixels)
+
+
+def run(config: DictConfig) -> None:
+    """Draw what is missing; rank 0 then checks that all is there and writes what shows it."""
+    plan = make_plan(config)
+    config.out = str(plan.folder.path)
+    resolved = OmegaConf.to_container(config, resolve=True)
+    plan.folder.claim(plan.pixels, resolved)  # type: ignore[arg-type]
+    pending = plan.folder.missing(plan.requests, config.gallery.num)
+    if pending:
+        if not _predict(config, plan, pending):
+            return
+        left = plan.folder.missing(plan.requests, config.gallery.num)
+        if left:
+            raise ValueError(
+                f"{len(left)} of {len(plan.requests)} images are missing in {plan.folder.path}, "
+                f"the first is {left[0].index}; repeat the command to draw them"
+            )
+    elif _is_launched_rank():
+        return
+    _finish(config, plan)
+
+
+def _is_launched_rank() -> bool:
+    """Whether this process is a rank other than 0 that torchrun or SLURM has started."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    return getattr(rank_zero_only, "rank", 0) != 0
+
+
+def _predict(config: DictConfig, plan: Plan, pending: list[Request]) -> bool:
+    """Draw the pending requests on all ranks; return whether this is rank 0."""
+    quiet_lightning()
+    from lightning.pytorch import Trainer
+
+    from sag_dit.data.requests import PendingRequests
+    from sag_dit.output.progress import SampleProgress
+    from sag_dit.output.ranks import RankReports
+    from sag_dit.output.writer import PredictionWriter
+    from sag_dit.training.module import DiffusionModule
+
+    progress = SampleProgress(plan.folder, len(plan.requests))
+    trainer: Trainer = instantiate(
+        config.trainer,
+        logger=False,
+        callbacks=[PredictionWriter(plan.folder), progress],
+        # Ours instead: sharding of what is pending, no_grad, and a bar over all ranks' images.
+        use_distributed_sampler=False,
+        inference_mode=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=str(plan.folder.path),
+        _convert_="all",
+    )
+    module = DiffusionModule(
+        plan.model, settings=plan.settings, gallery=config.gallery.num, watch=progress.watch
+    )
+    reports = RankReports(plan.folder.path, trainer.global_rank, trainer.world_size)
+    with reports.reporting():
+        trainer.predict(
+            module,
+            datamodule=PendingRequests(pending, plan.settings.batch_size),
+            return_predictions=False,
+        )
+    if not trainer.is_global_zero:
+        return False
+    reports.wait(plan.folder.count)
+    reports.clear()
+    return True
+
+
+def _finish(config: DictConfig, plan: Plan) -> None:
+    from sag_dit.output.finish import gallery_entries, log_gallery, write_manifest, write_npz
+    from sag_dit.output.gallery import write_gallery
+
+    names = plan.model.class_names
+    write_manifest(plan.folder, plan.requests, names)
+    if config.npz:
+        print(f"npz: {write_npz(plan.folder, plan.requests)}")
+    print(f"images: {plan.folder.path / 'images'} ({len(plan.requests)})")
+    shown = plan.requests[: config.gallery.num]
+    if not shown:
+        return
+    entries = gallery_entries(plan.folder, shown, names)
+    shown_settings = {
+        key: plan.pixels[key] for key in ("model", "sampler", "steps", "guidance", "request")
+    }
+    page = write_gallery(plan.folder.path, entries, shown_settings, f"sag_dit: {plan.model.name}")
+    logger = instantiate(config.logger) if config.logger else None
+    if logger is not None:
+        log_gallery(logger, entries, plan.pixels)
+        logger.finalize("success")
+    print(f"gallery: {page.resolve()}")
+
+
+def main() -> None:
+    """Run ``sample.py``."""
+    launch("sample", run)

@@ -1,0 +1,260 @@
+"""Codec: images of 8-bit pixels <-> the x_0 that a denoiser works on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from sag_dit.tensors import Images
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+Pixels: TypeAlias = UInt8[Tensor, "b c h w"]
+
+
+def to_pixels(images: Images) -> Pixels:
+    """Turn values in [-1, 1] into pixels: clamp(127.5 x + 128, 0, 255), truncated.
+
+    Source: facebookresearch/DiT, sample_ddp.py.
+    """
+    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
+
+
+def from_pixels(pixels: Pixels) -> Images:
+    """Turn pixels into float32 values in [-1, 1]; ``to_pixels`` returns the same pixels."""
+    return pixels.float() / 127.5 - 1
+
+
+class Codec(ABC):
+    """Turns pixels into x_0 and back; its arithmetic is float32.
+
+    Attributes:
+        factor: pixels per latent cell, along each side.
+    """
+
+    factor: int
+
+    @abstractmethod
+    def decode(self, x: Images) -> Pixels:
+        """Return the pixels (b, 1 or 3, h factor, w factor) of x_0 (b, c, h, w)."""
+
+    @abstractmethod
+    def encode(self, images: Pixels, noise: Images | None = None) -> Images:
+        """Return x_0 (b, c, h, w) of pixels; ``noise`` has x_0's shape and standard deviation 1.
+
+        Without noise the result is the mean of what the codec could return.
+        """
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Return what determines the codec's results, as plain values to hash."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the codec to a device, in place."""
+        return self
+
+
+class IdentityCodec(Codec):
+    """For pixel models: x_0 is the image, in [-1, 1]."""
+
+    factor = 1
+
+    def decode(self, x: Images) -> Pixels:
+        """Return clamp(127.5 x + 128, 0, 255), truncated."""
+        return to_pixels(x)
+
+    def encode(self, images: Pixels, noise: Images | None = None) -> Images:
+        """Return pixels / 127.5 - 1; there is nothing to draw, so noise is not used."""
+        return from_pixels(images)
+
+    def config(self) -> dict[str, Any]:
+        """Return its name; it has no settings."""
+        return {"name": "identity"}
+
+
+class VAECodec(Codec):
+    """For latent models: diffusers' ``AutoencoderKL`` with the scaling its own config states.
+
+    x_0 = (z - shift) scale, with scale = scaling_factor / std and shift = shift_factor + mean. Most
+    configs state a scaling_factor only; the others are then 0 (shift, mean) and 1 (std).
+
+    ``vae`` is the module, or a folder of diffusers' layout. Of a folder the config is read at once
+    and the weights (and diffusers) at first use. Images pass in slices of ``slice_size``, a short
+    one padded, so that memory is bounded and an image's pixels do not depend on how many others
+    are in its batch. ``sha256`` names the weights in ``config()``; without it they are hashed.
+
+    Raises:
+        ValueError: ``slice_size`` is below 1, or the folder holds no AutoencoderKL.
+    """
+
+    def __init__(
+        self, vae: AutoencoderKL | Path, slice_size: int = 1, sha256: str | None = None
+    ) -> None:
+        if slice_size < 1:
+            raise ValueError(f"slice_size={slice_size}: expected 1 or more images at a time")
+        self.slice_size = slice_size
+        self._sha256 = sha256
+        self._device: torch.device | str = "cpu"
+        self._module: AutoencoderKL | None = None
+        self._folder: Path | None = None
+        if isinstance(vae, Path):
+            self._folder = vae
+            settings = read_vae_config(vae)
+        else:
+            self._module = vae.eval()
+            self._device = next(vae.parameters()).device
+            settings = vae.config
+        self.settings: dict[str, Any] = {
+            name: settings.get(name)
+            for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+        }
+        if self.settings["scaling_factor"] is None:
+            # Configs older than this setting mean the value all of them had.
+            self.settings["scaling_factor"] = 0.18215
+        self.latent_channels = int(settings.get("latent_channels") or 4)
+        self.factor = 2 ** (len(settings["block_out_channels"]) - 1)
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        """The autoencoder, built when it is first asked for."""
+        if self._module is None:
+            if self._folder is None:
+                raise RuntimeError("a VAECodec without module has a folder")
+            self._module = build_vae(self._folder).to(self._device)
+        return self._module
+
+    def _scale_and_shift(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        def channels(value: Any) -> Tensor:
+            return torch.as_tensor(value, dtype=torch.float32, device=like.device).reshape(-1, 1, 1)
+
+        stated = self.settings
+        scale = stated["scaling_factor"] / channels(stated["latents_std"] or 1.0)
+        shift = channels(stated["latents_mean"] or 0.0) + (stated["shift_factor"] or 0.0)
+        return scale, shift
+
+    def _sliced(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        """Apply a function to slices of exactly ``slice_size`` images and join the results."""
+        results = []
+        # Mixed precision is the denoiser's affair; here it would show in the pixels.
+        with torch.no_grad(), torch.autocast(batch.device.type, enabled=False):
+            for part in batch.split(self.slice_size):
+                missing = self.slice_size - len(part)
+                padded = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)])
+                results.append(function(padded)[: len(part)])
+        return torch.cat(results)
+
+    def decode(self, x: Images) -> Pixels:
+        """Return the pixels of the latents x, z = x / scale + shift."""
+
+        def pixels(part: Tensor) -> Tensor:
+            scale, shift = self._scale_and_shift(part)
+            sample: Tensor = self.vae.decode(part / scale + shift).sample
+            return to_pixels(sample)
+
+        return self._sliced(pixels, x.float())
+
+    def encode(self, images: Pixels, noise: Images | None = None) -> Images:
+        """Return (mean + std noise - shift) scale of the posterior, or of its mean."""
+
+        def moments(part: Tensor) -> Tensor:
+            posterior = self.vae.encode(from_pixels(part)).latent_dist
+            return torch.cat([posterior.mean, posterior.std], dim=1)
+
+        mean, std = self._sliced(moments, images).chunk(2, dim=1)
+        z = mean if noise is None else mean + std * noise.to(mean)
+        scale, shift = self._scale_and_shift(z)
+        return (z - shift) * scale
+
+    def config(self) -> dict[str, Any]:
+        """Return scaling, slices and the sha256 of the weights."""
+        if self._sha256 is None:
+            self._sha256 = hash_tensors(self.vae)
+        return {
+            "name": "AutoencoderKL",
+            **{name: value for name, value in self.settings.items() if value is not None},
+            "slice_size": self.slice_size,
+            "sha256": self._sha256,
+        }
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the autoencoder, or have it built on that device later."""
+        self._device = device
+        if self._module is not None:
+            self._module.to(device)
+        return self
+
+
+def read_vae_config(folder: Path) -> dict[str, Any]:
+    """Read the config.json of an AutoencoderKL's folder.
+
+    Raises:
+        ValueError: there is none, or it describes something else.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"vae={folder}: expected a folder with the config.json and the weights of diffusers' "
+            f"AutoencoderKL; {path.name} could not be read ({error})"
+        ) from None
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if name != "AutoencoderKL":
+        raise ValueError(f"vae={folder}: expected an AutoencoderKL, and its config says {name!r}")
+    # Values that the file leaves out are those of the class.
+    return {"block_out_channels": (64,), **config}
+
+
+def build_vae(folder: Path) -> AutoencoderKL:
+    """Build the AutoencoderKL of a local folder in float32, on the CPU, in eval mode.
+
+    Raises:
+        ValueError: the weights are missing, damaged or do not fit the config.
+    """
+    from diffusers import AutoencoderKL
+
+    # model.safetensors or model.fp16.bin: full precision before variants, then safetensors.
+    names = [path.name.split(".") for path in folder.glob("diffusion_pytorch_model*")]
+    variants = [(name[1:-1], name[-1]) for name in names if name[-1] in ("safetensors", "bin")]
+    variant, end = min(variants, key=lambda v: (v[0], v[1] != "safetensors"), default=([], "bin"))
+    try:
+        vae, report = AutoencoderKL.from_pretrained(
+            folder,
+            variant=".".join(variant) or None,
+            use_safetensors=end == "safetensors",
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # diffusers and what it calls raise almost any type
+        raise ValueError(
+            f"vae={folder}: the autoencoder could not be loaded; expected undamaged weights that "
+            f"fit its config.json ({type(error).__name__}: {str(error).strip()[:300]})"
+        ) from error
+    # diffusers would go on with random values.
+    if report["missing_keys"]:
+        raise ValueError(
+            f"vae={folder}: the weights lack {len(report['missing_keys'])} of the autoencoder's "
+            f"tensors, first {', '.join(sorted(report['missing_keys'])[:3])}; expected the weights "
+            f"that belong to its config.json"
+        )
+    return vae.eval().requires_grad_(False)
+
+
+def hash_tensors(module: torch.nn.Module) -> str:
+    """Return the sha256 over the names, types, shapes and bytes of a module's state."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

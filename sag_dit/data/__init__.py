@@ -1,0 +1,1 @@
+"""Data: images to train on, and requests to sample."""

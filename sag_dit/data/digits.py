@@ -1,0 +1,74 @@
+"""scikit-learn's handwritten digits: 1,797 real 8x8 grey images of ten classes, no download.
+
+Forty per cent are held out; the indices stand in ``digits_held_out.json`` beside this file, drawn
+once, stratified by class, so that no library's random numbers can move the split.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from sag_dit.data.batches import StepBatches
+from sag_dit.tensors import Images, Labels
+
+CLASS_NAMES = tuple(str(digit) for digit in range(10))
+
+
+@cache
+def digits(split: Literal["train", "held_out"]) -> tuple[Images, Labels]:
+    """Return the images (b, 1, 8, 8), uint8 in 0..255, and labels of one split.
+
+    The original has 17 grey levels, 0 to 16; level k becomes round(255 k / 16).
+    """
+    # Imported here because only the digits need it and it takes a second.
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.from_numpy(data.images).mul(255 / 16).round().to(torch.uint8)[:, None]
+    labels = torch.from_numpy(data.target).long()
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    held_out[json.loads(files(__package__).joinpath("digits_held_out.json").read_text())] = True
+    chosen = held_out if split == "held_out" else ~held_out
+    return images[chosen], labels[chosen]
+
+
+class Digits(LightningDataModule):
+    """Batches of handwritten digits for training, the held-out ones for validation.
+
+    Which images form the batch of a step depends on (seed, step) alone.
+    """
+
+    class_names = CLASS_NAMES
+
+    def __init__(self, batch_size: int = 64, seed: int = 0) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Return endless training batches, going on at the trainer's step."""
+        trainer = self.trainer
+        first = trainer.fit_loop.total_batch_idx + 1 if trainer else 0
+        images, labels = digits("train")
+        dataset: Dataset[tuple[Tensor, ...]] = TensorDataset(images, labels)
+        batches = StepBatches(
+            len(labels),
+            self.batch_size,
+            self.seed,
+            first=first,
+            rank=trainer.global_rank if trainer else 0,
+            world=trainer.world_size if trainer else 1,
+        )
+        return DataLoader(dataset, batch_sampler=batches)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Return the held-out digits in one order."""
+        return DataLoader(TensorDataset(*digits("held_out")), batch_size=256)

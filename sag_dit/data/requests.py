@@ -1,0 +1,107 @@
+"""Requests: which images are asked for, and each rank's share of those still missing."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from sag_dit.noise import generator
+from sag_dit.sampling import Request, labels_of
+
+LABELS = 4
+"""Purpose of the random streams that choose classes, see :func:`sag_dit.noise.generator`."""
+
+
+def make_requests(
+    num_images: int,
+    seed: int,
+    classes: Sequence[int | str] | str | int | None,
+    class_names: Sequence[str],
+) -> list[Request]:
+    """Return requests 0 to ``num_images`` - 1 by a class rule.
+
+    ``classes``: a list is cycled over the indices; None cycles over all classes, so that their
+    counts are equal; ``random`` draws each image's class uniformly from (seed, index).
+
+    Raises:
+        ValueError: a class that does not exist, an empty list, or a count below 1.
+    """
+    if num_images < 1:
+        raise ValueError(f"num_images={num_images}: expected 1 or more")
+    if classes == "random":
+        labels = [
+            int(generator(seed, index, 0, LABELS).integers(len(class_names)))
+            for index in range(num_images)
+        ]
+    else:
+        if classes is None:
+            chosen = list(range(len(class_names)))
+        else:
+            listed = [classes] if isinstance(classes, (str, int)) else list(classes)
+            chosen = labels_of(listed, class_names)
+        if not chosen:
+            raise ValueError("classes=[]: expected at least one class, 'random', or null for all")
+        labels = [chosen[index % len(chosen)] for index in range(num_images)]
+    return [Request(i, seed, label, stream=i) for i, label in enumerate(labels)]
+
+
+def read_requests(file: str | Path, class_names: Sequence[str]) -> list[Request]:
+    """Read one request a line, ``seed,class``; a header line of these two words may come first.
+
+    An image depends on its line alone, not on its place in the file.
+
+    Raises:
+        ValueError: a line that is not a seed and a class; its number is named.
+        OSError: the file cannot be read.
+    """
+    requests: list[Request] = []
+    with Path(file).open(newline="", encoding="utf-8") as lines:
+        for number, row in enumerate(csv.reader(lines, skipinitialspace=True), start=1):
+            if not row or (number == 1 and [cell.strip().lower() for cell in row][:1] == ["seed"]):
+                continue
+            try:
+                seed, wanted = int(row[0]), row[1].strip()
+                if len(row) != 2:
+                    raise ValueError(f"{len(row)} values where two were expected")
+                (label,) = labels_of([wanted], class_names)
+            except (ValueError, IndexError) as error:
+                raise ValueError(
+                    f"{file}, line {number}: expected 'seed,class', found "
+                    f"{','.join(row)!r} ({error})"
+                ) from error
+            requests.append(Request(len(requests), seed, label, stream=0))
+    if not requests:
+        raise ValueError(f"{file}: expected at least one line 'seed,class', found none")
+    return requests
+
+
+class PendingRequests(LightningDataModule):
+    """Batches of the requests still to be drawn; rank r of w takes every w-th from the r-th on.
+
+    A rank may have none: Lightning allows that only when told.
+    """
+
+    def __init__(self, pending: Sequence[Request], batch_size: int) -> None:
+        super().__init__()
+        self.pending = list(pending)
+        self.batch_size = batch_size
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    def transfer_batch_to_device(
+        self, batch: list[Request], device: torch.device, dataloader_idx: int
+    ) -> list[Request]:
+        """Return the batch: requests are no tensors, their noise is drawn where it is needed."""
+        return batch
+
+    def predict_dataloader(self) -> DataLoader[Request]:
+        """Return this rank's share, in batches of the compute size; the last may be short."""
+        rank, world = (
+            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        )
+        share = self.pending[rank::world]
+        return DataLoader(share, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]

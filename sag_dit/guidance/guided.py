@@ -1,0 +1,177 @@
+"""GuidedDenoiser: runs all terms in lockstep, one batch per model and round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sag_dit.attention import Capture, Edit, capture_key
+from sag_dit.denoiser import Denoiser
+from sag_dit.denoiser.base import Condition
+from sag_dit.guidance.cfg import CFG
+from sag_dit.guidance.term import Asking, Branch, Question, Term
+from sag_dit.noise import NoiseSource
+from sag_dit.process import Prediction, Step
+from sag_dit.tensors import Images
+
+Key = tuple[Any, ...]
+
+
+@dataclass
+class Talk:
+    """One term's generator while it runs: what it asks now, and in the end its contribution."""
+
+    asking: Asking
+    wants: tuple[Branch, ...] = ()
+    contribution: Tensor | None = None
+
+    def tell(self, answers: tuple[Prediction, ...] | None) -> None:
+        """Answer the term's questions and note its next ones, or what it returns."""
+        try:
+            self.wants = next(self.asking) if answers is None else self.asking.send(answers)
+        except StopIteration as stop:
+            self.wants, self.contribution = (), stop.value
+
+
+class GuidedDenoiser:
+    """A denoiser with guidance: base prediction + the contributions of all active terms.
+
+    One instance serves one run over one batch of images, since terms may remember what happened at
+    earlier steps. Each round gathers what all terms ask, drops duplicates, merges captures and
+    evaluates one batch per model (at most ``max_rows`` rows at once). Questions that need no answer
+    of an earlier round are asked together, so CFG and SAG cost two rounds, not three passes.
+
+    Log-variance comes from the clean base branch alone. The answer's ``attention`` holds what any
+    branch captured, so that a caller can show what the terms saw; the base's own wins a tie.
+    """
+
+    def __init__(
+        self,
+        model: Denoiser,
+        terms: Sequence[Term] = (),
+        *,
+        noise: NoiseSource | None = None,
+        max_rows: int | None = None,
+        captures: Sequence[str] = (),
+    ) -> None:
+        if max_rows is not None and max_rows < 1:
+            raise ValueError(f"max_rows={max_rows}: expected 1 or more, or null for no bound")
+        self.model = model
+        self.terms = tuple(term for term in terms if not term.off)
+        for term in self.terms:
+            term.check(model)
+        self._noise = noise
+        self._max_rows = max_rows
+        self._captures = tuple(captures)
+        self._memory: tuple[dict[str, Any], ...] = tuple({} for _ in self.terms)
+
+    def __call__(self, x_t: Images, step: Step, cond: Condition) -> Prediction:
+        """Return the guided prediction at ``x_t``."""
+        base = Branch(self.model, x_t, cond)
+        for layer in self._captures:
+            base = base.capturing(layer)
+        null = self.model.null(x_t.shape[0])
+        active = [i for i, term in enumerate(self.terms) if term.active(step)]
+        question = Question(
+            step=step,
+            base=base,
+            null=None if null is None else replace(base, cond=null, captures=()),
+            guided_by_cfg=any(isinstance(self.terms[i], CFG) for i in active),
+            noise=self._noise,
+        )
+        talks = [
+            Talk(self.terms[i].contribution(replace(question, memory=self._memory[i])))
+            for i in active
+        ]
+        answers: dict[Key, Prediction] = {}
+        # Every branch of the step is kept alive here: an answer's key holds the ids of its tensors.
+        asked: list[Branch] = [base]
+        for talk in talks:
+            talk.tell(None)
+        wanted = [base, *(branch for talk in talks for branch in talk.wants)]
+        while wanted:
+            asked += wanted
+            answers |= self._evaluate(_merged(wanted, answers), step)
+            for talk in talks:
+                if talk.wants:
+                    talk.tell(tuple(answers[branch.key] for branch in talk.wants))
+            wanted = [branch for talk in talks for branch in talk.wants]
+        result = answers[base.key]
+        v = result.v
+        for talk in talks:
+            if talk.contribution is not None:
+                v = v + talk.contribution
+        attention: dict[str, Tensor] = {}
+        for answer in (*answers.values(), result):
+            attention |= answer.attention
+        return replace(result, v=v, attention=attention)
+
+    def _evaluate(self, branches: Sequence[Branch], step: Step) -> dict[Key, Prediction]:
+        """Answer distinct branches, one batch per model and chunk of ``max_rows``."""
+        by_model: dict[int, list[Branch]] = {}
+        for branch in branches:
+            by_model.setdefault(id(branch.model), []).append(branch)
+        answers: dict[Key, Prediction] = {}
+        for group in by_model.values():
+            for chunk in self._chunks(group):
+                answers |= _evaluate_together(chunk, step)
+        return answers
+
+    def _chunks(self, branches: list[Branch]) -> list[list[Branch]]:
+        if self._max_rows is None:
+            return [branches]
+        per_chunk = max(1, self._max_rows // branches[0].x_t.shape[0])
+        return [branches[i : i + per_chunk] for i in range(0, len(branches), per_chunk)]
+
+
+def _merged(wanted: Sequence[Branch], answers: Mapping[Key, Prediction]) -> list[Branch]:
+    """Drop questions already answered or asked twice; what is captured is united.
+
+    A branch whose answer lacks a capture that is wanted only now is asked once more.
+    """
+    merged: dict[Key, Branch] = {}
+    for branch in wanted:
+        known = answers.get(branch.key)
+        keys = {capture_key(*capture) for capture in branch.captures}
+        if known is not None and keys <= set(known.attention):
+            continue
+        before = merged.get(branch.key, branch)
+        captures = dict.fromkeys((*before.captures, *branch.captures))
+        merged[branch.key] = replace(branch, captures=tuple(captures))
+    return list(merged.values())
+
+
+def _evaluate_together(branches: Sequence[Branch], step: Step) -> dict[Key, Prediction]:
+    """Evaluate branches of one model as one batch and cut the answer apart."""
+    model = branches[0].model
+    size = branches[0].x_t.shape[0]
+    captures: list[Capture] = []
+    edits: list[tuple[Edit, slice]] = []
+    for i, branch in enumerate(branches):
+        rows = slice(i * size, (i + 1) * size)
+        captures += [
+            Capture(model.layer(name), rows, kind, f"{i}/{capture_key(name, kind)}")
+            for name, kind in branch.captures
+        ]
+        edits += [(edit, rows) for edit in branch.edits]
+    if len(branches) == 1:
+        x_t, cond = branches[0].x_t, branches[0].cond
+    else:
+        x_t = torch.cat([branch.x_t for branch in branches])
+        cond = model.join([branch.cond for branch in branches])
+    answer = model(x_t, step.level, cond, captures, edits)
+    return {
+        branch.key: replace(
+            answer.rows(i * size, (i + 1) * size),
+            x_t=branch.x_t,
+            attention={
+                capture_key(*capture): answer.attention[f"{i}/{capture_key(*capture)}"]
+                for capture in branch.captures
+            },
+        )
+        for i, branch in enumerate(branches)
+    }

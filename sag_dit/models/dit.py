@@ -1,0 +1,187 @@
+"""DiT: the diffusion transformer of Peebles & Xie 2023 (arXiv 2212.09748), on timm's blocks.
+
+The arithmetic and the state-dict keys are those of facebookresearch/DiT, so that published files
+load strictly. Rectangular grids are allowed: the grid is stored, never a square root.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from timm.layers import Attention, Mlp, PatchEmbed
+from torch import Tensor, nn
+
+from sag_dit.models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
+from sag_dit.tensors import Images, Labels
+
+SIZES: dict[str, dict[str, int]] = {
+    f"DiT-{name}/{patch}": {
+        "hidden_size": width,
+        "depth": depth,
+        "num_heads": heads,
+        "patch_size": patch,
+    }
+    for name, width, depth, heads in (
+        ("S", 384, 12, 6),
+        ("B", 768, 12, 12),
+        ("L", 1024, 24, 16),
+        ("XL", 1152, 28, 16),
+    )
+    for patch in (2, 4, 8)
+}
+"""The twelve published sizes (table 1 of the paper)."""
+
+
+def modulate(
+    x: Float[Tensor, "b n d"], shift: Float[Tensor, "b d"], scale: Float[Tensor, "b d"]
+) -> Float[Tensor, "b n d"]:
+    """Scale and shift tokens by their image's condition: x (1 + scale) + shift."""
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
+class DiTBlock(nn.Module):
+    """Self-attention and MLP, each modulated and gated by the condition (adaLN-Zero)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(
+            hidden_size,
+            int(hidden_size * mlp_ratio),
+            act_layer=partial(nn.GELU, approximate="tanh"),  # type: ignore[arg-type]
+        )
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b d"]) -> Float[Tensor, "b n d"]:
+        """Transform the tokens x under the condition c."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, 1)
+        # addcmul: one pass over the tokens where a product and a sum would take two.
+        attended = self.attn(modulate(self.norm1(x), shift_a, scale_a))
+        x = torch.addcmul(x, gate_a[:, None], attended)
+        return torch.addcmul(
+            x, gate_m[:, None], self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        )
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and the linear layer that turns tokens into patches."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b d"]) -> Float[Tensor, "b n p"]:
+        """Return the patches' values, p = patch_size^2 out_channels."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        return out
+
+
+class DiT(nn.Module):
+    """Diffusion transformer: (x, t, y) -> eps, and with ``learn_sigma`` as many channels again.
+
+    The arguments are those of facebookresearch/DiT; ``input_size`` may also be (height, width).
+
+    Raises:
+        ValueError: ``input_size`` is not divisible by ``patch_size``, or ``hidden_size`` by
+            ``num_heads`` or 4.
+    """
+
+    def __init__(
+        self,
+        input_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+    ) -> None:
+        super().__init__()
+        height, width = (input_size,) * 2 if isinstance(input_size, int) else tuple(input_size)
+        if height % patch_size or width % patch_size:
+            raise ValueError(
+                f"input_size={input_size}: expected a multiple of patch_size={patch_size}"
+            )
+        if hidden_size % num_heads:
+            raise ValueError(
+                f"hidden_size={hidden_size}: expected a multiple of num_heads={num_heads}"
+            )
+        self.input_size = (height, width)
+        self.grid = (height // patch_size, width // patch_size)
+        self.patch_size = patch_size
+        self.in_channels = in_channels
+        self.learn_sigma = learn_sigma
+        self.out_channels = in_channels * 2 if learn_sigma else in_channels
+        self.num_classes = num_classes
+
+        self.x_embedder = PatchEmbed((height, width), patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        # A parameter, not a buffer, because the published files hold it as one.
+        self.pos_embed = nn.Parameter(
+            sincos_positions(hidden_size, self.grid)[None], requires_grad=False
+        )
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Initialise as published: Xavier, small embeddings, zero modulation and output."""
+        for name, parameter in self.named_parameters():
+            if name == "pos_embed":
+                continue
+            zeroed = "adaLN_modulation" in name or name == "final_layer.linear.weight"
+            if zeroed or name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.startswith(("t_embedder", "y_embedder")):
+                nn.init.normal_(parameter, std=0.02)
+            else:
+                # The patch embedding is a convolution, initialised as the linear layer it is.
+                nn.init.xavier_uniform_(parameter.flatten(1))
+
+    def unpatchify(self, x: Float[Tensor, "b n p"]) -> Images:
+        """Lay the patches' values out as images (b, out_channels, h, w)."""
+        (rows, columns), size = self.grid, self.patch_size
+        x = x.reshape(-1, rows, columns, size, size, self.out_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(
+            -1, self.out_channels, rows * size, columns * size
+        )
+
+    def forward(self, x: Images, t: Float[Tensor, "b"] | Int[Tensor, "b"], y: Labels) -> Images:
+        """Denoise images or latents x at times t for classes y (``num_classes`` is the null)."""
+        tokens = self.x_embedder(x) + self.pos_embed
+        condition = self.t_embedder(t) + self.y_embedder(y)
+        for block in self.blocks:
+            tokens = block(tokens, condition)
+        return self.unpatchify(self.final_layer(tokens, condition))
+
+    def compile_blocks(self) -> None:
+        """Compile every block by itself, in place; parameter names stay as they are."""
+        for block in self.blocks:
+            block.compile(fullgraph=True)
+
+
+def dit(size: str, **options: object) -> DiT:
+    """Build one of the published sizes, for example ``dit("DiT-S/2", num_classes=10)``.
+
+    Raises:
+        ValueError: no size of that name.
+    """
+    if size not in SIZES:
+        raise ValueError(f"size={size!r}: expected one of {', '.join(SIZES)}")
+    return DiT(**{**SIZES[size], **options})  # type: ignore[arg-type]
+
+
+__all__ = ["SIZES", "DiT", "dit", "modulate"]

@@ -1,0 +1,179 @@
+"""SampleFolder: where the images of one run lie, and what is still missing there.
+
+A folder belongs to one set of settings. Every file appears whole or not at all: it is written
+under another name and renamed. So an image that exists is finished, and nothing else has to be
+remembered to go on after an interruption.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from PIL import Image
+
+from sag_dit.output.files import atomic
+from sag_dit.output.gallery import StepView
+from sag_dit.sampling import Request
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class SampleFolder:
+    """The files of one run: ``images/``, ``unguided/`` and ``maps/`` by index, and its settings."""
+
+    path: Path
+
+    def image(self, index: int) -> Path:
+        """Return the file of an image."""
+        return self.path / "images" / f"{index:06d}.png"
+
+    def twin(self, index: int) -> Path:
+        """Return the file of an image's unguided twin."""
+        return self.path / "unguided" / f"{index:06d}.png"
+
+    def views(self, index: int) -> Path:
+        """Return the file of what self-attention guidance saw of an image."""
+        return self.path / "maps" / f"{index:06d}.npz"
+
+    def claim(self, settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """Make the folder this run's own, or find that it is.
+
+        ``settings`` is what determines pixels, ``config`` the whole configuration; both are kept in
+        ``config.yaml``.
+
+        Raises:
+            ValueError: it is a file, cannot be written, or holds images of other settings; the
+                differences are named.
+        """
+        try:
+            for folder in ("images", "unguided", "maps"):
+                (self.path / folder).mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path, os.W_OK):
+                raise PermissionError(f"no permission to write to {self.path}")
+        except OSError as error:
+            raise ValueError(
+                f"out={self.path}: cannot be used as a folder of images "
+                f"({error.strerror or error}); choose another out"
+            ) from error
+        file = self.path / "config.yaml"
+        if file.exists():
+            before = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("settings", {})
+            differences = _differences(before, settings)
+            if differences:
+                raise ValueError(
+                    f"out={self.path} holds images of other settings:\n  "
+                    + "\n  ".join(differences)
+                    + "\nChoose another out, leave out unset, or repeat the former settings"
+                )
+        elif any((self.path / "images").iterdir()):
+            raise ValueError(
+                f"out={self.path} holds images but no config.yaml that says what they are; choose "
+                f"another out"
+            )
+        with atomic(file) as temporary:
+            record = {"settings": dict(settings), "config": dict(config)}
+            temporary.write_text(
+                yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8"
+            )
+
+    def missing(self, requests: Sequence[Request], gallery: int) -> list[Request]:
+        """Return the requests whose image, or for the first ``gallery`` also twin, is not there."""
+        images = {entry.name for entry in os.scandir(self.path / "images")}
+        return [
+            request
+            for request in requests
+            if self.image(request.index).name not in images
+            or (request.index < gallery and not self.twin(request.index).exists())
+        ]
+
+    def count(self) -> int:
+        """Return how many images are there."""
+        return sum(entry.name.endswith(".png") for entry in os.scandir(self.path / "images"))
+
+
+def write_png(file: Path, image: Pixels) -> None:
+    """Write an image (h, w, 1 or 3) as PNG, whole or not at all."""
+    with atomic(file) as temporary:
+        # Level 1 is three times as fast as Pillow's default and 8 per cent larger.
+        Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(
+            temporary, format="PNG", compress_level=1
+        )
+
+
+def read_png(file: Path) -> Pixels:
+    """Read an image as (h, w, 1 or 3) uint8.
+
+    Raises:
+        ValueError: the file is not an image; deleting it lets the command draw it again.
+    """
+    try:
+        with Image.open(file) as image:
+            pixels = np.asarray(image)
+    except OSError as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}); delete it and repeat the command to draw it again"
+        ) from error
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def write_views(file: Path, views: Sequence[StepView]) -> None:
+    """Keep what guidance saw at several steps as arrays."""
+    with atomic(file) as temporary, temporary.open("wb") as stream:
+        np.savez(
+            stream,
+            index=np.array([view.index for view in views]),
+            count=np.array([view.count for view in views]),
+            t=np.array([view.t for view in views]),
+            threshold=np.array([view.threshold for view in views]),
+            saliency=np.stack([view.saliency for view in views]),
+            mask=np.stack([view.mask for view in views]),
+        )
+
+
+def read_views(file: Path) -> tuple[StepView, ...]:
+    """Read what :func:`write_views` kept; nothing if there is no such file."""
+    if not file.exists():
+        return ()
+    try:
+        with np.load(file) as arrays:
+            columns = {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, BadZipFile) as error:
+        raise ValueError(f"{file} cannot be read ({error}); delete it") from error
+    return tuple(
+        StepView(
+            index=int(columns["index"][i]),
+            count=int(columns["count"][i]),
+            t=float(columns["t"][i]),
+            saliency=columns["saliency"][i],
+            mask=columns["mask"][i],
+            threshold=float(columns["threshold"][i]),
+        )
+        for i in range(len(columns["index"]))
+    )
+
+
+def _flat(values: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(values, Mapping):
+        return {prefix.rstrip("."): values}
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.")
+    return flat
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    old, new = _flat(before), _flat(now)
+    return [
+        f"{key}: there {old.get(key, 'not set')}, now {new.get(key, 'not set')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]

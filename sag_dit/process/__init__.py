@@ -1,0 +1,6 @@
+"""Forward processes: how an image becomes noise, and what a network's output says of it."""
+
+from sag_dit.process.base import NoiseLevel, Prediction, Process, Step
+from sag_dit.process.ddpm import DDPM
+
+__all__ = ["DDPM", "NoiseLevel", "Prediction", "Process", "Step"]

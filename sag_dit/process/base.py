@@ -1,0 +1,171 @@
+"""The vocabulary of the forward process x_t = alpha x_0 + sigma eps.
+
+Both processes of this package trace a curve (alpha, sigma) whose velocity v = d_alpha x_0 + d_sigma
+eps satisfies alpha d_sigma - sigma d_alpha = 1. Therefore x_0 and eps follow from x_t and v without
+a division, at every t:
+
+    x_0 =  d_sigma x_t - sigma v
+    eps = -d_alpha x_t + alpha v
+
+Variance preserving: d_alpha = -sigma, d_sigma = alpha (Salimans & Ho 2022, section 4).
+Flow (linear interpolant): d_alpha = -1, d_sigma = 1 (Lipman et al. 2023; our t = 1 is noise).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sag_dit.tensors import Images, Scalar
+
+OutputKind = Literal["eps", "v", "x_0"]
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """Where on the curve (alpha, sigma) an image stands.
+
+    Values are Python floats (double precision) while sampling, where a whole batch shares one
+    level, and tensors in training: ``t`` of shape (b,), the others broadcastable to images.
+    ``t`` is the time that the network is told; larger is noisier.
+    """
+
+    t: Scalar
+    alpha: Scalar
+    sigma: Scalar
+    d_alpha: Scalar
+    d_sigma: Scalar
+
+    def times(self, x_t: Images) -> Tensor:
+        """Return the network's time for every row of ``x_t``, shape (b,)."""
+        if isinstance(self.t, Tensor):
+            return self.t.to(x_t.device)
+        # An integral time is passed as an integer, as the published samplers do.
+        t = int(self.t) if float(self.t).is_integer() else self.t
+        return torch.full((x_t.shape[0],), t, device=x_t.device)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a sampler: from ``level`` to the less noisy ``next``."""
+
+    index: int
+    count: int
+    level: NoiseLevel
+    next: NoiseLevel
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that lies behind this step, in [0, 1)."""
+        return self.index / self.count
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a denoiser says of one noisy batch; immutable.
+
+    Shapes: ``x_t``, ``v`` and ``variance_fraction`` are (b, c, h, w).
+    ``variance_fraction`` places the log-variance of the reverse step between its lower bound (0,
+    the posterior's) and its upper bound (1, beta's); the bounds depend on the length of the step,
+    so the sampler finishes it (Nichol & Dhariwal 2021, equation 15).
+    ``attention`` maps what was captured to a layer's saliency (rows, n) or map (rows, k, n, n).
+    """
+
+    x_t: Images
+    level: NoiseLevel
+    v: Images
+    variance_fraction: Images | None = None
+    attention: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def x_0(self) -> Images:
+        """The clean image that is expected, x_0 = d_sigma x_t - sigma v."""
+        return self.level.d_sigma * self.x_t - self.level.sigma * self.v
+
+    @property
+    def eps(self) -> Images:
+        """The noise that is expected, eps = -d_alpha x_t + alpha v."""
+        return self.level.alpha * self.v - self.level.d_alpha * self.x_t
+
+    def clamped(self, x_0_range: tuple[float, float] | None) -> Prediction:
+        """Return the prediction whose x_0 is clamped and whose eps explains the same x_t.
+
+        v = (d_sigma x_t - x_0) / sigma. Only defined where sigma > 0, as at every step of a grid.
+        """
+        if x_0_range is None:
+            return self
+        x_0 = self.x_0.clamp(*x_0_range)
+        return replace(self, v=(self.level.d_sigma * self.x_t - x_0) / self.level.sigma)
+
+    def rows(self, start: int, stop: int) -> Prediction:
+        """Return the same record for images ``start`` to ``stop``, without its attention."""
+        fraction = self.variance_fraction
+        return replace(
+            self,
+            x_t=self.x_t[start:stop],
+            v=self.v[start:stop],
+            variance_fraction=None if fraction is None else fraction[start:stop],
+            attention={},
+        )
+
+
+class Process(ABC):
+    """A forward process: times, noise levels and grids of them."""
+
+    max_steps: int
+    """The largest number of steps a grid can have."""
+
+    @abstractmethod
+    def level(self, t: float | Tensor) -> NoiseLevel:
+        """Return the noise level at ``t``: a float, or one time per image of shape (b,)."""
+
+    @abstractmethod
+    def grid(self, steps: int) -> tuple[NoiseLevel, ...]:
+        """Return ``steps`` levels of decreasing noise, followed by the clean level.
+
+        Raises:
+            ValueError: ``steps`` is not between 1 and ``max_steps``.
+        """
+
+    @abstractmethod
+    def time_at(self, u: Tensor) -> Tensor:
+        """Return the times at quantiles u in [0, 1) of the uniform distribution over times."""
+
+    def add_noise(self, x_0: Images, eps: Images, level: NoiseLevel) -> Images:
+        """Noise a clean image: x_t = alpha x_0 + sigma eps."""
+        return level.alpha * x_0 + level.sigma * eps
+
+    def predict(
+        self, x_t: Images, level: NoiseLevel, output: Images, kind: OutputKind
+    ) -> Prediction:
+        """Turn a network's output of any kind into a prediction.
+
+        v = output; (eps + d_alpha x_t) / alpha; or (d_sigma x_t - x_0) / sigma. An eps model cannot
+        be read where alpha = 0, nor an x_0 model where sigma = 0: their output says nothing there.
+        """
+        if kind == "v":
+            v = output
+        elif kind == "eps":
+            v = (output + level.d_alpha * x_t) / level.alpha
+        else:
+            v = (level.d_sigma * x_t - output) / level.sigma
+        return Prediction(x_t=x_t, level=level, v=v)
+
+    def target(self, x_0: Images, eps: Images, level: NoiseLevel, kind: OutputKind) -> Images:
+        """Return what a network of that kind should put out for the noised x_0."""
+        if kind == "v":
+            return level.d_alpha * x_0 + level.d_sigma * eps
+        return eps if kind == "eps" else x_0
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse a number of steps that this process cannot take."""
+        if not 1 <= steps <= self.max_steps:
+            raise ValueError(
+                f"steps={steps}: expected a whole number from 1 to {self.max_steps}, "
+                f"the number of steps this process has"
+            )

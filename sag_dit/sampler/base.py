@@ -1,0 +1,69 @@
+"""The contract of samplers.
+
+A sampler is an iterator of steps, so progress, previews and maps stay with the caller. It calls
+``denoise(x_t, step)`` and never sees conditions or guidance.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from sag_dit.noise import NoiseSource
+from sag_dit.process import Prediction, Process, Step
+from sag_dit.tensors import Images
+
+Denoise = Callable[[Images, Step], Prediction]
+"""(x_t, step) -> guided prediction at x_t."""
+
+
+@dataclass(frozen=True)
+class SampleStep:
+    """One finished step: ``x`` is the state after it, ``prediction`` what led there (unclamped)."""
+
+    step: Step
+    x: Images
+    prediction: Prediction
+
+
+class Sampler(ABC):
+    """Solves the reverse process on a grid of a given number of steps."""
+
+    @abstractmethod
+    def steps(
+        self,
+        denoise: Denoise,
+        x: Images,
+        process: Process,
+        num_steps: int,
+        noise: NoiseSource,
+        x_0_range: tuple[float, float] | None = None,
+    ) -> Iterator[SampleStep]:
+        """Yield the steps from noise ``x`` (unit variance, b c h w) to the clean image.
+
+        ``x_0_range`` clamps the clean image expected at each step. ``noise`` supplies the
+        randomness of each image and step.
+
+        Raises:
+            ValueError: ``num_steps`` is not possible on this process, or the process is of a kind
+                this sampler does not solve.
+        """
+
+
+def steps_of(process: Process, num_steps: int) -> Iterator[Step]:
+    """Yield the process's grid of ``num_steps`` steps."""
+    grid = process.grid(num_steps)
+    for index in range(num_steps):
+        yield Step(index, num_steps, grid[index], grid[index + 1])
+
+
+def require_ddpm(process: Process, sampler: str) -> None:
+    """Refuse a process that is not variance preserving."""
+    from sag_dit.process import DDPM
+
+    if not isinstance(process, DDPM):
+        raise ValueError(
+            f"sampler={sampler}: solves variance-preserving models only, and this model's process "
+            f"is {type(process).__name__}; use sampler=euler_flow or sampler=heun_flow"
+        )

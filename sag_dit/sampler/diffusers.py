@@ -1,0 +1,263 @@
+"""diffusers' schedulers as samplers: those that were proven right, by short names.
+
+The proof is tests/sampler/test_diffusers.py; a scheduler that is not in it is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from sag_dit.noise import NoiseSource
+from sag_dit.process import DDPM, NoiseLevel, Process, Step
+from sag_dit.process.ddpm import CLEAN
+from sag_dit.sampler.base import Denoise, Sampler, SampleStep, require_ddpm
+from sag_dit.tensors import Images
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one scheduler is built and driven, and where it is proven.
+
+    ``scaled``: its state is x_0 + s eps, of which ``scale_model_input`` makes x_t.
+    ``output``: what it wants to be given; v loses no digits where alpha is small.
+    ``least``: the fewest steps that do not overshoot; ``schedules``: the betas it is proven on.
+    """
+
+    scheduler: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    scaled: bool = False
+    stochastic: bool = False
+    output: Literal["v_prediction", "epsilon"] = "v_prediction"
+    spacing: Literal["linspace", "trailing"] | None = "linspace"
+    least: int = 1
+    schedules: tuple[str, ...] = ("linear", "cosine")
+
+
+KARRAS = {"use_karras_sigmas": True}
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+
+PROVEN: Mapping[str, Recipe] = {
+    "dpmpp_2m": Recipe("DPMSolverMultistepScheduler"),
+    "dpmpp_2m_karras": Recipe("DPMSolverMultistepScheduler", KARRAS),
+    "dpmpp_2m_sde": Recipe("DPMSolverMultistepScheduler", SDE, stochastic=True),
+    "dpmpp_2m_sde_karras": Recipe("DPMSolverMultistepScheduler", SDE | KARRAS, stochastic=True),
+    "dpmpp_3m": Recipe("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    "dpmpp_2s": Recipe("DPMSolverSinglestepScheduler", {"lower_order_final": True}, spacing=None),
+    "unipc": Recipe("UniPCMultistepScheduler"),
+    "unipc_karras": Recipe("UniPCMultistepScheduler", KARRAS),
+    "euler": Recipe("EulerDiscreteScheduler", scaled=True),
+    "euler_karras": Recipe("EulerDiscreteScheduler", KARRAS, scaled=True),
+    "euler_ancestral": Recipe("EulerAncestralDiscreteScheduler", scaled=True, stochastic=True),
+    "heun": Recipe("HeunDiscreteScheduler", scaled=True, least=5, schedules=("linear",)),
+    "heun_karras": Recipe(
+        "HeunDiscreteScheduler", KARRAS, scaled=True, least=8, schedules=("linear",)
+    ),
+    "kdpm2": Recipe("KDPM2DiscreteScheduler", scaled=True, least=5),
+    "kdpm2_ancestral": Recipe(
+        "KDPM2AncestralDiscreteScheduler", scaled=True, stochastic=True, least=5
+    ),
+    "lms": Recipe("LMSDiscreteScheduler", scaled=True),
+    # Its history is of eps, and its stride is whole, which only trailing spacing meets.
+    "pndm": Recipe(
+        "PNDMScheduler",
+        {"skip_prk_steps": True, "set_alpha_to_one": True},
+        output="epsilon",
+        spacing="trailing",
+        least=4,
+        schedules=("linear",),
+    ),
+}
+
+OWN = "this package has its own, "
+NOT_CLEAN = "it stops at the noise of t = 0 and returns an image that is not clean"
+DISTILLED = "it is for distilled models"
+OTHER_MODEL = "it is for models of another process"
+REFUSED: Mapping[str, str] = {
+    "ddim": f"{OWN}sampler=ddim",
+    "ddim_parallel": f"{OWN}sampler=ddim",
+    "ddpm": f"{OWN}sampler=ddpm",
+    "ddpm_parallel": f"{OWN}sampler=ddpm",
+    "deis_multistep": NOT_CLEAN,
+    "sa_solver": NOT_CLEAN,
+    "ipndm": "it takes betas for noise levels of its own and ignores the model's",
+    "dpm_solver_sde": "it draws from a Brownian tree of its own, not from the images' noise",
+    "lcm": DISTILLED,
+    "tcd": DISTILLED,
+    "edm_euler": OTHER_MODEL,
+    "edm_dpm_solver_multistep": OTHER_MODEL,
+    "cosine_dpm_solver_multistep": OTHER_MODEL,
+    "flow_match_euler_discrete": OTHER_MODEL,
+    "flow_match_heun_discrete": OTHER_MODEL,
+}
+
+
+def _plain(name: str) -> str:
+    """Return a name without what its spellings differ in: case, separators, the word scheduler."""
+    return "".join(c for c in name.lower() if c.isalnum()).removesuffix("scheduler")
+
+
+def _refusal(name: str) -> str:
+    """Say why a name is refused, and what to ask for instead."""
+    proven = f"proven are {', '.join(PROVEN)}"
+    same = [short for short, recipe in PROVEN.items() if recipe.scheduler == name]
+    if same:
+        return f"sampler {name!r}: expected a short name, here {' or '.join(same)}; {proven}"
+    for refused, reason in REFUSED.items():
+        if _plain(name) in (_plain(refused), _plain(refused).removesuffix("multistep")):
+            return f"sampler {name!r} is not offered: {reason}; {proven}"
+    spellings = {_plain(short): short for short in PROVEN}
+    for short, recipe in PROVEN.items():
+        spellings.setdefault(_plain(recipe.scheduler), short)
+    near = get_close_matches(_plain(name), spellings, n=1)
+    hint = f"did you mean {spellings[near[0]]}? " if near else ""
+    return f"sampler {name!r} is unknown or not proven; {hint}{proven}"
+
+
+@dataclass(frozen=True)
+class DiffusersSampler(Sampler):
+    """One of diffusers' schedulers, by its short name, on the process's own betas.
+
+    The network is asked at the level the scheduler is at: with s the scheduler's noise-to-signal
+    ratio, alpha = 1 / sqrt(1 + s^2) and sigma = s alpha, at real t. There is a step per evaluation
+    of the network, so schedulers that evaluate twice yield more steps than were asked for, and one
+    of them may end where it began or, in kdpm2_ancestral, noisier. ``SampleStep.x`` is always
+    x_t = alpha x_0 + sigma eps at the level of ``step.next``.
+
+    Source: diffusers; Lu et al. 2022 (dpmpp), Zhao et al. 2023 (unipc), Karras et al. 2022
+    (karras, euler, heun, kdpm2), Liu et al. 2022 (pndm).
+
+    Raises:
+        ValueError: the name is not that of a proven scheduler.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in PROVEN:
+            raise ValueError(_refusal(str(self.name)))
+
+    def steps(
+        self,
+        denoise: Denoise,
+        x: Images,
+        process: Process,
+        num_steps: int,
+        noise: NoiseSource,
+        x_0_range: tuple[float, float] | None = None,
+    ) -> Iterator[SampleStep]:
+        """Yield one step per evaluation of the network; see :meth:`Sampler.steps`."""
+        recipe = PROVEN[self.name]
+        ddpm = self._solvable(process, num_steps)
+        scheduler = _scheduler(recipe, ddpm, num_steps)
+        levels = _levels(scheduler)
+        self._check_grid(levels, ddpm, num_steps)
+        count = len(levels) - 1
+        state = x * float(scheduler.init_noise_sigma)
+        for index, t in enumerate(scheduler.timesteps):
+            step = Step(index, count, levels[index], levels[index + 1])
+            prediction = denoise(scheduler.scale_model_input(state, t), step)
+            clamped = prediction.clamped(x_0_range)
+            output = clamped.eps if recipe.output == "epsilon" else clamped.v
+            draw = {"generator": noise.torch_generators(index)} if recipe.stochastic else {}
+            state = scheduler.step(output, t, state, return_dict=False, **draw)[0]
+            yield SampleStep(step, state * step.next.alpha if recipe.scaled else state, prediction)
+
+    def _solvable(self, process: Process, num_steps: int) -> DDPM:
+        """Return the process, or refuse it or a number of steps that is not proven on it."""
+        recipe = PROVEN[self.name]
+        require_ddpm(process, self.name)
+        ddpm = cast(DDPM, process)
+        ddpm.check_steps(num_steps)
+        if ddpm.schedule not in recipe.schedules:
+            raise ValueError(
+                f"sampler={self.name}: overshoots on the {ddpm.schedule} schedule of this model; "
+                f"use sampler=dpmpp_2m, unipc, kdpm2 or lms"
+            )
+        if num_steps < recipe.least:
+            raise ValueError(
+                f"steps={num_steps}: {self.name} overshoots in so few; expected {recipe.least} or "
+                f"more, or another sampler"
+            )
+        total = ddpm.num_timesteps
+        if self.name == "pndm" and total % num_steps:
+            fitting = [n for n in range(recipe.least, total + 1) if total % n == 0]
+            nearest = sorted(fitting, key=lambda n: abs(n - num_steps))[:2]
+            raise ValueError(
+                f"steps={num_steps}: pndm takes strides of whole times, expected a divisor of "
+                f"{total}; nearest are {' and '.join(map(str, sorted(nearest)))}"
+            )
+        return ddpm
+
+    def _check_grid(self, levels: tuple[NoiseLevel, ...], process: DDPM, num_steps: int) -> None:
+        """Refuse a grid that does not start at the noisiest level or takes too few levels."""
+        noisiest = float(process.level(process.num_timesteps - 1).alpha)
+        starts_there = math.isclose(float(levels[0].alpha), noisiest, rel_tol=1e-3)
+        if not starts_there or len({level.sigma for level in levels}) <= num_steps:
+            raise ValueError(
+                f"steps={num_steps}: the grid that diffusers makes for {self.name} skips the "
+                f"noisiest level or repeats one; use {num_steps - 1} steps or another sampler"
+            )
+
+
+def _scheduler(recipe: Recipe, process: DDPM, num_steps: int) -> Any:
+    """Build a fresh scheduler, since most keep a history."""
+    import diffusers
+
+    spacing = recipe.spacing
+    # At these two counts linspace starts at t = 0 or repeats a time; trailing does neither, while
+    # at others (61, 103, ...) it is trailing that goes wrong, by one step too many.
+    if spacing == "linspace" and num_steps in (1, process.num_timesteps):
+        spacing = "trailing"
+    with warnings.catch_warnings():
+        # diffusers hands tensors to NumPy in ways that NumPy 2 warns about.
+        warnings.filterwarnings("ignore", "__array_", DeprecationWarning)
+        scheduler = getattr(diffusers, recipe.scheduler)(
+            num_train_timesteps=process.num_timesteps,
+            trained_betas=process.betas,
+            prediction_type=recipe.output,
+            **({} if spacing is None else {"timestep_spacing": spacing}),
+            **recipe.options,
+        )
+        scheduler.set_timesteps(num_steps)
+    # Else the first step is looked up by its time, and a time that occurs twice misleads it.
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    return scheduler
+
+
+def _levels(scheduler: Any) -> tuple[NoiseLevel, ...]:
+    """Return the level of every evaluation, and the clean one.
+
+    The state after one evaluation is what the next one looks at, so these are all there are.
+    """
+    times = scheduler.timesteps.double().numpy()
+    count = len(times)
+    squared = scheduler.alphas_cumprod.double().numpy()
+    table = np.sqrt((1 - squared) / squared)
+    if hasattr(scheduler, "sigmas"):
+        ratios = scheduler.sigmas[:count].double().numpy()
+        if hasattr(scheduler, "sigmas_interpol"):
+            between = scheduler.sigmas_interpol.double().numpy()
+            # Ancestral sampling looks between a level and the lower one it will add noise to.
+            shift = 1 if hasattr(scheduler, "sigmas_up") else 0
+            ratios[1::2] = between[1 - shift : count - shift : 2]
+    else:
+        ratios = table[scheduler.timesteps.numpy()]
+    if scheduler.config.get("use_karras_sigmas"):
+        # diffusers rounds most of these times, and so tells of another level than x_t has.
+        times = np.interp(np.log(ratios), np.log(table), np.arange(len(table)))
+    alphas = 1 / np.sqrt(1 + ratios**2)
+    return (
+        *(
+            NoiseLevel(t=t, alpha=alpha, sigma=s * alpha, d_alpha=-s * alpha, d_sigma=alpha)
+            for t, s, alpha in zip(times.tolist(), ratios.tolist(), alphas.tolist(), strict=True)
+        ),
+        CLEAN,
+    )

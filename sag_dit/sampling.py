@@ -1,0 +1,204 @@
+"""The straight line: requests -> noise -> Sampler(Guidance(Denoiser)) -> latent -> Codec -> images.
+
+The Python function :func:`sample` and the LightningModule's predict step both call :func:`draw`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from sag_dit.checkpoints import Model
+from sag_dit.guidance import GuidedDenoiser, Term
+from sag_dit.noise import START, NoiseSource
+from sag_dit.sampler import DDIM, Sampler, SampleStep
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image that is asked for: its place in the set, its randomness and its class.
+
+    The noise of the image is a function of (``seed``, ``stream``) and the step. ``stream`` is the
+    index where a whole set shares one seed, and 0 where every image brings its own.
+    """
+
+    index: int
+    seed: int
+    label: int
+    stream: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How images are drawn; together with the model and a request this determines each pixel.
+
+    ``batch_size`` is the network's one compute batch: a short batch is padded to it, so that an
+    image does not depend on how many others are drawn. ``max_rows`` bounds the rows evaluated at
+    once.
+    """
+
+    sampler: Sampler = field(default_factory=DDIM)
+    steps: int = 50
+    guidance: tuple[Term, ...] = ()
+    batch_size: int = 16
+    max_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}: expected 1 or more")
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}: expected 1 or more")
+
+    def check(self, model: Model) -> None:
+        """Refuse settings that this model cannot be sampled with, before any evaluation.
+
+        Raises:
+            ValueError: too many steps for the process, or a term that cannot guide the model.
+        """
+        model.denoiser.process.check_steps(self.steps)
+        for term in self.guidance:
+            if not term.off:
+                term.check(model.denoiser)
+
+
+def default_batch_size(model: Model) -> int:
+    """Return the compute batch a model is drawn with unless told otherwise.
+
+    What the checkpoint recommends, else 16 for up to 256 tokens and 8 for more: enough to keep a
+    GPU busy, and the same on every machine.
+    """
+    recommended = model.defaults.get("batch_size")
+    if recommended is not None:
+        return int(recommended)
+    rows, columns = next(iter(model.denoiser.layers.values())).grid
+    return 16 if rows * columns <= 256 else 8
+
+
+Watch = Callable[[SampleStep], None]
+"""Called after every step with the state of the whole compute batch."""
+
+
+def trajectory(
+    model: Model, requests: Sequence[Request], settings: Settings
+) -> Iterator[SampleStep]:
+    """Yield the sampler's steps for one compute batch, padded with copies of its last request.
+
+    Raises:
+        ValueError: there are more requests than ``batch_size``, or an image turned NaN or infinite;
+            its index and the step are named.
+    """
+    if not 0 < len(requests) <= settings.batch_size:
+        raise ValueError(
+            f"{len(requests)} requests in one batch: expected 1 to batch_size={settings.batch_size}"
+        )
+    denoiser = model.denoiser
+    padding = settings.batch_size - len(requests)
+    rows = [*requests, *[requests[-1]] * padding]
+    noise = NoiseSource([row.seed for row in rows], [row.stream for row in rows])
+    x = noise.normal(START, denoiser.latent_shape).to(denoiser.device)
+    cond = torch.tensor([row.label for row in rows], device=denoiser.device)
+    guided = GuidedDenoiser(denoiser, settings.guidance, noise=noise, max_rows=settings.max_rows)
+    for step in settings.sampler.steps(
+        lambda x_t, step: guided(x_t, step, cond),
+        x,
+        denoiser.process,
+        settings.steps,
+        noise,
+        denoiser.x_0_range,
+    ):
+        _refuse_non_finite(step, requests)
+        yield step
+
+
+def draw(
+    model: Model, requests: Sequence[Request], settings: Settings, watch: Watch | None = None
+) -> UInt8[Tensor, "b c h w"]:
+    """Draw the images of one compute batch, uint8, in the order of the requests.
+
+    Raises:
+        ValueError: as :func:`trajectory`.
+    """
+    x = None
+    with torch.no_grad():
+        for step in trajectory(model, requests, settings):
+            x = step.x
+            if watch is not None:
+                watch(step)
+        assert x is not None
+        images: Tensor = model.codec.decode(x[: len(requests)])
+        return images
+
+
+def sample(
+    model: Model,
+    classes: Sequence[int | str],
+    *,
+    guidance: Sequence[Term] = (),
+    steps: int = 50,
+    seed: int = 0,
+    sampler: Sampler | None = None,
+    batch_size: int | None = None,
+    watch: Watch | None = None,
+) -> UInt8[Tensor, "b c h w"]:
+    """Draw one image per class; image i is the same as index i of ``sample.py`` with that class.
+
+    Classes are numbers or names. Returns uint8 images (b, c, h, w) on the CPU.
+
+    Raises:
+        ValueError: a class the model does not have, or settings it cannot be sampled with.
+    """
+    settings = Settings(
+        sampler=sampler or DDIM(),
+        steps=steps,
+        guidance=tuple(guidance),
+        batch_size=batch_size or default_batch_size(model),
+    )
+    settings.check(model)
+    requests = [
+        Request(index, seed, label, stream=index)
+        for index, label in enumerate(labels_of(classes, model.class_names))
+    ]
+    size = settings.batch_size
+    batches = [requests[i : i + size] for i in range(0, len(requests), size)]
+    return torch.cat([draw(model, batch, settings, watch).cpu() for batch in batches])
+
+
+def labels_of(classes: Sequence[int | str], names: Sequence[str]) -> list[int]:
+    """Turn class numbers or names into labels.
+
+    Raises:
+        ValueError: a number outside the model's classes or an unknown name.
+    """
+    labels = []
+    for wanted in classes:
+        if isinstance(wanted, str) and wanted in names:
+            label = names.index(wanted)
+        else:
+            try:
+                label = int(wanted)
+            except ValueError:
+                label = -1
+        if not 0 <= label < len(names):
+            raise ValueError(
+                f"class {wanted!r} does not exist: expected a number from 0 to {len(names) - 1} "
+                f"or a name, such as {', '.join(repr(name) for name in names[:5])}"
+            )
+        labels.append(label)
+    return labels
+
+
+def _refuse_non_finite(step: SampleStep, requests: Sequence[Request]) -> None:
+    finite = step.x[: len(requests)].isfinite().flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        broken = [
+            request.index for request, ok in zip(requests, finite.tolist(), strict=True) if not ok
+        ]
+        raise ValueError(
+            f"image {', '.join(map(str, broken))} became NaN or infinite at step "
+            f"{step.step.index + 1} of {step.step.count} (t = {step.step.level.t}) and is not "
+            f"written. Try trainer.precision=32-true, a smaller guidance scale or more steps"
+        )
