@@ -1,0 +1,31 @@
+"""Our numbers equal those of facebookresearch/DiT and of the SAG authors' code."""
+
+from __future__ import annotations
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.parity import fixed as f
+from tests.parity import ours
+from tests.parity.compare import disagreements
+
+
+@pytest.fixture(scope="module")
+def goldens() -> dict[str, Tensor]:
+    return load_file(f.GOLDENS)
+
+
+@pytest.mark.parametrize("group", ours.GROUPS)
+def test_agrees_with_the_original(group: str, goldens: dict[str, Tensor]) -> None:
+    outputs = ours.compute(group)
+    assert outputs.keys() == {key for key in goldens if key.split(".")[0] == group}
+    assert disagreements(outputs, goldens) == {}
+
+
+def test_every_golden_is_compared(goldens: dict[str, Tensor]) -> None:
+    assert {key.split(".")[0] for key in goldens} == ours.GROUPS.keys()
+
+
+def test_goldens_stay_small() -> None:
+    assert f.GOLDENS.stat().st_size < 700 * 1024
