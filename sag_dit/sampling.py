@@ -59,23 +59,10 @@ class Settings:
         Raises:
             ValueError: too many steps for the process, or a term that cannot guide the model.
         """
-        model.denoiser.process.check_steps(self.steps)
+        self.sampler.check(model.denoiser.process, self.steps)
         for term in self.guidance:
             if not term.off:
                 term.check(model.denoiser)
-
-
-def default_batch_size(model: Model) -> int:
-    """Return the compute batch a model is drawn with unless told otherwise.
-
-    What the checkpoint recommends, else 16 for up to 256 tokens and 8 for more: enough to keep a
-    GPU busy, and the same on every machine.
-    """
-    recommended = model.defaults.get("batch_size")
-    if recommended is not None:
-        return int(recommended)
-    rows, columns = next(iter(model.denoiser.layers.values())).grid
-    return 16 if rows * columns <= 256 else 8
 
 
 Watch = Callable[[SampleStep], None]
@@ -155,7 +142,7 @@ def sample(
         sampler=sampler or DDIM(),
         steps=steps,
         guidance=tuple(guidance),
-        batch_size=batch_size or default_batch_size(model),
+        batch_size=batch_size or model.batch_size,
     )
     settings.check(model)
     requests = [

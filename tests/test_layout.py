@@ -55,14 +55,18 @@ CONFINED = {
     ),
 }
 SAME_LIBRARY = {
-    "yaml": "pyyaml",
     "lightning_fabric": "lightning",
     "lightning_utilities": "lightning",
     "omegaconf": "hydra",
     "pytorch_lightning": "lightning",
 }
 # Import names that differ from the name of the distribution in pyproject.toml.
-DISTRIBUTION = {"PIL": "pillow", "hydra": "hydra-core", "sklearn": "scikit-learn"}
+DISTRIBUTION = {
+    "PIL": "pillow",
+    "hydra": "hydra-core",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
 
 
 class Import(NamedTuple):

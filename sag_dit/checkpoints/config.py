@@ -3,7 +3,8 @@
 Its keys, as in the config.json beside exported weights:
 
     model        the arguments of DiT; input_size is a number or [height, width]
-    process      {"schedule": "linear" or "cosine", "num_timesteps": 1000}
+    process      {"schedule": "linear" or "cosine", "num_timesteps": 1000} is a DDPM,
+                 {"time_scale": 1.0, "shift": 1.0} a Flow
     kind         "eps", "v" or "x_0"
     x_0_range    [-1, 1] for pixels, null for latents
     class_names  one name per class
@@ -15,15 +16,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import Any, get_args
 
 from sag_dit.denoiser import ClassConditional
 from sag_dit.models import DiT
-from sag_dit.process import DDPM
+from sag_dit.process import DDPM, Flow, Process
 from sag_dit.process.base import OutputKind
 
 MODEL_KEYS = tuple(inspect.signature(DiT).parameters)
-PROCESS_KEYS = ("schedule", "num_timesteps")
+PROCESSES: dict[tuple[str, ...], type[DDPM] | type[Flow]] = {
+    tuple(field.name for field in fields(process)): process for process in (DDPM, Flow)
+}
+"""A process is known by the names of its settings."""
 REQUIRED = ("model", "process", "kind", "x_0_range")
 
 
@@ -34,9 +39,9 @@ def describe(denoiser: ClassConditional) -> dict[str, Any]:
         ValueError: the denoiser's process is none that a config can name.
     """
     network, process = denoiser.network, denoiser.process
-    if not isinstance(process, DDPM):
+    if not isinstance(process, (DDPM, Flow)):
         raise ValueError(
-            f"process={type(process).__name__}: expected DDPM, the one process a config can name"
+            f"process={type(process).__name__}: expected DDPM or Flow, which a config can name"
         )
     height, width = network.input_size
     hidden_size = int(network.pos_embed.shape[-1])
@@ -54,7 +59,7 @@ def describe(denoiser: ClassConditional) -> dict[str, Any]:
             "num_classes": network.num_classes,
             "learn_sigma": network.learn_sigma,
         },
-        "process": {"schedule": process.schedule, "num_timesteps": process.num_timesteps},
+        "process": asdict(process),
         "kind": denoiser.kind,
         "x_0_range": None if denoiser.x_0_range is None else list(denoiser.x_0_range),
         "class_names": list(denoiser.class_names),
@@ -75,20 +80,33 @@ def build(config: Mapping[str, Any]) -> ClassConditional:
         ValueError: a key is missing or unknown, or a value is impossible.
     """
     _check_keys("the config", config, required=REQUIRED)
-    model, process = config["model"], config["process"]
+    model = config["model"]
     _check_keys("the config's model", model, required=MODEL_KEYS, known=MODEL_KEYS)
-    _check_keys("the config's process", process, required=PROCESS_KEYS, known=PROCESS_KEYS)
     if config["kind"] not in get_args(OutputKind):
         raise ValueError(f"kind={config['kind']!r}: expected one of {get_args(OutputKind)}")
     size = model["input_size"]
     network = DiT(**{**model, "input_size": size if isinstance(size, int) else tuple(size)})
     return ClassConditional(
         network,
-        DDPM(**process),
+        build_process(config["process"]),
         kind=config["kind"],
         x_0_range=None if config["x_0_range"] is None else tuple(config["x_0_range"]),
         class_names=config.get("class_names", ()),
     )
+
+
+def build_process(settings: Mapping[str, Any]) -> Process:
+    """Build the process whose settings these are; those that are left out have their defaults.
+
+    Raises:
+        ValueError: no process has settings of these names, or a value is impossible.
+    """
+    if isinstance(settings, Mapping):
+        for names, process in PROCESSES.items():
+            if set(settings) <= set(names):
+                return process(**settings)
+    known = " or ".join(", ".join(names) for names in PROCESSES)
+    raise ValueError(f"process={settings!r}: expected a mapping with {known}")
 
 
 def _check_keys(

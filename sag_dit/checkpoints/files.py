@@ -118,6 +118,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(
             f"{path}: damaged, cut short, or no safetensors file ({error}); {EXPECTED}"
         ) from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: its metadata's {METADATA_KEY} is no JSON object but {config!r}")
     return state, config
 
 

@@ -62,9 +62,12 @@ def _read_folder(path: Path, ema: bool) -> Checkpoint:
     exported = path / "model.safetensors"
     candidates = [exported] if ema and exported.is_file() else []
     candidates += [
-        file for file in (path / "checkpoints").glob("*") if file.suffix in (".ckpt", ".pt")
+        file
+        for file in (path / "checkpoints").glob("*")
+        if file.suffix in (".ckpt", ".pt") and file.is_file() and not file.name.startswith("best")
     ]
-    # A run's export is its end, unless the run went on afterwards.
+    # A run's export is its end, unless the run went on afterwards. Its best checkpoint is asked
+    # for by its own path.
     newest = max(candidates, key=lambda file: file.stat().st_mtime_ns, default=exported)
     if newest != exported:
         return _read_torch(newest, ema)
@@ -108,8 +111,9 @@ def _read_lightning(
     if ema and not averaged:
         raise ValueError(_lacking(path, ema))
     state = value["current_model_state" if averaged and not ema else "state_dict"]
-    hyper_parameters = value.get("hyper_parameters") or {}
-    stated = hyper_parameters if "model" in hyper_parameters else beside
+    stated = value.get("hyper_parameters")
+    if not isinstance(stated, Mapping) or not isinstance(stated.get("model"), Mapping):
+        stated = beside
     network = keys.unwrapped(files.tensors(state, path))
     return Checkpoint(network, (path,), stated, stated.get("vae"))
 

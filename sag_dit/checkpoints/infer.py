@@ -65,7 +65,8 @@ def model_config(
             f"{path}: {out_channels:g} output channels for {channels} input channels; expected as "
             f"many, or twice as many where the variance is learned"
         )
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    # Counted, not the highest number: of a gap, strict loading tells.
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     inferred: dict[str, Any] = {
         "patch_size": patch,
         "in_channels": channels,

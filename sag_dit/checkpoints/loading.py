@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sag_dit.checkpoints import files, formats, infer, zoo
-from sag_dit.checkpoints.config import build
+from sag_dit.checkpoints.config import build, build_process
 from sag_dit.checkpoints.model import Model, from_denoiser
 from sag_dit.codec import Codec, IdentityCodec, VAECodec
+from sag_dit.process import Flow
 
 SHOWN_KEYS = 3
 
@@ -64,21 +65,29 @@ def full_config(
     """Complete what a checkpoint says of its config with what its weights tell.
 
     A model of one or three channels is a pixel model unless an autoencoder comes with it
-    (``latent``). An unstated process is the published one: linear betas, 1000 steps, eps.
+    (``latent``). Unstated, process and kind are the published ones: linear betas, 1000 steps, eps;
+    the kind of a flow is v.
+
+    Raises:
+        ValueError: a stated value is of the wrong kind, or the weights are not a DiT's.
     """
     stated = dict(checkpoint.stated)
-    model = dict(stated.get("model") or {})
+    for key in ("model", "process", "defaults"):
+        if not isinstance(stated.get(key, {}), Mapping):
+            raise ValueError(f"{path}: its config's {key} is {stated[key]!r}; expected a mapping")
+    model = dict(stated.get("model", {}))
     if num_heads is not None:
         model["num_heads"] = num_heads
     model = infer.model_config(checkpoint.state, path, model)
     latent = latent or checkpoint.vae is not None
     pixels = model["in_channels"] in (1, 3) and not latent
+    flow = isinstance(build_process(stated.get("process", {})), Flow)
     return {
-        "kind": "eps",
+        "kind": "v" if flow else "eps",
+        "process": {},
         "x_0_range": (-1.0, 1.0) if pixels else None,
         **stated,
         "model": model,
-        "process": {"schedule": "linear", "num_timesteps": 1000, **stated.get("process", {})},
     }
 
 

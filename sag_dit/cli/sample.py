@@ -54,7 +54,7 @@ def make_plan(config: DictConfig) -> Plan:
     from sag_dit.checkpoints import load
     from sag_dit.data.requests import make_requests, read_requests
     from sag_dit.output.folder import SampleFolder
-    from sag_dit.sampling import Settings, default_batch_size
+    from sag_dit.sampling import Settings
 
     if config.gallery.num < 0:
         raise ValueError(f"gallery.num={config.gallery.num}: expected 0 or more")
@@ -70,7 +70,7 @@ def make_plan(config: DictConfig) -> Plan:
         sampler=sampler,
         steps=config.steps,
         guidance=tuple(guidance.values()),
-        batch_size=config.batch_size or default_batch_size(model),
+        batch_size=config.batch_size or model.batch_size,
         max_rows=config.max_rows,
     )
     settings.check(model)

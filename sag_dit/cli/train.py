@@ -31,8 +31,7 @@ def run(config: DictConfig) -> None:
     from lightning.pytorch import Trainer, seed_everything
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    from sag_dit.checkpoints import Model, build, write_safetensors
-    from sag_dit.codec import IdentityCodec
+    from sag_dit.checkpoints import build, from_denoiser, write_safetensors
     from sag_dit.training.module import DiffusionModule
 
     config.out = str(run_folder(config))
@@ -53,14 +52,7 @@ def run(config: DictConfig) -> None:
     if config.compile:
         denoiser.network.compile_blocks()
     module = DiffusionModule(
-        Model(
-            denoiser=denoiser,
-            codec=IdentityCodec(),
-            name=config.name,
-            sha256="",
-            config=description,
-            class_names=denoiser.class_names,
-        ),
+        from_denoiser(denoiser, config.name, defaults=description["defaults"]),
         optimizer=instantiate(config.optimizer),
         seed=config.seed,
     )

@@ -20,13 +20,12 @@ class ViewRecorder:
         terms = (term for term in settings.guidance if isinstance(term, SAG) and not term.off)
         self._sag = next(terms, None)
         self._layer = None if self._sag is None else denoiser.layer(self._sag.layer)
-        last = settings.steps - 1
-        self._wanted = {round(i * last / (SHOWN - 1)) for i in range(SHOWN)}
         self._kept: list[SampleStep] = []
 
     def __call__(self, step: SampleStep) -> None:
         """Keep this step if it is wanted and SAG acted on it."""
-        wanted = step.step.index in self._wanted
+        last = step.step.count - 1
+        wanted = step.step.index in {round(i * last / (SHOWN - 1)) for i in range(SHOWN)}
         if wanted and self._layer and self._layer.name in step.prediction.attention:
             self._kept.append(step)
 

@@ -2,5 +2,6 @@
 
 from sag_dit.process.base import NoiseLevel, Prediction, Process, Step
 from sag_dit.process.ddpm import DDPM
+from sag_dit.process.flow import Flow
 
-__all__ = ["DDPM", "NoiseLevel", "Prediction", "Process", "Step"]
+__all__ = ["DDPM", "Flow", "NoiseLevel", "Prediction", "Process", "Step"]

@@ -52,7 +52,11 @@ class NoiseLevel:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a sampler: from ``level`` to the less noisy ``next``."""
+    """One evaluation within a sampler's run: it stands at ``level`` and ``next`` comes after it.
+
+    A solver that evaluates twice a step makes two of these of it, so ``count`` is the number of
+    evaluations, and ``next`` may then be as noisy as ``level``.
+    """
 
     index: int
     count: int
@@ -61,7 +65,7 @@ class Step:
 
     @property
     def progress(self) -> float:
-        """Share of the run that lies behind this step, in [0, 1)."""
+        """Share of the run's evaluations that lies behind this one, in [0, 1)."""
         return self.index / self.count
 
 

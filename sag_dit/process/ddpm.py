@@ -48,10 +48,13 @@ def respace(num_timesteps: int, steps: int) -> list[int]:
     """Choose ``steps`` of the original times, both ends included, with a fractional stride.
 
     t_i = round(i (T - 1) / (S - 1)). Rounding is to even, and the stride is accumulated in double
-    precision, as in ADM, so that the same times are chosen.
+    precision, as in ADM, so that the same times are chosen. A single step starts from noise, at
+    T - 1; ADM's would start at 0, where nothing is left to do.
     Source: guided-diffusion, respace.py.
     """
-    stride = (num_timesteps - 1) / (steps - 1) if steps > 1 else 1.0
+    if steps == 1:
+        return [num_timesteps - 1]
+    stride = (num_timesteps - 1) / (steps - 1)
     times, position = [], 0.0
     for _ in range(steps):
         times.append(round(position))

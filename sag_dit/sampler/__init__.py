@@ -3,5 +3,14 @@
 from sag_dit.sampler.base import Denoise, Sampler, SampleStep
 from sag_dit.sampler.ddim import DDIM
 from sag_dit.sampler.ddpm import Ancestral
+from sag_dit.sampler.ode import EulerFlow, HeunFlow
 
-__all__ = ["DDIM", "Ancestral", "Denoise", "SampleStep", "Sampler"]
+__all__ = [
+    "DDIM",
+    "Ancestral",
+    "Denoise",
+    "EulerFlow",
+    "HeunFlow",
+    "SampleStep",
+    "Sampler",
+]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from sag_dit.noise import NoiseSource
-from sag_dit.process import Prediction, Process, Step
+from sag_dit.process import DDPM, Prediction, Process, Step
 from sag_dit.tensors import Images
 
 Denoise = Callable[[Images, Step], Prediction]
@@ -29,6 +29,14 @@ class SampleStep:
 
 class Sampler(ABC):
     """Solves the reverse process on a grid of a given number of steps."""
+
+    def check(self, process: Process, num_steps: int) -> None:
+        """Refuse a process or a number of steps this sampler cannot take, before anything is drawn.
+
+        Raises:
+            ValueError: what is impossible, and the remedy.
+        """
+        process.check_steps(num_steps)
 
     @abstractmethod
     def steps(
@@ -60,8 +68,6 @@ def steps_of(process: Process, num_steps: int) -> Iterator[Step]:
 
 def require_ddpm(process: Process, sampler: str) -> None:
     """Refuse a process that is not variance preserving."""
-    from sag_dit.process import DDPM
-
     if not isinstance(process, DDPM):
         raise ValueError(
             f"sampler={sampler}: solves variance-preserving models only, and this model's process "

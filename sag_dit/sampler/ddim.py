@@ -32,6 +32,11 @@ class DDIM(Sampler):
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta}: expected 0 (deterministic) to 1 (ancestral)")
 
+    def check(self, process: Process, num_steps: int) -> None:
+        """Refuse a process that is not variance preserving, and impossible numbers of steps."""
+        require_ddpm(process, "ddim")
+        super().check(process, num_steps)
+
     def steps(
         self,
         denoise: Denoise,
@@ -42,7 +47,7 @@ class DDIM(Sampler):
         x_0_range: tuple[float, float] | None = None,
     ) -> Iterator[SampleStep]:
         """Yield DDIM steps; see :meth:`Sampler.steps`."""
-        require_ddpm(process, "ddim")
+        self.check(process, num_steps)
         for step in steps_of(process, num_steps):
             prediction = denoise(x, step)
             clamped = prediction.clamped(x_0_range)

@@ -55,6 +55,11 @@ class Ancestral(Sampler):
         fixed = lower if self.variance == "fixed_small" else posterior.log_large[index]
         return torch.full((1, 1, 1, 1), fixed, device=prediction.x_t.device)
 
+    def check(self, process: Process, num_steps: int) -> None:
+        """Refuse a process that is not variance preserving, and impossible numbers of steps."""
+        require_ddpm(process, "ddpm")
+        super().check(process, num_steps)
+
     def steps(
         self,
         denoise: Denoise,
@@ -65,7 +70,7 @@ class Ancestral(Sampler):
         x_0_range: tuple[float, float] | None = None,
     ) -> Iterator[SampleStep]:
         """Yield ancestral steps; see :meth:`Sampler.steps`."""
-        require_ddpm(process, "ddpm")
+        self.check(process, num_steps)
         posterior = Posterior.of(process.grid(num_steps))
         for step in steps_of(process, num_steps):
             i = step.index

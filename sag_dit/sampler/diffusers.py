@@ -42,6 +42,9 @@ class Recipe:
 
 KARRAS = {"use_karras_sigmas": True}
 SDE = {"algorithm_type": "sde-dpmsolver++"}
+# The cosine schedule starts at a noise-to-signal ratio of 20,000 (the linear one at 157), where
+# these schedulers overshoot or lose their last digit in single precision.
+LINEAR = ("linear",)
 
 PROVEN: Mapping[str, Recipe] = {
     "dpmpp_2m": Recipe("DPMSolverMultistepScheduler"),
@@ -54,14 +57,14 @@ PROVEN: Mapping[str, Recipe] = {
     "unipc_karras": Recipe("UniPCMultistepScheduler", KARRAS),
     "euler": Recipe("EulerDiscreteScheduler", scaled=True),
     "euler_karras": Recipe("EulerDiscreteScheduler", KARRAS, scaled=True),
-    "euler_ancestral": Recipe("EulerAncestralDiscreteScheduler", scaled=True, stochastic=True),
-    "heun": Recipe("HeunDiscreteScheduler", scaled=True, least=5, schedules=("linear",)),
-    "heun_karras": Recipe(
-        "HeunDiscreteScheduler", KARRAS, scaled=True, least=8, schedules=("linear",)
+    "euler_ancestral": Recipe(
+        "EulerAncestralDiscreteScheduler", scaled=True, stochastic=True, least=3, schedules=LINEAR
     ),
+    "heun": Recipe("HeunDiscreteScheduler", scaled=True, least=5, schedules=LINEAR),
+    "heun_karras": Recipe("HeunDiscreteScheduler", KARRAS, scaled=True, least=8, schedules=LINEAR),
     "kdpm2": Recipe("KDPM2DiscreteScheduler", scaled=True, least=5),
     "kdpm2_ancestral": Recipe(
-        "KDPM2AncestralDiscreteScheduler", scaled=True, stochastic=True, least=5
+        "KDPM2AncestralDiscreteScheduler", scaled=True, stochastic=True, least=10, schedules=LINEAR
     ),
     "lms": Recipe("LMSDiscreteScheduler", scaled=True),
     # Its history is of eps, and its stride is whole, which only trailing spacing meets.
@@ -71,7 +74,7 @@ PROVEN: Mapping[str, Recipe] = {
         output="epsilon",
         spacing="trailing",
         least=4,
-        schedules=("linear",),
+        schedules=LINEAR,
     ),
 }
 
@@ -93,8 +96,8 @@ REFUSED: Mapping[str, str] = {
     "edm_euler": OTHER_MODEL,
     "edm_dpm_solver_multistep": OTHER_MODEL,
     "cosine_dpm_solver_multistep": OTHER_MODEL,
-    "flow_match_euler_discrete": OTHER_MODEL,
-    "flow_match_heun_discrete": OTHER_MODEL,
+    "flow_match_euler_discrete": f"{OWN}sampler=euler_flow",
+    "flow_match_heun_discrete": f"{OWN}sampler=heun_flow",
 }
 
 
@@ -154,7 +157,8 @@ class DiffusersSampler(Sampler):
     ) -> Iterator[SampleStep]:
         """Yield one step per evaluation of the network; see :meth:`Sampler.steps`."""
         recipe = PROVEN[self.name]
-        ddpm = self._solvable(process, num_steps)
+        self.check(process, num_steps)
+        ddpm = cast(DDPM, process)
         scheduler = _scheduler(recipe, ddpm, num_steps)
         levels = _levels(scheduler)
         self._check_grid(levels, ddpm, num_steps)
@@ -169,16 +173,20 @@ class DiffusersSampler(Sampler):
             state = scheduler.step(output, t, state, return_dict=False, **draw)[0]
             yield SampleStep(step, state * step.next.alpha if recipe.scaled else state, prediction)
 
-    def _solvable(self, process: Process, num_steps: int) -> DDPM:
-        """Return the process, or refuse it or a number of steps that is not proven on it."""
+    def check(self, process: Process, num_steps: int) -> None:
+        """Refuse a process, or a number of steps on it, that this scheduler is not proven on.
+
+        Raises:
+            ValueError: the remedy is named.
+        """
         recipe = PROVEN[self.name]
         require_ddpm(process, self.name)
+        process.check_steps(num_steps)
         ddpm = cast(DDPM, process)
-        ddpm.check_steps(num_steps)
         if ddpm.schedule not in recipe.schedules:
             raise ValueError(
-                f"sampler={self.name}: overshoots on the {ddpm.schedule} schedule of this model; "
-                f"use sampler=dpmpp_2m, unipc, kdpm2 or lms"
+                f"sampler={self.name}: not proven on the {ddpm.schedule} schedule of this model, "
+                f"where it overshoots; use sampler=dpmpp_2m, dpmpp_2m_sde, unipc, kdpm2 or lms"
             )
         if num_steps < recipe.least:
             raise ValueError(
@@ -188,12 +196,12 @@ class DiffusersSampler(Sampler):
         total = ddpm.num_timesteps
         if self.name == "pndm" and total % num_steps:
             fitting = [n for n in range(recipe.least, total + 1) if total % n == 0]
-            nearest = sorted(fitting, key=lambda n: abs(n - num_steps))[:2]
+            below = [str(n) for n in fitting if n < num_steps]
+            above = [str(n) for n in fitting if n > num_steps]
             raise ValueError(
                 f"steps={num_steps}: pndm takes strides of whole times, expected a divisor of "
-                f"{total}; nearest are {' and '.join(map(str, sorted(nearest)))}"
+                f"{total}; nearest are {' and '.join((*below[-1:], *above[:1]))}"
             )
-        return ddpm
 
     def _check_grid(self, levels: tuple[NoiseLevel, ...], process: DDPM, num_steps: int) -> None:
         """Refuse a grid that does not start at the noisiest level or takes too few levels."""

@@ -17,9 +17,9 @@ from sag_dit.noise import generator
 from sag_dit.output.views import ViewRecorder
 from sag_dit.output.writer import Drawn
 from sag_dit.sampler import SampleStep
-from sag_dit.sampling import Request, Settings, Watch, default_batch_size, draw
+from sag_dit.sampling import Request, Settings, Watch, draw
 from sag_dit.tensors import Images, Labels
-from sag_dit.training.objective import mse
+from sag_dit.training.objective import MSE, Objective
 
 TRAINING = 3
 """Purpose of the random streams of training steps, see :func:`sag_dit.noise.generator`."""
@@ -28,15 +28,17 @@ TRAINING = 3
 class DiffusionModule(LightningModule):
     """Trains a model's denoiser on (uint8 images, labels), and draws requests with it.
 
-    All randomness of a training step (times, noise, label dropout) is a pure function of (seed,
-    batch index, rank). Prediction follows ``settings``; the first ``gallery`` indices are also
-    drawn without guidance, from the same noise. ``watch`` is told of every step.
+    ``objective`` says what is minimised. All randomness of a training step (times, noise, label
+    dropout) is a pure function of (seed, batch index, rank). Prediction follows ``settings``; the
+    first ``gallery`` indices are also drawn without guidance, from the same noise. ``watch`` is
+    told of every step.
     """
 
     def __init__(
         self,
         model: Model,
         *,
+        objective: Objective | None = None,
         optimizer: Callable[[Iterable[Parameter]], Optimizer] | None = None,
         settings: Settings | None = None,
         gallery: int = 0,
@@ -47,7 +49,9 @@ class DiffusionModule(LightningModule):
         self.model = model
         # Registered by itself: the parameters that Lightning moves, wraps, averages and saves.
         self.denoiser = model.denoiser
-        self.settings = settings or Settings(batch_size=default_batch_size(model))
+        self.objective = objective or MSE()
+        self.objective.check(self.denoiser)
+        self.settings = settings or Settings(batch_size=model.batch_size)
         self.gallery = gallery
         self.seed = seed
         self.watch = watch
@@ -61,15 +65,12 @@ class DiffusionModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what rebuilds the denoiser beside its weights, as plain values."""
-        checkpoint["hyper_parameters"] = dict(self.model.config)
+        checkpoint["hyper_parameters"] = self.model.description
 
     def loss(self, images: Images, labels: Labels) -> Tensor:
-        """Return the mean objective over a batch at uniformly drawn times."""
+        """Return the mean objective over a batch."""
         x_0 = self.model.codec.encode(images)
-        process = self.denoiser.process
-        t = process.time_at(torch.rand(labels.shape, device=labels.device))
-        eps = torch.randn_like(x_0)
-        return mse(self.denoiser, x_0, labels, process.level(t), eps).mean()
+        return self.objective(self.denoiser, x_0, labels).per_image.mean()
 
     def training_step(self, batch: tuple[Images, Labels], batch_idx: int) -> Tensor:
         """Return the loss of one batch."""

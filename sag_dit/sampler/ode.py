@@ -1,0 +1,114 @@
+"""Euler and Heun: solvers of the ODE of a flow, dx / du = v."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from sag_dit.noise import NoiseSource
+from sag_dit.process import Flow, NoiseLevel, Process, Step
+from sag_dit.sampler.base import Denoise, Sampler, SampleStep, steps_of
+from sag_dit.tensors import Images
+
+
+def require_flow(process: Process, sampler: str) -> Flow:
+    """Return the process as a flow, or refuse it.
+
+    Raises:
+        ValueError: the process is not a flow.
+    """
+    if not isinstance(process, Flow):
+        raise ValueError(
+            f"sampler={sampler}: solves flow models only, and this model's process is "
+            f"{type(process).__name__}; use sampler=ddim, sampler=ddpm or one of diffusers' such "
+            f"as sampler=dpmpp_2m"
+        )
+    return process
+
+
+def length(now: NoiseLevel, after: NoiseLevel) -> float:
+    """Return u' - u of a step of a flow, negative towards the image."""
+    return float(after.sigma) - float(now.sigma)
+
+
+@dataclass(frozen=True)
+class FlowSampler(Sampler):
+    """What both solvers share: the grid they go along.
+
+    ``shift`` spaces the grid instead of the process's own, above 1 for more steps near noise (see
+    :class:`sag_dit.process.Flow`); None leaves the process's.
+    """
+
+    shift: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.shift is not None:
+            Flow(shift=self.shift)
+
+    def flow(self, process: Process, sampler: str) -> Flow:
+        """Return the process with this sampler's grid, or refuse it."""
+        flow = require_flow(process, sampler)
+        return flow if self.shift is None else replace(flow, shift=self.shift)
+
+
+@dataclass(frozen=True)
+class EulerFlow(FlowSampler):
+    """Euler's method: x_next = x + (u' - u) v. Order 1, one evaluation a step.
+
+    The last step returns the x_0 that is expected. No noise is drawn.
+
+    Source: Liu et al. 2023 (rectified flow), section 2.
+    """
+
+    def steps(
+        self,
+        denoise: Denoise,
+        x: Images,
+        process: Process,
+        num_steps: int,
+        noise: NoiseSource,
+        x_0_range: tuple[float, float] | None = None,
+    ) -> Iterator[SampleStep]:
+        """Yield Euler steps; see :meth:`Sampler.steps`."""
+        for step in steps_of(self.flow(process, "euler_flow"), num_steps):
+            prediction = denoise(x, step)
+            x = x + length(step.level, step.next) * prediction.clamped(x_0_range).v
+            yield SampleStep(step, x, prediction)
+
+
+@dataclass(frozen=True)
+class HeunFlow(FlowSampler):
+    """Heun's method: x' = x + h v(x, u), then x_next = x + h (v(x, u) + v(x', u')) / 2.
+
+    Order 2, two evaluations a step but for the last, which is Euler's: at u' = 0 the network is
+    not asked. There is a step per evaluation: ``num_steps`` steps of the grid are 2 num_steps - 1
+    of the run, and the second of each pair ends at the level it begins. No noise is drawn.
+
+    Source: Karras et al. 2022, algorithm 1.
+    """
+
+    def steps(
+        self,
+        denoise: Denoise,
+        x: Images,
+        process: Process,
+        num_steps: int,
+        noise: NoiseSource,
+        x_0_range: tuple[float, float] | None = None,
+    ) -> Iterator[SampleStep]:
+        """Yield one step per evaluation of the network; see :meth:`Sampler.steps`."""
+        count = 2 * num_steps - 1
+        for taken in steps_of(self.flow(process, "heun_flow"), num_steps):
+            now, after = taken.level, taken.next
+            h = length(now, after)
+            first = Step(2 * taken.index, count, now, after)
+            prediction = denoise(x, first)
+            v = prediction.clamped(x_0_range).v
+            guess = x + h * v
+            yield SampleStep(first, guess, prediction)
+            if taken.index == num_steps - 1:
+                return
+            second = Step(first.index + 1, count, after, after)
+            prediction = denoise(guess, second)
+            x = x + h * (v + prediction.clamped(x_0_range).v) / 2
+            yield SampleStep(second, x, prediction)

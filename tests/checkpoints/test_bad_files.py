@@ -1,0 +1,203 @@
+"""What is damaged, foreign or dangerous is refused, named, and never run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sag_dit.checkpoints import load
+from sag_dit.models import DiT
+
+
+class Payload:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("layout", ["zip", "old", "bare pickle"])
+def test_malicious_pickle_is_refused_and_never_runs(
+    pixel_dit: DiT, tmp_path: Path, layout: str
+) -> None:
+    path, harm = tmp_path / "model.pt", tmp_path / "harm"
+    value = {"ema": pixel_dit.state_dict(), "args": Namespace(vae=Payload(harm))}
+    if layout == "bare pickle":
+        path.write_bytes(pickle.dumps(Payload(harm)))
+    else:
+        torch.save(value, path, _use_new_zipfile_serialization=layout == "zip")
+    refusal = "no file of torch.save" if layout == "bare pickle" else "refused.*mkdir.*can run code"
+    with pytest.raises(ValueError, match=rf"model\.pt: .*{refusal}") as caught:
+        load(path)
+    assert not harm.exists()
+    assert caught.value.__suppress_context__
+    pickle.loads(pickle.dumps(Payload(harm)))
+    assert harm.exists(), "the payload would have run"
+
+
+def test_objects_of_other_classes_are_refused_by_name(tmp_path: Path) -> None:
+    torch.save({"ema": {}, "args": Namespace(root=Path("x"))}, tmp_path / "paths.pt")
+    with pytest.raises(ValueError, match=r"refused.*pathlib.*save its state dict alone"):
+        load(tmp_path / "paths.pt")
+
+
+@pytest.mark.parametrize("layout", ["zip", "old", "safetensors"])
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.99])
+def test_truncated_files_are_named(
+    pixel_dit: DiT, tmp_path: Path, layout: str, share: float
+) -> None:
+    path = tmp_path / "cut.pt"
+    if layout == "safetensors":
+        save_file(pixel_dit.state_dict(), path)
+    else:
+        torch.save(pixel_dit.state_dict(), path, _use_new_zipfile_serialization=layout == "zip")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(ValueError, match=r"cut\.pt: damaged.*expected weights of a DiT"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "the file is empty"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"\n<html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
+        (b"\x89PNG\r\n\x1a\n0000", "begins with b'.x89PNG"),
+    ],
+)
+def test_foreign_files_are_named(tmp_path: Path, content: bytes, found: str) -> None:
+    path = tmp_path / "foreign.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"foreign\.pt: .*{found}.*expected weights of a DiT"):
+        load(path)
+
+
+def test_other_archives_are_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "arrays.npz", "w") as archive:
+        archive.writestr("arr_0.npy", b"numbers")
+    with pytest.raises(ValueError, match=r"arrays\.npz: .*no file of torch\.save"):
+        load(tmp_path / "arrays.npz")
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (torch.zeros(3), "holds a Tensor"),
+        ({}, "an empty or foreign dict"),
+        ({"step": 3, "loss": 0.1}, "found step, loss where tensors should be"),
+        ({"conv.weight": torch.zeros(2)}, "not a DiT: x_embedder.proj.weight, .*conv.weight"),
+        ({"ema": {"a": 1}}, "found a where tensors should be"),
+        ({"model": {}, "opt": {}}, "ema=true: .*holds no averaged .* use ema=false"),
+        ({"ema": {}}, "ema=false: .*holds no raw .*use ema=true"),
+    ],
+    ids=str,
+)
+def test_other_contents_are_named(tmp_path: Path, value: object, found: str) -> None:
+    path = tmp_path / "content.pt"
+    torch.save(value, path)
+    with pytest.raises(ValueError, match=found):
+        load(path, ema="ema=false" not in found or "ema=true: " in found)
+
+
+def test_weights_of_other_shapes_are_told_as_such(pixel_dit: DiT, tmp_path: Path) -> None:
+    state = pixel_dit.state_dict()
+    state["blocks.0.attn.qkv.weight"] = torch.zeros(3)
+    torch.save(state, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\.weight \(3,\) of unexpected"):
+        load(tmp_path / "odd.pt")
+    state = pixel_dit.state_dict()
+    state["final_layer.linear.weight"] = torch.zeros(20, 128)
+    torch.save(state, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match="5 output channels for 3 input channels"):
+        load(tmp_path / "odd.pt")
+
+
+def test_first_keys_that_do_not_fit_are_named(pixel_dit: DiT, tmp_path: Path) -> None:
+    state = pixel_dit.state_dict()
+    for name in list(state):
+        if name.startswith("blocks.1.mlp"):
+            del state[name]
+    state["blocks.0.attn.q_norm.weight"] = torch.ones(64)
+    state["final_layer.adaLN_modulation.1.bias"] = torch.zeros(5)
+    torch.save(state, tmp_path / "unfit.pt")
+    with pytest.raises(ValueError) as caught:
+        load(tmp_path / "unfit.pt")
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("unfit.pt: the weights do not fit the model")
+    assert lines[1].startswith("4 missing: blocks.1.mlp.fc1.weight; ") and lines[1].endswith(
+        ", ..."
+    )
+    assert lines[2] == "1 unexpected: blocks.0.attn.q_norm.weight"
+    assert lines[3] == (
+        "1 of another shape: final_layer.adaLN_modulation.1.bias is (5,), expected (256,)"
+    )
+
+
+def test_config_of_another_file_is_found_out(flat: Path) -> None:
+    flat.with_suffix(".json").write_text('{"model": {"depth": 3}}')
+    with pytest.raises(ValueError, match=r"10 missing: blocks\.2[^!]*see that it is this file's"):
+        load(flat)
+    flat.with_suffix(".json").write_text('{"model": {"num_heads": 3}}')
+    with pytest.raises(ValueError, match=r"small\.pt: hidden_size=128.*multiple of num_heads=3"):
+        load(flat)
+    flat.with_suffix(".json").write_text('{"model": {"heads": 2}}')
+    with pytest.raises(ValueError, match=r"unknown heads; expected input_size"):
+        load(flat)
+
+
+def test_flow_models_that_look_like_a_dit_are_refused(pixel_dit: DiT, tmp_path: Path) -> None:
+    value = {"ema": pixel_dit.state_dict(), "args": Namespace(model="SiT-XL/2")}
+    torch.save(value, tmp_path / "sit.pt")
+    with pytest.raises(ValueError, match="weights of SiT-XL/2, a flow model"):
+        load(tmp_path / "sit.pt")
+
+
+def test_raw_weights_are_not_made_up(flat: Path) -> None:
+    with pytest.raises(ValueError, match=r"ema=false: .*small\.pt holds one set of weights"):
+        load(flat, ema=False)
+
+
+def test_folder_without_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: a folder without checkpoint; expected"):
+        load(tmp_path / "empty")
+
+
+def test_unreadable_json_is_named(flat: Path) -> None:
+    flat.with_suffix(".json").write_text('{"model": ')
+    with pytest.raises(ValueError, match=r"small\.json: expected a readable JSON file"):
+        load(flat)
+    flat.with_suffix(".json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"small\.json: expected a JSON object, found a list"):
+        load(flat)
+
+
+@pytest.mark.parametrize("key", ["model", "process", "defaults"])
+def test_configs_of_the_wrong_kind_are_named(pixel_dit: DiT, tmp_path: Path, key: str) -> None:
+    path = tmp_path / "wrong.safetensors"
+    save_file(pixel_dit.state_dict(), path, metadata={"sag_dit": json.dumps({key: "DiT"})})
+    with pytest.raises(ValueError, match=rf"its config's {key} is 'DiT'; expected a mapping"):
+        load(path)
+    save_file(pixel_dit.state_dict(), path, metadata={"sag_dit": "[1]"})
+    with pytest.raises(ValueError, match=r"metadata's sag_dit is no JSON object but \[1\]"):
+        load(path)
+
+
+def test_number_in_a_name_is_not_trusted(pixel_dit: DiT, tmp_path: Path) -> None:
+    state = {**pixel_dit.state_dict(), "blocks.999999999.x": torch.zeros(1)}
+    torch.save(state, tmp_path / "deep.pt")
+    with pytest.raises(ValueError, match=r"1 unexpected: blocks\.999999999\.x"):
+        load(tmp_path / "deep.pt")
