@@ -18,15 +18,24 @@ START = 0
 """The draw that x_T is made of; step i of a sampler draws from stream i + 1."""
 
 
+def check_number(name: str, value: int) -> None:
+    """Refuse what cannot key a stream, such as a negative seed.
+
+    Raises:
+        ValueError: the value is not a whole number from 0 to 2^64 - 1.
+    """
+    if value != int(value) or not 0 <= value < 2**64:
+        raise ValueError(f"{name}={value}: expected a whole number from 0 to 2^64 - 1")
+
+
 def generator(seed: int, index: int, draw: int, purpose: int = 0) -> np.random.Generator:
     """Return the random stream of one (seed, index, draw); ``purpose`` keeps uses apart.
 
     Raises:
         ValueError: a value is negative or needs more than 64 bits.
     """
-    for name, value in (("seed", seed), ("index", index)):
-        if not 0 <= value < 2**64:
-            raise ValueError(f"{name}={value}: expected a whole number from 0 to 2^64 - 1")
+    for name, value in {"seed": seed, "index": index, "draw": draw, "purpose": purpose}.items():
+        check_number(name, value)
     key = np.array([seed, index], dtype=np.uint64)
     # The lowest word of the counter is left to count within the stream.
     counter = np.array([0, 0, purpose, draw], dtype=np.uint64)

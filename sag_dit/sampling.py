@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import UInt8
@@ -18,15 +19,14 @@ from sag_dit.noise import START, NoiseSource
 from sag_dit.sampler import DDIM, Sampler, SampleStep
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One image that is asked for: its place in the set, its randomness and its class.
 
     The noise of the image is a function of (``seed``, ``stream``) and the step. ``stream`` is the
     index where a whole set shares one seed, and 0 where every image brings its own.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's own method is not needed here
     seed: int
     label: int
     stream: int
@@ -50,6 +50,13 @@ class Settings:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: expected 1 or more")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"max_rows={self.max_rows}: expected 1 or more, or null for no bound")
+        if self.max_rows is not None and self.max_rows < self.batch_size:
+            raise ValueError(
+                f"max_rows={self.max_rows}: expected at least batch_size={self.batch_size}; make "
+                f"batch_size smaller instead"
+            )
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: expected 1 or more")
 
@@ -142,9 +149,11 @@ def sample(
         sampler=sampler or DDIM(),
         steps=steps,
         guidance=tuple(guidance),
-        batch_size=batch_size or model.batch_size,
+        batch_size=model.batch_size if batch_size is None else batch_size,
     )
     settings.check(model)
+    if not classes:
+        raise ValueError("classes=[]: expected at least one class")
     requests = [
         Request(index, seed, label, stream=index)
         for index, label in enumerate(labels_of(classes, model.class_names))
@@ -154,7 +163,7 @@ def sample(
     return torch.cat([draw(model, batch, settings, watch).cpu() for batch in batches])
 
 
-def labels_of(classes: Sequence[int | str], names: Sequence[str]) -> list[int]:
+def labels_of(classes: Sequence[object], names: Sequence[str]) -> list[int]:
     """Turn class numbers or names into labels.
 
     Raises:
@@ -166,7 +175,8 @@ def labels_of(classes: Sequence[int | str], names: Sequence[str]) -> list[int]:
             label = names.index(wanted)
         else:
             try:
-                label = int(wanted)
+                readable = isinstance(wanted, (int, str)) and not isinstance(wanted, bool)
+                label = int(str(wanted)) if readable else -1
             except ValueError:
                 label = -1
         if not 0 <= label < len(names):

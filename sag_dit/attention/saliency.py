@@ -15,7 +15,9 @@ from torch import Tensor
 from sag_dit.tensors import Saliency
 
 CHUNK_ELEMENTS = 1 << 20
-"""Most attention probabilities held at once, 4 MiB in float32."""
+"""Most attention probabilities held at once, 4 MiB in float32, ..."""
+LEAST_ROWS = 32
+"""... unless so many queries need more: a large batch is still a few large operations."""
 
 
 def _probabilities(
@@ -25,7 +27,9 @@ def _probabilities(
     mask: Tensor | None,
 ) -> Float[Tensor, "b k q n"]:
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    logits = (query.float() * scale) @ key.float().transpose(-2, -1)
+    # Mixed precision would run the product in 16 bits, where values tie around the threshold.
+    with torch.autocast(query.device.type, enabled=False):
+        logits = (query.float() * scale) @ key.float().transpose(-2, -1)
     if mask is not None:
         logits = (
             logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
@@ -55,7 +59,8 @@ def saliency(
     """
     stop = query.shape[-2]
     first, last, _ = (tokens or slice(None)).indices(stop)
-    rows = max(1, CHUNK_ELEMENTS // (query.shape[0] * query.shape[1] * key.shape[-2]))
+    rows = max(LEAST_ROWS, CHUNK_ELEMENTS // (query.shape[0] * query.shape[1] * key.shape[-2]))
+    key = key.float()
     received = query.new_zeros((query.shape[0], key.shape[-2]), dtype=torch.float32)
     for start in range(first, last, rows):
         end = min(start + rows, last)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sag_dit.attention.edits import AttentionEdit, Edit, InputEdit, OutputEdit
+from sag_dit.attention.edits import Attend, AttentionEdit, Edit, InputEdit, OutputEdit
 from sag_dit.attention.saliency import attention_map, saliency
 
 Rows = slice
@@ -103,6 +103,7 @@ class AttentionTap:
         self._captures = tuple(captures)
         self._edits = tuple(edits)
         self._seen: set[str] = set()
+        self._calls: dict[str, int] = {}
         self._modes: dict[str, _SeeAttention] = {}
         self._undo = ExitStack()
         self.captured: dict[str, Tensor] = {}
@@ -115,7 +116,14 @@ class AttentionTap:
                 )
 
     def _attention_names(self) -> list[str]:
-        return [name for name in self._modules if name.rpartition(".")[2].startswith("attn")]
+        def attends(module: nn.Module) -> bool:
+            return "Attention" in type(module).__name__
+
+        return [
+            name
+            for name, module in self._modules.items()
+            if attends(module) and not any(attends(child) for child in module.children())
+        ]
 
     def __enter__(self) -> Self:
         try:
@@ -160,6 +168,7 @@ class AttentionTap:
         active: list[_SeeAttention] = []
 
         def enter(*_: object) -> None:
+            self._calls[name] = 0
             mode.__enter__()  # type: ignore[no-untyped-call]
             active.append(mode)
 
@@ -192,6 +201,12 @@ class AttentionTap:
                 f"self-attention can be captured or edited, choose another layer"
             )
         self._seen.add(name)
+        self._calls[name] += 1
+        if self._calls[name] > 1:
+            raise ValueError(
+                f"layer {name!r} attends more than once, so it is not known which attention is "
+                f"meant; choose the attention module within it"
+            )
 
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = attn_mask) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale)
@@ -208,37 +223,64 @@ class AttentionTap:
                         tokens=capture.layer.tokens,
                     )
         output = attend(query, key, value)
+        edited: dict[tuple[int, int], Attend] = {}
         for edit, rows in self._edits:
             if isinstance(edit, AttentionEdit) and edit.module == name:
+                start, stop, _ = rows.indices(query.shape[0])
                 mask = _rows_of(attn_mask, rows, query.shape[0])
-                changed = edit.edit_attention(
-                    query[rows], key[rows], value[rows], partial(attend, mask=mask)
-                )
-                output = _with_rows(output, rows, changed)
+                # An edit attends through those before it, so that edits of the same rows all act.
+                before = edited.get((start, stop), partial(attend, mask=mask))
+                edited[start, stop] = partial(edit.edit_attention, attend=before)
+        for (start, stop), attend_edited in edited.items():
+            rows = slice(start, stop)
+            changed = attend_edited(query[rows], key[rows], value[rows])
+            output = _with_rows(output, rows, changed, name)
         return output
 
     def _hook_input(self, edit: InputEdit, rows: Rows) -> None:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            x = args[0]
-            return (_with_rows(x, rows, edit.edit_input(x[rows])), *args[1:])
+            x = _first_input(args, edit.module)
+            return (_with_rows(x, rows, edit.edit_input(x[rows]), edit.module), *args[1:])
 
         self._eager(edit.module)
         handle = self._modules[edit.module].register_forward_pre_hook(hook)
         self._undo.callback(handle.remove)
 
     def _hook_output(self, edit: OutputEdit, rows: Rows) -> None:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            return _with_rows(output, rows, edit.edit_output(args[0][rows], output[rows]))
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
+            x = _first_input(args, edit.module)
+            if not isinstance(output, Tensor):
+                raise ValueError(
+                    f"module {edit.module!r} returns {type(output).__name__}: only modules that "
+                    f"return a tensor can be edited"
+                )
+            changed = edit.edit_output(x[rows], output[rows])
+            return _with_rows(output, rows, changed, edit.module)
 
         self._eager(edit.module)
         handle = self._modules[edit.module].register_forward_hook(hook)
         self._undo.callback(handle.remove)
 
 
-def _with_rows(x: Tensor, rows: Rows, changed: Tensor) -> Tensor:
-    """Return a copy of ``x`` whose ``rows`` are ``changed``; gradients flow."""
+def _first_input(args: tuple[Any, ...], module: str) -> Tensor:
+    """Return the tensor a module was called with."""
+    if not args or not isinstance(args[0], Tensor):
+        raise ValueError(
+            f"module {module!r} was not called with a tensor as its first argument, so its input "
+            f"cannot be edited; choose a module within it"
+        )
+    return args[0]
+
+
+def _with_rows(x: Tensor, rows: Rows, changed: Tensor, module: str) -> Tensor:
+    """Return a copy of ``x`` whose ``rows`` are ``changed``, in its own type; gradients flow."""
     start, stop, _ = rows.indices(x.shape[0])
-    return torch.cat([x[:start], changed, x[stop:]])
+    if changed.shape != x[rows].shape:
+        raise ValueError(
+            f"an edit of {module!r} returned {tuple(changed.shape)}: expected the shape of the "
+            f"rows it was given, {tuple(x[rows].shape)}"
+        )
+    return torch.cat([x[:start], changed.to(x.dtype), x[stop:]])
 
 
 def _rows_of(mask: Tensor | None, rows: Rows, batch: int) -> Tensor | None:

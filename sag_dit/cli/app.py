@@ -19,6 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 FREE_TEXT = ("ckpt", "out", "requests", "vae", "data.root", "prompt")
 """Keys whose values may hold anything, so that Hydra's grammar must not read them."""
 
+QUOTATION = re.compile(r"""(['"])(\\.|(?!\1|\\).)*\1""", re.DOTALL)
+"""A value that the user has quoted for Hydra."""
+
 Run = Callable[[DictConfig], None]
 
 
@@ -37,12 +40,17 @@ def quoted(argument: str) -> str:
     key, separator, value = argument.partition("=")
     if not separator or key.lstrip("+") not in FREE_TEXT or value in ("", "null"):
         return argument
-    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+    if QUOTATION.fullmatch(value):
         return argument
     # Within Hydra's quotes a backslash means itself unless quotes follow it.
-    value = re.sub(r"(\\*)'", lambda m: m[1] * 2 + "\\'", value)
+    value = re.sub(r"(\\*)'", lambda m: m[1] * 2 + "\\'", literal(value))
     value = re.sub(r"(\\+)$", lambda m: m[1] * 2, value)
-    return f"{key}='{value.replace('${', chr(92) + '${')}'"
+    return f"{key}='{value}'"
+
+
+def literal(value: str) -> str:
+    """Escape what OmegaConf would take for an interpolation, so that the text means itself."""
+    return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from sag_dit.cli.app import launch, quiet_lightning
+from sag_dit.cli.app import launch, literal, quiet_lightning
+from sag_dit.cli.values import check_values, make_terms
 
 if TYPE_CHECKING:
     from sag_dit.checkpoints import Model
@@ -56,15 +57,9 @@ def make_plan(config: DictConfig) -> Plan:
     from sag_dit.output.folder import SampleFolder
     from sag_dit.sampling import Settings
 
-    if config.gallery.num < 0:
-        raise ValueError(f"gallery.num={config.gallery.num}: expected 0 or more")
-    guidance = {
-        name: instantiate(node, _convert_="all")
-        for name, node in config.guidance.items()
-        if node is not None
-    }
+    check_values(config)
+    guidance = make_terms(config.guidance)
     sampler = instantiate(config.sampler)
-    Settings(sampler, config.steps, batch_size=config.batch_size or 1, max_rows=config.max_rows)
     model = load(config.ckpt, ema=config.ema, vae=config.vae)
     settings = Settings(
         sampler=sampler,
@@ -108,7 +103,7 @@ def make_plan(config: DictConfig) -> Plan:
 def run(config: DictConfig) -> None:
     """Draw what is missing; rank 0 then checks that all is there and writes what shows it."""
     plan = make_plan(config)
-    config.out = str(plan.folder.path)
+    config.out = literal(str(plan.folder.path))
     resolved = OmegaConf.to_container(config, resolve=True)
     plan.folder.claim(plan.pixels, resolved)  # type: ignore[arg-type]
     pending = plan.folder.missing(plan.requests, config.gallery.num)
@@ -155,7 +150,7 @@ def _predict(config: DictConfig, plan: Plan, pending: list[Request]) -> bool:
         enable_progress_bar=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        default_root_dir=str(plan.folder.path),
+        default_root_dir=literal(str(plan.folder.path)),
         _convert_="all",
     )
     module = DiffusionModule(

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from sag_dit.cli.app import launch, quiet_lightning
+from sag_dit.cli.app import launch, literal, quiet_lightning
 
 
 def run_folder(config: DictConfig) -> Path:
@@ -34,8 +34,8 @@ def run(config: DictConfig) -> None:
     from sag_dit.checkpoints import build, from_denoiser, write_safetensors
     from sag_dit.training.module import DiffusionModule
 
-    config.out = str(run_folder(config))
-    out = Path(config.out)
+    out = run_folder(config)
+    config.out = literal(str(out))
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
     seed_everything(config.seed, verbose=False)
@@ -72,7 +72,7 @@ def run(config: DictConfig) -> None:
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         enable_model_summary=False,
-        default_root_dir=str(out),
+        default_root_dir=literal(str(out)),
         _convert_="all",
     )
     resume = out / "checkpoints" / "last.ckpt"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from sag_dit.noise import generator
@@ -41,10 +42,14 @@ class StepBatches(Sampler[list[int]]):
             )
         self._items, self._batch_size, self._seed = items, batch_size, seed
         self._first, self._rank, self._world = first, rank, world
+        self._shuffled: tuple[int, NDArray[np.int64]] | None = None
 
-    def order(self, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def order(self, epoch: int) -> NDArray[np.int64]:
         """Return the order of the data in one epoch."""
-        return generator(self._seed, epoch, 0, SHUFFLE).permutation(self._items)
+        if self._shuffled is None or self._shuffled[0] != epoch:
+            order = generator(self._seed, epoch, 0, SHUFFLE).permutation(self._items)
+            self._shuffled = (epoch, order)
+        return self._shuffled[1]
 
     def __iter__(self) -> Iterator[list[int]]:
         step = self._first

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from sag_dit.noise import generator
+from sag_dit.noise import check_number, generator
 from sag_dit.sampling import Request, labels_of
 
 LABELS = 4
@@ -57,10 +57,11 @@ def read_requests(file: str | Path, class_names: Sequence[str]) -> list[Request]
 
     Raises:
         ValueError: a line that is not a seed and a class; its number is named.
-        OSError: the file cannot be read.
     """
     requests: list[Request] = []
-    with Path(file).open(newline="", encoding="utf-8") as lines:
+    if not Path(file).is_file():
+        raise ValueError(f"requests={file}: no such file; expected lines of 'seed,class'")
+    with Path(file).open(newline="", encoding="utf-8-sig") as lines:
         for number, row in enumerate(csv.reader(lines, skipinitialspace=True), start=1):
             if not row or (number == 1 and [cell.strip().lower() for cell in row][:1] == ["seed"]):
                 continue
@@ -69,6 +70,7 @@ def read_requests(file: str | Path, class_names: Sequence[str]) -> list[Request]
                 if len(row) != 2:
                     raise ValueError(f"{len(row)} values where two were expected")
                 (label,) = labels_of([wanted], class_names)
+                check_number("seed", seed)
             except (ValueError, IndexError) as error:
                 raise ValueError(
                     f"{file}, line {number}: expected 'seed,class', found "

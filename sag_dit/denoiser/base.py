@@ -89,6 +89,8 @@ class Denoiser(nn.Module, ABC):
             ValueError: no layer of that name; those that exist are listed.
         """
         names = list(self.layers)
+        if not names:
+            raise ValueError(f"layer {name!r}: this model has no self-attention layers to read")
         if name == "auto":
             return self.layers[names[(len(names) - 1) // 2]]
         found = self.layers.get(name) or self.layers.get(f"{name}.attn")

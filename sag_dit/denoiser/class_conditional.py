@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class ClassConditional(Denoiser):
         class_names: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        if kind not in get_args(OutputKind):
+            raise ValueError(f"kind={kind!r}: expected one of {', '.join(get_args(OutputKind))}")
         if class_names and len(class_names) != network.num_classes:
             raise ValueError(
                 f"{len(class_names)} class names for a model of {network.num_classes} classes: "

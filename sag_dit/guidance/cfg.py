@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import torch
 
@@ -23,7 +24,10 @@ class CFG(Term):
         ValueError: ``channels`` is not positive, or the model has fewer or no null condition.
     """
 
+    from_null: ClassVar[bool] = True
+
     scale: float = 1.0
+    _: KW_ONLY
     channels: int | None = None
 
     def __post_init__(self) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from sag_dit.attention import Capture, Edit, capture_key
 from sag_dit.denoiser import Denoiser
 from sag_dit.denoiser.base import Condition
-from sag_dit.guidance.cfg import CFG
 from sag_dit.guidance.term import Asking, Branch, Question, Term
 from sag_dit.noise import NoiseSource
 from sag_dit.process import Prediction, Step
@@ -25,16 +24,37 @@ Key = tuple[Any, ...]
 class Talk:
     """One term's generator while it runs: what it asks now, and in the end its contribution."""
 
+    term: Term
     asking: Asking
     wants: tuple[Branch, ...] = ()
     contribution: Tensor | None = None
 
     def tell(self, answers: tuple[Prediction, ...] | None) -> None:
-        """Answer the term's questions and note its next ones, or what it returns."""
+        """Answer the term's questions and note its next ones, or what it returns.
+
+        A question of no branches is answered at once.
+        """
         try:
             self.wants = next(self.asking) if answers is None else self.asking.send(answers)
+            while not self.wants:
+                self.wants = self.asking.send(())
         except StopIteration as stop:
             self.wants, self.contribution = (), stop.value
+
+    def contribution_to(self, v: Images) -> Images:
+        """Return what the term contributes.
+
+        Raises:
+            ValueError: it returned nothing, or something of another shape: a silent no-op.
+        """
+        if self.contribution is None or self.contribution.shape != v.shape:
+            found = getattr(self.contribution, "shape", None)
+            raise ValueError(
+                f"{type(self.term).__name__} returned "
+                f"{'nothing' if found is None else tuple(found)}: expected a contribution to v of "
+                f"shape {tuple(v.shape)}"
+            )
+        return self.contribution
 
 
 class GuidedDenoiser:
@@ -42,8 +62,9 @@ class GuidedDenoiser:
 
     One instance serves one run over one batch of images, since terms may remember what happened at
     earlier steps. Each round gathers what all terms ask, drops duplicates, merges captures and
-    evaluates one batch per model (at most ``max_rows`` rows at once). Questions that need no answer
-    of an earlier round are asked together, so CFG and SAG cost two rounds, not three passes.
+    evaluates one batch per model, split between branches so that it has at most ``max_rows`` rows.
+    Questions that need no answer of an earlier round are asked together, so CFG and SAG together
+    take two calls of the network instead of three.
 
     Log-variance comes from the clean base branch alone. The answer's ``attention`` holds what any
     branch captured, so that a caller can show what the terms saw; the base's own wins a tie.
@@ -80,11 +101,14 @@ class GuidedDenoiser:
             step=step,
             base=base,
             null=None if null is None else replace(base, cond=null, captures=()),
-            guided_by_cfg=any(isinstance(self.terms[i], CFG) for i in active),
+            guided_by_cfg=any(self.terms[i].from_null for i in active),
             noise=self._noise,
         )
         talks = [
-            Talk(self.terms[i].contribution(replace(question, memory=self._memory[i])))
+            Talk(
+                self.terms[i],
+                self.terms[i].contribution(replace(question, memory=self._memory[i])),
+            )
             for i in active
         ]
         answers: dict[Key, Prediction] = {}
@@ -95,7 +119,11 @@ class GuidedDenoiser:
         wanted = [base, *(branch for talk in talks for branch in talk.wants)]
         while wanted:
             asked += wanted
-            answers |= self._evaluate(_merged(wanted, answers), step)
+            for key, answer in self._evaluate(_merged(wanted, answers), step).items():
+                # Asked once more for a further capture, a branch keeps its first answer.
+                known = answers.get(key, answer)
+                read = {**known.attention, **answer.attention}
+                answers[key] = replace(known, attention=read)
             for talk in talks:
                 if talk.wants:
                     talk.tell(tuple(answers[branch.key] for branch in talk.wants))
@@ -103,8 +131,7 @@ class GuidedDenoiser:
         result = answers[base.key]
         v = result.v
         for talk in talks:
-            if talk.contribution is not None:
-                v = v + talk.contribution
+            v = v + talk.contribution_to(result.v)
         attention: dict[str, Tensor] = {}
         for answer in (*answers.values(), result):
             attention |= answer.attention
@@ -124,7 +151,13 @@ class GuidedDenoiser:
     def _chunks(self, branches: list[Branch]) -> list[list[Branch]]:
         if self._max_rows is None:
             return [branches]
-        per_chunk = max(1, self._max_rows // branches[0].x_t.shape[0])
+        rows = branches[0].x_t.shape[0]
+        if self._max_rows < rows:
+            raise ValueError(
+                f"max_rows={self._max_rows}: expected at least the batch, {rows} rows; make "
+                f"batch_size smaller instead"
+            )
+        per_chunk = self._max_rows // rows
         return [branches[i : i + per_chunk] for i in range(0, len(branches), per_chunk)]
 
 

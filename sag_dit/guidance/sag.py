@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import warnings
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,6 +47,7 @@ class BlurGuidance(Term):
     """
 
     scale: float = 1.0
+    _: KW_ONLY
     blur_sigma: float = 1.0
     kernel_size: int = 9
     branch: BranchName = "auto"
@@ -65,7 +67,15 @@ class BlurGuidance(Term):
         return self.scale == 0
 
     def check(self, model: Denoiser) -> None:
-        """Refuse branch='null' for a model without a null condition."""
+        """Refuse branch='null' for a model without a null condition; tell of a reduced kernel."""
+        size = model.latent_shape[1:]
+        fitting = fitting_kernel(self.kernel_size, size)
+        if fitting < self.kernel_size:
+            warnings.warn(
+                f"kernel_size={self.kernel_size} does not fit a latent of {size[0]} x {size[1]} "
+                f"and is reduced to {fitting}",
+                stacklevel=2,
+            )
         if self.branch == "null" and model.null(1) is None:
             raise ValueError(
                 "branch='null': this model has no null condition (trained without label dropout); "
@@ -110,6 +120,7 @@ class SAG(BlurGuidance):
     Source: Hong et al. 2023, algorithm 1 and equations 15 to 19.
     """
 
+    _: KW_ONLY
     layer: str = "auto"
     threshold: float = 1.0
 

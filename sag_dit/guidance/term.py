@@ -7,10 +7,11 @@ the x_t of the base, its scale applied. The runner in ``guided.py`` steps all me
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -112,9 +113,21 @@ class Term(ABC):
     """
 
     interval: tuple[float, float] = (0.0, 1.0)
+    from_null: ClassVar[bool] = False
+    """Whether the term guides away from the null condition, as CFG does: see Question.branch."""
 
     def __post_init__(self) -> None:
-        start, stop = (float(bound) for bound in self.interval)
+        for each in fields(self):
+            value = getattr(self, each.name)
+            number = isinstance(value, (int, float)) and math.isfinite(value)
+            if each.type == "float" and not number:
+                raise ValueError(f"{each.name}={value!r}: expected a finite number")
+        try:
+            start, stop = (float(bound) for bound in self.interval)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"interval={self.interval!r}: expected two numbers, (start, stop)"
+            ) from None
         object.__setattr__(self, "interval", (start, stop))
         if not 0 <= start <= stop <= 1:
             raise ValueError(

@@ -161,7 +161,8 @@ class DiT(nn.Module):
 
     def forward(self, x: Images, t: Float[Tensor, "b"] | Int[Tensor, "b"], y: Labels) -> Images:
         """Denoise images or latents x at times t for classes y (``num_classes`` is the null)."""
-        tokens = self.x_embedder(x) + self.pos_embed
+        # The patch embedding is a transposed view, whose strides every later operation would keep.
+        tokens = (self.x_embedder(x) + self.pos_embed).contiguous()
         condition = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
             tokens = block(tokens, condition)

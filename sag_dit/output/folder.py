@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -144,9 +145,10 @@ def read_views(file: Path) -> tuple[StepView, ...]:
     if not file.exists():
         return ()
     try:
-        with np.load(file) as arrays:
+        # From memory: of a broken file NumPy would leave the handle open.
+        with np.load(BytesIO(file.read_bytes())) as arrays:
             columns = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, BadZipFile) as error:
+    except (OSError, EOFError, ValueError, BadZipFile) as error:
         raise ValueError(f"{file} cannot be read ({error}); delete it") from error
     return tuple(
         StepView(

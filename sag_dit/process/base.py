@@ -151,13 +151,18 @@ class Process(ABC):
 
         v = output; (eps + d_alpha x_t) / alpha; or (d_sigma x_t - x_0) / sigma. An eps model cannot
         be read where alpha = 0, nor an x_0 model where sigma = 0: their output says nothing there.
+
+        Raises:
+            ValueError: another kind.
         """
         if kind == "v":
             v = output
         elif kind == "eps":
             v = (output + level.d_alpha * x_t) / level.alpha
-        else:
+        elif kind == "x_0":
             v = (level.d_sigma * x_t - output) / level.sigma
+        else:
+            raise ValueError(f"kind={kind!r}: expected 'eps', 'v' or 'x_0'")
         return Prediction(x_t=x_t, level=level, v=v)
 
     def target(self, x_0: Images, eps: Images, level: NoiseLevel, kind: OutputKind) -> Images:

@@ -106,9 +106,9 @@ class DDPM(Process):
     def level(self, t: float | Tensor) -> NoiseLevel:
         """Return the level of an integral time, or of one integral time per image."""
         if isinstance(t, Tensor):
-            alpha, sigma = self._alpha_sigma.to(t.device)[:, t.long()].float()[
-                ..., None, None, None
-            ]
+            # float32 before the device: not every device has float64.
+            table = self._alpha_sigma.float().to(t.device)
+            alpha, sigma = table[:, t.long()][..., None, None, None]
             return NoiseLevel(t=t, alpha=alpha, sigma=sigma, d_alpha=-sigma, d_sigma=alpha)
         if not float(t).is_integer() or not 0 <= t < self.num_timesteps:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from sag_dit.noise import NoiseSource
 from sag_dit.process import Flow, NoiseLevel, Process, Step
@@ -39,15 +40,21 @@ class FlowSampler(Sampler):
     :class:`sag_dit.process.Flow`); None leaves the process's.
     """
 
+    name: ClassVar[str]
+
     shift: float | None = None
 
     def __post_init__(self) -> None:
         if self.shift is not None:
             Flow(shift=self.shift)
 
-    def flow(self, process: Process, sampler: str) -> Flow:
+    def check(self, process: Process, num_steps: int) -> None:
+        """Refuse a process that is no flow, and impossible numbers of steps."""
+        self.flow(process).check_steps(num_steps)
+
+    def flow(self, process: Process) -> Flow:
         """Return the process with this sampler's grid, or refuse it."""
-        flow = require_flow(process, sampler)
+        flow = require_flow(process, self.name)
         return flow if self.shift is None else replace(flow, shift=self.shift)
 
 
@@ -60,6 +67,8 @@ class EulerFlow(FlowSampler):
     Source: Liu et al. 2023 (rectified flow), section 2.
     """
 
+    name: ClassVar[str] = "euler_flow"
+
     def steps(
         self,
         denoise: Denoise,
@@ -70,7 +79,7 @@ class EulerFlow(FlowSampler):
         x_0_range: tuple[float, float] | None = None,
     ) -> Iterator[SampleStep]:
         """Yield Euler steps; see :meth:`Sampler.steps`."""
-        for step in steps_of(self.flow(process, "euler_flow"), num_steps):
+        for step in steps_of(self.flow(process), num_steps):
             prediction = denoise(x, step)
             x = x + length(step.level, step.next) * prediction.clamped(x_0_range).v
             yield SampleStep(step, x, prediction)
@@ -87,6 +96,8 @@ class HeunFlow(FlowSampler):
     Source: Karras et al. 2022, algorithm 1.
     """
 
+    name: ClassVar[str] = "heun_flow"
+
     def steps(
         self,
         denoise: Denoise,
@@ -98,7 +109,7 @@ class HeunFlow(FlowSampler):
     ) -> Iterator[SampleStep]:
         """Yield one step per evaluation of the network; see :meth:`Sampler.steps`."""
         count = 2 * num_steps - 1
-        for taken in steps_of(self.flow(process, "heun_flow"), num_steps):
+        for taken in steps_of(self.flow(process), num_steps):
             now, after = taken.level, taken.next
             h = length(now, after)
             first = Step(2 * taken.index, count, now, after)

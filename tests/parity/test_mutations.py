@@ -192,6 +192,7 @@ def goldens() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
+@pytest.mark.filterwarnings("ignore:kernel_size")
 def test_goldens_notice(
     mutation: Mutation, goldens: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,192 @@
+"""``encode.py``: encode a folder of images to latents once, on one device or many."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sag_dit.cli.app import launch, quiet_lightning
+from sag_dit.codec import read_vae_config
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from sag_dit.cli.encoding import Plan
+
+NOTE_EVERY = 1.0
+"""Seconds between a rank's notes of how far it is."""
+
+
+def make_plan(config: DictConfig) -> Plan:
+    """Check the configuration, list the images and load the autoencoder.
+
+    Raises:
+        ValueError: a value that cannot be used; the remedy is named.
+    """
+    from sag_dit.checkpoints import zoo
+    from sag_dit.cli.encoding import Plan, PosteriorCodec
+    from sag_dit.cli.latent_folder import LatentFolder
+    from sag_dit.data.crop import latent_size
+    from sag_dit.data.folder import find_images
+    from sag_dit.data.images import Crops
+    from sag_dit.data.latents import encoder_sha256
+    from sag_dit.data.shards import DTYPES, Index
+
+    if config.vae is None:
+        raise ValueError(
+            "vae=null: expected an autoencoder (ema, mse, a folder or a hub repository); a pixel "
+            "model needs no encoding, train it on the images: data=folder data.root=..."
+        )
+    if config.dtype not in DTYPES:
+        raise ValueError(f"dtype={config.dtype}: expected one of {', '.join(DTYPES)}")
+    if config.rows < 1:
+        raise ValueError(f"rows={config.rows}: expected 1 or more images per shard")
+    files = find_images(config.data.root)
+    vae = zoo.locate_vae(config.vae)
+    codec = PosteriorCodec(vae, slice_size=config.slice_size)
+    side = latent_size(config.data.size, codec.factor)
+    crops = Crops(
+        files,
+        config.data.size,
+        channels=read_vae_config(vae).get("in_channels", 3),
+        upright=config.data.upright,
+        strict=config.data.strict,
+    )
+    listing = hashlib.sha256()
+    for number, name in enumerate(files.names):
+        listing.update(f"{name} {files.path(number).stat().st_size}\n".encode())
+    settings: dict[str, Any] = {
+        "images": len(files),
+        "images_sha256": listing.hexdigest(),
+        "size": config.data.size,
+        "upright": config.data.upright,
+        "flip": config.flip,
+        "dtype": config.dtype,
+        "rows": config.rows,
+        "slice_size": config.slice_size,
+        "encoder_sha256": encoder_sha256(codec),
+        **{key: value for key, value in codec.settings.items() if value is not None},
+    }
+    settings = json.loads(json.dumps(settings))
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    name = re.sub(r"[^\w.+-]+", "-", files.root.resolve().name)
+    named = Path(config.vae).expanduser()
+    index = Index(
+        config=settings,
+        vae=str(named.absolute() if named.exists() else config.vae),
+        class_names=files.class_names,
+        shape=(codec.latent_channels, side, side),
+        dtype=config.dtype,
+        flips=2 if config.flip else 1,
+        counts=(0,) * len(files.class_names),
+        shards=(),
+    )
+    folder = LatentFolder(Path(config.out or f"outputs/latents/{name}-{digest[:8]}"))
+    return Plan(crops, codec, folder, index, config.rows)
+
+
+def check_room(plan: Plan) -> None:
+    """Check that the disk holds what is still to be written.
+
+    Raises:
+        ValueError: it does not.
+    """
+    from sag_dit.data.shards import DTYPES
+
+    values = plan.index.flips * 2 * math.prod(plan.index.shape)
+    row = values * DTYPES[plan.index.dtype].itemsize + 16
+    pending = [number for number in range(plan.shards) if plan.folder.record(number) is None]
+    needed = row * sum(len(plan.images_of(number)) for number in pending)
+    free = shutil.disk_usage(plan.folder.path).free
+    if needed > free:
+        raise ValueError(
+            f"out={plan.folder.path}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are "
+            f"free; make room, choose another out, or take dtype=float16 or flip=false"
+        )
+
+
+def progress_bar() -> Progress:
+    """Return a bar of images of all ranks."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+
+    return Progress(
+        TextColumn("encoding"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeLeft(),
+        console=Console(stderr=True),
+    )
+
+
+def run(config: DictConfig) -> None:
+    """Encode what is missing; rank 0 then checks that all is there and writes the index."""
+    quiet_lightning()
+    from lightning.fabric import Fabric
+
+    from sag_dit.cli.encoding import encode_share
+    from sag_dit.data.images import CHECKED_UP_FRONT
+    from sag_dit.data.steps import workers_per_process
+    from sag_dit.output.ranks import RankReports
+
+    plan = make_plan(config)
+    folder, crops = plan.folder, plan.crops
+    trainer: Any = OmegaConf.to_container(config.trainer)
+    fabric = Fabric(**trainer)
+    folder.claim(plan.index.config)
+    if fabric.global_rank == 0:
+        check_room(plan)
+        if crops.strict or len(crops.files) <= CHECKED_UP_FRONT:
+            crops.inspect()
+    fabric.launch()
+    rank, world = fabric.global_rank, fabric.world_size
+    workers = config.workers
+    if workers is None:
+        workers = workers_per_process(world // trainer["num_nodes"])
+    reports = RankReports(folder.path, rank, world)
+    bar = progress_bar()
+    bar.disable = rank != 0
+    with bar:
+        task = bar.add_task("encoding", total=len(crops.files))
+
+        def done_by_all() -> int:
+            done = folder.done(world)
+            bar.update(task, completed=done)
+            return done
+
+        with reports.reporting():
+            folder.note(rank, 0)
+            # So that no rank reads what another has left from an earlier run.
+            fabric.barrier()
+            plan.codec.to(fabric.device)
+            done, noted = 0, time.monotonic()
+            for done in encode_share(plan, rank, world, fabric.device, workers):
+                if time.monotonic() - noted > NOTE_EVERY:
+                    folder.note(rank, done)
+                    noted = time.monotonic()
+                    if rank == 0:
+                        done_by_all()
+            folder.note(rank, done)
+        if rank != 0:
+            return
+        reports.wait(done_by_all)
+        done_by_all()
+    reports.clear()
+    index = folder.finish(plan.shards, plan.index)
+    skipped = sum(len(shard.skipped) for shard in index.shards)
+    left_out = f", {skipped} could not be decoded" if skipped else ""
+    print(f"latents: {folder.path} ({index.images} images{left_out})")
+
+
+def main() -> None:
+    """Run ``encode.py``."""
+    launch("encode", run)

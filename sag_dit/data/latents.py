@@ -1,0 +1,178 @@
+"""Latents to train on: encoded once, drawn from their posterior afresh at every step."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sag_dit.checkpoints import Model
+from sag_dit.codec import VAECodec, hash_tensors
+from sag_dit.data.shards import Index, Rows, map_shard, read_index, verify
+from sag_dit.data.steps import Batch, Indices, StepData, check_classes
+from sag_dit.noise import generator
+from sag_dit.tensors import Images, Labels
+
+POSTERIOR = 9
+"""Purpose of the random streams of posterior samples, see :func:`sag_dit.noise.generator`."""
+
+Moments = Float[Tensor, "b 2 c h w"]
+
+
+def encoder_sha256(codec: VAECodec) -> str:
+    """Return a hash of the weights that encode; decoders may differ between autoencoders."""
+    parts = {"encoder": codec.vae.encoder}
+    if codec.vae.quant_conv is not None:
+        parts["quant_conv"] = codec.vae.quant_conv
+    return hash_tensors(torch.nn.ModuleDict(parts))
+
+
+class Latents(Dataset[tuple[Moments, Labels, int]]):
+    """Mean and standard deviation of x_0 by index, mapped from a folder's shards.
+
+    Raises:
+        ValueError: a shard is missing, truncated, or not what the index says.
+    """
+
+    def __init__(self, folder: Path, index: Index) -> None:
+        self.folder, self.index = folder, index
+        self._mapped: list[Rows] | None = None
+        self._ends = np.cumsum([shard.rows for shard in index.shards])
+        rows = self._shards
+        self.labels: Indices = np.concatenate([part.labels for part in rows])
+        self.names: Indices = np.concatenate([part.names for part in rows])
+
+    @property
+    def _shards(self) -> list[Rows]:
+        if self._mapped is None:
+            self._mapped = [
+                map_shard(self.folder, shard, self.index) for shard in self.index.shards
+            ]
+        return self._mapped
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A loader process that is spawned maps the files itself; they would be copied into it.
+        return {**self.__dict__, "_mapped": None}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        moments, labels, step = self.__getitems__(Batch(0, [index], [False]))
+        return moments[0], labels[0], step
+
+    def __getitems__(self, batch: Batch) -> tuple[Moments, Labels, int]:
+        shards = self._shards
+        places = np.searchsorted(self._ends, batch.indices, side="right")
+        rows = np.asarray(batch.indices) - self._ends[places]  # from the end of each shard
+        shape = shards[0].moments.shape[2:]
+        moments = np.empty((len(batch.indices), *shape), dtype=shards[0].moments.dtype)
+        for out, (shard, row, mirrored) in enumerate(
+            zip(places.tolist(), rows.tolist(), batch.mirrored, strict=True)
+        ):
+            moments[out] = shards[shard].moments[row, 1 if mirrored else 0]
+        return torch.from_numpy(moments), torch.from_numpy(self.labels[batch.indices]), batch.step
+
+
+def sample_posterior(moments: Moments, seed: int, step: int, rank: int) -> Images:
+    """Return x_0 = mean + std z in float32, z being a function of (seed, step, rank) alone."""
+    bits = generator(seed, step, rank, POSTERIOR).integers(2**63)
+    source = torch.Generator(device=moments.device).manual_seed(int(bits))
+    mean, std = moments.float().unbind(dim=1)
+    z = torch.randn(mean.shape, generator=source, device=mean.device)
+    return torch.addcmul(mean, std, z)
+
+
+class LatentData(StepData):
+    """Batches (x_0 (b, c, h, w) float32, labels) of a folder that ``encode.py`` wrote.
+
+    Loader processes only copy mean and standard deviation; x_0 is drawn once the batch is where the
+    model is, since drawing takes far longer than copying. ``flip`` takes an image or its mirror
+    image with probability 1/2; None means whatever was encoded. ``verify`` compares every shard's
+    sha256 before the first step.
+
+    Raises:
+        ValueError: the folder is incomplete or damaged, or a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        batch_size: int = 256,
+        seed: int = 0,
+        *,
+        flip: bool | None = None,
+        held_out: float = 0.0,
+        verify: bool = True,
+        workers: int | None = 1,
+    ) -> None:
+        folder = Path(root).expanduser()
+        self.index = read_index(folder)
+        if flip and self.index.flips == 1:
+            raise ValueError(
+                f"flip=true: {root} holds no mirror images; expected flip=false, or latents "
+                f"encoded with flip=true"
+            )
+        super().__init__(
+            batch_size=batch_size,
+            seed=seed,
+            flip=self.index.flips == 2 if flip is None else flip,
+            held_out=held_out,
+            workers=workers,
+        )
+        self._folder, self._verify = folder, verify
+        self.class_names = self.index.class_names
+
+    @cached_property
+    def dataset(self) -> Latents:
+        """The latents."""
+        return Latents(self._folder, self.index)
+
+    @property
+    def labels(self) -> Indices:
+        """The class of every image."""
+        return self.dataset.labels
+
+    @property
+    def name_hashes(self) -> Indices:
+        """The hash of every image's name."""
+        return self.dataset.names
+
+    def prepare_data(self) -> None:
+        """Compare the shards with the index, once on every machine."""
+        if self._verify:
+            verify(self._folder, self.index.shards)
+
+    def on_after_batch_transfer(
+        self, batch: tuple[Moments, Labels, int], dataloader_idx: int
+    ) -> tuple[Images, Labels]:
+        """Draw x_0, where the batch now is."""
+        moments, labels, step = batch
+        return sample_posterior(moments, self.seed, step, self.rank), labels
+
+    def check(self, model: Model) -> None:
+        """Check that a model can be trained on these latents; this reads its autoencoder.
+
+        Raises:
+            ValueError: shape, autoencoder or number of classes do not fit.
+        """
+        if model.denoiser.latent_shape != self.index.shape:
+            raise ValueError(
+                f"data.root={self._folder} holds latents of shape {self.index.shape}: expected "
+                f"{model.denoiser.latent_shape}, that of the model; encode the images anew or "
+                f"change the model's input_size and in_channels"
+            )
+        check_classes(len(self.class_names), model.denoiser.num_classes)
+        here = self.index.config.get("encoder_sha256")
+        there = encoder_sha256(model.codec) if isinstance(model.codec, VAECodec) else None
+        if here != there:
+            raise ValueError(
+                f"data.root={self._folder} was encoded by another autoencoder ({here}) than the "
+                f"model's ({there}): expected the same; pass it as vae=PATH, or encode anew"
+            )

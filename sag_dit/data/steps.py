@@ -1,0 +1,249 @@
+"""Training data whose batches are a pure function of (seed, step): which images, which mirrored."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from sag_dit.data.batches import StepBatches
+from sag_dit.noise import generator
+
+FLIP = 8
+"""Purpose of the random streams that mirror images, see :func:`sag_dit.noise.generator`."""
+
+VALIDATION = 2**62
+"""The step of the first validation batch, out of reach of training."""
+
+MOST_WORKERS = 8
+HASH_RANGE = 2**63
+
+Indices = NDArray[np.int64]
+
+
+class Batch(NamedTuple):
+    """What a step asks of a dataset's ``__getitems__``."""
+
+    step: int
+    indices: list[int]
+    mirrored: list[bool]
+
+
+class TrainingBatches(Sampler[Batch]):
+    """The endless batches of one rank.
+
+    Coins are drawn for the batch of all ranks together, so that images and their mirroring do not
+    depend on how many ranks share a global batch.
+    """
+
+    def __init__(
+        self,
+        chosen: Indices,
+        batch_size: int,
+        seed: int,
+        *,
+        flip: bool,
+        first: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self._places = StepBatches(
+            len(chosen), batch_size, seed, first=first, rank=rank, world=world
+        )
+        self._chosen, self._seed, self._flip, self._first = chosen, seed, flip, first
+        self._part = slice(rank * batch_size, (rank + 1) * batch_size)
+        self._total = batch_size * world
+
+    def __iter__(self) -> Iterator[Batch]:
+        for step, places in enumerate(self._places, self._first):
+            mirrored = [False] * len(places)
+            if self._flip:
+                coins = generator(self._seed, step, 0, FLIP).random(self._total) < 0.5
+                mirrored = coins[self._part].tolist()
+            yield Batch(step, self._chosen[places].tolist(), mirrored)
+
+
+def validation_batches(
+    chosen: Indices, batch_size: int, rank: int = 0, world: int = 1
+) -> list[Batch]:
+    """Return one rank's share of held-out images in order, none mirrored.
+
+    All ranks get equally many batches, or those that reduce a metric together would wait for ever:
+    the first images are repeated where the count is no multiple of the ranks.
+    """
+    count = -(-len(chosen) // world)
+    share = chosen[(np.arange(count) * world + rank) % len(chosen)].tolist()
+    parts = [share[start : start + batch_size] for start in range(0, count, batch_size)]
+    return [
+        Batch(VALIDATION + number, part, [False] * len(part)) for number, part in enumerate(parts)
+    ]
+
+
+def name_hash(name: str) -> int:
+    """Return 63 bits of a file's name relative to the data's root."""
+    digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def held_out(hashes: Indices, labels: Indices, share: float) -> NDArray[np.bool_]:
+    """Choose the images to hold out: those whose hash is among the lowest ``share`` of its range.
+
+    So adding images moves no other one. Every class keeps at least one image to train on, and at
+    least one image is held out unless ``share`` is 0.
+
+    Raises:
+        ValueError: no class has an image to spare.
+    """
+    chosen: NDArray[np.bool_] = hashes < share * HASH_RANGE
+    if share == 0:
+        return chosen
+    order = np.lexsort((hashes, labels))
+    last_of_class = np.append(labels[order][1:] != labels[order][:-1], True)
+    kept = np.zeros(len(labels), dtype=np.bool_)
+    kept[order[last_of_class]] = True
+    chosen &= ~kept
+    if not chosen.any():
+        spare = np.flatnonzero(~kept)
+        if not len(spare):
+            raise ValueError(
+                f"held_out={share}: no class has more than one image; expected 0, or more images"
+            )
+        chosen[spare[np.argmin(hashes[spare])]] = True
+    return chosen
+
+
+def workers_per_process(processes: int = 1) -> int:
+    """Return how many loader processes suit each of several processes on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(MOST_WORKERS, (cores or 1) // processes))
+
+
+def as_it_is(batch: Any) -> Any:
+    """Collate nothing: ``__getitems__`` returns whole batches."""
+    return batch
+
+
+class StepData(LightningDataModule, ABC):
+    """Training and validation batches of an indexed dataset.
+
+    ``batch_size`` counts the images of a step over all ranks. ``held_out`` is the share of images
+    kept for validation. ``workers`` are loader processes per rank, None for what suits the machine;
+    batches do not depend on them.
+
+    Attributes:
+        class_names: one per class.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    class_names: tuple[str, ...]
+
+    def __init__(
+        self, *, batch_size: int, seed: int, flip: bool, held_out: float, workers: int | None
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: expected 1 or more images")
+        if not 0 <= held_out < 1:
+            raise ValueError(f"held_out={held_out}: expected a share of the images from 0 up to 1")
+        if workers is not None and workers < 0:
+            raise ValueError(f"workers={workers}: expected 0 or more processes, or null")
+        self.batch_size, self.seed, self.flip = batch_size, seed, flip
+        self.held_out, self.workers = held_out, workers
+
+    @property
+    @abstractmethod
+    def dataset(self) -> Dataset[Any]:
+        """What serves a :class:`Batch`."""
+
+    @property
+    @abstractmethod
+    def labels(self) -> Indices:
+        """The class of every image."""
+
+    @property
+    @abstractmethod
+    def name_hashes(self) -> Indices:
+        """:func:`name_hash` of every image."""
+
+    @cached_property
+    def held_out_images(self) -> NDArray[np.bool_]:
+        """Which images are held out."""
+        if self.held_out == 0:
+            return np.zeros(len(self.labels), dtype=np.bool_)
+        return held_out(self.name_hashes, self.labels, self.held_out)
+
+    @property
+    def rank(self) -> int:
+        """This process's number among all."""
+        return self.trainer.global_rank if self.trainer else 0
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return endless training batches, going on at the trainer's step.
+
+        Raises:
+            ValueError: the ranks cannot share the batch equally, or it exceeds the images.
+        """
+        world = self.trainer.world_size if self.trainer else 1
+        if self.batch_size % world:
+            raise ValueError(
+                f"batch_size={self.batch_size} on {world} ranks: expected a multiple of {world}, "
+                f"such as {-(-self.batch_size // world) * world}"
+            )
+        first = self.trainer.fit_loop.total_batch_idx + 1 if self.trainer else 0
+        return self._loader(
+            TrainingBatches(
+                np.flatnonzero(~self.held_out_images),
+                self.batch_size // world,
+                self.seed,
+                flip=self.flip,
+                first=first,
+                rank=self.rank,
+                world=world,
+            )
+        )
+
+    def val_dataloader(self) -> Any:
+        """Return the held-out images in one order, or no loader if none are held out."""
+        world = self.trainer.world_size if self.trainer else 1
+        chosen = np.flatnonzero(self.held_out_images)
+        if not len(chosen):
+            return []
+        batch_size = max(1, self.batch_size // world)
+        return self._loader(validation_batches(chosen, batch_size, self.rank, world))
+
+    def _loader(self, batches: TrainingBatches | list[Batch]) -> DataLoader[Any]:
+        workers = self.workers
+        if workers is None:
+            workers = workers_per_process(self.trainer.num_devices if self.trainer else 1)
+        return DataLoader(
+            self.dataset,
+            batch_sampler=batches,  # type: ignore[arg-type]
+            collate_fn=as_it_is,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def check_classes(found: int, expected: int) -> None:
+    """Check that a model has as many classes as the data.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if found != expected:
+        raise ValueError(
+            f"the data has {found} classes and the model {expected}: expected as many; set the "
+            f"model's num_classes to {found}"
+        )

@@ -1,0 +1,202 @@
+"""Small models in the official flat format, and the commands, in this process and in others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sag_dit.cli import sample as sample_command
+from sag_dit.cli import train as train_command
+from sag_dit.cli.app import launch
+from sag_dit.denoiser import ClassConditional
+from sag_dit.models import DiT
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_HEADS = 3
+
+
+def random_dit(seed: int = 0, **options: object) -> DiT:
+    """A pixel DiT of 8x8 images in 4x4 tokens, none of whose weights is zero."""
+    defaults: dict[str, object] = {
+        "input_size": 8,
+        "patch_size": 2,
+        "in_channels": 3,
+        "hidden_size": 48,
+        "depth": 3,
+        "num_heads": NUM_HEADS,
+        "num_classes": 10,
+    }
+    network = DiT(**{**defaults, **options})  # type: ignore[arg-type]
+    random = torch.Generator().manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        if name != "pos_embed":
+            spread = 0.1 if parameter.ndim == 1 else 1.5 / parameter[0].numel() ** 0.5
+            parameter.data.copy_(torch.randn(parameter.shape, generator=random) * spread)
+    return network
+
+
+SaveOfficial = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def save_official() -> SaveOfficial:
+    """Write a DiT as the official .pt is: a flat state dict; a .json beside it names the heads.
+
+    ``change`` alters the state dict; further options are those of DiT.
+    """
+
+    def save(
+        path: Path,
+        *,
+        seed: int = 0,
+        change: Callable[[dict[str, Tensor]], None] | None = None,
+        stated: Mapping[str, object] | None = None,
+        **options: object,
+    ) -> Path:
+        state = dict(random_dit(seed, **options).state_dict())
+        if change is not None:
+            change(state)
+        torch.save(state, path)
+        model = {"num_heads": NUM_HEADS, **(stated or {}).get("model", {})}  # type: ignore[dict-item]
+        path.with_suffix(".json").write_text(json.dumps({**(stated or {}), "model": model}))
+        return path
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny(save_official: SaveOfficial, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of a small DiT of ten classes."""
+    return save_official(tmp_path_factory.mktemp("weights") / "tiny.pt")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command gave back."""
+
+    code: int
+    out: str
+    err: str
+    evaluations: int = 0
+    """How many rows the network was asked for in this process."""
+    outlived: bool = False
+    """Whether a process of the command went on without it, or it took minutes."""
+
+    def folder(self) -> Path:
+        """The folder of images that the command named."""
+        (line,) = [line for line in self.out.splitlines() if line.startswith("images: ")]
+        return Path(line.removeprefix("images: ").rpartition(" (")[0]).parent
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def in_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    """Run a command here, in an empty working directory, as its script does."""
+    monkeypatch.chdir(tmp_path)
+    # The commands set it themselves; here it must not stay set for other tests.
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    rows = 0
+    evaluate = ClassConditional.evaluate
+
+    def counting(self: ClassConditional, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        nonlocal rows
+        rows += x_t.shape[0]
+        return evaluate(self, x_t, t, cond)
+
+    monkeypatch.setattr(ClassConditional, "evaluate", counting)
+
+    def run(name: str, *arguments: str) -> Outcome:
+        nonlocal rows
+        rows, code = 0, 0
+        capsys.readouterr()
+        module = {"sample": sample_command, "train": train_command}[name]
+        try:
+            launch(name, module.run, arguments)
+        except SystemExit as stop:
+            assert isinstance(stop.code, int)
+            code = stop.code
+        return Outcome(code, *capsys.readouterr(), rows)
+
+    return run
+
+
+@pytest.fixture
+def sample(in_process: Command, tiny: Path) -> Command:
+    """``sample.py`` with the tiny model, 4 steps and compute batches of 2."""
+
+    def run(*arguments: str) -> Outcome:
+        return in_process("sample", f"ckpt={tiny}", "steps=4", "batch_size=2", *arguments)
+
+    return run
+
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    """Start ``python sample.py`` in a process group of its own, in an empty directory."""
+
+    def run(
+        *arguments: str, script: str = "sample.py", **environment: str
+    ) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / script), *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    return run
+
+
+@pytest.fixture
+def in_other_process(start: Start) -> Command:
+    """Run ``python sample.py`` to its end; none of its ranks may outlive it."""
+
+    def run(*arguments: str, **environment: str) -> Outcome:
+        process = start(*arguments, **environment)
+        try:
+            process.wait(timeout=300)
+            # The pipes end when the last process that can write to them has ended.
+            out, err = process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+            return Outcome(process.returncode, out, err, outlived=True)
+        return Outcome(process.returncode, out, err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, str]]:
+    """List the files below a folder with the sha256 of what they hold."""
+
+    def read(folder: Path) -> dict[str, str]:
+        return {
+            file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+
+    return read

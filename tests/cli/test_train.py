@@ -1,0 +1,121 @@
+"""``train.py``: it leaves a run folder that can be sampled from, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+Command = Callable[..., Any]
+Contents = Callable[[Path], dict[str, str]]
+
+SMALL = (
+    "experiment=digits",
+    "model.hidden_size=48",
+    "model.depth=2",
+    "model.num_heads=3",
+    "data.batch_size=16",
+    "checkpoint.every_n_steps=2",
+    "max_steps=4",
+)
+
+
+@pytest.fixture
+def train(in_process: Command) -> Command:
+    """``train.py`` with a small model of the digits, for four steps."""
+
+    def run(*arguments: str) -> Any:
+        return in_process("train", *SMALL, *arguments)
+
+    return run
+
+
+def run_folder(outcome: Any) -> Path:
+    """The folder that the command named last."""
+    assert outcome.code == 0, outcome.err
+    last = outcome.out.splitlines()[-1]
+    assert last.startswith("run: ")
+    return Path(last.removeprefix("run: "))
+
+
+def steps_of(folder: Path) -> int:
+    """The optimiser steps that the newest checkpoint has seen."""
+    newest = max((folder / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    return int(torch.load(newest, weights_only=True)["global_step"])
+
+
+def test_a_run_can_be_sampled_from(train: Command, in_process: Command, tmp_path: Path) -> None:
+    folder = run_folder(train())
+    assert re.fullmatch(r"digits-[0-9a-f]{8}", folder.name)
+    assert folder.parent == tmp_path / "outputs" / "train"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model"]["hidden_size"] == 48
+    assert config["class_names"] == [str(digit) for digit in range(10)]
+    assert "${" not in (folder / "config.yaml").read_text()
+    assert steps_of(folder) == 4
+
+    drawn = in_process(
+        "sample", f"ckpt={folder}", "steps=2", "num_images=2", "batch_size=2", "cfg_scale=1.5"
+    )
+    assert drawn.code == 0, drawn.err
+    with Image.open(drawn.folder() / "images" / "000001.png") as image:
+        assert np.asarray(image).shape == (8, 8)
+
+
+def test_the_same_command_again_trains_no_further(train: Command, contents: Contents) -> None:
+    folder = run_folder(train())
+    before = contents(folder)["model.safetensors"]
+    again = train()
+    assert run_folder(again) == folder
+    assert again.evaluations == 0
+    # The averaged weights, not the raw ones that training would go on with.
+    assert contents(folder)["model.safetensors"] == before
+
+
+def test_a_longer_run_goes_on_where_the_shorter_one_ended(
+    train: Command, contents: Contents
+) -> None:
+    whole = contents(run_folder(train("out=whole")))
+    first = run_folder(train("out=parts", "max_steps=2"))
+    metrics = (first / "metrics.csv").read_text()
+    assert len(metrics.splitlines()) == 2
+    parts = run_folder(train("out=parts"))
+    assert contents(parts)["model.safetensors"] == whole["model.safetensors"]
+    assert (parts / "metrics.csv").read_text().startswith(metrics)  # nothing logged is lost
+
+
+def test_the_same_command_gives_the_same_weights_elsewhere(
+    train: Command, contents: Contents
+) -> None:
+    left = contents(run_folder(train("out=left")))
+    right = contents(run_folder(train("out=right")))
+    assert left["model.safetensors"] == right["model.safetensors"]
+    other = contents(run_folder(train("out=other", "seed=1")))
+    assert other["model.safetensors"] != left["model.safetensors"]
+
+
+def test_misspelt_keys_and_experiments(train: Command) -> None:
+    outcome = train("max_stpes=3")
+    assert outcome.code == 1
+    assert "Could not override 'max_stpes'" in outcome.err
+    assert "Did you mean max_steps" in outcome.err
+    outcome = train("model.dept=3")  # known only to the experiment
+    assert outcome.code == 1
+    assert "model.depth" in outcome.err
+    outcome = train("experiment=digit")
+    assert outcome.code == 1
+    assert "Available options in 'experiment':\n\tdigits" in outcome.err
+
+
+def test_what_must_be_told_is_asked_for(in_process: Command) -> None:
+    outcome = in_process("train")
+    assert outcome.code == 1
+    assert "Traceback" not in outcome.err
+    assert "name" in outcome.err and "experiment" in outcome.err

@@ -1,0 +1,145 @@
+"""Several processes draw what one draws, also after one has failed or all have been killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+Command = Callable[..., Any]
+Contents = Callable[[Path], dict[str, str]]
+
+TWO_RANKS = ("trainer.accelerator=cpu", "trainer.devices=2")
+
+
+def load_all(folder: Path) -> list[str]:
+    """Decode every image of a folder completely, and name them."""
+    files = sorted(folder.glob("*.png"))
+    for file in files:
+        with Image.open(file) as image:
+            image.load()
+    return [file.name for file in files]
+
+
+def results(contents: Contents, folder: Path) -> dict[str, str]:
+    """All files but the one that names the folder."""
+    return {name: sha for name, sha in contents(folder).items() if name != "config.yaml"}
+
+
+def test_killed_half_way_and_repeated_is_the_same_set(
+    sample: Command,
+    start: Command,
+    in_other_process: Command,
+    contents: Contents,
+    tiny: Path,
+    tmp_path: Path,
+) -> None:
+    arguments = (
+        *(f"ckpt={tiny}", "sag_scale=1.0", "cfg_scale=1.5", "steps=20", "batch_size=2"),
+        *("num_images=32", "gallery.num=3", "npz=true"),
+    )
+    command = (*arguments, *TWO_RANKS, "out=two")
+    images = tmp_path / "two" / "images"
+
+    process = start(*command)
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if images.exists() and len(list(images.glob("*.png"))) >= 10:
+            break
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    out, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, out + err
+    written = load_all(images)
+    assert 10 <= len(written) < 32
+    drawn_at = {name: (images / name).stat().st_mtime_ns for name in written}
+
+    again = in_other_process(*command)
+    assert again.code == 0, again.err
+    assert len(load_all(images)) == 32
+    # What was there was not drawn again.
+    assert {name: (images / name).stat().st_mtime_ns for name in written} == drawn_at
+    assert not (tmp_path / "two" / "ranks").exists()
+    single = sample(*arguments, "out=one").folder()
+    two = {
+        name: sha for name, sha in results(contents, tmp_path / "two").items() if "tmp" not in name
+    }
+    assert two == results(contents, single)
+
+
+FAULTY = """
+    from __future__ import annotations
+
+    import os
+    import time
+    from dataclasses import dataclass
+    from pathlib import Path
+
+    import torch
+
+    from sag_dit.guidance import Term
+
+
+    @dataclass(frozen=True, kw_only=True)
+    class Faulty(Term):
+        fault: str
+
+        @property
+        def off(self):
+            return False
+
+        def contribution(self, ask):
+            rank = os.environ.get("LOCAL_RANK")
+            if Path(self.fault).exists() and rank == "1":
+                raise ValueError("this rank is out of luck")
+            if Path(self.fault).exists() and rank == "2":
+                time.sleep(200)
+            yield from ()
+            return torch.zeros_like(ask.base.x_t)
+"""
+
+
+def test_a_rank_that_fails_fails_the_command_which_can_be_repeated(
+    sample: Command,
+    in_other_process: Command,
+    contents: Contents,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modules, fault, folder = tmp_path / "modules", tmp_path / "fault", tmp_path / "many"
+    modules.mkdir()
+    (modules / "faulty_guidance.py").write_text(textwrap.dedent(FAULTY))
+    fault.touch()
+    arguments = (f"ckpt={tiny}", "steps=2", "batch_size=1")
+    term = f"+guidance.faulty={{_target_:faulty_guidance.Faulty,fault:{fault}}}"
+    command = (*arguments, "num_images=4", "trainer.accelerator=cpu", term, "out=many")
+
+    # Rank 0 draws 0 and 3, rank 1 fails, and rank 2 would take some minutes.
+    failed = in_other_process(*command, "trainer.devices=3", PYTHONPATH=str(modules))
+    assert failed.code not in (0, None)
+    assert "error: rank 1 failed: ValueError: this rank is out of luck" in failed.err
+    assert "Traceback" not in failed.err
+    assert load_all(folder / "images") == ["000000.png", "000003.png"]  # what is drawn is kept
+    assert not (folder / "manifest.jsonl").exists()
+    assert not failed.outlived  # else it would hold a GPU
+
+    fault.unlink()
+    kept = contents(folder / "images")
+    monkeypatch.syspath_prepend(str(modules))
+    assert sample(*arguments, "num_images=2", term, "out=many").code == 0
+    # One image is missing now, so one of two ranks has nothing to do.
+    again = in_other_process(*command, "trainer.devices=2", PYTHONPATH=str(modules))
+    assert again.code == 0, again.err
+    assert kept.items() < contents(folder / "images").items()
+    assert not (folder / "ranks").exists()
+    single = sample(*arguments, "num_images=4", "out=one").folder()
+    for kind in ("images", "unguided", "maps"):
+        assert contents(folder / kind) == contents(single / kind)

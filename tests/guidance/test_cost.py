@@ -1,0 +1,188 @@
+"""What guidance costs: how many forward passes of how many rows, and when."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sag_dit.denoiser import ClassConditional
+from sag_dit.guidance import CFG, SAG, BlurGuidance, GuidedDenoiser, Question, Term
+from sag_dit.guidance.term import Asking
+from sag_dit.process import DDPM
+from tests.guidance.reference import counted, step_at
+
+Batch = tuple[Tensor, Tensor]
+
+
+@pytest.fixture
+def batch() -> Batch:
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    return x, torch.tensor([1, 2, 3])
+
+
+@dataclass(frozen=True)
+class Never(Term):
+    """Fails as soon as anything is asked of it; off at scale 0."""
+
+    scale: float = 0.0
+
+    @property
+    def off(self) -> bool:
+        return self.scale == 0
+
+    def contribution(self, ask: Question) -> Asking:
+        raise AssertionError("started")
+        yield ()
+
+
+@dataclass(frozen=True)
+class Plus(Term):
+    """Adds a number to v; asks nothing."""
+
+    amount: float
+
+    @property
+    def off(self) -> bool:
+        return self.amount == 0
+
+    def contribution(self, ask: Question) -> Asking:
+        return torch.full_like(ask.base.x_t, self.amount)
+        yield ()
+
+
+# --- cost -----------------------------------------------------------------------------------------
+
+COSTS: list[tuple[Sequence[Term], list[int]]] = [
+    ([], [3]),
+    ([CFG(1.0)], [3]),
+    ([SAG(0.0), BlurGuidance(0.0), CFG(1.0), Never()], [3]),
+    ([CFG(2.0)], [6]),
+    ([SAG(1.0)], [3, 3]),
+    ([BlurGuidance(1.0)], [3, 3]),
+    ([CFG(2.0), SAG(1.0)], [6, 3]),
+    ([CFG(2.0), SAG(1.0), BlurGuidance(1.0)], [6, 6]),
+    ([CFG(2.0), SAG(1.0, branch="cond")], [6, 3]),
+    ([SAG(1.0, branch="null")], [6, 3]),
+    ([SAG(1.0), SAG(0.5, layer="blocks.0"), SAG(0.5, layer="blocks.2")], [3, 9]),
+    ([CFG(2.0), CFG(3.0)], [6]),
+    ([Plus(1.0)], [3]),
+]
+
+
+@pytest.mark.parametrize(("terms", "rows"), COSTS, ids=lambda value: str(value)[:60])
+def test_forward_passes_and_rows(
+    denoiser: ClassConditional, batch: Batch, terms: Sequence[Term], rows: list[int]
+) -> None:
+    guided = GuidedDenoiser(denoiser, terms)
+    with counted(denoiser) as seen:
+        guided(batch[0], step_at(denoiser.process, 4), batch[1])
+    assert seen == rows
+
+
+@pytest.mark.parametrize(("terms", "rows"), COSTS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize("max_rows", [3, 7])
+def test_batched_equals_one_by_one(
+    denoiser: ClassConditional,
+    batch: Batch,
+    terms: Sequence[Term],
+    rows: list[int],
+    max_rows: int,
+) -> None:
+    step = step_at(denoiser.process, 4)
+    together = GuidedDenoiser(denoiser, terms)(batch[0], step, batch[1])
+    with counted(denoiser) as seen:
+        apart = GuidedDenoiser(denoiser, terms, max_rows=max_rows)(batch[0], step, batch[1])
+    assert sum(seen) == sum(rows) and max(seen) <= max_rows
+    torch.testing.assert_close(together.v, apart.v, rtol=1e-3, atol=1e-4)
+
+
+def test_a_question_answered_before_costs_nothing(denoiser: ClassConditional, batch: Batch) -> None:
+    @dataclass(frozen=True)
+    class AsksAgain(Never):
+        def contribution(self, ask: Question) -> Asking:
+            (first,) = yield (ask.base,)
+            again, null, same = yield ask.base, ask.required_null(), ask.required_null()
+            assert again is first and null is same
+            return torch.zeros_like(first.v)
+
+    with counted(denoiser) as seen:
+        guided = GuidedDenoiser(denoiser, [AsksAgain(1.0), CFG(2.0)])
+        guided(batch[0], step_at(denoiser.process, 4), batch[1])
+    assert seen == [6]
+
+
+@pytest.mark.parametrize("max_rows", [0, -1])
+def test_no_rows_at_all_are_refused(denoiser: ClassConditional, max_rows: int) -> None:
+    with pytest.raises(ValueError, match=f"max_rows={max_rows}: expected 1 or more"):
+        GuidedDenoiser(denoiser, max_rows=max_rows)
+
+
+# --- off, on, and when ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("interval", "acts"),
+    [
+        ((0.0, 1.0), range(10)),
+        ((0.2, 0.5), range(2, 5)),
+        ((0.0, 0.3), range(3)),
+        ((0.9, 1.0), range(9, 10)),
+        ((0.5, 0.5), range(0)),
+        ((0.25, 0.35), range(3, 4)),
+    ],
+)
+def test_intervals_are_half_open(
+    denoiser: ClassConditional, batch: Batch, interval: tuple[float, float], acts: range
+) -> None:
+    guided = GuidedDenoiser(denoiser, [CFG(2.0, interval=interval)])
+    for index in range(10):
+        with counted(denoiser) as seen:
+            guided(batch[0], step_at(denoiser.process, index), batch[1])
+        assert seen == ([6] if index in acts else [3])
+
+
+@given(
+    bounds=st.lists(st.floats(0, 1), min_size=0, max_size=4).map(sorted), count=st.integers(1, 60)
+)
+def test_adjoining_intervals_meet_without_gap_or_overlap(bounds: list[float], count: int) -> None:
+    """Every step of a run belongs to exactly one of the intervals that [0, 1) is cut into."""
+    edges = [0.0, *bounds, 1.0]
+    terms = [Plus(1.0, interval=pair) for pair in itertools.pairwise(edges)]
+    process = DDPM()
+    grid = process.grid(1)
+    for index in range(count):
+        step = replace(step_at(process, 0, 1), index=index, count=count, level=grid[0])
+        assert sum(term.active(step) for term in terms) == 1
+
+
+def test_a_term_outside_its_interval_never_starts(denoiser: ClassConditional, batch: Batch) -> None:
+    guided = GuidedDenoiser(denoiser, [Never(1.0, interval=(0.5, 1.0))])
+    guided(batch[0], step_at(denoiser.process, 4), batch[1])
+    with pytest.raises(AssertionError, match="started"):
+        guided(batch[0], step_at(denoiser.process, 5), batch[1])
+
+
+@pytest.mark.parametrize("interval", [(0.5, 0.2), (-0.1, 1.0), (0.0, 1.1), (float("nan"), 1.0)])
+def test_intervals_outside_the_run_are_refused(interval: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match=r"interval=.*0 <= start <= stop <= 1"):
+        CFG(2.0, interval=interval)
+
+
+@pytest.mark.parametrize(
+    "term", [SAG(1.0), BlurGuidance(1.0), CFG(2.0)], ids=lambda term: type(term).__name__
+)
+@pytest.mark.parametrize("index", [0, 5, 9])
+def test_every_term_changes_v(
+    denoiser: ClassConditional, batch: Batch, term: Term, index: int
+) -> None:
+    step = step_at(denoiser.process, index)
+    plain = GuidedDenoiser(denoiser)(batch[0], step, batch[1])
+    guided = GuidedDenoiser(denoiser, [term])(batch[0], step, batch[1])
+    assert ((guided.v - plain.v).abs().flatten(1).amax(1) > 1e-4).all()

@@ -1,0 +1,193 @@
+"""GuidedDenoiser: what is asked, and what comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from sag_dit.denoiser import ClassConditional
+from sag_dit.guidance import CFG, SAG, BlurGuidance, GuidedDenoiser, Question, Term
+from sag_dit.guidance.term import Asking
+from sag_dit.noise import NoiseSource
+from sag_dit.process import DDPM
+from tests.conftest import MakeDiT
+from tests.guidance.reference import counted, step_at
+
+Batch = tuple[Tensor, Tensor]
+
+
+@pytest.fixture
+def batch() -> Batch:
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    return x, torch.tensor([1, 2, 3])
+
+
+# --- sums -----------------------------------------------------------------------------------------
+
+
+def test_sums_commute_and_add_up(denoiser: ClassConditional, batch: Batch) -> None:
+    """Apart from SAG's choice of a branch beside CFG, terms know nothing of one another."""
+    step = step_at(denoiser.process, 4)
+    terms: list[Term] = [CFG(2.0), SAG(0.7, branch="cond"), BlurGuidance(0.3, branch="cond")]
+
+    def added(*chosen: Term) -> Tensor:
+        plain = GuidedDenoiser(denoiser)(batch[0], step, batch[1]).v
+        return GuidedDenoiser(denoiser, chosen)(batch[0], step, batch[1]).v - plain
+
+    whole = added(*terms)
+    torch.testing.assert_close(whole, added(*reversed(terms)), rtol=1e-3, atol=1e-4)
+    parts = torch.stack([added(term) for term in terms]).sum(dim=0)
+    torch.testing.assert_close(whole, parts, rtol=1e-3, atol=1e-4)
+
+
+def test_contributions_are_linear_in_the_scale(denoiser: ClassConditional, batch: Batch) -> None:
+    step = step_at(denoiser.process, 4)
+    plain = GuidedDenoiser(denoiser)(batch[0], step, batch[1]).v
+    once, thrice = (
+        GuidedDenoiser(denoiser, [SAG(scale)])(batch[0], step, batch[1]).v - plain
+        for scale in (0.5, 1.5)
+    )
+    torch.testing.assert_close(3 * once, thrice, rtol=1e-3, atol=1e-4)
+
+
+def test_a_sum_of_nothing_is_the_model(denoiser: ClassConditional, batch: Batch) -> None:
+    step = step_at(denoiser.process, 4)
+    guided = GuidedDenoiser(denoiser)(batch[0], step, batch[1])
+    plain = denoiser(batch[0], step.level, batch[1])
+    assert torch.equal(guided.v, plain.v)
+    assert guided.x_t is batch[0] and guided.level == step.level
+
+
+# --- what else is answered ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("terms", [[CFG(4.0)], [SAG(1.0)], [CFG(4.0), SAG(1.0, branch="null")]])
+def test_variance_is_that_of_the_clean_base(
+    denoiser: ClassConditional, batch: Batch, terms: list[Term]
+) -> None:
+    step = step_at(denoiser.process, 4)
+    plain = denoiser(batch[0], step.level, batch[1]).variance_fraction
+    null = denoiser(batch[0], step.level, torch.full_like(batch[1], 10)).variance_fraction
+    guided = GuidedDenoiser(denoiser, terms)(batch[0], step, batch[1]).variance_fraction
+    assert plain is not None and null is not None and guided is not None
+    torch.testing.assert_close(guided, plain, rtol=1e-4, atol=1e-5)
+    assert (null - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("terms", "label"),
+    [([SAG(1.0)], 1), ([CFG(2.0), SAG(1.0)], 10), ([CFG(2.0), SAG(1.0, branch="cond")], 1)],
+)
+def test_attention_is_what_sag_has_seen(
+    denoiser: ClassConditional, batch: Batch, terms: list[Term], label: int
+) -> None:
+    """The saliency of the branch that was degraded, not of another one."""
+    x, step = batch[0], step_at(denoiser.process, 4)
+    y = torch.ones_like(batch[1])
+    guided = GuidedDenoiser(denoiser, terms)(x, step, y)
+    straight = GuidedDenoiser(denoiser, captures=["blocks.1"])(x, step, torch.full_like(y, label))
+    assert set(guided.attention) == {"blocks.1.attn"}
+    torch.testing.assert_close(
+        guided.attention["blocks.1.attn"], straight.attention["blocks.1.attn"], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_layers_may_be_captured_without_any_term(denoiser: ClassConditional, batch: Batch) -> None:
+    step = step_at(denoiser.process, 4)
+    with counted(denoiser) as rows:
+        guided = GuidedDenoiser(denoiser, [SAG(1.0)], captures=["blocks.0", "auto"])
+        seen = guided(batch[0], step, batch[1]).attention
+    assert rows == [3, 3]
+    assert set(seen) == {"blocks.0.attn", "blocks.1.attn"}
+
+
+# --- mistakes in a term ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mistaken(Term):
+    """A method with a mistake that anybody writing one will make."""
+
+    what: str
+
+    @property
+    def off(self) -> bool:
+        return False
+
+    def contribution(self, ask: Question) -> Asking:
+        if self.what == "asks nothing":
+            () = yield ()
+            return torch.ones_like(ask.base.x_t)
+        (base,) = yield (ask.base,)
+        if self.what == "returns nothing":
+            return None  # type: ignore[return-value]
+        return base.v[:1, :, :1]
+
+
+@pytest.mark.parametrize("what", ["returns nothing", "returns another shape"])
+def test_a_term_that_returns_no_contribution_is_refused(
+    denoiser: ClassConditional, batch: Batch, what: str
+) -> None:
+    """Silent no-ops are the commonest bug of guidance."""
+    with pytest.raises((ValueError, TypeError), match="Mistaken"):
+        GuidedDenoiser(denoiser, [Mistaken(what)])(batch[0], step_at(denoiser.process, 4), batch[1])
+
+
+def test_a_round_without_questions_is_no_end(denoiser: ClassConditional, batch: Batch) -> None:
+    step = step_at(denoiser.process, 4)
+    plain = GuidedDenoiser(denoiser)(batch[0], step, batch[1])
+    guided = GuidedDenoiser(denoiser, [Mistaken("asks nothing")])(batch[0], step, batch[1])
+    torch.testing.assert_close(guided.v, plain.v + 1)
+
+
+def test_noise_of_the_run_reaches_the_terms(denoiser: ClassConditional, batch: Batch) -> None:
+    @dataclass(frozen=True)
+    class Noisy(Term):
+        @property
+        def off(self) -> bool:
+            return False
+
+        def contribution(self, ask: Question) -> Asking:
+            assert ask.noise is not None
+            return ask.noise.normal(ask.step.index, ask.base.x_t.shape[1:], purpose=7)
+            yield ()
+
+    source = NoiseSource([0, 0, 0], [4, 5, 6])
+    step = step_at(denoiser.process, 4)
+    plain = GuidedDenoiser(denoiser)(batch[0], step, batch[1])
+    guided = GuidedDenoiser(denoiser, [Noisy()], noise=source)(batch[0], step, batch[1])
+    expected = source.normal(4, (4, 8, 8), purpose=7)
+    torch.testing.assert_close(guided.v, plain.v + expected)
+
+
+def test_a_worse_model_is_asked_in_its_own_batch(
+    denoiser: ClassConditional, make_dit: MakeDiT, batch: Batch
+) -> None:
+    """Autoguidance beside CFG and SAG: each model has its batches, questions do not mix."""
+    worse = ClassConditional(make_dit(seed=9, depth=1), DDPM())
+
+    @dataclass(frozen=True)
+    class Autoguidance(Term):
+        @property
+        def off(self) -> bool:
+            return False
+
+        def contribution(self, ask: Question) -> Asking:
+            good, bad = yield ask.base, replace(ask.base, model=worse)
+            return good.v - bad.v
+
+    step = step_at(denoiser.process, 4)
+    base, bad = (model(batch[0], step.level, batch[1]).v for model in (denoiser, worse))
+    with counted(denoiser) as rows, counted(worse) as worse_rows:
+        alone = GuidedDenoiser(denoiser, [Autoguidance()])(batch[0], step, batch[1])
+    torch.testing.assert_close(alone.v, 2 * base - bad, rtol=1e-4, atol=1e-4)
+    assert (rows, worse_rows) == ([3], [3])
+    with counted(denoiser) as rows, counted(worse) as worse_rows:
+        terms = [Autoguidance(), CFG(2.0), SAG(1.0)]
+        together = GuidedDenoiser(denoiser, terms)(batch[0], step, batch[1])
+    assert (rows, worse_rows) == ([6, 3], [3])
+    apart = GuidedDenoiser(denoiser, terms[1:])(batch[0], step, batch[1])
+    torch.testing.assert_close(together.v, apart.v + base - bad, rtol=1e-3, atol=1e-3)

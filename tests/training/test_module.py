@@ -1,0 +1,287 @@
+"""DiffusionModule in Lightning's Trainer: it learns, repeats itself exactly, and is read back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import sag_dit
+from sag_dit.checkpoints import Model, from_denoiser
+from sag_dit.codec import VAECodec
+from sag_dit.data.digits import CLASS_NAMES, Digits, digits
+from sag_dit.denoiser import ClassConditional
+from sag_dit.guidance import SAG
+from sag_dit.models import DiT
+from sag_dit.process import DDPM
+from sag_dit.sampling import Request, Settings
+from sag_dit.training.module import DiffusionModule
+
+# Lightning's advice on what these short runs leave out on purpose.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to"),
+]
+
+ADAM = partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.0)
+
+
+def fresh_model(seed: int = 0) -> Model:
+    """An untrained pixel DiT for 8x8 grey digits."""
+    torch.manual_seed(seed)
+    network = DiT(
+        input_size=8,
+        patch_size=2,
+        in_channels=1,
+        hidden_size=48,
+        depth=2,
+        num_heads=3,
+        num_classes=10,
+        learn_sigma=False,
+    )
+    denoiser = ClassConditional(
+        network, DDPM("cosine"), kind="v", x_0_range=(-1, 1), class_names=CLASS_NAMES
+    )
+    return from_denoiser(denoiser.train(), "digits-small", defaults={"batch_size": 4})
+
+
+class Losses(Callback):
+    """Keeps the loss of every step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.values.append(float(outputs["loss"]))
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    def make(steps: int, callbacks: Iterable[Callback] = ()) -> Trainer:
+        return Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_steps=steps,
+            logger=False,
+            callbacks=list(callbacks),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            default_root_dir=str(tmp_path),
+        )
+
+    return make
+
+
+def state(module: DiffusionModule) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.denoiser.state_dict().items()}
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def average_loss(module: DiffusionModule, batch: tuple[Tensor, Tensor]) -> float:
+    """The loss without label dropout over 16 draws of times and noise, always the same."""
+    module.eval()
+    with torch.no_grad():
+        losses = []
+        for draw in range(16):
+            torch.manual_seed(draw)
+            losses.append(float(module.loss(*batch)))
+    module.train()
+    return sum(losses) / len(losses)
+
+
+def test_one_batch_is_learned_by_heart(make_trainer: Callable[..., Trainer]) -> None:
+    images, labels = digits("train")
+    # Four images, each at eight times and with eight noises a step.
+    batch = images[:4].repeat(8, 1, 1, 1), labels[:4].repeat(8)
+    module = DiffusionModule(fresh_model(), optimizer=ADAM)
+    before = average_loss(module, batch)
+    assert 0.5 < before < 1  # an untrained DiT says 0, and the mean square of v is below 1
+    make_trainer(200).fit(module, DataLoader([batch], batch_size=None))
+    assert average_loss(module, batch) < before / 4
+
+
+def fit(
+    make_trainer: Callable[..., Trainer], steps: int, seed: int = 0, data_seed: int = 0
+) -> tuple[DiffusionModule, list[float]]:
+    module = DiffusionModule(fresh_model(), optimizer=ADAM, seed=seed)
+    losses = Losses()
+    # What was drawn before must not matter.
+    torch.rand(steps)
+    make_trainer(steps, [losses]).fit(module, datamodule=Digits(16, seed=data_seed))
+    return module, losses.values
+
+
+def test_the_same_seed_gives_the_same_losses_and_weights(
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    first, losses = fit(make_trainer, 5)
+    again, same_losses = fit(make_trainer, 5)
+    assert losses == same_losses
+    assert len(set(losses)) == 5
+    assert_same(state(first), state(again))
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"data_seed": 1}])
+def test_another_seed_gives_other_losses(
+    make_trainer: Callable[..., Trainer], other: dict[str, int]
+) -> None:
+    assert fit(make_trainer, 2)[1] != fit(make_trainer, 2, **other)[1]
+
+
+def checkpointing(folder: Path, every: int) -> list[Callback]:
+    return [
+        EMAWeightAveraging(decay=0.8),
+        ModelCheckpoint(
+            dirpath=folder,
+            filename="{step}",
+            auto_insert_metric_name=False,
+            every_n_train_steps=every,
+            save_top_k=-1,
+        ),
+    ]
+
+
+@pytest.fixture
+def run(make_trainer: Callable[..., Trainer], tmp_path: Path) -> Path:
+    """Six steps with a checkpoint every third, named by its step."""
+    module = DiffusionModule(fresh_model(), optimizer=ADAM)
+    make_trainer(6, checkpointing(tmp_path / "run", 3)).fit(module, datamodule=Digits(16))
+    return tmp_path / "run"
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
+    make_trainer: Callable[..., Trainer], run: Path, tmp_path: Path
+) -> None:
+    resumed = DiffusionModule(fresh_model(seed=9), optimizer=ADAM)
+    trainer = make_trainer(6, checkpointing(tmp_path / "resumed", 6))
+    trainer.fit(resumed, datamodule=Digits(16), ckpt_path=run / "3.ckpt", weights_only=True)
+    whole, after = (
+        torch.load(folder / "6.ckpt", weights_only=True) for folder in (run, tmp_path / "resumed")
+    )
+    assert_same(after["state_dict"], whole["state_dict"])
+    assert_same(after["current_model_state"], whole["current_model_state"])
+    for name, value in whole["optimizer_states"][0]["state"].items():
+        assert_same(after["optimizer_states"][0]["state"][name], value)
+
+
+def test_a_checkpoint_is_loaded_averaged_or_raw(run: Path) -> None:
+    averaged = sag_dit.load(run / "6.ckpt")
+    raw = sag_dit.load(run / "6.ckpt", ema=False)
+    saved = torch.load(run / "6.ckpt", weights_only=True)
+    for model, key in ((averaged, "state_dict"), (raw, "current_model_state")):
+        expected = saved[key]["denoiser.network.blocks.1.attn.qkv.weight"]
+        assert torch.equal(model.denoiser.network.blocks[1].attn.qkv.weight, expected)
+    differing = [
+        name
+        for name, tensor in averaged.denoiser.state_dict().items()
+        if not torch.equal(tensor, raw.denoiser.state_dict()[name])
+    ]
+    assert "network.blocks.1.attn.qkv.weight" in differing
+    # Not trained; averaging only rounds it.
+    positions = (model.denoiser.network.pos_embed for model in (averaged, raw))
+    torch.testing.assert_close(*positions, rtol=0, atol=1e-6)
+    # And all that is not weights comes back as well.
+    assert averaged.class_names == CLASS_NAMES
+    assert averaged.denoiser.process == DDPM("cosine")
+    assert averaged.denoiser.kind == "v"
+    assert averaged.batch_size == 4
+    assert not averaged.denoiser.training
+
+
+def test_a_module_without_an_optimizer_is_only_for_sampling(
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    with pytest.raises(ValueError, match="optimizer=None: expected an optimiser to train with"):
+        make_trainer(1).fit(DiffusionModule(fresh_model()), datamodule=Digits(16))
+
+
+def test_the_autoencoder_is_no_part_of_what_is_trained_and_saved(
+    make_trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    network = DiT(8, 2, 4, hidden_size=48, depth=1, num_heads=3, num_classes=10)
+    denoiser = ClassConditional(network, DDPM())
+    module = DiffusionModule(
+        from_denoiser(denoiser.train(), "latent", codec=VAECodec(vae)), optimizer=ADAM
+    )
+    assert {name.split(".")[0] for name, _ in module.named_parameters()} == {"denoiser"}
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    batch = images, torch.zeros(4, dtype=torch.long)
+    trainer = make_trainer(2, checkpointing(tmp_path / "latent", 2))
+    trainer.fit(module, DataLoader([batch, batch], batch_size=None))
+    assert_same(dict(vae.state_dict()), before)
+    assert all(parameter.grad is None for parameter in vae.parameters())
+    saved = torch.load(tmp_path / "latent" / "2.ckpt", weights_only=True)
+    assert {name.split(".")[0] for name in saved["state_dict"]} == {"denoiser"}
+
+
+def requests(indices: Sequence[int]) -> list[Request]:
+    return [Request(i, 0, i % 10, stream=i) for i in indices]
+
+
+def test_predict_step_draws_twins_and_views_for_the_gallery_alone(
+    make_dit: Callable[..., DiT],
+) -> None:
+    network = make_dit(in_channels=3)
+    model = from_denoiser(ClassConditional(network, DDPM(), x_0_range=(-1, 1)), "tiny")
+    settings = Settings(steps=12, guidance=(SAG(scale=1.0, layer="blocks.0"),), batch_size=3)
+    seen: list[int] = []
+    module = DiffusionModule(
+        model, settings=settings, gallery=2, watch=lambda step: seen.append(step.step.index)
+    )
+    drawn = module.predict_step(requests([1, 2, 5]), 0)
+    assert drawn.images.shape == (3, 3, 8, 8)
+    assert drawn.images.dtype == torch.uint8
+    assert drawn.twins.keys() == drawn.views.keys() == {1}
+    assert not torch.equal(drawn.twins[1], drawn.images[0])
+    assert seen == list(range(12))  # the twins' steps are not told of
+    # Six steps, evenly spread, first and last included, with what guidance saw there.
+    assert [view.index for view in drawn.views[1]] == [0, 2, 4, 7, 9, 11]
+    for view in drawn.views[1]:
+        assert view.count == 12
+        assert view.saliency.shape == view.mask.shape == (4, 4)
+        assert abs(view.saliency.mean() - 1) < 1e-5
+        assert ((view.saliency > 1.0) == view.mask).all()
+        assert view.mask.any() and not view.mask.all()
+
+
+@pytest.mark.parametrize("guidance", [(), (SAG(scale=0.0),)])
+def test_without_sag_there_are_no_views(
+    make_dit: Callable[..., DiT], guidance: tuple[SAG, ...]
+) -> None:
+    model = from_denoiser(ClassConditional(make_dit(in_channels=3), DDPM()), "tiny")
+    settings = Settings(steps=3, guidance=guidance, batch_size=2)
+    drawn = DiffusionModule(model, settings=settings, gallery=9).predict_step(requests([0, 1]), 0)
+    assert drawn.views == {0: (), 1: ()}
+    for index in (0, 1):  # with nothing to guide, a twin is the image
+        assert torch.equal(drawn.twins[index], drawn.images[index])
+
+
+def test_views_stop_where_guidance_does(make_dit: Callable[..., DiT]) -> None:
+    model = from_denoiser(ClassConditional(make_dit(in_channels=3), DDPM()), "tiny")
+    term = SAG(scale=1.0, interval=(0.5, 1.0))
+    settings = Settings(steps=6, guidance=(term,), batch_size=1)
+    drawn = DiffusionModule(model, settings=settings, gallery=1).predict_step(requests([0]), 0)
+    assert [view.index for view in drawn.views[0]] == [3, 4, 5]
