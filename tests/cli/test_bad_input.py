@@ -256,10 +256,6 @@ def test_misspelt_key_at_the_command_line(in_other_process: Command) -> None:
     assert outcome.out == ""
 
 
-def test_unknown_checkpoint_at_the_command_line(in_other_process: Command) -> None:
-    assert_refused(in_other_process("ckpt=DiT-XL-3"), "did you mean DiT-XL-2")
-
-
 def test_latents_that_break_at_the_command_line(
     in_other_process: Command, save_official: SaveOfficial, tmp_path: Path
 ) -> None:

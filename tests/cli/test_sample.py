@@ -1,0 +1,179 @@
+"""``sample.py``: which files it leaves, and that an image depends on its request alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+Command = Callable[..., Any]
+Contents = Callable[[Path], dict[str, str]]
+
+
+def pixels(file: Path) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image)
+
+
+def manifest(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def test_leaves_the_files_as_designed_and_nothing_else(
+    sample: Command, contents: Contents, tmp_path: Path
+) -> None:
+    outcome = sample("num_images=3", "gallery.num=2", "npz=true")
+    assert outcome.code == 0, outcome.err
+    folder = outcome.folder()
+    assert re.fullmatch(r"outputs/sample/tiny-[0-9a-f]{8}", folder.as_posix())
+    assert set(contents(tmp_path)) == {
+        f"{folder.as_posix()}/{name}"
+        for name in (
+            "config.yaml",
+            "grid.png",
+            "index.html",
+            "manifest.jsonl",
+            "samples.npz",
+            *(f"images/00000{i}.png" for i in range(3)),
+            *(f"unguided/00000{i}.png" for i in range(2)),
+            *(f"maps/00000{i}.npz" for i in range(2)),
+        )
+    }
+    last = outcome.out.splitlines()[-1]
+    assert last == f"gallery: {(tmp_path / folder / 'index.html').resolve()}"
+    assert "3/3" in outcome.err
+
+
+def test_gallery_num_0_leaves_no_gallery(sample: Command, contents: Contents) -> None:
+    outcome = sample("num_images=2", "gallery.num=0")
+    names = {"config.yaml", "manifest.jsonl", "images/000000.png", "images/000001.png"}
+    assert set(contents(outcome.folder())) == names
+    assert "gallery" not in outcome.out
+
+
+def test_config_yaml_holds_the_resolved_configuration(sample: Command) -> None:
+    folder = sample("num_images=1", "sag_scale=0.7", "guidance.sag.layer=blocks.2").folder()
+    text = (folder / "config.yaml").read_text(encoding="utf-8")
+    assert "${" not in text
+    record = yaml.safe_load(text)
+    assert record["config"]["guidance"]["sag"]["scale"] == 0.7
+    assert record["config"]["out"] == str(folder)
+    assert record["settings"]["guidance"]["sag"]["layer"] == "blocks.2.attn"
+    assert record["settings"]["guidance"].keys() == {"sag"}  # CFG and blur are off
+
+
+def test_manifest_has_a_row_for_every_image(sample: Command) -> None:
+    folder = sample("num_images=3", "classes=[7,2]", "seed=5").folder()
+    rows = manifest(folder)
+    assert [(row["index"], row["seed"], row["label"], row["class"]) for row in rows] == [
+        (0, 5, 7, "7"),
+        (1, 5, 2, "2"),
+        (2, 5, 7, "7"),
+    ]
+    for row in rows:
+        data = (folder / row["file"]).read_bytes()
+        assert row["file"] == f"images/{row['index']:06d}.png"
+        assert row["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_npz_is_what_the_adm_evaluator_reads(sample: Command) -> None:
+    folder = sample("num_images=3", "gallery.num=0", "npz=true").folder()
+    with np.load(folder / "samples.npz") as arrays:
+        assert arrays.files == ["arr_0"]
+        images = arrays["arr_0"]
+    assert images.dtype == np.uint8
+    assert images.shape == (3, 8, 8, 3)
+    for index, image in enumerate(images):
+        np.testing.assert_array_equal(image, pixels(folder / f"images/{index:06d}.png"))
+    assert images.std() > 10  # pictures, not one flat colour
+
+
+def test_npz_of_grey_images_has_three_equal_channels(
+    in_process: Command, save_official: Callable[..., Path], tmp_path: Path
+) -> None:
+    grey = save_official(tmp_path / "grey.pt", in_channels=1)
+    arguments = ("steps=2", "num_images=2", "batch_size=2", "npz=true")
+    folder = in_process("sample", f"ckpt={grey}", *arguments).folder()
+    with np.load(folder / "samples.npz") as arrays:
+        images = arrays["arr_0"]
+    assert images.shape == (2, 8, 8, 3)
+    grey_image = pixels(folder / "images/000001.png")
+    assert grey_image.shape == (8, 8)  # the file itself stays grey
+    for channel in range(3):
+        np.testing.assert_array_equal(images[1, ..., channel], grey_image)
+
+
+def test_the_same_command_again_draws_nothing(sample: Command, contents: Contents) -> None:
+    first = sample("num_images=3", "npz=true")
+    before = contents(first.folder())
+    again = sample("num_images=3", "npz=true")
+    # Two compute batches of 2; 4 steps of SAG's two rows, and the unguided twins' 4 steps.
+    assert first.evaluations == 2 * 2 * (4 * 2 + 4)
+    assert again.evaluations == 0
+    assert again.out == first.out
+    assert contents(first.folder()) == before
+
+
+def test_more_images_later_keep_the_earlier_ones(sample: Command, contents: Contents) -> None:
+    folder = sample("num_images=3", "gallery.num=0").folder()
+    before = contents(folder / "images")
+    more = sample("num_images=6", "gallery.num=0")
+    after = contents(folder / "images")
+    assert more.folder() == folder
+    assert more.evaluations == 2 * 2 * 4 * 2  # three new images: two compute batches
+    assert len(after) == 6
+    assert before.items() < after.items()
+    assert len(manifest(folder)) == 6
+
+
+def test_deleted_images_and_twins_are_drawn_again_the_same(
+    sample: Command, contents: Contents
+) -> None:
+    folder = sample("num_images=6").folder()
+    before = contents(folder)
+    # Other neighbours, another place in the batch: 1 was second and becomes first, 4 second.
+    for name in ("images/000001.png", "images/000004.png", "unguided/000005.png"):
+        (folder / name).unlink()
+    again = sample("num_images=6")
+    assert 0 < again.evaluations < 3 * 2 * (4 * 2 + 4)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("num_images", [1, 5])
+def test_neighbours_and_padding_do_not_change_an_image(
+    sample: Command, contents: Contents, num_images: int
+) -> None:
+    reference = contents(sample("num_images=2", "out=reference", "cfg_scale=1.5").folder())
+    other = contents(sample(f"num_images={num_images}", "out=other", "cfg_scale=1.5").folder())
+    for name in ("images/000000.png", "unguided/000000.png", "maps/000000.npz"):
+        assert other[name] == reference[name]
+
+
+def test_twin_is_the_same_noise_without_guidance(sample: Command, contents: Contents) -> None:
+    guided = sample("num_images=3", "out=guided", "cfg_scale=1.5").folder()
+    unguided = sample("num_images=3", "out=plain", "sag_scale=0", "cfg_scale=1").folder()
+    twins = contents(guided / "unguided")
+    assert len(twins) == 3
+    assert twins == contents(unguided / "images")
+    assert not set(twins.values()) & set(contents(guided / "images").values())
+
+
+def test_scales_are_aliases_of_the_terms(sample: Command, contents: Contents) -> None:
+    short = sample("num_images=2", "sag_scale=0.5", "cfg_scale=2", "blur_scale=0.25").folder()
+    long = sample(
+        "num_images=2",
+        "guidance.sag.scale=0.5",
+        "guidance.cfg.scale=2",
+        "guidance.blur.scale=0.25",
+    ).folder()
+    assert short == long
+    plain = sample("num_images=2", "sag_scale=0").folder()
+    assert contents(plain / "images") != contents(short / "images")

@@ -1,0 +1,125 @@
+"""``sample.py``: the folder belongs to what determines pixels."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+from sag_dit.cli.app import config_folder, quoted
+from sag_dit.cli.sample import Plan, make_plan
+
+Command = Callable[..., Any]
+Contents = Callable[[Path], dict[str, str]]
+
+
+def pixels(file: Path) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image)
+
+
+def manifest(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def test_out_of_other_settings_is_refused_with_the_difference(
+    sample: Command, contents: Contents
+) -> None:
+    folder = sample("num_images=2", "out=mine").folder()
+    before = contents(folder)
+    other = sample("num_images=2", "out=mine", "steps=5", "guidance.sag.threshold=1.5")
+    assert other.code == 1
+    assert "steps: there 4, now 5" in other.err
+    assert "guidance.sag.threshold: there 1.0, now 1.5" in other.err
+    assert "request" not in other.err  # what agrees is not listed
+    assert other.evaluations == 0
+    assert contents(folder) == before
+
+
+def test_out_with_images_of_unknown_origin_is_refused(sample: Command, tmp_path: Path) -> None:
+    foreign = tmp_path / "mine" / "images" / "000000.png"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"somebody's")
+    outcome = sample("num_images=2", "out=mine")
+    assert outcome.code == 1
+    assert "out=mine holds images but no config.yaml" in outcome.err
+    assert foreign.read_bytes() == b"somebody's"
+
+
+def test_awkward_paths_go_all_the_way(
+    in_process: Command, save_official: Callable[..., Path], tmp_path: Path
+) -> None:
+    ckpt = save_official(tmp_path / "step=3, loss=0.5 (it's ${best}).pt")
+    arguments = (f"ckpt={ckpt}", "steps=2", "num_images=1", "batch_size=1")
+    for out in ("a=b, (c)", "it's", "${oc.env:HOME}", "\\${x}", "ünï ✓"):
+        outcome = in_process("sample", *arguments, f"out={out}")
+        assert outcome.code == 0, outcome.err
+        assert (tmp_path / out / "images" / "000000.png").exists()
+        record = yaml.safe_load((tmp_path / out / "config.yaml").read_text(encoding="utf-8"))
+        assert (record["config"]["ckpt"], record["config"]["out"]) == (str(ckpt), out)
+    named = in_process("sample", *arguments)
+    assert named.code == 0, named.err
+    assert re.fullmatch(r"[\w.+=-]+-[0-9a-f]{8}", named.folder().name)
+
+
+def plan_of(ckpt: Path, *overrides: str) -> Plan:
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return make_plan(compose("sample", [quoted(f"ckpt={ckpt}"), *map(quoted, overrides)]))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "steps=49",
+        "seed=1",
+        "classes=[1]",
+        "classes=random",
+        "sag_scale=0.9",
+        "cfg_scale=1.5",
+        "blur_scale=0.1",
+        "guidance.sag.layer=blocks.0",
+        "guidance.sag.interval=[0.2,0.8]",
+        "guidance.sag.blur_sigma=2",
+        "sampler=ddpm",
+        "sampler.eta=0.5",
+        "batch_size=8",
+        "trainer.precision=bf16-mixed",
+    ],
+)
+def test_the_folder_is_named_by_what_determines_pixels(tiny: Path, override: str) -> None:
+    assert plan_of(tiny, override).folder.path != plan_of(tiny).folder.path
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "num_images=3",
+        "trainer.devices=2",
+        "trainer.accelerator=cpu",
+        "logger=wandb",
+        "npz=true",
+        "gallery.num=0",
+        "guidance.sag.layer=blocks.1.attn",  # what auto means
+        "batch_size=16",  # the default
+        "guidance.cfg.channels=3",  # of a term that is off
+    ],
+)
+def test_the_folder_is_not_named_by_anything_else(tiny: Path, override: str) -> None:
+    assert plan_of(tiny, override).folder.path == plan_of(tiny).folder.path
+
+
+def test_the_folder_is_named_by_the_weights_not_by_where_they_lie(
+    tiny: Path, save_official: Callable[..., Path], tmp_path: Path
+) -> None:
+    same = save_official(tmp_path / "tiny.pt")
+    assert plan_of(same).folder.path == plan_of(tiny).folder.path
+    other = save_official(tmp_path / "tiny.pt", seed=1)
+    assert plan_of(other).folder.path != plan_of(tiny).folder.path
