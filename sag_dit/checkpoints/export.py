@@ -1,18 +1,43 @@
-"""Writing our own layout: a folder of model.safetensors and config.json."""
+"""Writing checkpoints: our own folder, and a model in any layout with its card."""
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from sag_dit.checkpoints import layouts
+from sag_dit.checkpoints.card import model_card
 from sag_dit.checkpoints.config import describe
 from sag_dit.checkpoints.files import METADATA_KEY
+from sag_dit.checkpoints.model import Model
 from sag_dit.denoiser import ClassConditional
+
+CARD = "README.md"
+WEIGHTS = {"dit": "model.pt", "diffusers": "", "safetensors": "model.safetensors"}
+"""What to pass to ``load``, within an export of each layout; the folder itself if empty."""
+
+
+class Exported(NamedTuple):
+    """What was written.
+
+    Attributes:
+        path: what ``load`` reads: the weights' file or the folder.
+        notes: what a user has to know; they stand in the card too.
+        fresh: False if the folder held this very export already.
+    """
+
+    path: Path
+    notes: tuple[str, ...]
+    fresh: bool
 
 
 def write_safetensors(
@@ -26,10 +51,7 @@ def write_safetensors(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {**describe(denoiser), **(extra or {})}
-    state = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in denoiser.network.state_dict().items()
-    }
+    state = layouts.state_of(denoiser.network)
     weights, text = folder / "model.safetensors", folder / "config.json"
     parts = weights.with_suffix(".part"), text.with_suffix(".part")
     save_file(state, parts[0], metadata={METADATA_KEY: json.dumps(config)})
@@ -37,3 +59,125 @@ def write_safetensors(
     os.replace(parts[1], text)
     os.replace(parts[0], weights)
     return weights
+
+
+def check_layout(layout: str) -> None:
+    """Refuse a layout that is not written.
+
+    Raises:
+        ValueError: it is not ``dit``, ``diffusers`` or ``safetensors``.
+    """
+    if layout not in WEIGHTS:
+        raise ValueError(f"format={layout}: expected {', '.join(WEIGHTS)}")
+
+
+def check_out(out: str | Path) -> Path:
+    """Return the absolute folder to export to.
+
+    Raises:
+        ValueError: it is a file, is named as one, or holds what is no export.
+    """
+    folder = Path(out).expanduser().resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out={out}: a file; expected a folder that is new or empty")
+    if folder.suffix in (".pt", ".pth", ".ckpt", ".safetensors", ".bin"):
+        raise ValueError(
+            f"out={out}: expected a folder; the weights, their config and the model card are "
+            f"written into it: out={Path(out).with_suffix('')}"
+        )
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CARD).is_file():
+        raise _occupied(folder, "it holds other files")
+    return folder
+
+
+def export(
+    model: Model, out: str | Path, layout: str, data: str | None = None, ema: bool = True
+) -> Exported:
+    """Write a model in a layout, with its card, as a folder that appears whole or not at all.
+
+    ``data`` says in a sentence what the model was trained on; ``ema`` tells the card whether its
+    weights are averaged ones.
+
+    Raises:
+        ValueError: the layout is unknown or cannot express the model; ``out`` is a file or holds
+            something else; there is no room on the disk.
+    """
+    check_layout(layout)
+    folder = check_out(out)
+    notes: list[str] = []
+    if layout != "safetensors":
+        dit = layout == "dit"
+        obstacles = (layouts.dit_obstacles if dit else layouts.diffusers_obstacles)(model)
+        if obstacles:
+            program = "facebookresearch/DiT" if dit else "diffusers' DiTPipeline"
+            raise ValueError(
+                f"format={layout}: {program} cannot express this model: "
+                f"{'; '.join(obstacles)}. Use format=safetensors, which sag_dit reads"
+            )
+        notes = (layouts.dit_notes if dit else layouts.diffusers_notes)(model)
+    with _staged(folder, layouts.bytes_of(model)) as part:
+        if layout == "dit":
+            layouts.write_dit(part, model)
+        elif layout == "diffusers":
+            layouts.write_diffusers(part, model)
+        else:
+            write_safetensors(part, model.denoiser, model.description)
+        card = model_card(model, layout, notes, data, "ema" if ema else "raw")
+        (part / CARD).write_text(card, encoding="utf-8")
+        fresh = _publish(part, folder)
+    return Exported(folder / WEIGHTS[layout], tuple(notes), fresh)
+
+
+@contextmanager
+def _staged(folder: Path, need: int) -> Iterator[Path]:
+    """Give an empty folder beside the final one, and take it away in the end."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < need:
+        raise ValueError(
+            f"out={folder}: {free / 1e9:.2f} GB are free and {need / 1e9:.2f} GB are needed; make "
+            f"room, or choose a folder on another disk"
+        )
+    # The process's number, so that two processes never write one folder.
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        yield part
+    except (SafetensorError, RuntimeError) as error:  # what the writers make of a full disk
+        raise OSError(f"out={folder}: could not be written ({error})") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _publish(part: Path, folder: Path) -> bool:
+    """Rename a finished folder; return False if the same content is there already.
+
+    Raises:
+        ValueError: something else is there.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        os.replace(part, folder)
+        return True
+    ours, theirs = (
+        {path.relative_to(root) for path in root.rglob("*") if not path.is_dir()}
+        for root in (part, folder)
+    )
+    foreign = sorted(theirs - ours)
+    if foreign:
+        raise _occupied(folder, f"it holds {foreign[0]}")
+    differing = [
+        name
+        for name in sorted(ours)
+        if name not in theirs or not filecmp.cmp(part / name, folder / name, shallow=False)
+    ]
+    if differing:
+        raise _occupied(folder, f"its {differing[0]} is missing or differs")
+    return False
+
+
+def _occupied(folder: Path, what: str) -> ValueError:
+    return ValueError(
+        f"out={folder}: not empty and not this export ({what}); expected a new or empty folder: "
+        f"choose another, or delete this one"
+    )

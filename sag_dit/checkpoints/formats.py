@@ -103,14 +103,30 @@ def _read_torch(path: Path, ema: bool) -> Checkpoint:
     return Checkpoint(state, (path,), stated, stated.get("vae"))
 
 
+AVERAGED = "averaged.module."
+"""Where a DiffusionModule keeps its averaged denoiser."""
+
+
 def _read_lightning(
     path: Path, value: Mapping[str, Any], beside: Mapping[str, Any], ema: bool
 ) -> Checkpoint:
-    """Read a Lightning checkpoint; with averaging its state_dict holds the averaged weights."""
-    averaged = "current_model_state" in value
-    if ema and not averaged:
+    """Read a Lightning checkpoint: ours, or one of Lightning's own averaging callback.
+
+    Ours holds the average as a module ``averaged`` beside ``denoiser``. With Lightning's callback
+    the state_dict is the average, and the raw weights are in ``current_model_state``.
+    """
+    state = value["state_dict"]
+    beside_raw = any(name.startswith(AVERAGED) for name in state)
+    if ema and not beside_raw and "current_model_state" not in value:
         raise ValueError(_lacking(path, ema))
-    state = value["current_model_state" if averaged and not ema else "state_dict"]
+    if beside_raw:
+        state = {
+            name.replace(AVERAGED, "denoiser."): tensor
+            for name, tensor in state.items()
+            if name.startswith(AVERAGED if ema else "denoiser.")
+        }
+    elif not ema:
+        state = value.get("current_model_state", state)
     stated = value.get("hyper_parameters")
     if not isinstance(stated, Mapping) or not isinstance(stated.get("model"), Mapping):
         stated = beside

@@ -114,11 +114,11 @@ def autoencoder(config: Mapping[str, Any], vae: str | Path | None) -> str | None
     return zoo.DEFAULT_VAE
 
 
-def choose_codec(config: Mapping[str, Any], vae: str | None) -> Codec:
-    """Find a model's autoencoder and check that it fits, without reading its weights.
+def find_codec(vae: str | None) -> Codec:
+    """Find an autoencoder without reading its weights; none means pixels.
 
     Raises:
-        ValueError: it is not found, incomplete, or has another number of channels.
+        ValueError: it is not found or incomplete.
     """
     if vae is None:
         return IdentityCodec()
@@ -128,11 +128,20 @@ def choose_codec(config: Mapping[str, Any], vae: str | None) -> Codec:
         raise ValueError(
             f"vae={folder}: no weights, or not all of them; expected diffusion_pytorch_model.*"
         )
-    codec = VAECodec(folder, sha256=files.sha256(weights))
+    return VAECodec(folder, sha256=files.sha256(weights))
+
+
+def choose_codec(config: Mapping[str, Any], vae: str | None) -> Codec:
+    """Find a model's autoencoder and check that it fits, without reading its weights.
+
+    Raises:
+        ValueError: it is not found, incomplete, or has another number of channels.
+    """
+    codec = find_codec(vae)
     channels = config["model"]["in_channels"]
-    if codec.latent_channels != channels:
+    if isinstance(codec, VAECodec) and codec.latent_channels != channels:
         raise ValueError(
-            f"vae={folder}: its latents have {codec.latent_channels} channels and the model has "
+            f"vae={vae}: its latents have {codec.latent_channels} channels and the model has "
             f"{channels}; pass the autoencoder that the model was trained with: vae=PATH"
         )
     return codec

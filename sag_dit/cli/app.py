@@ -68,7 +68,7 @@ def _keys(config: object, prefix: str = "") -> list[str]:
     return found
 
 
-def _explain(error: Exception, config_name: str) -> str:
+def _explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str:
     """Return Hydra's own message, with the nearest keys where a key is unknown."""
     message = str(error)
     unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", message)
@@ -76,7 +76,9 @@ def _explain(error: Exception, config_name: str) -> str:
         return message
     key = next(group for group in unknown.groups() if group)
     with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = OmegaConf.to_container(hydra.compose(config_name), resolve=False)
+        # With the user's choices of groups, since they bring keys of their own.
+        groups = [each for each in arguments if (config_folder() / each.partition("=")[0]).is_dir()]
+        config = OmegaConf.to_container(hydra.compose(config_name, groups), resolve=False)
     return message + nearest(key, _keys(config))
 
 
@@ -122,6 +124,6 @@ def launch(config_name: str, run: Run, argv: Sequence[str] | None = None) -> Non
             job
         )()
     except (HydraException, OmegaConfBaseException) as error:
-        fail(_explain(error, config_name))
+        fail(_explain(error, config_name, arguments))
     finally:
         sys.argv[:] = original

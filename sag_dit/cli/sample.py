@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -92,6 +93,7 @@ def make_plan(config: DictConfig) -> Plan:
         },
         "request": rule,
         "batch_size": settings.batch_size,
+        "max_rows": settings.max_rows,
         "precision": str(config.trainer.get("precision") or "32-true"),
     }
     pixels = json.loads(json.dumps(pixels))
@@ -157,15 +159,21 @@ def _predict(config: DictConfig, plan: Plan, pending: list[Request]) -> bool:
         plan.model, settings=plan.settings, gallery=config.gallery.num, watch=progress.watch
     )
     reports = RankReports(plan.folder.path, trainer.global_rank, trainer.world_size)
-    with reports.reporting():
-        trainer.predict(
-            module,
-            datamodule=PendingRequests(pending, plan.settings.batch_size),
-            return_predictions=False,
-        )
-    if not trainer.is_global_zero:
-        return False
-    reports.wait(plan.folder.count)
+    try:
+        with reports.reporting():
+            trainer.predict(
+                module,
+                datamodule=PendingRequests(pending, plan.settings.batch_size),
+                return_predictions=False,
+            )
+        if not trainer.is_global_zero:
+            return False
+        reports.wait(plan.folder.count)
+    except BaseException:
+        # Ranks that Lightning has started would go on without this process, holding their devices.
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        raise
     reports.clear()
     return True
 

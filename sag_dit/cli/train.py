@@ -4,70 +4,130 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from sag_dit.cli.app import launch, literal, quiet_lightning
+from sag_dit.cli.values import make_terms
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, Trainer
+
+    from sag_dit.checkpoints import Model
+    from sag_dit.data.steps import StepData
+    from sag_dit.training.module import DiffusionModule
+
+NOT_WEIGHTS = ("out", "logger", "every_n_steps", "preview", "max_steps", "compile", "max_skipped")
+"""Keys that do not change what the weights are after a given number of steps."""
+
+
+def identity(config: DictConfig) -> dict[str, Any]:
+    """Return what determines the weights, as plain values."""
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    for key in NOT_WEIGHTS:
+        values.pop(key, None)
+    plain: dict[str, Any] = json.loads(json.dumps(values))
+    return plain
 
 
 def run_folder(config: DictConfig) -> Path:
     """Return the run's folder: ``out``, or one named after what determines the weights."""
     if config.out:
         return Path(config.out)
-    values: Any = OmegaConf.to_container(config, resolve=False)
-    # The seed is known here; ``out`` and the logger do not change weights.
-    for key in ("out", "logger", "checkpoint"):
-        values.pop(key, None)
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
     return Path("outputs/train") / f"{config.name}-{digest[:8]}"
 
 
-def run(config: DictConfig) -> None:
-    """Train, and export the averaged weights."""
-    quiet_lightning()
-    from lightning.pytorch import Trainer, seed_everything
-    from lightning.pytorch.callbacks import ModelCheckpoint
+def make_model(config: DictConfig, data: StepData) -> Model:
+    """Build a fresh model of the configured size for the data's classes.
 
-    from sag_dit.checkpoints import build, from_denoiser, write_safetensors
-    from sag_dit.training.module import DiffusionModule
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+    from sag_dit.checkpoints import build, from_denoiser
+    from sag_dit.checkpoints.loading import find_codec
+    from sag_dit.codec import VAECodec
 
-    out = run_folder(config)
-    config.out = literal(str(out))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
-    seed_everything(config.seed, verbose=False)
-    data = instantiate(config.data)
-    description: Any = {
-        "model": OmegaConf.to_container(config.model, resolve=True),
+    settings: Any = OmegaConf.to_container(config.model, resolve=True)
+    vae = config.vae or data.vae
+    codec = find_codec(vae)
+    cell = codec.factor * config.patch_size
+    if config.resolution % cell:
+        raise ValueError(
+            f"resolution={config.resolution}: expected a multiple of {cell}, the autoencoder's "
+            f"factor {codec.factor} times patch_size={config.patch_size}"
+        )
+    latent = isinstance(codec, VAECodec)
+    channels = codec.latent_channels if isinstance(codec, VAECodec) else data.channels
+    if settings["input_size"] is None:
+        settings["input_size"] = config.resolution // codec.factor
+    if settings["in_channels"] is None:
+        settings["in_channels"] = channels
+    names = list(data.class_names)
+    settings["num_classes"] = config.num_classes or len(names)
+    description = {
+        "model": settings,
         "process": OmegaConf.to_container(config.process, resolve=True),
         "kind": config.kind,
-        "x_0_range": OmegaConf.to_object(config.x_0_range) if config.x_0_range else None,
-        "class_names": list(data.class_names),
-        "defaults": OmegaConf.to_container(config.defaults_for_sampling, resolve=True),
+        "x_0_range": None if latent else [-1.0, 1.0],
+        "class_names": names if len(names) == settings["num_classes"] else [],
     }
-    denoiser = build(description).train()
+    sampling: Any = OmegaConf.to_container(config.sampling, resolve=True)
+    return from_denoiser(build(description), config.name, codec=codec, defaults=sampling, vae=vae)
+
+
+def make_module(config: DictConfig, model: Model) -> DiffusionModule:
+    """Build what trains the model."""
+    from sag_dit.training.module import DiffusionModule
+
+    model.denoiser.train()
+    model.denoiser.network.checkpoint_blocks = config.checkpoint_blocks
     if config.compile:
-        denoiser.network.compile_blocks()
-    module = DiffusionModule(
-        from_denoiser(denoiser, config.name, defaults=description["defaults"]),
+        model.denoiser.network.compile_blocks()
+    return DiffusionModule(
+        model,
+        objective=instantiate(config.objective),
         optimizer=instantiate(config.optimizer),
+        schedule=instantiate(config.schedule) if config.schedule else None,
+        ema_decay=config.ema.decay,
+        max_skipped=config.max_skipped,
         seed=config.seed,
     )
-    last = ModelCheckpoint(
-        dirpath=out / "checkpoints",
-        every_n_train_steps=config.checkpoint.every_n_steps,
-        save_last=True,
-        save_top_k=0,
-    )
+
+
+def make_trainer(config: DictConfig, out: Path) -> Trainer:
+    """Build Lightning's Trainer with what watches, saves and stops a run."""
+    from sag_dit.training.resume import StopOnSigterm, checkpoint_callbacks
+    from sag_dit.training.watching import LossByLevel, Previews, Speed
+
+    classes: Any = OmegaConf.to_object(config.preview.classes) if config.preview.classes else None
+    every: Mapping[str, int] = config.every_n_steps
+    callbacks: list[Callback] = [
+        Speed(every["log"]),
+        LossByLevel(every["log"]),
+        Previews(
+            out,
+            every["preview"],
+            classes,
+            tuple(make_terms(config.preview.guidance).values()),
+            config.preview.steps,
+            config.seed,
+        ),
+        # Last, so that what they save is what the others have seen.
+        *checkpoint_callbacks(out, every["checkpoint"]),
+        StopOnSigterm(out),
+    ]
     trainer: Trainer = instantiate(
         config.trainer,
         max_steps=config.max_steps,
         logger=instantiate(config.logger) if config.logger else False,
-        callbacks=[instantiate(config.ema), last],
-        val_check_interval=config.checkpoint.every_n_steps,
+        callbacks=callbacks,
+        log_every_n_steps=every["log"],
+        val_check_interval=every["validation"],
         check_val_every_n_epoch=None,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
@@ -75,11 +135,37 @@ def run(config: DictConfig) -> None:
         default_root_dir=literal(str(out)),
         _convert_="all",
     )
-    resume = out / "checkpoints" / "last.ckpt"
-    trainer.fit(module, datamodule=data, ckpt_path=resume if resume.exists() else None)
-    if trainer.global_rank == 0:
-        # When training ends, Lightning leaves the averaged weights in the module.
-        write_safetensors(out, denoiser, {"defaults": description["defaults"]})
+    return trainer
+
+
+def run(config: DictConfig) -> None:
+    """Train, and export the weights that are to be sampled with."""
+    quiet_lightning()
+    import torch
+
+    from sag_dit.output.claim import claim
+    from sag_dit.training.resume import export, newest_checkpoint
+
+    if OmegaConf.is_missing(config, "name") or OmegaConf.is_missing(config, "max_steps"):
+        raise ValueError(
+            "name and max_steps are not set: choose what to train, such as experiment=digits or "
+            "experiment=folder data.root=photos/"
+        )
+    out = run_folder(config)
+    config.out = literal(str(out))
+    torch.set_float32_matmul_precision(config.matmul)
+    torch.manual_seed(config.seed)
+    data = instantiate(config.data)
+    model = make_model(config, data)
+    data.check(model)
+    module = make_module(config, model)
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    out.mkdir(parents=True, exist_ok=True)
+    claim(out, identity(config), settings, "a run")
+    trainer = make_trainer(config, out)
+    trainer.fit(module, datamodule=data, ckpt_path=newest_checkpoint(out), weights_only=True)
+    export(trainer, module, out)
+    if trainer.is_global_zero:
         print(f"run: {out.resolve()}")
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from sag_dit.checkpoints import Model
 from sag_dit.data.batches import StepBatches
 from sag_dit.tensors import Images, Labels
 
@@ -43,10 +44,13 @@ def digits(split: Literal["train", "held_out"]) -> tuple[Images, Labels]:
 class Digits(LightningDataModule):
     """Batches of handwritten digits for training, the held-out ones for validation.
 
-    Which images form the batch of a step depends on (seed, step) alone.
+    ``batch_size`` counts the images of a step over all ranks. Which they are depends on (seed,
+    step) alone.
     """
 
     class_names = CLASS_NAMES
+    channels = 1
+    vae = None
 
     def __init__(self, batch_size: int = 64, seed: int = 0) -> None:
         super().__init__()
@@ -56,18 +60,36 @@ class Digits(LightningDataModule):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Return endless training batches, going on at the trainer's step."""
         trainer = self.trainer
+        world = trainer.world_size if trainer else 1
+        if self.batch_size % world:
+            raise ValueError(
+                f"batch_size={self.batch_size} on {world} ranks: expected a multiple of {world}"
+            )
         first = trainer.fit_loop.total_batch_idx + 1 if trainer else 0
         images, labels = digits("train")
         dataset: Dataset[tuple[Tensor, ...]] = TensorDataset(images, labels)
         batches = StepBatches(
             len(labels),
-            self.batch_size,
+            self.batch_size // world,
             self.seed,
             first=first,
             rank=trainer.global_rank if trainer else 0,
-            world=trainer.world_size if trainer else 1,
+            world=world,
         )
         return DataLoader(dataset, batch_sampler=batches)
+
+    def check(self, model: Model) -> None:
+        """Refuse a model that does not draw 8x8 grey images of ten classes.
+
+        Raises:
+            ValueError: what does not fit.
+        """
+        shape, classes = model.denoiser.latent_shape, model.denoiser.num_classes
+        if shape != (1, 8, 8) or classes != len(CLASS_NAMES):
+            raise ValueError(
+                f"a model of {shape} and {classes} classes: the digits are (1, 8, 8) and of "
+                f"{len(CLASS_NAMES)} classes; set resolution=8 and num_classes=null"
+            )
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Return the held-out digits in one order."""

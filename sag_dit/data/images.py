@@ -182,6 +182,7 @@ class ImageFolderData(StepData):
         )
         self.files = find_images(root)
         self.class_names = self.files.class_names
+        self.channels = channels
         self._crops = Crops(
             self.files,
             size,

@@ -128,6 +128,7 @@ class LatentData(StepData):
         )
         self._folder, self._verify = folder, verify
         self.class_names = self.index.class_names
+        self.channels, self.vae = self.index.shape[0], self.index.vae
 
     @cached_property
     def dataset(self) -> Latents:

@@ -141,12 +141,16 @@ class StepData(LightningDataModule, ABC):
 
     Attributes:
         class_names: one per class.
+        channels: of an image or latent.
+        vae: the autoencoder of latents, None for images.
 
     Raises:
         ValueError: a value out of its range.
     """
 
     class_names: tuple[str, ...]
+    channels: int
+    vae: str | None = None
 
     def __init__(
         self, *, batch_size: int, seed: int, flip: bool, held_out: float, workers: int | None

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from timm.layers import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sag_dit.models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
 from sag_dit.tensors import Images, Labels
@@ -123,6 +124,8 @@ class DiT(nn.Module):
         self.learn_sigma = learn_sigma
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.num_classes = num_classes
+        self.checkpoint_blocks = False
+        """Whether the backward pass computes each block anew instead of keeping its activations."""
 
         self.x_embedder = PatchEmbed((height, width), patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -164,8 +167,12 @@ class DiT(nn.Module):
         # The patch embedding is a transposed view, whose strides every later operation would keep.
         tokens = (self.x_embedder(x) + self.pos_embed).contiguous()
         condition = self.t_embedder(t) + self.y_embedder(y)
+        recompute = self.checkpoint_blocks and torch.is_grad_enabled()
         for block in self.blocks:
-            tokens = block(tokens, condition)
+            if recompute:
+                tokens = checkpoint(block, tokens, condition, use_reentrant=False)
+            else:
+                tokens = block(tokens, condition)
         return self.unpatchify(self.final_layer(tokens, condition))
 
     def compile_blocks(self) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
+from sag_dit.output.claim import CONFIG, claim
 from sag_dit.output.files import atomic
 from sag_dit.output.gallery import StepView
 from sag_dit.sampling import Request
@@ -65,26 +65,12 @@ class SampleFolder:
                 f"out={self.path}: cannot be used as a folder of images "
                 f"({error.strerror or error}); choose another out"
             ) from error
-        file = self.path / "config.yaml"
-        if file.exists():
-            before = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("settings", {})
-            differences = _differences(before, settings)
-            if differences:
-                raise ValueError(
-                    f"out={self.path} holds images of other settings:\n  "
-                    + "\n  ".join(differences)
-                    + "\nChoose another out, leave out unset, or repeat the former settings"
-                )
-        elif any((self.path / "images").iterdir()):
+        if not (self.path / CONFIG).exists() and any((self.path / "images").iterdir()):
             raise ValueError(
-                f"out={self.path} holds images but no config.yaml that says what they are; choose "
+                f"out={self.path} holds images but no {CONFIG} that says what they are; choose "
                 f"another out"
             )
-        with atomic(file) as temporary:
-            record = {"settings": dict(settings), "config": dict(config)}
-            temporary.write_text(
-                yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8"
-            )
+        claim(self.path, settings, config, "images")
 
     def missing(self, requests: Sequence[Request], gallery: int) -> list[Request]:
         """Return the requests whose image, or for the first ``gallery`` also twin, is not there."""
@@ -161,21 +147,3 @@ def read_views(file: Path) -> tuple[StepView, ...]:
         )
         for i in range(len(columns["index"]))
     )
-
-
-def _flat(values: object, prefix: str = "") -> dict[str, object]:
-    if not isinstance(values, Mapping):
-        return {prefix.rstrip("."): values}
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.")
-    return flat
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    old, new = _flat(before), _flat(now)
-    return [
-        f"{key}: there {old.get(key, 'not set')}, now {new.get(key, 'not set')}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]

@@ -4,34 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sag_dit.checkpoints import Model
+from sag_dit.codec import VAECodec
+from sag_dit.denoiser import ClassConditional, Denoiser
 from sag_dit.noise import generator
 from sag_dit.output.views import ViewRecorder
 from sag_dit.output.writer import Drawn
 from sag_dit.sampler import SampleStep
 from sag_dit.sampling import Request, Settings, Watch, draw
 from sag_dit.tensors import Images, Labels
-from sag_dit.training.objective import MSE, Objective
+from sag_dit.training.objective import MSE, Losses, Objective
 
 TRAINING = 3
 """Purpose of the random streams of training steps, see :func:`sag_dit.noise.generator`."""
 
 
 class DiffusionModule(LightningModule):
-    """Trains a model's denoiser on (uint8 images, labels), and draws requests with it.
+    """Trains a model's denoiser on (images, labels), and draws requests with it.
 
-    ``objective`` says what is minimised. All randomness of a training step (times, noise, label
-    dropout) is a pure function of (seed, batch index, rank). Prediction follows ``settings``; the
-    first ``gallery`` indices are also drawn without guidance, from the same noise. ``watch`` is
-    told of every step.
+    Images are uint8, or x_0 itself where they were encoded before. ``objective`` says what is
+    minimised. All randomness of a training step (times, noise, label dropout) is a pure function
+    of (seed, batch index, rank).
+
+    With ``ema_decay`` the weights' exponential moving average is a module of its own, ``averaged``,
+    updated after every optimiser step; its first update copies, as published. It is what is
+    validated and drawn with, and being a module it is sharded, saved and restored like the
+    denoiser, whatever the strategy and the moment.
+
+    A step whose gradients are not finite is skipped on all ranks; after ``max_skipped`` in a row
+    training stops.
+
+    Prediction follows ``settings``; the first ``gallery`` indices are also drawn without guidance,
+    from the same noise. ``watch`` is told of every step.
     """
 
     def __init__(
@@ -40,49 +56,134 @@ class DiffusionModule(LightningModule):
         *,
         objective: Objective | None = None,
         optimizer: Callable[[Iterable[Parameter]], Optimizer] | None = None,
+        schedule: Callable[[Optimizer], LRScheduler] | None = None,
+        ema_decay: float | None = None,
+        max_skipped: int = 10,
         settings: Settings | None = None,
         gallery: int = 0,
         watch: Watch | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if ema_decay is not None and not 0 <= ema_decay < 1:
+            raise ValueError(f"ema.decay={ema_decay}: expected 0 to less than 1, or null for none")
         self.model = model
-        # Registered by itself: the parameters that Lightning moves, wraps, averages and saves.
+        # Registered by itself: the parameters that Lightning moves, wraps and saves.
         self.denoiser = model.denoiser
+        self.averaged: AveragedModel | None = None
+        if ema_decay is not None:
+            average = get_ema_multi_avg_fn(ema_decay)
+            self.averaged = AveragedModel(self.denoiser, multi_avg_fn=average)
+            self.averaged.requires_grad_(False)
         self.objective = objective or MSE()
         self.objective.check(self.denoiser)
         self.settings = settings or Settings(batch_size=model.batch_size)
         self.gallery = gallery
         self.seed = seed
         self.watch = watch
+        self.skipped = 0
+        self._skipped_in_a_row = 0
+        self._max_skipped = max_skipped
         self._make_optimizer = optimizer
+        self._make_schedule = schedule
+        self._is_sharded = False
+        self.last_losses: Losses | None = None
 
-    def configure_optimizers(self) -> Optimizer:
-        """Return the optimiser of the trainable parameters."""
+    @property
+    def evaluated(self) -> ClassConditional:
+        """The denoiser that is validated and shown: the averaged one where there is one."""
+        if self.averaged is None:
+            return self.denoiser
+        return cast(ClassConditional, self.averaged.module)
+
+    def configure_model(self) -> None:
+        """Shard denoiser and average block by block where the strategy shards models (FSDP2)."""
+        mesh = self.device_mesh
+        if mesh is None or self._is_sharded:
+            return
+        self._is_sharded = True
+        for denoiser in {self.denoiser, self.evaluated}:
+            for block in denoiser.network.blocks.children():
+                fully_shard(block, mesh=mesh["data_parallel"])
+            # The network, since it is what objectives and guidance call.
+            fully_shard(denoiser.network, mesh=mesh["data_parallel"])
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser of the trainable parameters, and its schedule stepped every step."""
         if self._make_optimizer is None:
             raise ValueError("optimizer=None: expected an optimiser to train with")
-        return self._make_optimizer(p for p in self.denoiser.parameters() if p.requires_grad)
+        trained = [p for p in self.denoiser.parameters() if p.requires_grad]
+        optimizer = self._make_optimizer(trained)
+        if self._make_schedule is None:
+            return optimizer
+        schedule = {"scheduler": self._make_schedule(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what rebuilds the denoiser beside its weights, as plain values."""
         checkpoint["hyper_parameters"] = self.model.description
 
-    def loss(self, images: Images, labels: Labels) -> Tensor:
-        """Return the mean objective over a batch."""
-        x_0 = self.model.codec.encode(images)
-        return self.objective(self.denoiser, x_0, labels).per_image.mean()
+    def losses(self, denoiser: Denoiser, batch: tuple[Images, Labels]) -> Losses:
+        """Return the objective's losses of a batch of pixels or of x_0."""
+        images, labels = batch
+        if images.is_floating_point():
+            return self.objective(denoiser, images, labels)
+        codec = self.model.codec
+        shape = (len(images), *denoiser.latent_shape)
+        noise = torch.randn(shape, device=images.device) if isinstance(codec, VAECodec) else None
+        x_0 = codec.encode(images, noise)
+        return self.objective(denoiser, x_0, labels)
 
     def training_step(self, batch: tuple[Images, Labels], batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         self._seed(self.trainer.fit_loop.total_batch_idx)
-        loss = self.loss(*batch)
-        self.log("train/loss", loss, prog_bar=True)
+        losses = self.losses(self.denoiser, batch)
+        loss = losses.per_image.mean()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch[1]))
+        for name, part in losses.terms.items():
+            self.log(f"train/{name}", part.mean(), batch_size=len(batch[1]))
+        self.last_losses = losses
         return loss
+
+    def on_fit_start(self) -> None:
+        """Bring the codec to where the denoiser is; it is no part of the module."""
+        self.model.codec.to(self.device)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Skip the step on all ranks if any gradient is not finite.
+
+        Gradients are the same on all ranks, or parts of one (sharded), so that the norm is common
+        to them and they decide alike. Without a gradient an optimiser leaves a parameter alone.
+        """
+        gradients = [p.grad for p in self.denoiser.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.log("train/grad_norm", norm)
+        if norm.isfinite():
+            self._skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        self.log("train/skipped", float(self.skipped), prog_bar=True)
+        for parameter in self.denoiser.parameters():
+            parameter.grad = None
+        if self._skipped_in_a_row >= self._max_skipped:
+            raise ValueError(
+                f"the gradients of {self._skipped_in_a_row} steps in a row are not finite, the "
+                f"last at step {self.global_step}; the last checkpoint is kept. Try a lower "
+                f"optimizer.lr, trainer.gradient_clip_val=1 or trainer.precision=32-true"
+            )
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and let the average follow; an average does not move in a skipped step."""
+        super().optimizer_step(*args, **kwargs)
+        if self.averaged is not None and self._skipped_in_a_row == 0:
+            self.averaged.update_parameters(self.denoiser)
 
     def validation_step(self, batch: tuple[Images, Labels], batch_idx: int) -> None:
         """Log the loss on held-out images, at the same times and noise at every validation."""
         self._seed(2**62 + batch_idx)
-        loss = self.loss(*batch)
+        loss = self.losses(self.evaluated, batch).per_image.mean()
         self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch[1]))
 
     def on_predict_start(self) -> None:

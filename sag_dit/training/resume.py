@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.distributed.tensor import DTensor
+
+from sag_dit.checkpoints import build, write_safetensors
+from sag_dit.training.module import DiffusionModule
 
 FOLDER = "checkpoints"
 SIGTERM_EXIT = 128 + signal.SIGTERM
@@ -46,6 +50,27 @@ def checkpoint_callbacks(out: Path, every_n_steps: int) -> list[ModelCheckpoint]
         save_top_k=1,
     )
     return [last, best]
+
+
+def export(trainer: Trainer, module: DiffusionModule, out: Path) -> None:
+    """Write the weights that are to be sampled with as safetensors; all ranks take part.
+
+    Sharded weights are gathered one at a time; rank 0 writes.
+    """
+    state = {}
+    for name, tensor in module.evaluated.network.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if trainer.is_global_zero:
+            state[name] = whole.detach().cpu().clone()
+    if not trainer.is_global_zero:
+        return
+    description = module.model.description
+    denoiser = build(description)
+    denoiser.network.load_state_dict(state)
+    extra: dict[str, Any] = {
+        key: description[key] for key in ("defaults", "vae") if key in description
+    }
+    write_safetensors(out, denoiser, extra)
 
 
 def readable(checkpoint: Path) -> bool:

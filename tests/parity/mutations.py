@@ -174,7 +174,7 @@ class NarrowBlur(SAG):
     """SAG that blurs a third as widely as asked."""
 
     def blurred(self, x_0: Tensor) -> Tensor:
-        return SAG(1.0, self.blur_sigma / 3, self.kernel_size).blurred(x_0)
+        return SAG(1.0, blur_sigma=self.blur_sigma / 3, kernel_size=self.kernel_size).blurred(x_0)
 
 
 def edge_padding(blur: Any) -> Any:

@@ -246,7 +246,9 @@ def guided_steps() -> Outputs:
     out: Outputs = {}
     for name, case in f.GUIDED.items():
         model = denoiser("pixel", clamp=case.clamp)
-        term = SAG(case.scale, case.blur_sigma, 31, layer=f"blocks.{case.layer}")
+        term = SAG(
+            case.scale, blur_sigma=case.blur_sigma, kernel_size=31, layer=f"blocks.{case.layer}"
+        )
         y = torch.tensor(case.labels)
         for index in f.indices(case.steps):
             step = step_at(model.process, case.steps, index)  # type: ignore[arg-type]

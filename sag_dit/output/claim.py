@@ -1,0 +1,56 @@
+"""A folder belongs to one set of settings, which stand in its ``config.yaml``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sag_dit.output.files import atomic
+
+CONFIG = "config.yaml"
+
+
+def claim(folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], what: str) -> None:
+    """Make a folder belong to ``settings``, or find that it does.
+
+    ``settings`` determines the results, ``config`` is the whole configuration; both are written.
+
+    Raises:
+        ValueError: the folder holds results of other settings; the differences are named.
+    """
+    file = folder / CONFIG
+    if file.exists():
+        before = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("settings", {})
+        differences = _differences(before, settings)
+        if differences:
+            raise ValueError(
+                f"out={folder} holds {what} of other settings:\n  "
+                + "\n  ".join(differences)
+                + "\nChoose another out, leave out unset, or repeat the former settings"
+            )
+    with atomic(file) as temporary:
+        record = {"settings": dict(settings), "config": dict(config)}
+        temporary.write_text(
+            yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+
+
+def _flat(values: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(values, Mapping):
+        return {prefix.rstrip("."): values}
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.")
+    return flat
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    old, new = _flat(before), _flat(now)
+    return [
+        f"{key}: there {old.get(key, 'not set')}, now {new.get(key, 'not set')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]

@@ -1,0 +1,195 @@
+"""Watching a training run: speed, loss by noise level, and pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.utils import make_grid
+
+from sag_dit.checkpoints import Model, build
+from sag_dit.guidance import Term
+from sag_dit.output.files import atomic
+from sag_dit.sampling import Request, Settings, draw, labels_of
+from sag_dit.training.module import DiffusionModule
+
+BINS = 4
+"""The loss is logged for this many equal parts of the process, 0 being the least noise."""
+
+
+def training_flops(model: Model) -> int:
+    """Return the floating-point operations of training on one image: three forwards.
+
+    Counted, on a copy of the network without memory.
+    """
+    with torch.device("meta"):
+        denoiser = build(model.description)
+        x = torch.empty(1, *denoiser.latent_shape)
+        label, t = torch.zeros(1, dtype=torch.long), torch.zeros(1)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            denoiser.evaluate(x, t, label)
+    return 3 * int(counter.get_total_flops())
+
+
+class Speed(Callback):
+    """Logs images/s over all ranks and, where the device's peak is known, the share of it (MFU).
+
+    MFU = images/s times the operations of training on one image, over the peak of all devices at
+    the trainer's precision. Lightning knows the peaks; of a CPU there is none.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        self._every = every_n_steps
+        self._images = 0
+        self._since = 0.0
+        self._flops = 0
+        self._peak: int | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count operations and look the peak up."""
+        if isinstance(pl_module, DiffusionModule):
+            self._flops = training_flops(pl_module.model)
+        precision = str(trainer.precision)
+        dtype = torch.float32 if precision.startswith("32") else torch.bfloat16
+        device = pl_module.device
+        self._peak = None if device.type == "cpu" else get_available_flops(device, dtype)
+        self._images, self._since = 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Log the speed of the last so many batches."""
+        self._images += len(batch[1]) * trainer.world_size
+        if (batch_idx + 1) % self._every:
+            return
+        rate = self._images / (time.perf_counter() - self._since)
+        pl_module.log("images/s", rate, prog_bar=True)
+        if self._peak:
+            pl_module.log(
+                "mfu", rate * self._flops / (self._peak * trainer.world_size), prog_bar=True
+            )
+        self._images, self._since = 0, time.perf_counter()
+
+
+class LossByLevel(Callback):
+    """Logs the mean loss in equal parts of the process, averaged between two log entries."""
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        self._every = every_n_steps
+        self._sums = torch.zeros(2, BINS)
+        """Total and count per part, on the device of the losses, so that nothing waits for it."""
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Add a batch, and log now and then."""
+        if not isinstance(pl_module, DiffusionModule) or pl_module.last_losses is None:
+            return
+        losses = pl_module.last_losses
+        process = pl_module.denoiser.process
+        t = torch.as_tensor(losses.level.t, dtype=torch.float32)
+        edges = process.time_at(torch.arange(1, BINS) / BINS).float().to(t.device)
+        place = torch.bucketize(t, edges, right=True)
+        self._sums = self._sums.to(t.device)
+        self._sums[0].index_add_(0, place, losses.per_image.detach().float())
+        self._sums[1].index_add_(0, place, torch.ones_like(t))
+        if (batch_idx + 1) % self._every:
+            return
+        for part, (total, count) in enumerate(self._sums.T.tolist()):
+            if count:
+                pl_module.log(f"loss_by_level/{part + 1}_of_{BINS}", total / count)
+        self._sums.zero_()
+
+
+class Previews(Callback):
+    """Draws the same few images now and then with the averaged weights, unguided and guided.
+
+    ``previews/step-N.png`` holds a column per class: the upper row is unguided. With Weights &
+    Biases the pairs are also a table of images.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        every_n_steps: int,
+        classes: Sequence[int | str] | None = None,
+        guidance: Sequence[Term] = (),
+        steps: int = 20,
+        seed: int = 0,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"previews.every_n_steps={every_n_steps}: expected 1 or more")
+        self._out = Path(out) / "previews"
+        self._every, self._classes, self._seed = every_n_steps, classes, seed
+        self._guidance, self._steps = tuple(guidance), steps
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Draw if it is time; all ranks do, since sharded weights need them all."""
+        step = trainer.global_step
+        due = step % self._every == 0 and not trainer.fit_loop.epoch_loop._should_accumulate()
+        if due and isinstance(pl_module, DiffusionModule):
+            self.draw(trainer, pl_module, step)
+
+    def draw(self, trainer: Trainer, module: DiffusionModule, step: int) -> None:
+        """Draw and keep the pairs."""
+        model = replace(module.model, denoiser=module.evaluated)
+        names = model.class_names
+        labels = labels_of(self._classes or list(range(min(8, len(names)))), names)
+        requests = [Request(i, self._seed, label, i) for i, label in enumerate(labels)]
+        settings = Settings(steps=self._steps, batch_size=len(requests))
+        was_training = model.denoiser.training
+        model.denoiser.eval()
+        model.codec.to(module.device)
+        unguided = draw(model, requests, settings).cpu()
+        guided = draw(model, requests, replace(settings, guidance=self._guidance)).cpu()
+        model.denoiser.train(was_training)
+        if not trainer.is_global_zero:
+            return
+        self._out.mkdir(parents=True, exist_ok=True)
+        grid = make_grid(torch.cat([unguided, guided]), nrow=len(requests), padding=1)
+        picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
+        scale = max(1, 64 // unguided.shape[-1])
+        picture = picture.resize(
+            (picture.width * scale, picture.height * scale), Image.Resampling.NEAREST
+        )
+        with atomic(self._out / f"step-{step:08d}.png") as temporary:
+            picture.save(temporary, format="PNG")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                rows = [
+                    [names[r.label], *_wandb_images(unguided[i], guided[i])]
+                    for i, r in enumerate(requests)
+                ]
+                logger.log_table("previews", columns=["class", "unguided", "guided"], data=rows)
+
+
+def _wandb_images(*images: torch.Tensor) -> list[Any]:
+    import wandb
+
+    return [wandb.Image(image.permute(1, 2, 0).squeeze().numpy()) for image in images]

@@ -1,0 +1,144 @@
+"""A training run that is killed or told to stop goes on to the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+STEPS = 40
+SMALL = (
+    "experiment=digits",
+    "model.hidden_size=48",
+    "model.depth=2",
+    "model.num_heads=3",
+    "data.batch_size=16",
+    "every_n_steps.checkpoint=4",
+    "every_n_steps.validation=1000",
+    "every_n_steps.preview=1000",
+    "logger=none",
+    f"max_steps={STEPS}",
+)
+
+
+def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start ``train.py`` in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *SMALL, f"out={out}", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def checkpoints(out: Path) -> list[Path]:
+    return sorted((out / "checkpoints").glob("step-*.ckpt"))
+
+
+def wait_for_checkpoint(process: subprocess.Popen[str], out: Path, beyond: int) -> None:
+    """Wait until a checkpoint newer than step ``beyond`` is there, or the run has ended."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(int(path.stem.split("-")[1]) > beyond for path in checkpoints(out)):
+            return
+        time.sleep(0.01)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def finish(out: Path, *arguments: str) -> str:
+    process = start(out, *arguments)
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, printed
+    return printed
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """The exported average, and the raw weights and optimiser state of the last checkpoint."""
+    last = torch.load(checkpoints(out)[-1], weights_only=True)
+    assert last["global_step"] == STEPS
+    optimiser = last["optimizer_states"][0]["state"]
+    return {
+        **load_file(out / "model.safetensors"),
+        **{f"raw.{name}": tensor for name, tensor in last["state_dict"].items()},
+        **{
+            f"adam.{i}.{name}": value
+            for i, each in optimiser.items()
+            for name, value in each.items()
+        },
+    }
+
+
+def assert_bit_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What a run that was never stopped ends with."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    finish(out)
+    return weights(out)
+
+
+def test_killed_told_to_stop_and_truncated(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """SIGKILL, then SIGTERM, then a truncated newest checkpoint: the same weights all the same."""
+    out = tmp_path / "run"
+    process = start(out)
+    wait_for_checkpoint(process, out, beyond=0)
+    kill(process)
+    assert checkpoints(out)
+
+    process = start(out)
+    before = int(checkpoints(out)[-1].stem.split("-")[1])
+    wait_for_checkpoint(process, out, beyond=before)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, printed
+    assert "Traceback" not in printed
+
+    newest = checkpoints(out)[-1]
+    content = newest.read_bytes()
+    newest.write_bytes(content[: len(content) // 2])
+    printed = finish(out)
+    assert f"{newest} cannot be read" in printed
+    assert_bit_equal(weights(out), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 20), (2, 6)])
+def test_many_kills_at_random_moments(
+    whole: dict[str, torch.Tensor], tmp_path: Path, ranks: int, kills: int
+) -> None:
+    chance = random.Random(0)
+    ranked = (f"trainer.devices={ranks}", "trainer.accelerator=cpu")
+    if ranks > 1:
+        finish(tmp_path / "whole", *ranked)
+        whole = weights(tmp_path / "whole")
+    out = tmp_path / "run"
+    for _ in range(kills):
+        process = start(out, *ranked)
+        seen = checkpoints(out)
+        beyond = int(seen[-1].stem.split("-")[1]) if seen else 0
+        # Half of them die before they have saved anything.
+        if chance.random() < 0.5:
+            wait_for_checkpoint(process, out, beyond)
+        time.sleep(chance.uniform(0, 0.3 if chance.random() < 0.5 else 8))
+        kill(process)
+    finish(out, *ranked)
+    assert_bit_equal(weights(out), whole)
