@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sag_dit.cli import app, sample, train
+from sag_dit.cli import app, export, sample, train
 from sag_dit.models import DiT
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -51,6 +51,8 @@ def run(command: str) -> None:
         app.launch("sample", sample.run, [*arguments, *SHORT])
     elif script == "train.py":
         app.launch("train", train.run, [*arguments, "max_steps=4"])
+    elif script == "export.py":
+        app.launch("export", export.run, arguments)
     else:
         raise AssertionError(f"{script}: the README names a script that this test cannot run")
 
@@ -62,7 +64,8 @@ def only(part: str) -> str:
 
 
 TRAINING, FROM_RUN = only("train.py"), only("outputs/train/digits-HASH")
-TWO_RANKS = only("trainer.devices=2")
+TWO_RANKS, EXPORT = only("trainer.devices=2"), only("export.py")
+OTHERS = BY_CI | {TRAINING, FROM_RUN, TWO_RANKS, EXPORT}
 
 
 def test_the_readme_names_commands() -> None:
@@ -70,7 +73,7 @@ def test_the_readme_names_commands() -> None:
     assert set(COMMANDS) >= BY_CI
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS) - BY_CI - {TRAINING, FROM_RUN, TWO_RANKS}))
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - OTHERS))
 def test_sampling_commands(
     command: str, workshop: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +87,11 @@ def test_training_then_sampling(workshop: Path, capsys: pytest.CaptureFixture[st
     folder = capsys.readouterr().out.split("run: ")[1].strip()
     run(FROM_RUN.replace("outputs/train/digits-HASH", folder))
     assert "gallery: " in capsys.readouterr().out
+
+
+def test_export(workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(EXPORT)
+    assert Path(capsys.readouterr().out.split("export: ")[1].strip()).is_file()
 
 
 def test_two_ranks(workshop: Path) -> None:

@@ -1,0 +1,71 @@
+"""``export.py``: write a model in the layout of another program, or our own, with its card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from sag_dit.cli.app import launch
+
+PUBLISHED = "ImageNet-1k (1.28 million photos of 1,000 classes), as published by Peebles & Xie."
+BUNDLED = "scikit-learn's `load_digits`: 1,078 real handwritten digits of 8 x 8 pixels."
+
+
+def training_data(ckpt: str) -> str | None:
+    """Return what a checkpoint was trained on, as Markdown; None where nothing tells.
+
+    A run's config.yaml tells, and the names of published models do.
+    """
+    from sag_dit.checkpoints import zoo
+
+    found = zoo.locate(ckpt)
+    if ckpt == zoo.BUNDLED:
+        return BUNDLED
+    if found.name in zoo.ZOO:
+        return PUBLISHED
+    path = found.path.resolve()
+    inside = path.is_file() and path.parent.name == "checkpoints"
+    run = path.parent.parent if inside else path if path.is_dir() else path.parent
+    try:
+        record = OmegaConf.load(run / "config.yaml")
+        data = OmegaConf.select(record, "config.data") if OmegaConf.is_dict(record) else None
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        return None
+    if not isinstance(data, DictConfig):
+        return None
+    text = OmegaConf.to_yaml(data).strip()
+    return f"As the run's config.yaml says:\n\n```yaml\n{text}\n```"
+
+
+def run(config: DictConfig) -> None:
+    """Check what can be checked without the weights, load the model, and write it.
+
+    Raises:
+        ValueError: a value that cannot be used; the remedy is named.
+    """
+    from sag_dit.checkpoints import load
+    from sag_dit.checkpoints.export import check_layout, check_out, export
+
+    layout = str(config.format)
+    check_layout(layout)
+    if config.ema not in (True, False):
+        raise ValueError(f"ema={config.ema}: expected true or false")
+    if config.out is not None:
+        check_out(str(config.out))
+    model = load(str(config.ckpt), ema=config.ema, vae=config.vae)
+    out = Path(config.out or f"outputs/export/{model.name}-{layout}")
+    data = training_data(str(config.ckpt))
+    done = export(model, out, layout, data=data, ema=config.ema)
+    for note in done.notes:
+        print(f"note: {note}")
+    folder = done.path if done.path.is_dir() else done.path.parent
+    print(f"card: {folder / 'README.md'}")
+    print(f"export: {done.path}{'' if done.fresh else ' (already there)'}")
+
+
+def main() -> None:
+    """Run ``export.py``."""
+    launch("export", run)
