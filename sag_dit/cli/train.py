@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 NOT_WEIGHTS = ("out", "logger", "every_n_steps", "preview", "max_steps", "compile", "max_skipped")
 """Keys that do not change what the weights are after a given number of steps."""
 
+FROM_CHECKPOINT = ("model", "process", "kind", "patch_size", "num_classes")
+"""Keys of a fresh model; with ``ckpt`` they have to be null."""
+
 
 def identity(config: DictConfig) -> dict[str, Any]:
     """Return what determines the weights, as plain values."""
@@ -80,17 +83,55 @@ def make_model(config: DictConfig, data: StepData) -> Model:
     return from_denoiser(build(description), config.name, codec=codec, defaults=sampling, vae=vae)
 
 
+def load_base(config: DictConfig) -> Model:
+    """Load the model to fine-tune; resolution, if null, and data.size follow it.
+
+    Raises:
+        ValueError: the checkpoint cannot be loaded, or a key is set that it determines.
+    """
+    from sag_dit.checkpoints import load
+    from sag_dit.training.finetune import resolution_of
+
+    stated = [key for key in FROM_CHECKPOINT if config.get(key) is not None]
+    if stated:
+        raise ValueError(
+            f"ckpt={config.ckpt} determines {', '.join(stated)}: expected null; choose "
+            f"experiment=finetune, which leaves these to the checkpoint and the data"
+        )
+    base = load(config.ckpt, vae=config.vae)
+    if config.resolution is None:
+        config.resolution = resolution_of(base)
+    if "size" in config.data:
+        config.data.size = config.resolution
+    return base
+
+
+def adapt_model(config: DictConfig, base: Model, data: StepData) -> tuple[Model, str]:
+    """Make a loaded model fit the data, and return it with the report of what was done.
+
+    Raises:
+        ValueError: the data does not fit, or a pattern to freeze matches nothing.
+    """
+    from sag_dit.training.finetune import adapt, freeze, report
+
+    adapted = adapt(base, config.name, data.class_names, config.resolution)
+    frozen = freeze(adapted.model.denoiser.network, config.get("freeze") or ())
+    return adapted.model, report(base, adapted, frozen)
+
+
 def make_module(config: DictConfig, model: Model) -> DiffusionModule:
     """Build what trains the model."""
+    from sag_dit.training.finetune import default_objective
     from sag_dit.training.module import DiffusionModule
 
+    wanted = config.get("objective")
     model.denoiser.train()
     model.denoiser.network.checkpoint_blocks = config.checkpoint_blocks
     if config.compile:
         model.denoiser.network.compile_blocks()
     return DiffusionModule(
         model,
-        objective=instantiate(config.objective),
+        objective=instantiate(wanted) if wanted else default_objective(model.denoiser),
         optimizer=instantiate(config.optimizer),
         schedule=instantiate(config.schedule) if config.schedule else None,
         ema_decay=config.ema.decay,
@@ -151,18 +192,29 @@ def run(config: DictConfig) -> None:
             "name and max_steps are not set: choose what to train, such as experiment=digits or "
             "experiment=folder data.root=photos/"
         )
+    if config.ckpt is None and config.model is None:
+        raise ValueError(
+            "ckpt is not set: expected what to fine-tune, such as ckpt=DiT-XL-2 or a run's folder"
+        )
+    base = load_base(config) if config.ckpt else None
     out = run_folder(config)
     config.out = literal(str(out))
     torch.set_float32_matmul_precision(config.matmul)
     torch.manual_seed(config.seed)
     data = instantiate(config.data)
-    model = make_model(config, data)
+    told = ""
+    if base is None:
+        model = make_model(config, data)
+    else:
+        model, told = adapt_model(config, base, data)
     data.check(model)
     module = make_module(config, model)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     out.mkdir(parents=True, exist_ok=True)
     claim(out, identity(config), settings, "a run")
     trainer = make_trainer(config, out)
+    if told and trainer.is_global_zero:
+        print(told)
     trainer.fit(module, datamodule=data, ckpt_path=newest_checkpoint(out), weights_only=True)
     export(trainer, module, out)
     if trainer.is_global_zero:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +58,9 @@ def wait_for_checkpoint(process: subprocess.Popen[str], out: Path, beyond: int) 
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
+    # It may have ended by itself in this moment.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
 
@@ -122,23 +126,51 @@ def test_killed_told_to_stop_and_truncated(whole: dict[str, torch.Tensor], tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 20), (2, 6)])
-def test_many_kills_at_random_moments(
-    whole: dict[str, torch.Tensor], tmp_path: Path, ranks: int, kills: int
-) -> None:
-    chance = random.Random(0)
-    ranked = (f"trainer.devices={ranks}", "trainer.accelerator=cpu")
-    if ranks > 1:
-        finish(tmp_path / "whole", *ranked)
-        whole = weights(tmp_path / "whole")
-    out = tmp_path / "run"
-    for _ in range(kills):
-        process = start(out, *ranked)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_many_kills_at_random_moments(tmp_path: Path, ranks: int, kills: int, workers: int) -> None:
+    """While starting, training and saving; a run that ends before it is killed begins anew.
+
+    The images are files here, since loader processes serve those.
+    """
+    for index in range(24):
+        photo = tmp_path / "photos" / str(index % 2) / f"{index}.png"
+        photo.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (index * 10, 255 - index * 10, 0)).save(photo)
+    arguments = (
+        "data=folder",
+        f"data.root={tmp_path / 'photos'}",
+        "data.size=8",
+        "data.batch_size=8",
+        f"data.workers={workers}",
+        f"trainer.devices={ranks}",
+        "trainer.accelerator=cpu",
+    )
+    finish(tmp_path / "whole", *arguments)
+    whole = weights(tmp_path / "whole")
+    chance, killed, runs = random.Random(workers), 0, 0
+    while killed < kills:
+        out = tmp_path / f"run{runs}"
+        process = start(out, *arguments)
         seen = checkpoints(out)
-        beyond = int(seen[-1].stem.split("-")[1]) if seen else 0
-        # Half of them die before they have saved anything.
-        if chance.random() < 0.5:
-            wait_for_checkpoint(process, out, beyond)
-        time.sleep(chance.uniform(0, 0.3 if chance.random() < 0.5 else 8))
-        kill(process)
-    finish(out, *ranked)
+        # Some die while they start, the others within a second of a new checkpoint.
+        if chance.random() < 0.7:
+            wait_for_checkpoint(process, out, int(seen[-1].stem.split("-")[1]) if seen else 0)
+        time.sleep(chance.uniform(0, 0.5))
+        if process.poll() is None:
+            kill(process)
+            killed += 1
+        else:
+            process.communicate()
+            runs += 1
+    finish(out, *arguments)
     assert_bit_equal(weights(out), whole)
+
+
+def test_sharded_and_copied_models_train_to_the_same_weights(tmp_path: Path) -> None:
+    """FSDP2 on two ranks, stopped once, against DDP: were ranks not averaged, they would differ."""
+    ranked = ("trainer.devices=2", "trainer.accelerator=cpu", "max_steps=8")
+    finish(tmp_path / "ddp", *ranked, "trainer=ddp")
+    finish(tmp_path / "fsdp", *ranked, "trainer=fsdp", "max_steps=4")
+    finish(tmp_path / "fsdp", *ranked, "trainer=fsdp")
+    copied = load_file(tmp_path / "ddp" / "model.safetensors")
+    assert_bit_equal(load_file(tmp_path / "fsdp" / "model.safetensors"), copied)

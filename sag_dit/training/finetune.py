@@ -1,0 +1,199 @@
+"""Fine-tuning: a loaded model made to fit other classes and another resolution, frozen in part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sag_dit.checkpoints import Model, build, from_denoiser
+from sag_dit.denoiser import ClassConditional
+from sag_dit.models.embeddings import sincos_positions
+from sag_dit.process import Flow
+from sag_dit.training.objective import MSE, FlowMatching, Hybrid, Objective
+
+TABLE = "y_embedder.embedding_table.weight"
+POSITIONS = "pos_embed"
+POSITION_TOLERANCE = 0.01
+"""Positions stored in half precision differ from the table of their grid by less."""
+
+SHOWN = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """A model that fits its new data, and what became of the checkpoint's weights.
+
+    Attributes:
+        model: to train; its name is the run's.
+        kept: classes that the checkpoint knows by the same name.
+        new: classes that it does not know.
+        remade: parameters that were computed or composed anew, and how, in words.
+    """
+
+    model: Model
+    kept: tuple[str, ...]
+    new: tuple[str, ...]
+    remade: Mapping[str, str]
+
+
+def relabelled(
+    table: Float[Tensor, "rows d"], before: Sequence[str], now: Sequence[str]
+) -> tuple[Float[Tensor, "new_rows d"], tuple[str, ...]]:
+    """Return the label table (len(now) rows, and the null row if there is one) and the names kept.
+
+    A class whose name exactly one class had before keeps its row. A new class starts from the null
+    row, which the network was trained to draw any class for; without one, from the mean row.
+    """
+    null = table[len(before) :]
+    start = null[0] if len(null) else table.mean(dim=0)
+    kept = tuple(name for name in now if list(before).count(name) == 1)
+    rows = [table[list(before).index(name)] if name in kept else start for name in now]
+    return torch.cat([torch.stack(rows), null]), kept
+
+
+def repositioned(
+    positions: Float[Tensor, "1 n d"], before: tuple[int, int], now: tuple[int, int]
+) -> Float[Tensor, "1 m d"]:
+    """Return the fixed positions of another grid.
+
+    Raises:
+        ValueError: the positions are not the published ones, such as learned positions.
+    """
+    width = positions.shape[-1]
+    expected = sincos_positions(width, before)
+    if not torch.allclose(positions[0].float(), expected, rtol=0, atol=POSITION_TOLERANCE):
+        raise ValueError(
+            "the checkpoint's pos_embed is not the published table, so that another resolution's "
+            "cannot be computed; leave resolution=null, which keeps the checkpoint's"
+        )
+    return sincos_positions(width, now)[None].to(positions.dtype)
+
+
+def resolution_of(model: Model) -> int:
+    """Return the pixels along each side of a model's images.
+
+    Raises:
+        ValueError: they are not square.
+    """
+    _, height, width = model.denoiser.latent_shape
+    if height != width:
+        raise ValueError(
+            f"{model.name} draws {height * model.codec.factor} x {width * model.codec.factor} "
+            f"pixels: expected a square to train on; set resolution"
+        )
+    return height * model.codec.factor
+
+
+def adapt(base: Model, name: str, class_names: Sequence[str], resolution: int) -> Adapted:
+    """Make a model fit classes and a resolution; all other weights stay as they are.
+
+    Architecture, process, kind, codec, channels and patch size are the checkpoint's. ``base`` is
+    left alone, but the two share their memory.
+
+    Raises:
+        ValueError: no class, or a resolution that the autoencoder and the patches do not divide.
+    """
+    before, names = base.denoiser, tuple(class_names)
+    if not names:
+        raise ValueError("the data has no classes: expected one or more to fine-tune on")
+    cell = base.codec.factor * before.network.patch_size
+    if resolution < cell or resolution % cell:
+        raise ValueError(
+            f"resolution={resolution}: expected a multiple of {cell}, the autoencoder's factor "
+            f"{base.codec.factor} times the checkpoint's patch size {before.network.patch_size}"
+        )
+    description = base.description
+    side = resolution // base.codec.factor
+    description["model"] |= {"input_size": side, "num_classes": len(names)}
+    description["class_names"] = list(names)
+    with torch.device("meta"):
+        denoiser = build(description)
+
+    state = dict(before.network.state_dict())
+    remade = {}
+    kept = names
+    if names != before.class_names:
+        null = "the null row is kept" if len(state[TABLE]) > before.num_classes else "no null row"
+        state[TABLE], kept = relabelled(state[TABLE], before.class_names, names)
+        remade[TABLE] = f"label table of {before.num_classes} classes: now {len(names)}, {null}"
+    old, new = before.network.grid, denoiser.network.grid
+    if old != new:
+        state[POSITIONS] = repositioned(state[POSITIONS], old, new)
+        remade[POSITIONS] = f"positions of {old[0]} x {old[1]} tokens: now {new[0]} x {new[1]}"
+    denoiser.network.load_state_dict(state, assign=True)
+    model = from_denoiser(
+        denoiser.eval(), name, codec=base.codec, defaults=base.defaults, vae=base.vae
+    )
+    return Adapted(model, kept, tuple(n for n in names if n not in kept), remade)
+
+
+def freeze(network: nn.Module, patterns: Iterable[str]) -> tuple[str, ...]:
+    """Exclude parameters from training and return their names.
+
+    A pattern (with ``*``, ``?``, ``[...]``) is that of a parameter's name or of a module's, which
+    stands for all of its parameters: ``blocks.0.*`` and ``blocks.0`` are the same.
+
+    Raises:
+        ValueError: a pattern matches nothing, or nothing is left to train.
+    """
+    parameters = dict(network.named_parameters())
+    frozen: set[str] = set()
+    for pattern in patterns:
+        found = {
+            name
+            for name in parameters
+            if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+        }
+        if not found:
+            parts = dict.fromkeys(name.split(".")[0] for name in parameters)
+            examples = [*parts, "blocks.0", "blocks.*.attn", next(reversed(parameters))]
+            raise ValueError(
+                f"freeze: {pattern!r} matches no parameter; expected names or patterns such as "
+                f"{', '.join(examples)}"
+            )
+        frozen |= found
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ValueError("freeze: nothing is left to train; expected patterns that leave some")
+    return tuple(name for name in parameters if name in frozen)
+
+
+def default_objective(denoiser: ClassConditional) -> Objective:
+    """Return the objective that a denoiser was most likely trained with.
+
+    Flow matching for the velocity of a flow, DiT's for a learned variance, else the squared error.
+    """
+    if isinstance(denoiser.process, Flow):
+        return FlowMatching() if denoiser.kind == "v" else MSE()
+    return Hybrid() if denoiser.network.learn_sigma else MSE()
+
+
+def report(base: Model, adapted: Adapted, frozen: Sequence[str]) -> str:
+    """Return in a few lines what was loaded, re-made and frozen, with counts of parameters."""
+    network = adapted.model.denoiser.network
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    loaded = [size for name, size in sizes.items() if name not in adapted.remade]
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    still = sum(sizes[name] for name in frozen)
+    lines = [
+        f"fine-tuning {base.name} ({base.config['weights']} weights, sha256 {base.sha256[:8]})",
+        f"  loaded   {sum(loaded):,} parameters in {len(loaded)} tensors, unchanged",
+        *(f"  re-made  {what}" for what in adapted.remade.values()),
+        f"  classes  {len(adapted.kept)} known{_some(adapted.kept)}, "
+        f"{len(adapted.new)} new{_some(adapted.new)}",
+        f"  frozen   {still:,} parameters in {len(frozen)} tensors{_some(frozen)}",
+        f"  trained  {trained:,} of {sum(sizes.values()):,} parameters; positions never are",
+    ]
+    return "\n".join(lines)
+
+
+def _some(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return f" ({', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)})"

@@ -1,0 +1,19 @@
+"""FSDP2 as a strategy: weights, gradients and optimiser state in parts over all ranks."""
+
+from __future__ import annotations
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+
+class FullyShardedStrategy(ModelParallelStrategy):
+    """Lightning's strategy for FSDP2, with every rank in the data-parallel dimension.
+
+    Left to itself, Lightning makes the ranks of one machine tensor-parallel; a model that is only
+    sharded by data would then be trained on each rank alone, without a word.
+    """
+
+    def setup_environment(self) -> None:
+        """Set the mesh up as (all ranks, 1)."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
+        super().setup_environment()
