@@ -166,6 +166,7 @@ def test_many_kills_at_random_moments(tmp_path: Path, ranks: int, kills: int, wo
     assert_bit_equal(weights(out), whole)
 
 
+@pytest.mark.slow
 def test_sharded_and_copied_models_train_to_the_same_weights(tmp_path: Path) -> None:
     """FSDP2 on two ranks, stopped once, against DDP: were ranks not averaged, they would differ."""
     ranked = ("trainer.devices=2", "trainer.accelerator=cpu", "max_steps=8")
