@@ -133,6 +133,7 @@ def test_interruption_leaves_whole_shards_and_is_made_up_for(
     assert contents(result.folder) == whole
 
 
+@pytest.mark.slow
 def test_two_ranks_write_what_one_writes(
     command: Encode, start: Start, photos: Path, vae: Path, contents: Contents, tmp_path: Path
 ) -> None:
