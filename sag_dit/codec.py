@@ -162,14 +162,25 @@ class VAECodec(Codec):
 
         return self._sliced(pixels, x.float())
 
-    def encode(self, images: Pixels, noise: Images | None = None) -> Images:
-        """Return (mean + std noise - shift) scale of the posterior, or of its mean."""
+    def _moments(self, images: Pixels) -> tuple[Images, Images]:
+        """Return mean and standard deviation of the posterior of z, before scaling."""
 
         def moments(part: Tensor) -> Tensor:
             posterior = self.vae.encode(from_pixels(part)).latent_dist
             return torch.cat([posterior.mean, posterior.std], dim=1)
 
         mean, std = self._sliced(moments, images).chunk(2, dim=1)
+        return mean, std
+
+    def posterior(self, images: Pixels) -> tuple[Images, Images]:
+        """Return mean and standard deviation of x_0, each (b, c, h, w), of pixels."""
+        mean, std = self._moments(images)
+        scale, shift = self._scale_and_shift(mean)
+        return (mean - shift) * scale, std * scale
+
+    def encode(self, images: Pixels, noise: Images | None = None) -> Images:
+        """Return (mean + std noise - shift) scale of the posterior, or of its mean."""
+        mean, std = self._moments(images)
         z = mean if noise is None else mean + std * noise.to(mean)
         scale, shift = self._scale_and_shift(z)
         return (z - shift) * scale

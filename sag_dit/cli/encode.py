@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from sag_dit.cli.app import launch, quiet_lightning
-from sag_dit.codec import read_vae_config
+from sag_dit.codec import VAECodec, read_vae_config
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -32,7 +32,7 @@ def make_plan(config: DictConfig) -> Plan:
         ValueError: a value that cannot be used; the remedy is named.
     """
     from sag_dit.checkpoints import zoo
-    from sag_dit.cli.encoding import Plan, PosteriorCodec
+    from sag_dit.cli.encoding import Plan
     from sag_dit.cli.latent_folder import LatentFolder
     from sag_dit.data.crop import latent_size
     from sag_dit.data.folder import find_images
@@ -51,7 +51,7 @@ def make_plan(config: DictConfig) -> Plan:
         raise ValueError(f"rows={config.rows}: expected 1 or more images per shard")
     files = find_images(config.data.root)
     vae = zoo.locate_vae(config.vae)
-    codec = PosteriorCodec(vae, slice_size=config.slice_size)
+    codec = VAECodec(vae, slice_size=config.slice_size)
     side = latent_size(config.data.size, codec.factor)
     crops = Crops(
         files,

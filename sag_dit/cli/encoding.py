@@ -11,26 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sag_dit.cli.latent_folder import LatentFolder
-from sag_dit.codec import Pixels, VAECodec, from_pixels
+from sag_dit.codec import Pixels, VAECodec
 from sag_dit.data.images import Crops
 from sag_dit.data.shards import DTYPES, Index, pack
 from sag_dit.data.steps import as_it_is, name_hash
-from sag_dit.tensors import Images
-
-
-class PosteriorCodec(VAECodec):
-    """An autoencoder that also tells the two moments that ``encode`` draws from."""
-
-    def posterior(self, images: Pixels) -> tuple[Images, Images]:
-        """Return mean and standard deviation of x_0, each (b, c, h, w), of pixels."""
-
-        def moments(part: Tensor) -> Tensor:
-            posterior = self.vae.encode(from_pixels(part)).latent_dist
-            return torch.cat([posterior.mean, posterior.std], dim=1)
-
-        mean, std = self._sliced(moments, images).chunk(2, dim=1)
-        scale, shift = self._scale_and_shift(mean)
-        return (mean - shift) * scale, std * scale
 
 
 @dataclass(frozen=True)
@@ -38,7 +22,7 @@ class Plan:
     """Everything that is known before anything is encoded."""
 
     crops: Crops
-    codec: PosteriorCodec
+    codec: VAECodec
     folder: LatentFolder
     index: Index
     """The index to be, still without shards."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -75,7 +76,7 @@ class Denoiser(nn.Module, ABC):
             output, variance = output.split(channels, dim=1)
             fraction = (variance.float() + 1) / 2
         prediction = self.process.predict(x_t, level, output.to(x_t.dtype), self.kind)
-        return Prediction(x_t, level, prediction.v, fraction, attention)
+        return replace(prediction, variance_fraction=fraction, attention=attention)
 
     @property
     def device(self) -> torch.device:
