@@ -206,12 +206,13 @@ def test_pair_can_be_enlarged_and_linked_to(opened: Opened) -> None:
     page = opened.page
     small = page.locator(GUIDED).bounding_box()
     page.click(".card:nth-child(1) .open")
+    playwright.expect(page.locator(".card:visible")).to_have_count(1)
     large = page.locator(GUIDED).bounding_box()
     assert small and large and large["width"] > 1.5 * small["width"]
     assert page.url.endswith("#0")
-    assert page.locator(".card:visible").count() == 1
     page.keyboard.press("Escape")
-    assert page.locator(".card:visible").count() == 3
+    # The page answers to the change of its address, a moment after the key.
+    playwright.expect(page.locator(".card:visible")).to_have_count(3)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
