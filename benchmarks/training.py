@@ -1,0 +1,197 @@
+"""Measure a training step: ``python -m benchmarks.training --peer PATH/TO/DiT [--fast FAST-DIT]``.
+
+DiT-S/2 on 256 latent tokens at batch 16, DiT's objective with learned variance, AdamW and the
+average of weights: our step as Lightning's Trainer runs it, logging and all, eager and with
+``compile=true``, against the steps of facebookresearch/DiT's and fast-DiT's ``train.py``. fast-DiT
+checkpoints every block; on one process its Accelerate wrapping adds nothing that we time.
+
+Steps alternate: our loader, before it hands out a batch, runs and times a step of every peer, and
+what passes until it is asked again is one step of ours. Peak memory is of tensors, weights and
+optimiser state included, over the first two steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import importlib.util
+import statistics
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from benchmarks.measure import peak_memory, seconds
+from sag_dit.checkpoints import from_denoiser
+from sag_dit.codec import IdentityCodec
+from sag_dit.denoiser import ClassConditional
+from sag_dit.models import dit
+from sag_dit.process import DDPM
+from sag_dit.training.module import DiffusionModule
+from sag_dit.training.objective import Hybrid
+from sag_dit.training.watching import LossByLevel, Speed
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZE = 32
+Batch = tuple[Tensor, Tensor]
+
+
+def batch_of(size: int) -> Batch:
+    """Return latents and labels."""
+    return torch.randn(size, 4, SIZE, SIZE), torch.randint(0, 1000, (size,))
+
+
+def imported(folder: str, name: str) -> ModuleType:
+    """Import a peer's ``models.py`` under a name of its own, since both are called ``models``."""
+    spec = importlib.util.spec_from_file_location(name, Path(folder) / "models.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def peer_step(network: nn.Module, diffusion: Any) -> Callable[[Batch], None]:
+    """Return one step of the peers' loop, without its data: what their ``train.py`` does."""
+    network = network.to(DEVICE).train()
+    average = deepcopy(network).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0)
+
+    def step(batch: Batch) -> None:
+        x, y = (part.to(DEVICE) for part in batch)
+        t = torch.randint(0, diffusion.num_timesteps, (len(x),), device=DEVICE)
+        loss = diffusion.training_losses(network, x, t, {"y": y})["loss"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            averages = OrderedDict(average.named_parameters())
+            for name, parameter in network.named_parameters():
+                averages[name].mul_(0.9999).add_(parameter.data, alpha=1 - 0.9999)
+        loss.item()
+
+    return step
+
+
+class ByTurns(IterableDataset[Batch]):
+    """Hands out batches and times, between them, our step and one of every peer."""
+
+    def __init__(self, size: int, rounds: int, peers: dict[str, Callable[[Batch], None]]) -> None:
+        self.size, self.rounds, self.peers = size, rounds, peers
+        self.ours: list[float] = []
+        self.theirs: dict[str, list[float]] = {name: [] for name in peers}
+
+    def __iter__(self) -> Iterator[Batch]:
+        batch = batch_of(self.size)
+        # The first two are for warming up, compilation included.
+        for i in range(self.rounds + 2):
+            times = {name: seconds(partial(step, batch)) for name, step in self.peers.items()}
+            start = time.perf_counter()
+            yield batch
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            if i >= 2:
+                self.ours.append(time.perf_counter() - start)
+                for name, seconds_taken in times.items():
+                    self.theirs[name].append(seconds_taken)
+
+
+def our_trainer(rounds: int) -> Trainer:
+    """Return the Trainer of ``train.py`` with what watches a step, and nothing that saves."""
+    return Trainer(
+        max_steps=rounds + 2,
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        callbacks=[Speed(50), LossByLevel(50)],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        log_every_n_steps=50,
+    )
+
+
+def our_module(compiled: bool) -> DiffusionModule:
+    """Return the module that ``experiment=imagenet256`` trains, with DiT-S/2."""
+    network = dit("DiT-S/2", input_size=SIZE, learn_sigma=True)
+    if compiled:
+        network.compile_blocks()
+    denoiser = ClassConditional(network, DDPM())
+    model = from_denoiser(denoiser, "DiT-S-2", codec=IdentityCodec())
+    optimizer = partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.0)
+    return DiffusionModule(model, objective=Hybrid(), optimizer=optimizer, ema_decay=0.9999).train()
+
+
+def measure(
+    compiled: bool, size: int, rounds: int, peers: dict[str, Callable[[Batch], None]]
+) -> None:
+    """Print the ratios of our step's time to each peer's."""
+    turns = ByTurns(size, rounds, peers)
+    our_trainer(rounds).fit(our_module(compiled), DataLoader(turns, batch_size=None))
+    for name, theirs in turns.theirs.items():
+        ratios = [peer / ours for ours, peer in zip(turns.ours, theirs, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        ours = "compile=true" if compiled else "eager"
+        target = 1.2 if compiled else 1.0
+        print(
+            f"| training step, {ours}: {name}'s time / ours | {statistics.median(ratios):.3f} | "
+            f"{low:.3f} to {high:.3f} | {target} or more |",
+            flush=True,
+        )
+
+
+def two_steps(make: Callable[[], Callable[[Batch], None]], size: int) -> None:
+    """Build a peer and take the steps after which all its memory is in use."""
+    step = make()
+    for _ in range(2):
+        step(batch_of(size))
+
+
+def our_two_steps(size: int) -> None:
+    """Do the same with ours."""
+    turns = ByTurns(size, 0, {})
+    our_trainer(0).fit(our_module(False), DataLoader(turns, batch_size=None))
+
+
+def main() -> None:
+    """Print a table of ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer", required=True, help="a checkout of facebookresearch/DiT")
+    parser.add_argument("--fast", help="a checkout of chuanyangjin/fast-DiT")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=10)
+    options = parser.parse_args()
+    sys.path.insert(0, options.peer)
+    diffusion = importlib.import_module("diffusion").create_diffusion(timestep_respacing="")
+    folders = {"facebookresearch": options.peer, "fast-DiT": options.fast}
+
+    def peer(name: str) -> Callable[[Batch], None]:
+        models = imported(folders[name], name.replace("-", "_"))
+        return peer_step(models.DiT_models["DiT-S/2"](input_size=SIZE), diffusion)
+
+    given = [name for name, folder in folders.items() if folder]
+    print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads\n")
+    print("| what | ratio | quartiles | target |\n|---|---|---|---|")
+    for compiled in (False, True):
+        measure(compiled, options.batch, options.rounds, {name: peer(name) for name in given})
+    gc.collect()
+    ours = peak_memory(partial(our_two_steps, options.batch))
+    for name in given:
+        # What is freed within a measurement would count against what it allocates.
+        gc.collect()
+        theirs = peak_memory(partial(two_steps, partial(peer, name), options.batch))
+        print(f"| training, eager: our peak memory / {name}'s | {ours / theirs:.3f} | exact | |")
+
+
+if __name__ == "__main__":
+    main()
