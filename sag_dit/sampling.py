@@ -13,9 +13,11 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from sag_dit.attention import CaptureKind
 from sag_dit.checkpoints import Model
 from sag_dit.guidance import GuidedDenoiser, Term
 from sag_dit.noise import START, NoiseSource
+from sag_dit.process import Step
 from sag_dit.sampler import DDIM, Sampler, SampleStep
 
 
@@ -32,13 +34,18 @@ class Request(NamedTuple):
     stream: int
 
 
+Captures = Callable[[Step], Sequence[tuple[str, CaptureKind]]]
+"""Which layers' attention to read at a step, beside what guidance reads."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How images are drawn; together with the model and a request this determines each pixel.
 
     ``batch_size`` is the network's one compute batch: a short batch is padded to it, so that an
     image does not depend on how many others are drawn. ``max_rows`` bounds the rows evaluated at
-    once.
+    once. ``captures`` says which attention to read at a step, for whoever watches; reading changes
+    no pixel.
     """
 
     sampler: Sampler = field(default_factory=DDIM)
@@ -46,6 +53,7 @@ class Settings:
     guidance: tuple[Term, ...] = ()
     batch_size: int = 16
     max_rows: int | None = None
+    captures: Captures | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -95,9 +103,10 @@ def trajectory(
     noise = NoiseSource([row.seed for row in rows], [row.stream for row in rows])
     x = noise.normal(START, denoiser.latent_shape).to(denoiser.device)
     cond = torch.tensor([row.label for row in rows], device=denoiser.device)
+    captures = settings.captures or (lambda _: ())
     guided = GuidedDenoiser(denoiser, settings.guidance, noise=noise, max_rows=settings.max_rows)
     for step in settings.sampler.steps(
-        lambda x_t, step: guided(x_t, step, cond),
+        lambda x_t, step: guided(x_t, step, cond, captures(step)),
         x,
         denoiser.process,
         settings.steps,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sag_dit.attention import Capture, Edit, capture_key
+from sag_dit.attention import Capture, CaptureKind, Edit, capture_key
 from sag_dit.denoiser import Denoiser
 from sag_dit.denoiser.base import Condition
 from sag_dit.guidance.term import Asking, Branch, Question, Term
@@ -77,7 +77,6 @@ class GuidedDenoiser:
         *,
         noise: NoiseSource | None = None,
         max_rows: int | None = None,
-        captures: Sequence[str] = (),
     ) -> None:
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows={max_rows}: expected 1 or more, or null for no bound")
@@ -87,14 +86,19 @@ class GuidedDenoiser:
             term.check(model)
         self._noise = noise
         self._max_rows = max_rows
-        self._captures = tuple(captures)
         self._memory: tuple[dict[str, Any], ...] = tuple({} for _ in self.terms)
 
-    def __call__(self, x_t: Images, step: Step, cond: Condition) -> Prediction:
-        """Return the guided prediction at ``x_t``."""
+    def __call__(
+        self,
+        x_t: Images,
+        step: Step,
+        cond: Condition,
+        captures: Sequence[tuple[str, CaptureKind]] = (),
+    ) -> Prediction:
+        """Return the guided prediction at ``x_t``; ``captures`` are read from the base besides."""
         base = Branch(self.model, x_t, cond)
-        for layer in self._captures:
-            base = base.capturing(layer)
+        for layer, kind in captures:
+            base = base.capturing(layer, kind)
         null = self.model.null(x_t.shape[0])
         active = [i for i, term in enumerate(self.terms) if term.active(step)]
         question = Question(

@@ -88,7 +88,8 @@ def test_attention_is_what_sag_has_seen(
     x, step = batch[0], step_at(denoiser.process, 4)
     y = torch.ones_like(batch[1])
     guided = GuidedDenoiser(denoiser, terms)(x, step, y)
-    straight = GuidedDenoiser(denoiser, captures=["blocks.1"])(x, step, torch.full_like(y, label))
+    read = [("blocks.1", "saliency")]
+    straight = GuidedDenoiser(denoiser)(x, step, torch.full_like(y, label), read)
     assert set(guided.attention) == {"blocks.1.attn"}
     torch.testing.assert_close(
         guided.attention["blocks.1.attn"], straight.attention["blocks.1.attn"], rtol=1e-4, atol=1e-4
@@ -98,8 +99,8 @@ def test_attention_is_what_sag_has_seen(
 def test_layers_may_be_captured_without_any_term(denoiser: ClassConditional, batch: Batch) -> None:
     step = step_at(denoiser.process, 4)
     with counted(denoiser) as rows:
-        guided = GuidedDenoiser(denoiser, [SAG(1.0)], captures=["blocks.0", "auto"])
-        seen = guided(batch[0], step, batch[1]).attention
+        read = [("blocks.0", "saliency"), ("auto", "saliency")]
+        seen = GuidedDenoiser(denoiser, [SAG(1.0)])(batch[0], step, batch[1], read).attention
     assert rows == [3, 3]
     assert set(seen) == {"blocks.0.attn", "blocks.1.attn"}
 
