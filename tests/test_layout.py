@@ -18,7 +18,7 @@ LONGEST_FILE = 300
 
 # Later groups see earlier ones, never the other way round. Members of one group are strangers.
 ORDER: tuple[frozenset[str], ...] = (
-    frozenset({"tensors"}),
+    frozenset({"tensors", "files"}),
     frozenset({"process"}),
     frozenset({"noise", "sampler", "attention"}),
     frozenset({"models"}),
@@ -36,6 +36,7 @@ RANK = {part: rank for rank, group in enumerate(ORDER) for part in group}
 NEIGHBOURS = {
     ("sampler", "noise"): "a step draws its fresh noise from the source of its images",
     ("checkpoints", "codec"): "a loaded model carries the codec its latents belong to",
+    ("evaluation", "data"): "a reference is read as training data is: splits, class folders, crop",
 }
 
 # What the parts may import from the package itself: not its public names, which are built on them.

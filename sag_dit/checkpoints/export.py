@@ -20,6 +20,7 @@ from sag_dit.checkpoints.config import describe
 from sag_dit.checkpoints.files import METADATA_KEY
 from sag_dit.checkpoints.model import Model
 from sag_dit.denoiser import ClassConditional
+from sag_dit.files import atomic
 
 CARD = "README.md"
 WEIGHTS = {"dit": "model.pt", "diffusers": "", "safetensors": "model.safetensors"}
@@ -53,11 +54,11 @@ def write_safetensors(
     config = {**describe(denoiser), **(extra or {})}
     state = layouts.state_of(denoiser.network)
     weights, text = folder / "model.safetensors", folder / "config.json"
-    parts = weights.with_suffix(".part"), text.with_suffix(".part")
-    save_file(state, parts[0], metadata={METADATA_KEY: json.dumps(config)})
-    parts[1].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(parts[1], text)
-    os.replace(parts[0], weights)
+    # The weights appear last: with them the folder is complete.
+    with atomic(weights) as part:
+        save_file(state, part, metadata={METADATA_KEY: json.dumps(config)})
+        with atomic(text) as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return weights
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sag_dit.data.shards import INDEX, Index, Shard, map_shard, read_index, read_shard, sha256
-from sag_dit.output.files import atomic
+from sag_dit.files import atomic
 
 CONFIG = "config.json"
 

@@ -14,11 +14,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from sag_dit.cli.app import launch, literal, quiet_lightning
-from sag_dit.cli.values import check_values, make_terms
+from sag_dit.cli.values import check_values, make_maps, make_terms
 
 if TYPE_CHECKING:
     from sag_dit.checkpoints import Model
     from sag_dit.guidance import Term
+    from sag_dit.output.attention import Maps
     from sag_dit.output.folder import SampleFolder
     from sag_dit.sampling import Request, Settings
 
@@ -33,6 +34,13 @@ class Plan:
     folder: SampleFolder
     pixels: Mapping[str, Any]
     """What determines the pixels; the folder's identity."""
+    maps: Maps | None = None
+    """Which attention to keep of the gallery's images."""
+
+    def missing(self, config: DictConfig) -> list[Request]:
+        """Return the requests that are still to be drawn."""
+        keeps = self.maps is not None
+        return self.folder.missing(self.requests, config.gallery.num, attention=keeps)
 
 
 def describe_term(term: Term, model: Model) -> dict[str, Any]:
@@ -99,7 +107,8 @@ def make_plan(config: DictConfig) -> Plan:
     pixels = json.loads(json.dumps(pixels))
     digest = hashlib.sha256(json.dumps(pixels, sort_keys=True).encode()).hexdigest()
     path = Path(config.out or f"outputs/sample/{model.name}-{digest[:8]}")
-    return Plan(model, settings, requests, SampleFolder(path), pixels)
+    maps = make_maps(config, model, config.steps) if config.maps else None
+    return Plan(model, settings, requests, SampleFolder(path), pixels, maps)
 
 
 def run(config: DictConfig) -> None:
@@ -108,11 +117,11 @@ def run(config: DictConfig) -> None:
     config.out = literal(str(plan.folder.path))
     resolved = OmegaConf.to_container(config, resolve=True)
     plan.folder.claim(plan.pixels, resolved)  # type: ignore[arg-type]
-    pending = plan.folder.missing(plan.requests, config.gallery.num)
+    pending = plan.missing(config)
     if pending:
         if not _predict(config, plan, pending):
             return
-        left = plan.folder.missing(plan.requests, config.gallery.num)
+        left = plan.missing(config)
         if left:
             raise ValueError(
                 f"{len(left)} of {len(plan.requests)} images are missing in {plan.folder.path}, "
@@ -156,7 +165,11 @@ def _predict(config: DictConfig, plan: Plan, pending: list[Request]) -> bool:
         _convert_="all",
     )
     module = DiffusionModule(
-        plan.model, settings=plan.settings, gallery=config.gallery.num, watch=progress.watch
+        plan.model,
+        settings=plan.settings,
+        gallery=config.gallery.num,
+        maps=plan.maps,
+        watch=progress.watch,
     )
     reports = RankReports(plan.folder.path, trainer.global_rank, trainer.world_size)
     try:
@@ -187,6 +200,8 @@ def _finish(config: DictConfig, plan: Plan) -> None:
     if config.npz:
         print(f"npz: {write_npz(plan.folder, plan.requests)}")
     print(f"images: {plan.folder.path / 'images'} ({len(plan.requests)})")
+    if plan.maps is not None:
+        print(f"attention: {plan.folder.path / 'attention'}")
     shown = plan.requests[: config.gallery.num]
     if not shown:
         return

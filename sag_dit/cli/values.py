@@ -8,7 +8,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
+    from sag_dit.checkpoints import Model
     from sag_dit.guidance import Term
+    from sag_dit.output.attention import Maps
 
 WHOLE: dict[str, tuple[int, int | None, bool]] = {
     "steps": (1, None, False),
@@ -18,7 +20,7 @@ WHOLE: dict[str, tuple[int, int | None, bool]] = {
     "max_rows": (1, None, True),
     "gallery.num": (0, None, False),
 }
-"""Keys of sample.yaml that take whole numbers: the least, the most, and whether null is allowed."""
+"""Keys that take whole numbers: the least, the most, and whether null is allowed."""
 
 
 def check_values(config: DictConfig) -> None:
@@ -28,7 +30,8 @@ def check_values(config: DictConfig) -> None:
         ValueError: the key, its value and what was expected.
     """
     for key, (least, most, optional) in WHOLE.items():
-        value: Any = OmegaConf.select(config, key)
+        # A configuration that lacks the key has nothing to check.
+        value: Any = OmegaConf.select(config, key, default=least)
         if value is None and optional:
             continue
         whole = isinstance(value, int) and not isinstance(value, bool)
@@ -63,3 +66,30 @@ def make_terms(guidance: DictConfig) -> dict[str, Term]:
             )
         terms[str(name)] = term
     return terms
+
+
+def make_maps(config: DictConfig, model: Model, steps: int) -> Maps:
+    """Build what to keep of attention from ``attention``'s values.
+
+    Raises:
+        ValueError: a value that cannot be meant, or a layer or step that does not exist.
+    """
+    from sag_dit.output.attention import Maps
+
+    wanted: Any = OmegaConf.to_container(config.attention, resolve=True)
+    layers, show, query = wanted["layers"], wanted["show"], wanted["query"]
+    if not isinstance(layers, list):
+        raise ValueError(f"attention.layers={layers}: expected a list of layers, or [all]")
+    if not isinstance(show, (int, list)):
+        raise ValueError(f"attention.show={show}: expected how many steps, or a list of numbers")
+    if query is not None and not isinstance(query, list):
+        raise ValueError(f"attention.query={query}: expected [down, across], or null")
+    maps = Maps(
+        layers=tuple(map(str, layers)),
+        steps=show if isinstance(show, int) else tuple(show),
+        query=None if query is None else (query[0], query[-1]),
+        threshold=float(wanted["threshold"]),
+    )
+    maps.layers_of(model.denoiser)
+    maps.indices(steps)
+    return maps

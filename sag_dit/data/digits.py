@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
 
 from sag_dit.checkpoints import Model
-from sag_dit.data.batches import StepBatches
+from sag_dit.data.steps import Batch, StepData, validation_batches
 from sag_dit.tensors import Images, Labels
 
 CLASS_NAMES = tuple(str(digit) for digit in range(10))
@@ -42,7 +42,17 @@ def digits(split: Literal["train", "held_out"]) -> tuple[Images, Labels]:
     return images[chosen], labels[chosen]
 
 
-class Digits(LightningDataModule):
+class _Pixels(Dataset[tuple[Images, Labels]]):
+    """Images and labels in memory, served by the batch."""
+
+    def __init__(self, images: Images, labels: Labels) -> None:
+        self._images, self._labels = images, labels
+
+    def __getitems__(self, batch: Batch) -> tuple[Images, Labels]:
+        return self._images[batch.indices], self._labels[batch.indices]
+
+
+class Digits(StepData):
     """Batches of handwritten digits for training, the held-out ones for validation.
 
     ``batch_size`` counts the images of a step over all ranks. Which they are depends on (seed,
@@ -53,14 +63,11 @@ class Digits(LightningDataModule):
     """
 
     channels = 1
-    vae = None
 
     def __init__(
         self, batch_size: int = 64, seed: int = 0, classes: Sequence[int] | None = None
     ) -> None:
-        super().__init__()
-        self.batch_size = batch_size
-        self.seed = seed
+        super().__init__(batch_size=batch_size, seed=seed, flip=False, workers=0)
         self.classes = tuple(range(10) if classes is None else classes)
         known = all(digit in range(10) for digit in self.classes)
         if not self.classes or not known or len(set(self.classes)) < len(self.classes):
@@ -71,33 +78,26 @@ class Digits(LightningDataModule):
 
     def _split(self, split: Literal["train", "held_out"]) -> tuple[Images, Labels]:
         images, labels = digits(split)
-        if self.classes == tuple(range(10)):
-            return images, labels
         new_labels = torch.full((10,), -1)
         new_labels[list(self.classes)] = torch.arange(len(self.classes))
         labels = new_labels[labels]
         return images[labels >= 0], labels[labels >= 0]
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Return endless training batches, going on at the trainer's step."""
-        trainer = self.trainer
-        world = trainer.world_size if trainer else 1
-        if self.batch_size % world:
-            raise ValueError(
-                f"batch_size={self.batch_size} on {world} ranks: expected a multiple of {world}"
-            )
-        first = trainer.fit_loop.total_batch_idx + 1 if trainer else 0
-        images, labels = self._split("train")
-        dataset: Dataset[tuple[Tensor, ...]] = TensorDataset(images, labels)
-        batches = StepBatches(
-            len(labels),
-            self.batch_size // world,
-            self.seed,
-            first=first,
-            rank=trainer.global_rank if trainer else 0,
-            world=world,
-        )
-        return DataLoader(dataset, batch_sampler=batches)
+    @cached_property
+    def dataset(self) -> _Pixels:
+        """The digits to train on, then the held-out ones."""
+        parts = zip(self._split("train"), self._split("held_out"), strict=True)
+        return _Pixels(*(torch.cat(pair) for pair in parts))
+
+    @cached_property
+    def held_out_images(self) -> NDArray[np.bool_]:
+        """Which digits are held out."""
+        counts = [len(self._split(split)[1]) for split in ("train", "held_out")]
+        return np.repeat([False, True], counts)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return the held-out digits in one order, all of them on every rank."""
+        return self._loader(validation_batches(np.flatnonzero(self.held_out_images), 256))
 
     def check(self, model: Model) -> None:
         """Refuse a model that does not draw 8x8 grey images of as many classes.
@@ -111,7 +111,3 @@ class Digits(LightningDataModule):
                 f"a model of {shape} and {classes} classes: the digits are (1, 8, 8) and of "
                 f"{len(self.class_names)} classes; set resolution=8 and num_classes=null"
             )
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Return the held-out digits in one order."""
-        return DataLoader(TensorDataset(*self._split("held_out")), batch_size=256)

@@ -23,7 +23,7 @@ from sag_dit.data.crop import (
     read_crop,
 )
 from sag_dit.data.folder import ImageFiles, find_images
-from sag_dit.data.steps import Batch, Indices, StepData, check_classes, name_hash
+from sag_dit.data.steps import Batch, Indices, NamedData, check_classes, name_hash
 
 CHECKED_UP_FRONT = 20_000
 """Headers of at most so many images are read before the first step; that takes seconds."""
@@ -152,7 +152,7 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
             )
 
 
-class ImageFolderData(StepData):
+class ImageFolderData(NamedData):
     """Batches (uint8 images (b, c, size, size), labels) of a folder of images.
 
     ``flip`` mirrors an image with probability 1/2. ``upright`` turns photos as their camera noted.

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from sag_dit.checkpoints import Model
 from sag_dit.codec import VAECodec, hash_tensors
 from sag_dit.data.shards import Index, Rows, map_shard, read_index, verify
-from sag_dit.data.steps import Batch, Indices, StepData, check_classes
+from sag_dit.data.steps import Batch, Indices, NamedData, check_classes
 from sag_dit.noise import generator
 from sag_dit.tensors import Images, Labels
 
@@ -89,7 +89,7 @@ def sample_posterior(moments: Moments, seed: int, step: int, rank: int) -> Image
     return torch.addcmul(mean, std, z)
 
 
-class LatentData(StepData):
+class LatentData(NamedData):
     """Batches (x_0 (b, c, h, w) float32, labels) of a folder that ``encode.py`` wrote.
 
     Loader processes only copy mean and standard deviation; x_0 is drawn once the batch is where the

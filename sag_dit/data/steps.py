@@ -7,6 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +16,10 @@ from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sag_dit.data.batches import StepBatches
 from sag_dit.noise import generator
+
+SHUFFLE = 2
+"""Purpose of the random streams that order the data, see :func:`sag_dit.noise.generator`."""
 
 FLIP = 8
 """Purpose of the random streams that mirror images, see :func:`sag_dit.noise.generator`."""
@@ -39,10 +42,18 @@ class Batch(NamedTuple):
 
 
 class TrainingBatches(Sampler[Batch]):
-    """The endless batches of one rank.
+    """The endless batches of one rank, from step ``first`` on.
+
+    The chosen images are one endless sequence of shuffled epochs; step s of a world of w ranks
+    takes the next w * batch_size from place s * w * batch_size on, and each rank its contiguous
+    part. So the batch depends on nothing but (seed, step): not on workers, and not on where a run
+    was resumed.
 
     Coins are drawn for the batch of all ranks together, so that images and their mirroring do not
     depend on how many ranks share a global batch.
+
+    Raises:
+        ValueError: there is no image, or a batch is larger than all of them.
     """
 
     def __init__(
@@ -56,20 +67,37 @@ class TrainingBatches(Sampler[Batch]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self._places = StepBatches(
-            len(chosen), batch_size, seed, first=first, rank=rank, world=world
-        )
-        self._chosen, self._seed, self._flip, self._first = chosen, seed, flip, first
-        self._part = slice(rank * batch_size, (rank + 1) * batch_size)
-        self._total = batch_size * world
+        if not 0 < batch_size * world <= len(chosen):
+            raise ValueError(
+                f"batch_size={batch_size} on {world} ranks: expected from 1 to {len(chosen)} "
+                f"images in all, the number there are"
+            )
+        self._chosen, self._batch_size, self._seed, self._flip = chosen, batch_size, seed, flip
+        self._first, self._rank, self._world = first, rank, world
+        self._shuffled: tuple[int, Indices] | None = None
+
+    def order(self, epoch: int) -> Indices:
+        """Return the order of the images' places in one epoch."""
+        if self._shuffled is None or self._shuffled[0] != epoch:
+            order = generator(self._seed, epoch, 0, SHUFFLE).permutation(len(self._chosen))
+            self._shuffled = (epoch, order)
+        return self._shuffled[1]
+
+    def batch(self, step: int) -> Batch:
+        """Return this rank's part of one step."""
+        size = self._batch_size
+        epoch, offset = divmod((step * self._world + self._rank) * size, len(self._chosen))
+        places = self.order(epoch)[offset : offset + size]
+        if len(places) < size:
+            places = np.concatenate([places, self.order(epoch + 1)[: size - len(places)]])
+        mirrored = [False] * size
+        if self._flip:
+            coins = generator(self._seed, step, 0, FLIP).random(size * self._world) < 0.5
+            mirrored = coins[self._rank * size : (self._rank + 1) * size].tolist()
+        return Batch(step, self._chosen[places].tolist(), mirrored)
 
     def __iter__(self) -> Iterator[Batch]:
-        for step, places in enumerate(self._places, self._first):
-            mirrored = [False] * len(places)
-            if self._flip:
-                coins = generator(self._seed, step, 0, FLIP).random(self._total) < 0.5
-                mirrored = coins[self._part].tolist()
-            yield Batch(step, self._chosen[places].tolist(), mirrored)
+        return map(self.batch, count(self._first))
 
 
 def validation_batches(
@@ -80,9 +108,9 @@ def validation_batches(
     All ranks get equally many batches, or those that reduce a metric together would wait for ever:
     the first images are repeated where the count is no multiple of the ranks.
     """
-    count = -(-len(chosen) // world)
-    share = chosen[(np.arange(count) * world + rank) % len(chosen)].tolist()
-    parts = [share[start : start + batch_size] for start in range(0, count, batch_size)]
+    each = -(-len(chosen) // world)
+    share = chosen[(np.arange(each) * world + rank) % len(chosen)].tolist()
+    parts = [share[start : start + batch_size] for start in range(0, each, batch_size)]
     return [
         Batch(VALIDATION + number, part, [False] * len(part)) for number, part in enumerate(parts)
     ]
@@ -135,9 +163,8 @@ def as_it_is(batch: Any) -> Any:
 class StepData(LightningDataModule, ABC):
     """Training and validation batches of an indexed dataset.
 
-    ``batch_size`` counts the images of a step over all ranks. ``held_out`` is the share of images
-    kept for validation. ``workers`` are loader processes per rank, None for what suits the machine;
-    batches do not depend on them.
+    ``batch_size`` counts the images of a step over all ranks. ``workers`` are loader processes per
+    rank, None for what suits the machine; batches do not depend on them.
 
     Attributes:
         class_names: one per class.
@@ -152,18 +179,13 @@ class StepData(LightningDataModule, ABC):
     channels: int
     vae: str | None = None
 
-    def __init__(
-        self, *, batch_size: int, seed: int, flip: bool, held_out: float, workers: int | None
-    ) -> None:
+    def __init__(self, *, batch_size: int, seed: int, flip: bool, workers: int | None) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected 1 or more images")
-        if not 0 <= held_out < 1:
-            raise ValueError(f"held_out={held_out}: expected a share of the images from 0 up to 1")
         if workers is not None and workers < 0:
             raise ValueError(f"workers={workers}: expected 0 or more processes, or null")
-        self.batch_size, self.seed, self.flip = batch_size, seed, flip
-        self.held_out, self.workers = held_out, workers
+        self.batch_size, self.seed, self.flip, self.workers = batch_size, seed, flip, workers
 
     @property
     @abstractmethod
@@ -172,20 +194,8 @@ class StepData(LightningDataModule, ABC):
 
     @property
     @abstractmethod
-    def labels(self) -> Indices:
-        """The class of every image."""
-
-    @property
-    @abstractmethod
-    def name_hashes(self) -> Indices:
-        """:func:`name_hash` of every image."""
-
-    @cached_property
     def held_out_images(self) -> NDArray[np.bool_]:
         """Which images are held out."""
-        if self.held_out == 0:
-            return np.zeros(len(self.labels), dtype=np.bool_)
-        return held_out(self.name_hashes, self.labels, self.held_out)
 
     @property
     def rank(self) -> int:
@@ -238,6 +248,35 @@ class StepData(LightningDataModule, ABC):
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+class NamedData(StepData):
+    """Images with names, of which ``held_out``, a share, is kept for validation."""
+
+    def __init__(
+        self, *, batch_size: int, seed: int, flip: bool, held_out: float, workers: int | None
+    ) -> None:
+        super().__init__(batch_size=batch_size, seed=seed, flip=flip, workers=workers)
+        if not 0 <= held_out < 1:
+            raise ValueError(f"held_out={held_out}: expected a share of the images from 0 up to 1")
+        self.held_out = held_out
+
+    @property
+    @abstractmethod
+    def labels(self) -> Indices:
+        """The class of every image."""
+
+    @property
+    @abstractmethod
+    def name_hashes(self) -> Indices:
+        """:func:`name_hash` of every image."""
+
+    @cached_property
+    def held_out_images(self) -> NDArray[np.bool_]:
+        """Which images are held out, by their names."""
+        if self.held_out == 0:
+            return np.zeros(len(self.labels), dtype=np.bool_)
+        return held_out(self.name_hashes, self.labels, self.held_out)
 
 
 def check_classes(found: int, expected: int) -> None:

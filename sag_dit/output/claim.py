@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from sag_dit.output.files import atomic
+from sag_dit.files import atomic
 
 CONFIG = "config.yaml"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sag_dit.output.files import atomic
+from sag_dit.files import atomic
 from sag_dit.output.folder import SampleFolder, read_png, read_views
 from sag_dit.output.gallery import Entry
 from sag_dit.sampling import Request

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sag_dit.files import atomic
 from sag_dit.output.claim import CONFIG, claim
-from sag_dit.output.files import atomic
 from sag_dit.output.gallery import StepView
 from sag_dit.sampling import Request
 
@@ -29,7 +29,10 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class SampleFolder:
-    """The files of one run: ``images/``, ``unguided/`` and ``maps/`` by index, and its settings."""
+    """The files of one run by index, and its settings.
+
+    ``images/``, ``unguided/``, ``maps/`` (for the gallery) and ``attention/`` (with maps=true).
+    """
 
     path: Path
 
@@ -44,6 +47,10 @@ class SampleFolder:
     def views(self, index: int) -> Path:
         """Return the file of what self-attention guidance saw of an image."""
         return self.path / "maps" / f"{index:06d}.npz"
+
+    def attention(self, index: int) -> Path:
+        """Return the sheet of an image's attention; its arrays lie beside it."""
+        return self.path / "attention" / f"{index:06d}.png"
 
     def claim(self, settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """Make the folder this run's own, or find that it is.
@@ -72,14 +79,24 @@ class SampleFolder:
             )
         claim(self.path, settings, config, "images")
 
-    def missing(self, requests: Sequence[Request], gallery: int) -> list[Request]:
-        """Return the requests whose image, or for the first ``gallery`` also twin, is not there."""
+    def missing(
+        self, requests: Sequence[Request], gallery: int, *, attention: bool = False
+    ) -> list[Request]:
+        """Return the requests of which something is not there.
+
+        That is the image, for the first ``gallery`` the twin, and with ``attention`` its sheet.
+        """
         images = {entry.name for entry in os.scandir(self.path / "images")}
         return [
             request
             for request in requests
             if self.image(request.index).name not in images
             or (request.index < gallery and not self.twin(request.index).exists())
+            or (
+                attention
+                and request.index < gallery
+                and not self.attention(request.index).exists()
+            )
         ]
 
     def count(self) -> int:

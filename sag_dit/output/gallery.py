@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from sag_dit.output.files import atomic
+from sag_dit.files import atomic
 
 CELL = 128  # smaller images are enlarged in grid.png until their longer side has as many pixels
 _INK, _SOFT, _LINE = "#1b1b1f", "#6b6b73", "#dededa"
@@ -100,7 +100,7 @@ def write_gallery(
     """
     if not entries:
         raise ValueError("a gallery of 0 entries cannot be drawn, expected at least 1: skip it")
-    rows = list(_flatten(settings))
+    rows = list(flatten(settings))
     short = [f"{name} {value}" for name, value in rows if len(value) <= 24]
     page = _page(entries, {"settings": rows, "short": short}, title)
     grid = io.BytesIO()
@@ -159,8 +159,8 @@ def _entry(entry: Entry, top: float) -> dict[str, object]:
         "label": entry.label,
         "width": entry.guided.shape[1],
         "height": entry.guided.shape[0],
-        "guided": _data_uri(entry.guided),
-        "unguided": _data_uri(entry.unguided),
+        "guided": data_uri(entry.guided),
+        "unguided": data_uri(entry.unguided),
         "difference": entry.difference,
         "views": [_view(view, top) for view in entry.views],
     }
@@ -174,7 +174,7 @@ def _view(view: StepView, top: float) -> dict[str, object]:
         "threshold": max(0.0, view.threshold),
         "width": view.mask.shape[1],
         "height": view.mask.shape[0],
-        "heat": _data_uri(heat_colours(view.saliency / top)),
+        "heat": data_uri(heat_colours(view.saliency / top)),
         "mask": "".join("1" if token else "0" for token in view.mask.ravel()),
         "peak": float(view.saliency.max()),
     }
@@ -184,16 +184,18 @@ def _picture(image: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
 
-def _data_uri(image: NDArray[np.uint8]) -> str:
+def data_uri(image: NDArray[np.uint8]) -> str:
+    """Return an image (H, W, 1 or 3) as a PNG that stands in the page itself."""
     png = io.BytesIO()
     _picture(image).save(png, format="png")
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode("ascii")
 
 
-def _flatten(settings: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flatten(settings: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the values of nested settings as text, by their keys joined with dots."""
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", _text(value)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sag_dit.output.files import atomic
+from sag_dit.files import atomic
 
 PATIENCE = 1800.0
 """Seconds without a sign of life of the other ranks after which rank 0 stops waiting."""

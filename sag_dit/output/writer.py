@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from sag_dit.output.attention import AttentionView, write_arrays, write_sheet
 from sag_dit.output.folder import Pixels, SampleFolder, write_png, write_views
 from sag_dit.output.gallery import StepView
 from sag_dit.sampling import Request
@@ -18,12 +19,13 @@ from sag_dit.sampling import Request
 
 @dataclass(frozen=True)
 class Drawn:
-    """A batch of finished images, and by index the twins and views the gallery wants of them."""
+    """A batch of finished images, and by index what else is kept of them."""
 
     requests: Sequence[Request]
     images: UInt8[Tensor, "b c h w"]
     twins: Mapping[int, UInt8[Tensor, "c h w"]] = field(default_factory=dict)
     views: Mapping[int, tuple[StepView, ...]] = field(default_factory=dict)
+    attention: Mapping[int, AttentionView] = field(default_factory=dict)
 
 
 def pixels(image: UInt8[Tensor, "c h w"]) -> Pixels:
@@ -53,7 +55,13 @@ class PredictionWriter(BasePredictionWriter):
         self.write(prediction)
 
     def write(self, drawn: Drawn) -> None:
-        """Write views and twins first, then the images."""
+        """Write what belongs to the images first, then the images."""
+        shown = dict(zip((request.index for request in drawn.requests), drawn.images, strict=True))
+        for index, attention in drawn.attention.items():
+            sheet = self.folder.attention(index)
+            sheet.parent.mkdir(exist_ok=True)
+            write_arrays(sheet.with_suffix(".npz"), attention)
+            write_sheet(sheet, attention, pixels(shown[index]))
         for index, views in drawn.views.items():
             if views:
                 write_views(self.folder.views(index), views)

@@ -20,6 +20,7 @@ from sag_dit.checkpoints import Model
 from sag_dit.codec import VAECodec
 from sag_dit.denoiser import ClassConditional, Denoiser
 from sag_dit.noise import generator
+from sag_dit.output.attention import AttentionRecorder, Maps
 from sag_dit.output.views import ViewRecorder
 from sag_dit.output.writer import Drawn
 from sag_dit.sampler import SampleStep
@@ -47,7 +48,7 @@ class DiffusionModule(LightningModule):
     training stops.
 
     Prediction follows ``settings``; the first ``gallery`` indices are also drawn without guidance,
-    from the same noise. ``watch`` is told of every step.
+    from the same noise, and with ``maps`` their attention is kept. ``watch`` is told of every step.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class DiffusionModule(LightningModule):
         max_skipped: int = 10,
         settings: Settings | None = None,
         gallery: int = 0,
+        maps: Maps | None = None,
         watch: Watch | None = None,
         seed: int = 0,
     ) -> None:
@@ -79,6 +81,7 @@ class DiffusionModule(LightningModule):
         self.objective.check(self.denoiser)
         self.settings = settings or Settings(batch_size=model.batch_size)
         self.gallery = gallery
+        self.maps = maps
         self.seed = seed
         self.watch = watch
         self.skipped = 0
@@ -194,21 +197,28 @@ class DiffusionModule(LightningModule):
         """Draw one batch of requests, and for the gallery their twins and views."""
         shown = [row for row, request in enumerate(batch) if request.index < self.gallery]
         recorder = ViewRecorder(self.settings, self.denoiser)
+        settings, attention = self.settings, None
+        if shown and self.maps is not None:
+            attention = AttentionRecorder(self.maps, self.denoiser, settings.steps)
+            settings = replace(settings, captures=attention.captures)
 
         def watch(step: SampleStep) -> None:
             if shown:
                 recorder(step)
+            if attention is not None:
+                attention(step)
             if self.watch is not None:
                 self.watch(step)
 
-        images = draw(self.model, batch, self.settings, watch)
+        images = draw(self.model, batch, settings, watch)
         twins = {}
         if shown:
             unguided = replace(self.settings, guidance=())
             drawn = draw(self.model, [batch[row] for row in shown], unguided)
             twins = {batch[row].index: twin for row, twin in zip(shown, drawn, strict=True)}
         views = {batch[row].index: recorder.views(row) for row in shown}
-        return Drawn(batch, images, twins, views)
+        seen = {batch[row].index: attention.view(row) for row in shown} if attention else {}
+        return Drawn(batch, images, twins, views, seen)
 
     def _seed(self, draw: int) -> None:
         """Seed torch for one batch, so that label dropout follows (seed, step) as well."""

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks.progress.tqdm_progress import TQDMProgressBar, convert_inf
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
 
 from sag_dit.checkpoints import Model, build
+from sag_dit.files import atomic
 from sag_dit.guidance import Term
-from sag_dit.output.files import atomic
 from sag_dit.sampling import Request, Settings, draw, labels_of
 from sag_dit.training.module import DiffusionModule
 
@@ -38,6 +39,42 @@ def training_flops(model: Model) -> int:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             denoiser.evaluate(x, t, label)
     return 3 * int(counter.get_total_flops())
+
+
+def _due(trainer: Trainer, every_n_steps: int) -> bool:
+    """Whether a step ends here, not only a part of its batch, whose turn it is."""
+    accumulates = trainer.fit_loop.epoch_loop._should_accumulate()
+    return not accumulates and trainer.global_step % every_n_steps == 0
+
+
+class Progress(TQDMProgressBar):
+    """Lightning's bar over the whole run, so that its time left is also right after a stop."""
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """All batches of the run."""
+        steps = self.trainer.max_steps
+        if steps < 0:
+            return super().total_train_batches
+        return steps * self.trainer.accumulate_grad_batches
+
+    def on_train_start(self, *_: Any) -> None:
+        """Begin where the run goes on."""
+        super().on_train_start()
+        bar = self.train_progress_bar
+        bar.reset(convert_inf(self.total_train_batches))
+        bar.initial = bar.n = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Leave the bar alone: an epoch is all of a run."""
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Return what is logged for the bar, without the logger's version."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
 
 
 class Speed(Callback):
@@ -72,9 +109,9 @@ class Speed(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Log the speed of the last so many batches."""
+        """Log the speed of the last so many steps."""
         self._images += len(batch[1]) * trainer.world_size
-        if (batch_idx + 1) % self._every:
+        if not _due(trainer, self._every):
             return
         rate = self._images / (time.perf_counter() - self._since)
         pl_module.log("images/s", rate, prog_bar=True)
@@ -112,7 +149,7 @@ class LossByLevel(Callback):
         self._sums = self._sums.to(t.device)
         self._sums[0].index_add_(0, place, losses.per_image.detach().float())
         self._sums[1].index_add_(0, place, torch.ones_like(t))
-        if (batch_idx + 1) % self._every:
+        if not _due(trainer, self._every):
             return
         for part, (total, count) in enumerate(self._sums.T.tolist()):
             if count:
@@ -136,8 +173,6 @@ class Previews(Callback):
         steps: int = 20,
         seed: int = 0,
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"previews.every_n_steps={every_n_steps}: expected 1 or more")
         self._out = Path(out) / "previews"
         self._every, self._classes, self._seed = every_n_steps, classes, seed
         self._guidance, self._steps = tuple(guidance), steps
@@ -151,10 +186,8 @@ class Previews(Callback):
         batch_idx: int,
     ) -> None:
         """Draw if it is time; all ranks do, since sharded weights need them all."""
-        step = trainer.global_step
-        due = step % self._every == 0 and not trainer.fit_loop.epoch_loop._should_accumulate()
-        if due and isinstance(pl_module, DiffusionModule):
-            self.draw(trainer, pl_module, step)
+        if _due(trainer, self._every) and isinstance(pl_module, DiffusionModule):
+            self.draw(trainer, pl_module, trainer.global_step)
 
     def draw(self, trainer: Trainer, module: DiffusionModule, step: int) -> None:
         """Draw and keep the pairs."""
@@ -186,7 +219,8 @@ class Previews(Callback):
                     [names[r.label], *_wandb_images(unguided[i], guided[i])]
                     for i, r in enumerate(requests)
                 ]
-                logger.log_table("previews", columns=["class", "unguided", "guided"], data=rows)
+                columns = ["class", "unguided", "guided"]
+                logger.log_table("previews", columns=columns, data=rows, step=step)
 
 
 def _wandb_images(*images: torch.Tensor) -> list[Any]:

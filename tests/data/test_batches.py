@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from itertools import islice
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sag_dit.data.batches import StepBatches
+from sag_dit.data.steps import TrainingBatches
 
 
-def take(count: int, *args: int, **options: int) -> list[list[int]]:
-    return list(islice(StepBatches(*args, **options), count))
+def batches(items: int, batch_size: int, seed: int, **options: int) -> TrainingBatches:
+    return TrainingBatches(np.arange(items), batch_size, seed, flip=False, **options)
+
+
+def take(count: int, items: int, batch_size: int, seed: int, **options: int) -> list[list[int]]:
+    return [b.indices for b in islice(batches(items, batch_size, seed, **options), count)]
 
 
 SIZES = st.integers(1, 40).flatmap(lambda items: st.tuples(st.just(items), st.integers(1, items)))
@@ -57,8 +62,8 @@ def test_batches_are_shuffled_by_the_seed_and_anew_every_epoch() -> None:
 
 
 def test_two_iterators_of_one_sampler_do_not_disturb_each_other() -> None:
-    batches = StepBatches(10, 3, 0)
-    left, right = iter(batches), iter(batches)
+    sampler = batches(10, 3, 0)
+    left, right = iter(sampler), iter(sampler)
     assert [next(left), next(left)] == [next(right), next(right)]
 
 
@@ -67,4 +72,4 @@ def test_two_iterators_of_one_sampler_do_not_disturb_each_other() -> None:
 )
 def test_a_batch_must_fit_the_data(items: int, batch_size: int, world: int) -> None:
     with pytest.raises(ValueError, match=rf"batch_size={batch_size} on {world} ranks.* {items} "):
-        StepBatches(items, batch_size, 0, world=world)
+        batches(items, batch_size, 0, world=world)

@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
-from sag_dit.output.files import atomic
+from sag_dit.files import atomic
 from sag_dit.output.folder import SampleFolder, read_png, read_views, write_png, write_views
 from sag_dit.output.gallery import StepView
 from sag_dit.output.writer import Drawn, PredictionWriter
@@ -82,7 +82,7 @@ KILLED_WHILE_WRITING = """
 
     from PIL import Image
 
-    from sag_dit.output.files import atomic
+    from sag_dit.files import atomic
 
     with atomic(Path(sys.argv[1])) as temporary:
         Image.new("RGB", (64, 64), (7, 7, 7)).save(temporary, format="PNG")

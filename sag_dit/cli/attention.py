@@ -1,0 +1,94 @@
+"""``attention.py``: the saliency of every layer over the steps on one sheet, to choose SAG's by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from sag_dit.cli.app import launch
+from sag_dit.cli.values import check_values, make_maps
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sag_dit.denoiser import Denoiser
+
+
+@contextmanager
+def gate_norms(denoiser: Denoiser) -> Iterator[Mapping[str, list[float]]]:
+    """Collect, for each layer that has one, the norm of its gate at every call of the network.
+
+    adaLN-Zero multiplies what a layer attends to by a gate before it is added to the tokens. The
+    norm is the root of the mean square over channels, averaged over the batch: a layer near 0 says
+    little to the image, whatever its map looks like.
+    """
+    norms: dict[str, list[float]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, __: object, output: Tensor) -> None:
+            gate = output.chunk(6, dim=1)[2].float()
+            norms.setdefault(name, []).append(float(gate.square().mean(1).sqrt().mean()))
+
+        return hook
+
+    with ExitStack() as undo:
+        for name in denoiser.layers:
+            block = denoiser.network.get_submodule(name.rpartition(".")[0])
+            modulation = getattr(block, "adaLN_modulation", None)
+            if modulation is not None:
+                undo.callback(modulation.register_forward_hook(keep(name)).remove)
+        yield norms
+
+
+def run(config: DictConfig) -> None:
+    """Draw one image of each class without guidance, and a sheet of what each layer saw.
+
+    Raises:
+        ValueError: a value that cannot be used; the remedy is named.
+    """
+    import torch
+
+    from sag_dit.checkpoints import load
+    from sag_dit.output.attention import AttentionRecorder, write_arrays, write_sheet
+    from sag_dit.sampling import Request, Settings, draw, labels_of
+
+    check_values(config)
+    sampler = instantiate(config.sampler)
+    model = load(str(config.ckpt), ema=config.ema, vae=config.vae)
+    labels = labels_of(OmegaConf.to_object(config.classes), model.class_names)  # type: ignore[arg-type]
+    maps = make_maps(config, model, config.steps)
+    device = str(config.device)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.denoiser.to(device)
+    model.codec.to(device)
+    out = Path(config.out or f"outputs/attention/{model.name}")
+    out.mkdir(parents=True, exist_ok=True)
+    for place, label in enumerate(labels):
+        recorder = AttentionRecorder(maps, model.denoiser, config.steps)
+        settings = Settings(sampler, config.steps, batch_size=1, captures=recorder.captures)
+        settings.check(model)
+        with gate_norms(model.denoiser) as norms:
+            images = draw(model, [Request(place, config.seed, label, place)], settings, recorder)
+        view = recorder.view(0)
+        gates = {name: sum(of) / len(of) for name, of in norms.items()}
+        notes = {name: f"gate {gate:.3f}" for name, gate in gates.items()}
+        file = out / f"{place:03d}-class-{label}"
+        write_arrays(file.with_suffix(".npz"), view)
+        image = images[0].permute(1, 2, 0).cpu().numpy()
+        write_sheet(file.with_suffix(".png"), view, image, notes)
+        print(f"sheet: {file.with_suffix('.png')}")
+        print(f"{'layer':24} {'gate norm':>9} {'mask area':>9}")
+        for layer in view.layers:
+            gate = f"{gates[layer.name]:9.3f}" if layer.name in gates else f"{'none':>9}"
+            print(f"{layer.name:24} {gate} {layer.mask.mean():9.2f}")
+
+
+def main() -> None:
+    """Run ``attention.py``."""
+    launch("attention", run)

@@ -1,0 +1,122 @@
+"""``attention.py``, and ``maps=true`` of ``sample.py``: what is kept, drawn and refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sag_dit
+from sag_dit.attention import AttentionTap, Capture
+from sag_dit.cli import attention, sample
+from sag_dit.cli.app import launch
+from sag_dit.cli.attention import gate_norms
+from sag_dit.output.attention import AttentionRecorder, Maps
+from sag_dit.sampling import Request, Settings, trajectory
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", ["attention.py"])
+    return tmp_path
+
+
+def test_sheet_of_every_layer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    launch(
+        "attention",
+        attention.run,
+        ["classes=[3]", "steps=4", "attention.show=2", "attention.query=[0.9,0]", "out=seen"],
+    )
+    printed = capsys.readouterr().out
+    arrays = np.load("seen/000-class-3.npz")
+    assert arrays["steps"].tolist() == [0, 3]
+    assert arrays["times"][0] == 999
+    for i in range(4):
+        layer = f"blocks.{i}.attn"
+        assert layer in printed
+        assert np.allclose(arrays[f"{layer}/saliency"].mean((1, 2)), 1, atol=1e-5)
+        assert (arrays[f"{layer}/mask"] == (arrays[f"{layer}/saliency"] > 1)).all()
+        assert np.allclose(arrays[f"{layer}/query_map"].sum((1, 2)), 1, atol=1e-5)
+    with Image.open("seen/000-class-3.png") as sheet:
+        # A row for each layer and one for its query, a column for each step and the image.
+        assert sheet.height > 1.8 * sheet.width
+
+
+def test_query_map_is_that_tokens_row() -> None:
+    model = sag_dit.load("digits")
+    maps = Maps(query=(0.9, 0.2), steps=(1,))
+    recorder = AttentionRecorder(maps, model.denoiser, 3)
+    settings = Settings(steps=3, batch_size=1, captures=recorder.captures)
+    states = []
+    with torch.no_grad():
+        for step in trajectory(model, [Request(0, 0, 5, 0)], settings):
+            recorder(step)
+            states.append(step)
+        layer = model.denoiser.layer("auto")
+        with AttentionTap(model.denoiser.network, [Capture(layer, kind="map")]) as tap:
+            level = states[1].step.level
+            model.denoiser.network(states[0].x, level.times(states[0].x), torch.tensor([5]))
+    expected = tap.captured[f"{layer.name}:map"][0].mean(0)[7 * 8 + 1]
+    (seen,) = recorder.view(0).layers
+    assert seen.query_map is not None
+    assert np.allclose(seen.query_map.flatten(), expected, atol=1e-6)
+
+
+def test_gate_norm_is_that_of_the_attention_gate() -> None:
+    model = sag_dit.load("digits")
+    network = model.denoiser.network
+    with torch.no_grad():
+        linear = network.blocks[2].adaLN_modulation[1]
+        linear.weight.zero_()
+        linear.bias.zero_()
+        width = linear.bias.numel() // 6
+        linear.bias[2 * width : 3 * width] = -0.5
+        with gate_norms(model.denoiser) as norms:
+            network(torch.zeros(2, 1, 8, 8), torch.tensor([5, 5]), torch.tensor([0, 1]))
+            network(torch.zeros(2, 1, 8, 8), torch.tensor([5, 5]), torch.tensor([0, 1]))
+        network(torch.zeros(2, 1, 8, 8), torch.tensor([5, 5]), torch.tensor([0, 1]))
+    assert norms["blocks.2.attn"] == pytest.approx([0.5, 0.5])
+    assert len(norms) == 4
+
+
+def test_maps_of_a_run_are_kept_later_too(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    asked = ["num_images=3", "steps=3", "out=run", "gallery.num=2", "batch_size=3"]
+    launch("sample", sample.run, [*asked, "trainer.accelerator=cpu"])
+    assert not Path("run/attention").exists()
+    before = Path("run/images/000000.png").read_bytes()
+    launch("sample", sample.run, [*asked, "trainer.accelerator=cpu", "maps=true"])
+    assert "attention: run/attention" in capsys.readouterr().out
+    kept = sorted(file.name for file in Path("run/attention").iterdir())
+    assert kept == ["000000.npz", "000000.png", "000001.npz", "000001.png"]
+    assert Path("run/images/000000.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ("attention.layers=[blocks.9]", "blocks.9"),
+        ("attention.layers=blocks.1", "expected a list"),
+        ("attention.layers=[]", "expected names"),
+        ("attention.show=[4]", "step 4 does not exist: expected 0 to 3"),
+        ("attention.show=0", "1 or more"),
+        ("attention.show=all", "expected how many"),
+        ("attention.query=3", "expected [down, across]"),
+        ("attention.query=[1,0]", "less than 1"),
+        ("classes=[12]", "class 12 does not exist"),
+    ],
+)
+def test_refusals(capsys: pytest.CaptureFixture[str], asked: str, named: str) -> None:
+    with pytest.raises(SystemExit):
+        launch("attention", attention.run, ["steps=4", asked])
+    assert named in capsys.readouterr().err
+    assert not Path("outputs").exists()
