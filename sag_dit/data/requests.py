@@ -53,12 +53,34 @@ def make_requests(
 def read_requests(file: str | Path, class_names: Sequence[str]) -> list[Request]:
     """Read one request a line, ``seed,class``; a header line of these two words may come first.
 
-    An image depends on its line alone, not on its place in the file.
+    An image depends on its line alone, not on its place in the file. For a text model the class is
+    a prompt, in quotation marks if it holds a comma.
 
     Raises:
         ValueError: a line that is not a seed and a class; its number is named.
     """
     requests: list[Request] = []
+    for number, seed, wanted in _lines(file):
+        try:
+            (label,) = labels_of([wanted], class_names)
+        except ValueError as error:
+            raise _unreadable(file, number, f"{seed},{wanted}", error) from error
+        requests.append(Request(len(requests), seed, label, stream=0))
+    return requests
+
+
+def prompts_in(file: str | Path) -> list[str]:
+    """Return the prompts of a file of requests, each once, in the order of their first lines.
+
+    Raises:
+        ValueError: a line that is not a seed and a prompt; its number is named.
+    """
+    return list(dict.fromkeys(wanted for _, _, wanted in _lines(file)))
+
+
+def _lines(file: str | Path) -> list[tuple[int, int, str]]:
+    """Return the number, seed and class of each line."""
+    found = []
     if not Path(file).is_file():
         raise ValueError(f"requests={file}: no such file; expected lines of 'seed,class'")
     with Path(file).open(newline="", encoding="utf-8-sig") as lines:
@@ -68,18 +90,21 @@ def read_requests(file: str | Path, class_names: Sequence[str]) -> list[Request]
             try:
                 seed, wanted = int(row[0]), row[1].strip()
                 if len(row) != 2:
-                    raise ValueError(f"{len(row)} values where two were expected")
-                (label,) = labels_of([wanted], class_names)
+                    raise ValueError(
+                        f"{len(row)} values where two were expected; put a prompt that holds "
+                        f"commas in quotation marks"
+                    )
                 check_number("seed", seed)
             except (ValueError, IndexError) as error:
-                raise ValueError(
-                    f"{file}, line {number}: expected 'seed,class', found "
-                    f"{','.join(row)!r} ({error})"
-                ) from error
-            requests.append(Request(len(requests), seed, label, stream=0))
-    if not requests:
+                raise _unreadable(file, number, ",".join(row), error) from error
+            found.append((number, seed, wanted))
+    if not found:
         raise ValueError(f"{file}: expected at least one line 'seed,class', found none")
-    return requests
+    return found
+
+
+def _unreadable(file: str | Path, number: int, line: str, error: Exception) -> ValueError:
+    return ValueError(f"{file}, line {number}: expected 'seed,class', found {line!r} ({error})")
 
 
 class PendingRequests(LightningDataModule):

@@ -51,9 +51,6 @@ class TrainingBatches(Sampler[Batch]):
 
     Coins are drawn for the batch of all ranks together, so that images and their mirroring do not
     depend on how many ranks share a global batch.
-
-    Raises:
-        ValueError: there is no image, or a batch is larger than all of them.
     """
 
     def __init__(
@@ -67,11 +64,6 @@ class TrainingBatches(Sampler[Batch]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if not 0 < batch_size * world <= len(chosen):
-            raise ValueError(
-                f"batch_size={batch_size} on {world} ranks: expected from 1 to {len(chosen)} "
-                f"images in all, the number there are"
-            )
         self._chosen, self._batch_size, self._seed, self._flip = chosen, batch_size, seed, flip
         self._first, self._rank, self._world = first, rank, world
         self._shuffled: tuple[int, Indices] | None = None
@@ -202,23 +194,33 @@ class StepData(LightningDataModule, ABC):
         """This process's number among all."""
         return self.trainer.global_rank if self.trainer else 0
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return endless training batches, going on at the trainer's step.
+    def rank_batch_size(self, world: int) -> int:
+        """Return how many images of a step one of ``world`` ranks has.
 
         Raises:
             ValueError: the ranks cannot share the batch equally, or it exceeds the images.
         """
-        world = self.trainer.world_size if self.trainer else 1
-        if self.batch_size % world:
+        size, there = self.batch_size, int((~self.held_out_images).sum())
+        if size % world:
             raise ValueError(
-                f"batch_size={self.batch_size} on {world} ranks: expected a multiple of {world}, "
-                f"such as {-(-self.batch_size // world) * world}"
+                f"data.batch_size={size} on {world} ranks: expected a multiple of {world}, such as "
+                f"{-(-size // world) * world}"
             )
+        if size > there:
+            raise ValueError(
+                f"data.batch_size={size}: expected from 1 to {there}, the number of images "
+                f"to train on"
+            )
+        return size // world
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return endless training batches, going on at the trainer's step."""
+        world = self.trainer.world_size if self.trainer else 1
         first = self.trainer.fit_loop.total_batch_idx + 1 if self.trainer else 0
         return self._loader(
             TrainingBatches(
                 np.flatnonzero(~self.held_out_images),
-                self.batch_size // world,
+                self.rank_batch_size(world),
                 self.seed,
                 flip=self.flip,
                 first=first,

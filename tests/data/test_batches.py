@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import islice
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,11 +64,3 @@ def test_two_iterators_of_one_sampler_do_not_disturb_each_other() -> None:
     sampler = batches(10, 3, 0)
     left, right = iter(sampler), iter(sampler)
     assert [next(left), next(left)] == [next(right), next(right)]
-
-
-@pytest.mark.parametrize(
-    ("items", "batch_size", "world"), [(0, 1, 1), (5, 6, 1), (5, 3, 2), (5, 0, 1)]
-)
-def test_a_batch_must_fit_the_data(items: int, batch_size: int, world: int) -> None:
-    with pytest.raises(ValueError, match=rf"batch_size={batch_size} on {world} ranks.* {items} "):
-        batches(items, batch_size, 0, world=world)

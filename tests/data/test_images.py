@@ -206,7 +206,7 @@ def test_batch_must_suit_ranks_and_images(tmp_path: Path) -> None:
     data.trainer = trainer(world=2)
     with pytest.raises(ValueError, match="batch_size=5 on 2 ranks: expected a multiple of 2"):
         data.train_dataloader()
-    with pytest.raises(ValueError, match="expected from 1 to 8 images"):
+    with pytest.raises(ValueError, match="batch_size=9: expected from 1 to 8, the number"):
         ImageFolderData(tmp_path, 16, 9).train_dataloader()
 
 

@@ -1,0 +1,1 @@
+"""Numbers one can publish: features, metrics, references, and the suite that joins them."""

@@ -1,0 +1,44 @@
+"""What a network sees in images: the vectors that every metric of this package compares."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one network says of b images.
+
+    ``pool`` (b, d) is compared by FID, precision and recall, ``spatial`` (b, s) by sFID, and the
+    softmax of ``logits`` (b, k) by the Inception Score. A network without the latter leaves None.
+    """
+
+    pool: Float[Tensor, "b d"]
+    spatial: Float[Tensor, "b s"] | None = None
+    logits: Float[Tensor, "b k"] | None = None
+
+
+class FeatureExtractor(nn.Module, ABC):
+    """A network that turns uint8 images into ``Features``, its own preprocessing included.
+
+    ``name`` is short and stands beside every number. ``protocol`` holds, as plain JSON values, all
+    that changes a number: size and kind of the resize, antialiasing, the range of pixel values, the
+    sha256 of the weights. Two extractors with equal name and protocol give equal features.
+    """
+
+    name: str
+    protocol: Mapping[str, Any]
+
+    @abstractmethod
+    def forward(self, images: UInt8[Tensor, "b c h w"]) -> Features:
+        """Return the features of images with values in 0..255.
+
+        Raises:
+            ValueError: the images are not uint8, or have a number of channels it cannot read.
+        """
