@@ -1,43 +1,88 @@
 """Every command of the README is run; published weights are stood in for by small files.
 
-The stand-ins have the official names and format, and runs are cut to a few steps and images.
+The stand-ins have the official names and format and lie in the folder that SAG_DIT_WEIGHTS names,
+and runs are cut to a few steps and images.
 `make sample` and `make test` are run by CI itself.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from sag_dit.cli import app, export, sample, train
+from sag_dit.cli import app
 from sag_dit.models import DiT
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = [
-    line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line.strip()
+BASH = [
+    [line for line in text.splitlines() if line.strip()] for kind, text in BLOCKS if kind == "bash"
 ]
-SHORT = ["steps=2", "num_images=2", "batch_size=2"]
+COMMANDS = [command for block in BASH for command in block]
+WORKFLOWS = [block for block in BASH if block[0].startswith("python train.py ")]
+"""Train, then sample from the run."""
+SHORT = {
+    "sample.py": ["steps=2", "num_images=2", "batch_size=2"],
+    "train.py": ["max_steps=4"],
+    "export.py": [],
+}
+"""What is added to a command of each script, so that it takes seconds."""
 BY_CI = {"make sample", "make test"}
 
 
-@pytest.fixture
-def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with small files under the names that the README uses."""
+def save_dit(path: Path, in_channels: int) -> None:
+    """Write a small DiT of 1000 classes, none of whose weights is zero, as the official .pt is."""
     torch.manual_seed(0)
-    network = DiT(8, 2, 3, 64, 2, 1, num_classes=1000)
+    network = DiT(8, 2, in_channels, 64, 2, 1, num_classes=1000)
     for name, parameter in network.named_parameters():
         if name != "pos_embed":
             torch.nn.init.normal_(parameter, std=0.02)
-    names = ("my_dit.pt", "DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt")
-    for name in names:
-        torch.save(network.state_dict(), tmp_path / name)
-    monkeypatch.setenv("SAG_DIT_WEIGHTS", str(tmp_path))
+    torch.save(network.state_dict(), path)
+
+
+def save_vae(folder: Path) -> None:
+    """Write a small autoencoder of 4 latent channels, 2 pixels a cell."""
+    from diffusers.models import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small files under the names of the published ones."""
+    folder = tmp_path_factory.mktemp("weights")
+    for name in ("DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt"):
+        save_dit(folder / name, in_channels=4)
+    save_vae(folder / "sd-vae-ft-ema")
+    return folder
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the files of the user's own that the README names."""
+    save_dit(tmp_path / "my_dit.pt", in_channels=3)
+    random = np.random.default_rng(0)
+    for number in range(32):
+        folder = tmp_path / "photos" / ("corgi", "tabby")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (20, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    monkeypatch.setenv("SAG_DIT_WEIGHTS", str(weights))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -46,14 +91,10 @@ def run(command: str) -> None:
     """Run one command line of the README in this process, shortened."""
     program, script, *arguments = shlex.split(command)
     assert program == "python"
-    if script == "sample.py":
-        app.launch("sample", sample.run, [*arguments, *SHORT])
-    elif script == "train.py":
-        app.launch("train", train.run, [*arguments, "max_steps=4"])
-    elif script == "export.py":
-        app.launch("export", export.run, arguments)
-    else:
-        raise AssertionError(f"{script}: the README names a script that this test cannot run")
+    assert script in SHORT, f"{script}: the README names a script that this test cannot run"
+    name = script.removesuffix(".py")
+    module = importlib.import_module(f"sag_dit.cli.{name}")
+    app.launch(name, module.run, [*arguments, *SHORT[script]])
 
 
 def only(part: str) -> str:
@@ -62,14 +103,16 @@ def only(part: str) -> str:
     return command
 
 
-TRAINING, FROM_RUN = only("train.py"), only("outputs/train/digits-HASH")
 TWO_RANKS, EXPORT = only("trainer.devices=2"), only("export.py")
-OTHERS = BY_CI | {TRAINING, FROM_RUN, TWO_RANKS, EXPORT}
+OTHERS = BY_CI | {TWO_RANKS, EXPORT}.union(*WORKFLOWS)
 
 
 def test_the_readme_names_commands() -> None:
     assert len(COMMANDS) > 8
     assert set(COMMANDS) >= BY_CI
+    assert {"digits", "finetune"} <= {
+        recipe for command in COMMANDS for recipe in re.findall(r"experiment=(\w+)", command)
+    }
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS) - OTHERS))
@@ -81,11 +124,20 @@ def test_sampling_commands(
     assert Path(printed.split("gallery: ")[1].strip()).is_file()
 
 
-def test_training_then_sampling(workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(TRAINING)
-    folder = capsys.readouterr().out.split("run: ")[1].strip()
-    run(FROM_RUN.replace("outputs/train/digits-HASH", folder))
-    assert "gallery: " in capsys.readouterr().out
+@pytest.mark.parametrize("commands", WORKFLOWS, ids=" ".join)
+def test_training_then_sampling(
+    commands: list[str], workshop: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hash in the name of the run's folder is that of the folder which the run printed."""
+    training, *samplings = commands
+    run(training)
+    folder = Path(capsys.readouterr().out.split("run: ")[1].strip())
+    assert samplings
+    for command in samplings:
+        name = f"outputs/train/{folder.name.rpartition('-')[0]}-HASH"
+        assert name in command
+        run(command.replace(name, str(folder.relative_to(workshop))))
+        assert Path(capsys.readouterr().out.split("gallery: ")[1].strip()).is_file()
 
 
 def test_export(workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:

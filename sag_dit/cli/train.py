@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +18,17 @@ from sag_dit.cli.values import make_terms
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch.loggers import Logger
 
     from sag_dit.checkpoints import Model
     from sag_dit.data.steps import StepData
+    from sag_dit.training.lora import LoRA
     from sag_dit.training.module import DiffusionModule
 
-NOT_WEIGHTS = ("out", "logger", "every_n_steps", "preview", "max_steps", "compile", "max_skipped")
+NOT_WEIGHTS = (
+    *("out", "logger", "every_n_steps", "preview", "max_steps", "compile", "max_skipped"),
+    *("track", "checkpoint_blocks", "data.workers", "trainer.enable_progress_bar"),
+)
 """Keys that do not change what the weights are after a given number of steps."""
 
 FROM_CHECKPOINT = ("model", "process", "kind", "patch_size", "num_classes")
@@ -32,7 +39,8 @@ def identity(config: DictConfig) -> dict[str, Any]:
     """Return what determines the weights, as plain values."""
     values: Any = OmegaConf.to_container(config, resolve=True)
     for key in NOT_WEIGHTS:
-        values.pop(key, None)
+        group, _, name = key.rpartition(".")
+        (values[group] if group else values).pop(name, None)
     plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain
 
@@ -73,7 +81,8 @@ def make_model(config: DictConfig, data: StepData) -> Model:
     names = list(data.class_names)
     settings["num_classes"] = config.num_classes or len(names)
     description = {
-        "model": settings,
+        # Null is what only the other kind of network takes.
+        "model": {name: value for name, value in settings.items() if value is not None},
         "process": OmegaConf.to_container(config.process, resolve=True),
         "kind": config.kind,
         "x_0_range": None if latent else [-1.0, 1.0],
@@ -98,6 +107,7 @@ def load_base(config: DictConfig) -> Model:
             f"ckpt={config.ckpt} determines {', '.join(stated)}: expected null; choose "
             f"experiment=finetune, which leaves these to the checkpoint and the data"
         )
+    lora_settings(config)  # Before a checkpoint is downloaded.
     base = load(config.ckpt, vae=config.vae)
     if config.resolution is None:
         config.resolution = resolution_of(base)
@@ -106,17 +116,37 @@ def load_base(config: DictConfig) -> Model:
     return base
 
 
+def lora_settings(config: DictConfig) -> LoRA | None:
+    """Return what adapters to train, None for the weights themselves.
+
+    Raises:
+        ValueError: a value is out of its range, or peft is not installed.
+    """
+    from sag_dit.training.lora import LoRA
+
+    settings: Any = OmegaConf.to_container(config.get("lora") or OmegaConf.create(), resolve=True)
+    return None if settings.get("rank") is None else LoRA(**settings)
+
+
 def adapt_model(config: DictConfig, base: Model, data: StepData) -> tuple[Model, str]:
     """Make a loaded model fit the data, and return it with the report of what was done.
 
     Raises:
-        ValueError: the data does not fit, or a pattern to freeze matches nothing.
+        ValueError: the data does not fit, or a pattern to freeze or to adapt matches nothing.
     """
-    from sag_dit.training.finetune import adapt, freeze, report
+    from sag_dit.training.finetune import TABLE, adapt, freeze, report
+    from sag_dit.training.lora import add_adapters
 
     adapted = adapt(base, config.name, data.class_names, config.resolution)
-    frozen = freeze(adapted.model.denoiser.network, config.get("freeze") or ())
-    return adapted.model, report(base, adapted, frozen)
+    network = adapted.model.denoiser.network
+    frozen = freeze(network, config.get("freeze") or ())
+    lora = lora_settings(config)
+    if lora is None:
+        return adapted.model, report(base, adapted)
+    layers = add_adapters(network, lora, frozen)
+    # New classes have no rows but those that are learned now.
+    network.get_parameter(TABLE).requires_grad_(TABLE in adapted.remade and TABLE not in frozen)
+    return replace(adapted.model, lora=lora.description), report(base, adapted, layers)
 
 
 def make_module(config: DictConfig, model: Model) -> DiffusionModule:
@@ -140,13 +170,33 @@ def make_module(config: DictConfig, model: Model) -> DiffusionModule:
     )
 
 
+def make_loggers(config: DictConfig, out: Path, step: int) -> list[Logger]:
+    """Build the logger, if any; at a step it goes on with what the run has logged before."""
+    from sag_dit.training.loggers import going_on
+
+    if not config.logger:
+        return []
+    more = going_on(config.logger._target_, out, step)
+    return [instantiate(config.logger, **{k: v for k, v in more.items() if k not in config.logger})]
+
+
 def make_trainer(config: DictConfig, out: Path) -> Trainer:
-    """Build Lightning's Trainer with what watches, saves and stops a run."""
-    from sag_dit.training.resume import StopOnSigterm, checkpoint_callbacks
-    from sag_dit.training.watching import LossByLevel, Previews, Speed
+    """Build Lightning's Trainer with what watches, saves and stops a run; loggers come later.
+
+    Raises:
+        ValueError: an interval or the number of batches in a step is not positive.
+    """
+    from sag_dit.training.resume import AtomicCheckpointIO, LastCheckpoints, best_checkpoint
+    from sag_dit.training.watching import LossByLevel, Previews, Progress, Speed
 
     classes: Any = OmegaConf.to_object(config.preview.classes) if config.preview.classes else None
-    every: Mapping[str, int] = config.every_n_steps
+    every: Mapping[str, Any] = config.every_n_steps
+    for name, steps in every.items():
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"every_n_steps.{name}={steps}: expected 1 or more steps")
+    accumulated = config.trainer.accumulate_grad_batches
+    if not isinstance(accumulated, int) or accumulated < 1:
+        raise ValueError(f"trainer.accumulate_grad_batches={accumulated}: expected 1 or more")
     callbacks: list[Callback] = [
         Speed(every["log"]),
         LossByLevel(every["log"]),
@@ -158,17 +208,20 @@ def make_trainer(config: DictConfig, out: Path) -> Trainer:
             config.preview.steps,
             config.seed,
         ),
+        *([Progress()] if config.trainer.enable_progress_bar else []),
         # Last, so that what they save is what the others have seen.
-        *checkpoint_callbacks(out, every["checkpoint"]),
-        StopOnSigterm(out),
+        best_checkpoint(out),
+        LastCheckpoints(out, every["checkpoint"]),
     ]
     trainer: Trainer = instantiate(
         config.trainer,
         max_steps=config.max_steps,
-        logger=instantiate(config.logger) if config.logger else False,
+        logger=False,
         callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
         log_every_n_steps=every["log"],
-        val_check_interval=every["validation"],
+        # Lightning counts batches here.
+        val_check_interval=every["validation"] * accumulated,
         check_val_every_n_epoch=None,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
@@ -184,6 +237,7 @@ def run(config: DictConfig) -> None:
     quiet_lightning()
     import torch
 
+    from sag_dit.cli.tracking import trackers
     from sag_dit.output.claim import claim
     from sag_dit.training.resume import export, newest_checkpoint
 
@@ -209,14 +263,26 @@ def run(config: DictConfig) -> None:
         model, told = adapt_model(config, base, data)
     data.check(model)
     module = make_module(config, model)
+    trainer = make_trainer(config, out)
+    trainer.callbacks[:0] = trackers(config, model, out, trainer.strategy.root_device)  # type: ignore[attr-defined]
+    data.rank_batch_size(trainer.world_size)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     out.mkdir(parents=True, exist_ok=True)
     claim(out, identity(config), settings, "a run")
-    trainer = make_trainer(config, out)
+    checkpoint, step = newest_checkpoint(out, module)
     if told and trainer.is_global_zero:
         print(told)
-    trainer.fit(module, datamodule=data, ckpt_path=newest_checkpoint(out), weights_only=True)
-    export(trainer, module, out)
+    trainer.loggers = make_loggers(config, out, step)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(settings)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        export(trainer, module, out)
+    except BaseException:
+        # Ranks that Lightning has started would wait for this one, holding their devices.
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        raise
     if trainer.is_global_zero:
         print(f"run: {out.resolve()}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from sag_dit.checkpoints import Model, build, from_denoiser
 from sag_dit.denoiser import ClassConditional
+from sag_dit.models import DiT
 from sag_dit.models.embeddings import sincos_positions
 from sag_dit.process import Flow
 from sag_dit.training.objective import MSE, FlowMatching, Hybrid, Objective
@@ -96,9 +99,15 @@ def adapt(base: Model, name: str, class_names: Sequence[str], resolution: int) -
     left alone, but the two share their memory.
 
     Raises:
-        ValueError: no class, or a resolution that the autoencoder and the patches do not divide.
+        ValueError: no class, a resolution that the autoencoder and the patches do not divide, or a
+            UNet.
     """
     before, names = base.denoiser, tuple(class_names)
+    if not isinstance(before.network, DiT):
+        raise ValueError(
+            f"ckpt={base.name}: a UNet, which can be trained from the start "
+            f"(experiment=digits_unet) but not fine-tuned; expected a DiT"
+        )
     if not names:
         raise ValueError("the data has no classes: expected one or more to fine-tune on")
     cell = base.codec.factor * before.network.patch_size
@@ -132,11 +141,16 @@ def adapt(base: Model, name: str, class_names: Sequence[str], resolution: int) -
     return Adapted(model, kept, tuple(n for n in names if n not in kept), remade)
 
 
-def freeze(network: nn.Module, patterns: Iterable[str]) -> tuple[str, ...]:
-    """Exclude parameters from training and return their names.
+def matching(names: Iterable[str], pattern: str) -> set[str]:
+    """Return the names that a pattern means (with ``*``, ``?``, ``[...]``).
 
-    A pattern (with ``*``, ``?``, ``[...]``) is that of a parameter's name or of a module's, which
-    stands for all of its parameters: ``blocks.0.*`` and ``blocks.0`` are the same.
+    That of a module stands for all in it: ``blocks.0.*`` and ``blocks.0`` are the same.
+    """
+    return {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")}
+
+
+def freeze(network: nn.Module, patterns: Iterable[str]) -> tuple[str, ...]:
+    """Exclude parameters from training and return their names; see :func:`matching`.
 
     Raises:
         ValueError: a pattern matches nothing, or nothing is left to train.
@@ -144,11 +158,7 @@ def freeze(network: nn.Module, patterns: Iterable[str]) -> tuple[str, ...]:
     parameters = dict(network.named_parameters())
     frozen: set[str] = set()
     for pattern in patterns:
-        found = {
-            name
-            for name in parameters
-            if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
-        }
+        found = matching(parameters, pattern)
         if not found:
             parts = dict.fromkeys(name.split(".")[0] for name in parameters)
             examples = [*parts, "blocks.0", "blocks.*.attn", next(reversed(parameters))]
@@ -174,22 +184,33 @@ def default_objective(denoiser: ClassConditional) -> Objective:
     return Hybrid() if denoiser.network.learn_sigma else MSE()
 
 
-def report(base: Model, adapted: Adapted, frozen: Sequence[str]) -> str:
-    """Return in a few lines what was loaded, re-made and frozen, with counts of parameters."""
-    network = adapted.model.denoiser.network
-    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
-    loaded = [size for name, size in sizes.items() if name not in adapted.remade]
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    still = sum(sizes[name] for name in frozen)
+def report(base: Model, adapted: Adapted, adapters: Sequence[str] = ()) -> str:
+    """Return in a few lines what was loaded, re-made and frozen, with counts of parameters.
+
+    ``adapters`` are the layers that were given LoRA's.
+    """
+    parameters = dict(adapted.model.denoiser.network.named_parameters())
+    added = {name for name in parameters if ".lora_" in name}
+    loaded = set(parameters) - set(adapted.remade) - added
+    frozen = [n for n, p in parameters.items() if not p.requires_grad and n != POSITIONS]
+    trained = [n for n, p in parameters.items() if p.requires_grad]
+
+    def count(names: Iterable[str]) -> str:
+        return f"{sum(parameters[name].numel() for name in names):,}"
+
     lines = [
         f"fine-tuning {base.name} ({base.config['weights']} weights, sha256 {base.sha256[:8]})",
-        f"  loaded   {sum(loaded):,} parameters in {len(loaded)} tensors, unchanged",
+        f"  loaded   {count(loaded)} parameters in {len(loaded)} tensors, unchanged",
         *(f"  re-made  {what}" for what in adapted.remade.values()),
         f"  classes  {len(adapted.kept)} known{_some(adapted.kept)}, "
         f"{len(adapted.new)} new{_some(adapted.new)}",
-        f"  frozen   {still:,} parameters in {len(frozen)} tensors{_some(frozen)}",
-        f"  trained  {trained:,} of {sum(sizes.values()):,} parameters; positions never are",
+        f"  frozen   {count(frozen)} parameters in {len(frozen)} tensors{_some(frozen)}",
+        f"  trained  {count(trained)} of {count(parameters)} parameters; positions never are",
     ]
+    if adapters:
+        kinds = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in adapters)
+        layers = ", ".join(f"{kind} ({number})" for kind, number in kinds.items())
+        lines.insert(-2, f"  LoRA     {count(added)} parameters added to {layers}")
     return "\n".join(lines)
 
 

@@ -117,6 +117,9 @@ class DiffusionModule(LightningModule):
             raise ValueError("optimizer=None: expected an optimiser to train with")
         trained = [p for p in self.denoiser.parameters() if p.requires_grad]
         optimizer = self._make_optimizer(trained)
+        # Gradients are looked at and clipped before the step: they are unscaled then, not in a
+        # fused step, which Lightning would leave it to.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         if self._make_schedule is None:
             return optimizer
         schedule = {"scheduler": self._make_schedule(optimizer), "interval": "step"}

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed.tensor import DTensor
 
 from sag_dit.checkpoints import build, write_safetensors
+from sag_dit.checkpoints.lora import merged
+from sag_dit.files import atomic
 from sag_dit.training.module import DiffusionModule
 
 FOLDER = "checkpoints"
+KEPT = 2
 SIGTERM_EXIT = 128 + signal.SIGTERM
 
 
@@ -27,29 +33,131 @@ class Stopped(SystemExit):
         super().__init__(SIGTERM_EXIT)
 
 
-def checkpoint_callbacks(out: Path, every_n_steps: int) -> list[ModelCheckpoint]:
-    """Return callbacks that keep the last two checkpoints and the one best on held-out images.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it.
 
-    Two, because the newest may be truncated by a full disk or a crash of the machine.
+    Lightning's own keeps a second copy in memory and a third in the system's folder for temporary
+    files, from where it is not renamed but copied if that is another disk.
     """
-    last = ModelCheckpoint(
-        dirpath=out / FOLDER,
-        filename="step-{step:08d}",
-        auto_insert_metric_name=False,
-        monitor="step",
-        mode="max",
-        save_top_k=2,
-        every_n_train_steps=every_n_steps,
-    )
-    best = ModelCheckpoint(
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint whole or not at all.
+
+        Raises:
+            OSError: there is no room, or another reason why it cannot be written.
+        """
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with atomic(file) as temporary, temporary.open("wb") as stream:
+                torch.save(checkpoint, stream)
+        except OSError as error:
+            raise OSError(
+                f"{file} could not be written ({error.strerror or error}). Earlier checkpoints are "
+                f"intact: make room, then repeat the command, and it goes on from there"
+            ) from error
+
+
+def best_checkpoint(out: Path) -> ModelCheckpoint:
+    """Return a callback that keeps the checkpoint that is best on held-out images."""
+    return ModelCheckpoint(
         dirpath=out / FOLDER,
         filename="best-{step:08d}",
         auto_insert_metric_name=False,
         monitor="val/loss",
         mode="min",
         save_top_k=1,
+        enable_version_counter=False,
     )
-    return [last, best]
+
+
+class LastCheckpoints(Checkpoint):
+    """Keeps the last two checkpoints, and stops all ranks at the same step after SIGTERM.
+
+    Two, because the newest may be truncated by a crash of the machine. A checkpoint is of a whole
+    step: gradients are not half accumulated, and what is validated after the step is validated
+    before the checkpoint, since a run that goes on from it does not do it again.
+
+    SIGTERM on any rank is noted by the handler, because saving within it can meet a half-finished
+    step. At the end of the step all ranks save, and at the start of the next they exit with 143, so
+    that the step's metrics are logged.
+
+    Raises:
+        ValueError: there is no room for a checkpoint.
+    """
+
+    def __init__(self, out: Path, every_n_steps: int) -> None:
+        self._folder, self._every = out / FOLDER, every_n_steps
+        self._asked = self._stopping = self._due = False
+        self._previous: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take SIGTERM over from Lightning, and look whether there is room."""
+        self._previous = signal.signal(signal.SIGTERM, self._note)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if trainer.is_global_zero:
+            for left in self._folder.glob(".*.tmp"):  # by a process that was killed while saving
+                left.unlink()
+        weights = pl_module.state_dict().values()
+        need = sum(tensor.numel() * tensor.element_size() for tensor in weights)
+        free = shutil.disk_usage(self._folder).free
+        if free < need:
+            raise ValueError(
+                f"{self._folder}: {free / 1e9:.2f} GB are free, and the weights of one checkpoint "
+                f"are {need / 1e9:.2f} GB; make room, or set out= to another disk"
+            )
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop, if the step before was the last."""
+        if self._stopping:
+            raise Stopped
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Agree with the other ranks whether to stop, and save unless the step is validated yet."""
+        loop = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate():
+            return
+        self._stopping = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
+        self._due = self._stopping or trainer.global_step % self._every == 0
+        if trainer.fit_loop._data_fetcher is None or not loop._should_check_val_fx(
+            trainer.fit_loop._data_fetcher
+        ):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save now if the step was due."""
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if not self._due:
+            return
+        self._due = False
+        trainer.save_checkpoint(self._folder / f"step-{trainer.global_step:08d}.ckpt")
+        for old in _newest_first(self._folder)[KEPT:]:
+            trainer.strategy.remove_checkpoint(old)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give SIGTERM back."""
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*.ckpt"), reverse=True)
 
 
 def export(trainer: Trainer, module: DiffusionModule, out: Path) -> None:
@@ -65,6 +173,8 @@ def export(trainer: Trainer, module: DiffusionModule, out: Path) -> None:
     if not trainer.is_global_zero:
         return
     description = module.model.description
+    if "lora" in description:
+        state = merged(state, description["lora"])
     denoiser = build(description)
     denoiser.network.load_state_dict(state)
     extra: dict[str, Any] = {
@@ -73,62 +183,52 @@ def export(trainer: Trainer, module: DiffusionModule, out: Path) -> None:
     write_safetensors(out, denoiser, extra)
 
 
-def readable(checkpoint: Path) -> bool:
-    """Say whether a checkpoint can be read to its end; a sharded one is a folder."""
+def newest_checkpoint(out: Path, module: LightningModule) -> tuple[Path | None, int]:
+    """Return the newest checkpoint of a run that can be read, and its step; None and 0 if none can.
+
+    Raises:
+        ValueError: it is not one of this module.
+    """
+    for checkpoint in _newest_first(out / FOLDER):
+        state = _read(checkpoint)
+        if state is not None:
+            _check_fits(checkpoint, state.get("state_dict"), module)
+            return checkpoint, int(state["global_step"])
+    return None, 0
+
+
+def _read(checkpoint: Path) -> dict[str, Any] | None:
+    """Read a checkpoint, or warn that it cannot be; of a sharded one, a folder, all but tensors."""
     try:
-        if checkpoint.is_dir():
-            return (checkpoint / ".metadata").is_file() and (checkpoint / "meta.pt").is_file()
-        torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if checkpoint.is_dir() and not (checkpoint / ".metadata").is_file():
+            raise FileNotFoundError(".metadata, which is written last")
+        file = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
+        # The list of contents is at the end of a file; the tensors themselves are not read yet.
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return state
     except Exception as error:
         warnings.warn(
             f"{checkpoint} cannot be read ({type(error).__name__}: {error}) and is passed over; "
             f"training goes on from the checkpoint before it",
             stacklevel=2,
         )
-        return False
-    return True
+        return None
 
 
-def newest_checkpoint(out: Path) -> Path | None:
-    """Return the newest checkpoint of a run that can be read, or None to begin anew."""
-    found = sorted((out / FOLDER).glob("step-*.ckpt"), reverse=True)
-    return next((checkpoint for checkpoint in found if readable(checkpoint)), None)
-
-
-class StopOnSigterm(Callback):
-    """After SIGTERM on any rank, stop all ranks at the same step boundary, save, and exit with 143.
-
-    The handler only sets a flag: saving within a signal handler can meet a half-finished step.
-    """
-
-    def __init__(self, out: Path) -> None:
-        self._out = out
-        self._asked = False
-        self._previous: Any = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take SIGTERM over from Lightning."""
-        self._previous = signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Agree with the other ranks whether one was told to stop."""
-        if trainer.fit_loop.epoch_loop._should_accumulate():
-            return
-        if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
-            trainer.save_checkpoint(self._out / FOLDER / f"step-{trainer.global_step:08d}.ckpt")
-            raise Stopped
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give SIGTERM back."""
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+def _check_fits(
+    checkpoint: Path, state: Mapping[str, torch.Tensor] | None, module: LightningModule
+) -> None:
+    if state is None:  # sharded: what reads the tensors compares them
+        return
+    here, there = (
+        {name: tuple(tensor.shape) for name, tensor in each.items()}
+        for each in (module.state_dict(), state)
+    )
+    differing = sorted(name for name in here | there if here.get(name) != there.get(name))
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{checkpoint} is of another model: {len(differing)} tensors differ, the first is "
+            f"{name}, there {there.get(name, 'missing')} and here {here.get(name, 'missing')}; "
+            f"choose another out, or take the checkpoint away"
+        )

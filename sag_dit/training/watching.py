@@ -87,7 +87,7 @@ class Speed(Callback):
     def __init__(self, every_n_steps: int = 50) -> None:
         self._every = every_n_steps
         self._images = 0
-        self._since = 0.0
+        self._since = self._paused = 0.0
         self._flops = 0
         self._peak: int | None = None
 
@@ -120,6 +120,14 @@ class Speed(Callback):
                 "mfu", rate * self._flops / (self._peak * trainer.world_size), prog_bar=True
             )
         self._images, self._since = 0, time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on as if no time had passed."""
+        self._since += time.perf_counter() - self._paused
 
 
 class LossByLevel(Callback):
@@ -156,6 +164,14 @@ class LossByLevel(Callback):
                 pl_module.log(f"loss_by_level/{part + 1}_of_{BINS}", total / count)
         self._sums.zero_()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is not logged yet."""
+        return {"sums": self._sums}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with it."""
+        self._sums = state_dict["sums"]
+
 
 class Previews(Callback):
     """Draws the same few images now and then with the averaged weights, unguided and guided.
@@ -189,18 +205,29 @@ class Previews(Callback):
         if _due(trainer, self._every) and isinstance(pl_module, DiffusionModule):
             self.draw(trainer, pl_module, trainer.global_step)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what cannot be drawn, before the first step."""
+        if isinstance(pl_module, DiffusionModule):
+            _, settings = self._plan(pl_module.model)
+            settings.check(pl_module.model)
+
+    def _plan(self, model: Model) -> tuple[list[Request], Settings]:
+        names = model.class_names
+        labels = labels_of(self._classes or list(range(min(8, len(names)))), names)
+        requests = [Request(i, self._seed, label, i) for i, label in enumerate(labels)]
+        settings = Settings(steps=self._steps, guidance=self._guidance, batch_size=len(requests))
+        return requests, settings
+
     def draw(self, trainer: Trainer, module: DiffusionModule, step: int) -> None:
         """Draw and keep the pairs."""
         model = replace(module.model, denoiser=module.evaluated)
         names = model.class_names
-        labels = labels_of(self._classes or list(range(min(8, len(names)))), names)
-        requests = [Request(i, self._seed, label, i) for i, label in enumerate(labels)]
-        settings = Settings(steps=self._steps, batch_size=len(requests))
+        requests, settings = self._plan(model)
         was_training = model.denoiser.training
         model.denoiser.eval()
         model.codec.to(module.device)
-        unguided = draw(model, requests, settings).cpu()
-        guided = draw(model, requests, replace(settings, guidance=self._guidance)).cpu()
+        unguided = draw(model, requests, replace(settings, guidance=())).cpu()
+        guided = draw(model, requests, settings).cpu()
         model.denoiser.train(was_training)
         if not trainer.is_global_zero:
             return

@@ -13,24 +13,32 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from sag_dit.checkpoints import load
+from sag_dit.cli import train
+from sag_dit.cli.app import launch
 from sag_dit.data.digits import Digits
+from sag_dit.training.finetune import TABLE
 
 Command = Callable[..., Any]
 SaveOfficial = Callable[..., Path]
 
 QUICK = ("every_n_steps.checkpoint=2", "every_n_steps.log=1", "preview.steps=2")
 OLD_CLASSES = "data.classes=[0,1,2,3,4,5,6,7]"
+LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+LORA = ("lora.rank=3", "lora.alpha=6", "lora.dropout=0.1", "optimizer.lr=1e-2")
 
 
-@pytest.fixture
-def base(in_process: Command) -> str:
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a small model of the digits 0 to 7, trained for a few steps."""
+    folder = str(tmp_path_factory.mktemp("runs") / "base")
     small = ("model.hidden_size=48", "model.depth=2", "model.num_heads=3", "data.batch_size=16")
-    outcome = in_process(
-        "train", "experiment=digits", OLD_CLASSES, *small, *QUICK, "max_steps=4", "out=base"
-    )
-    assert outcome.code == 0, outcome.err
-    return "base"
+    command = ("experiment=digits", OLD_CLASSES, *small, *QUICK, "max_steps=4", f"out={folder}")
+    with pytest.MonkeyPatch.context() as patch:
+        # The command sets it itself; here it must not stay set for other tests.
+        patch.setenv("HYDRA_FULL_ERROR", "1")
+        launch("train", train.run, command)
+    return folder
 
 
 @pytest.fixture
@@ -68,12 +76,12 @@ def test_digits_that_the_model_has_not_seen(
     assert outcome.code == 0, outcome.err
     assert "1 known (0), 2 new (8, 9)" in outcome.out
     config = json.loads(Path("tuned/config.json").read_text())
-    before = json.loads(Path("base/config.json").read_text())
+    before = json.loads(Path(base, "config.json").read_text())
     assert config["class_names"] == ["8", "9", "0"]
     assert {**config["model"], "num_classes": 8} == before["model"]
     assert (config["process"], config["kind"]) == (before["process"], before["kind"])
 
-    old, new = load_file("base/model.safetensors"), load_file("tuned/model.safetensors")
+    old, new = load_file(f"{base}/model.safetensors"), load_file("tuned/model.safetensors")
     assert len(new["y_embedder.embedding_table.weight"]) == 4
     same = {n for n in new if new[n].shape == old[n].shape and torch.equal(new[n], old[n])}
     frozen = {n for n in new if n.startswith(("t_embedder.", "blocks.0."))} | {"pos_embed"}
@@ -95,8 +103,69 @@ def test_no_step_leaves_the_checkpoint_as_it_is(base: str, finetune: Command) ->
     outcome = finetune(f"ckpt={base}", OLD_CLASSES, "optimizer.lr=0", "max_steps=1", "out=tuned")
     assert outcome.code == 0, outcome.err
     assert "re-made" not in outcome.out
-    old, new = load_file("base/model.safetensors"), load_file("tuned/model.safetensors")
+    old, new = load_file(f"{base}/model.safetensors"), load_file("tuned/model.safetensors")
     torch.testing.assert_close(new, old, rtol=0, atol=0)
+
+
+def test_adapters_are_trained_resumed_merged_and_sampled(
+    base: str, finetune: Command, in_process: Command
+) -> None:
+    arguments = (f"ckpt={base}", "data.classes=[8,9,0]", *LORA, "every_n_steps.preview=2")
+    outcome = finetune(*arguments, "out=whole")
+    assert outcome.code == 0, outcome.err
+    added = 2 * 3 * (4 * 48 + 2 * 48 + 2 * 5 * 48)
+    assert f"LoRA     {added:,} parameters added to blocks.*.attn.qkv (2), " in outcome.out
+    assert f"trained  {added + 4 * 48:,} of" in outcome.out
+
+    # Only what has an adapter has changed, and the labels; under plain names.
+    old, new = load_file(f"{base}/model.safetensors"), load_file("whole/model.safetensors")
+    adapted = {f"blocks.{i}.{layer}.weight" for i in range(2) for layer in LAYERS}
+    assert {n for n in old if n not in new or not torch.equal(new[n], old[n])} == {*adapted, TABLE}
+    assert "lora" not in json.loads(Path("whole/config.json").read_text())
+
+    # A checkpoint in between says so, and is merged as the export is.
+    checkpoint = Path("whole/checkpoints/step-00000004.ckpt")
+    said = torch.load(checkpoint, weights_only=True)
+    assert said["hyper_parameters"]["lora"] == {"rank": 3, "alpha": 6.0}
+    assert len(said["optimizer_states"][0]["state"]) == 2 * len(adapted) + 1
+    loaded = load(checkpoint).denoiser.network.state_dict()
+    torch.testing.assert_close(dict(loaded), new, rtol=0, atol=0)
+    raw = load(checkpoint, ema=False).denoiser.network.state_dict()
+    assert {n for n in new if not torch.equal(new[n], raw[n])} == {*adapted, TABLE}
+
+    for ckpt in (("ckpt=whole",), (f"ckpt={checkpoint}", "ema=false")):
+        drawn = in_process("sample", *ckpt, "steps=2", "num_images=1", "classes=['9']")
+        assert drawn.code == 0, drawn.err
+
+    assert finetune(*arguments, "max_steps=2", "out=stopped").code == 0
+    assert finetune(*arguments, "out=stopped").code == 0
+    torch.testing.assert_close(load_file("stopped/model.safetensors"), new, rtol=0, atol=0)
+
+
+def test_known_classes_keep_their_rows_beside_adapters(base: str, finetune: Command) -> None:
+    outcome = finetune(f"ckpt={base}", OLD_CLASSES, *LORA, "freeze=[blocks.0]", "max_steps=1")
+    assert outcome.code == 0, outcome.err
+    assert "blocks.*.attn.qkv (1), blocks.*.attn.proj (1)" in outcome.out
+    folder = outcome.out.splitlines()[-1].removeprefix("run: ")
+    old, new = load_file(f"{base}/model.safetensors"), load_file(f"{folder}/model.safetensors")
+    changed = {n for n in old if not torch.equal(new[n], old[n])}
+    assert changed == {f"blocks.1.{layer}.weight" for layer in LAYERS}
+
+
+@pytest.mark.slow
+def test_adapters_of_sharded_and_copied_models(
+    base: str, in_other_process: Command, tmp_path: Path
+) -> None:
+    """FSDP2 on two ranks against DDP: bit-equal; a rank of 3 does not divide by two."""
+    command = ("experiment=finetune", "data=digits", "data.batch_size=16", "data.classes=[8,9]")
+    command += (*QUICK, *LORA, f"ckpt={base}", "trainer.devices=2", "trainer.accelerator=cpu")
+    weights = {}
+    for strategy in ("ddp", "fsdp"):
+        run = (f"trainer={strategy}", f"out={strategy}", "max_steps=4")
+        outcome = in_other_process(*command, *run, script="train.py")
+        assert outcome.code == 0, outcome.out + outcome.err
+        weights[strategy] = load_file(tmp_path / strategy / "model.safetensors")
+    torch.testing.assert_close(weights["fsdp"], weights["ddp"], rtol=0, atol=0)
 
 
 def test_photos_at_another_resolution(tiny: Path, in_process: Command, tmp_path: Path) -> None:
@@ -134,6 +203,8 @@ def test_photos_at_another_resolution(tiny: Path, in_process: Command, tmp_path:
         (("ckpt={base}", "resolution=16"), "(1, 16, 16)"),
         (("ckpt={base}", "data.classes=[8,8]"), "classes=[8, 8]: expected different digits"),
         (("ckpt={tiny}",), "a model of (3, 8, 8)"),
+        (("ckpt={base}", "lora.rank=3", "lora.targets=[attn]"), "'attn' matches no linear layer"),
+        (("ckpt=missing.pt", "lora.rank=0"), "lora.rank=0: expected"),
         (("ckpt=missing.pt",), "missing.pt"),
     ],
 )

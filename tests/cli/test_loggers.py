@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.cli.offline import staged_tables
+
 Command = Callable[..., Any]
-
-
-@pytest.fixture
-def wandb_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Weights & Biases without a network, an account or a word on the terminal."""
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
-    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
-    # Pictures of a table wait here for their upload.
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staged"))
-    yield
-    import wandb
-
-    wandb.finish()
 
 
 def pixels(file: Path) -> np.ndarray:
@@ -35,34 +21,23 @@ def pixels(file: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def staged_table(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Path]]:
-    """Return the one table's rows, and by sha256 all files, that wait to be uploaded."""
-    files = {
-        hashlib.sha256(file.read_bytes()).hexdigest(): file
-        for file in folder.rglob("*")
-        if file.is_file()
-    }
-    tables = []
-    for file in files.values():
-        text = file.read_bytes()
-        if text.startswith(b'{"_type": "table"'):
-            tables.append(json.loads(text))
-    (table,) = tables
-    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]], files
-
-
 @pytest.mark.usefixtures("wandb_offline")
 def test_wandb_holds_the_gallery(sample: Command, tmp_path: Path) -> None:
-    arguments = ("num_images=3", "gallery.num=2", "out=o", "classes=[4,8]", "seed=6")
+    arguments = ("num_images=3", "gallery.num=2", "classes=[4,8]", "seed=6")
+    # Absolute, since the service may have been started by another test, in another folder.
+    arguments += (f"out={tmp_path / 'o'}",)
     outcome = sample(*arguments, "sag_scale=0.75", "cfg_scale=1.5", "logger=wandb")
     assert outcome.code == 0, outcome.err
+    import wandb
 
+    wandb.finish()  # which writes what is still on its way
     (run,) = (tmp_path / "o").glob("wandb/offline-run-*")
     assert list(run.glob("run-*.wandb"))
     (shown,) = run.glob("files/media/table/gallery*.table.json")
     assert len(json.loads(shown.read_text())["data"]) == 2
 
-    rows, files = staged_table(tmp_path / "staged")
+    ((table, files),) = staged_tables(tmp_path / "staged")
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     assert [(row["index"], row["class"], row["seed"]) for row in rows] == [(0, "4", 6), (1, "8", 6)]
     for row in rows:
         assert (row["sag_scale"], row["cfg_scale"]) == (0.75, 1.5)
@@ -80,7 +55,7 @@ def test_wandb_holds_the_gallery(sample: Command, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("wandb_offline")
 def test_wandb_without_guidance_logs_no_masks(sample: Command, tmp_path: Path) -> None:
-    outcome = sample("num_images=1", "out=o", "sag_scale=0", "logger=wandb")
+    outcome = sample("num_images=1", f"out={tmp_path / 'o'}", "sag_scale=0", "logger=wandb")
     assert outcome.code == 0, outcome.err
     (file,) = (tmp_path / "o").glob("wandb/offline-run-*/files/media/table/gallery*.table.json")
     table = json.loads(file.read_text())

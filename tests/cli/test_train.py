@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable
@@ -80,25 +81,41 @@ def test_the_same_command_again_trains_no_further(train: Command, contents: Cont
     assert contents(folder)["model.safetensors"] == before
 
 
-def test_a_longer_run_goes_on_where_the_shorter_one_ended(
-    train: Command, contents: Contents
-) -> None:
-    whole = contents(run_folder(train("out=whole")))
-    first = run_folder(train("out=parts", "max_steps=2"))
-    metrics = (first / "logs" / "version_0" / "metrics.csv").read_text()
-    assert len(metrics.splitlines()) >= 3
-    parts = run_folder(train("out=parts"))
-    assert contents(parts)["model.safetensors"] == whole["model.safetensors"]
-    # Nothing logged is lost.
-    assert (parts / "logs" / "version_0" / "metrics.csv").read_text() == metrics
-    assert (parts / "logs" / "version_1" / "metrics.csv").exists()
+def logged(folder: Path) -> list[dict[str, str]]:
+    """The rows of the CSV log, but for what is measured in time."""
+    with (folder / "logs" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: value for key, value in row.items() if key != "images/s"} for row in rows]
+
+
+def test_a_run_goes_on_where_it_ended_weights_and_log(train: Command, contents: Contents) -> None:
+    """As after a kill: its last checkpoint is older than its last log entry."""
+    options = ("every_n_steps.validation=2", "every_n_steps.preview=2", "preview.steps=2")
+    whole = run_folder(train("out=whole", "max_steps=6", *options))
+    first = run_folder(train("out=parts", "max_steps=3", *options))
+    assert [row["step"] for row in logged(first)] == ["0", "1", "1", "2"]
+    assert steps_of(first) == 2
+    parts = run_folder(train("out=parts", "max_steps=6", *options))
+    here, there = contents(parts), contents(whole)
+    for name in here:
+        if name.endswith((".safetensors", ".png")):
+            assert here[name] == there[name], name
+    assert here.keys() == there.keys()
+    assert logged(parts) == logged(whole)
+    # Every training step once, and what was validated after the second, fourth and sixth.
+    steps = [row["step"] for row in logged(whole)]
+    assert steps == ["0", "1", "1", "2", "3", "3", "4", "5", "5"]
+    assert [bool(row["val/loss"]) for row in logged(whole)] == [False, False, True] * 3
+    columns = set(logged(whole)[0])
+    assert {"train/loss", "train/grad_norm", "loss_by_level/4_of_4"} < columns
 
 
 def test_the_same_command_gives_the_same_weights_elsewhere(
     train: Command, contents: Contents
 ) -> None:
     left = contents(run_folder(train("out=left")))
-    right = contents(run_folder(train("out=right")))
+    right = contents(run_folder(train("out=right", "logger=none")))
+    assert [name for name in left.keys() - right.keys()] == ["logs/metrics.csv"]
     assert left["model.safetensors"] == right["model.safetensors"]
     other = contents(run_folder(train("out=other", "seed=1")))
     assert other["model.safetensors"] != left["model.safetensors"]

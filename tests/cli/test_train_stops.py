@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import os
 import random
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -25,9 +27,9 @@ SMALL = (
     "model.num_heads=3",
     "data.batch_size=16",
     "every_n_steps.checkpoint=4",
-    "every_n_steps.validation=1000",
+    "every_n_steps.log=5",
+    "every_n_steps.validation=20",
     "every_n_steps.preview=1000",
-    "logger=none",
     f"max_steps={STEPS}",
 )
 
@@ -87,21 +89,20 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def logged(out: Path) -> list[dict[str, str]]:
+    """The rows of the run's one log, but for what is measured in time."""
+    with (out / "logs" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: value for key, value in row.items() if key != "images/s"} for row in rows]
+
+
 def assert_bit_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """What a run that was never stopped ends with."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    finish(out)
-    return weights(out)
-
-
-def test_killed_told_to_stop_and_truncated(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    """SIGKILL, then SIGTERM, then a truncated newest checkpoint: the same weights all the same."""
+def test_killed_told_to_stop_and_truncated(tmp_path: Path) -> None:
+    """SIGKILL, SIGTERM, then a truncated newest checkpoint: the same weights and log all the same."""
     out = tmp_path / "run"
     process = start(out)
     wait_for_checkpoint(process, out, beyond=0)
@@ -121,7 +122,12 @@ def test_killed_told_to_stop_and_truncated(whole: dict[str, torch.Tensor], tmp_p
     newest.write_bytes(content[: len(content) // 2])
     printed = finish(out)
     assert f"{newest} cannot be read" in printed
-    assert_bit_equal(weights(out), whole)
+    finish(tmp_path / "whole")
+    assert_bit_equal(weights(out), weights(tmp_path / "whole"))
+    assert logged(out) == logged(tmp_path / "whole")
+    # Nothing is left of what SIGTERM or a kill in the middle of saving wrote besides.
+    names = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert names == ["best-00000040.ckpt", "step-00000036.ckpt", "step-00000040.ckpt"]
 
 
 @pytest.mark.slow
@@ -164,6 +170,41 @@ def test_many_kills_at_random_moments(tmp_path: Path, ranks: int, kills: int, wo
             runs += 1
     finish(out, *arguments)
     assert_bit_equal(weights(out), whole)
+
+
+BROKEN = """
+    import os
+    from dataclasses import replace
+
+    from sag_dit.training.objective import MSE
+
+    class Broken(MSE):
+        calls = 0
+
+        def losses(self, *arguments):
+            losses = super().losses(*arguments)
+            Broken.calls += 1
+            if os.environ.get("LOCAL_RANK") == "1" and Broken.calls == 3:
+                return replace(losses, per_image=losses.per_image * float("nan"))
+            return losses
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_ranks_skip_a_step_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str
+) -> None:
+    """The third loss is not a number on one of two ranks; mixed precision and clipping besides."""
+    (tmp_path / "broken.py").write_text(textwrap.dedent(BROKEN))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ranked = ("trainer.devices=2", "trainer.accelerator=cpu", f"trainer={trainer}", "max_steps=4")
+    options = ("trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1", "every_n_steps.log=1")
+    finish(tmp_path / "run", *ranked, *options, "objective._target_=broken.Broken")
+    rows = logged(tmp_path / "run")
+    assert [row["train/skipped"] for row in rows] == ["", "", "1.0", "1.0"]
+    exported = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in exported.values())
 
 
 @pytest.mark.slow

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 import sag_dit
-from sag_dit.checkpoints import Model, from_denoiser
+from sag_dit.checkpoints import from_denoiser
 from sag_dit.codec import VAECodec
 from sag_dit.data.digits import CLASS_NAMES, Digits, digits
 from sag_dit.denoiser import ClassConditional
@@ -24,6 +23,8 @@ from sag_dit.models import DiT
 from sag_dit.process import DDPM
 from sag_dit.sampling import Request, Settings
 from sag_dit.training.module import DiffusionModule
+from tests.training import making
+from tests.training.making import ADAM, Losses, assert_same, fresh_model, state
 
 # Lightning's advice on what these short runs leave out on purpose.
 pytestmark = [
@@ -31,68 +32,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to"),
 ]
 
-ADAM = partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.0)
-
-
-def fresh_model(seed: int = 0) -> Model:
-    """An untrained pixel DiT for 8x8 grey digits."""
-    torch.manual_seed(seed)
-    network = DiT(
-        input_size=8,
-        patch_size=2,
-        in_channels=1,
-        hidden_size=48,
-        depth=2,
-        num_heads=3,
-        num_classes=10,
-        learn_sigma=False,
-    )
-    denoiser = ClassConditional(
-        network, DDPM("cosine"), kind="v", x_0_range=(-1, 1), class_names=CLASS_NAMES
-    )
-    return from_denoiser(denoiser.train(), "digits-small", defaults={"batch_size": 4})
-
-
-class Losses(Callback):
-    """Keeps the loss of every step."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.values.append(float(outputs["loss"]))
-
 
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
-    def make(steps: int, callbacks: Iterable[Callback] = ()) -> Trainer:
-        return Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_steps=steps,
-            logger=False,
-            callbacks=list(callbacks),
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-            num_sanity_val_steps=0,
-            limit_val_batches=0,
-            default_root_dir=str(tmp_path),
-        )
-
-    return make
-
-
-def state(module: DiffusionModule) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in module.denoiser.state_dict().items()}
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        assert torch.equal(left[name], right[name]), name
+    return partial(making.make_trainer, tmp_path)
 
 
 def average_loss(module: DiffusionModule, batch: tuple[Tensor, Tensor]) -> float:

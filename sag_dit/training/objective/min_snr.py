@@ -23,7 +23,8 @@ def min_snr_weight(level: NoiseLevel, kind: OutputKind, gamma: float) -> Tensor:
     With SNR = alpha^2 / sigma^2, an error of v is 1 / sigma of one of x_0, and an error of eps
     alpha / sigma of it. Hence min(SNR, gamma) for x_0; min(alpha^2, gamma sigma^2) for v, which is
     the paper's min(SNR, gamma) / (SNR + 1) where alpha^2 + sigma^2 = 1, and holds for a flow as
-    well; min(1, gamma / SNR) for eps. All are finite at both ends.
+    well; min(1, gamma / SNR) for eps, sigma^2 times that for the score. All are finite at the
+    ends.
 
     Args:
         level: tensors, one level per image.
@@ -40,6 +41,8 @@ def min_snr_weight(level: NoiseLevel, kind: OutputKind, gamma: float) -> Tensor:
         weight = (alpha / sigma).clamp(max=gamma)
     elif kind == "eps":
         weight = (gamma * sigma / alpha).clamp(max=1)
+    elif kind == "score":
+        weight = (gamma * sigma / alpha).clamp(max=1) * sigma
     else:
         weight = torch.minimum(alpha, gamma * sigma)
     return weight.flatten()

@@ -1,0 +1,106 @@
+"""Loggers that go on with the one log of a run after it was stopped."""
+
+from __future__ import annotations
+
+import csv
+import secrets
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import Logger
+
+from sag_dit.files import atomic
+
+
+class CSVLog(Logger):
+    """Writes ``logs/metrics.csv``: a row per log entry, a column per metric, one for all starts.
+
+    Lightning's own CSVLogger deletes the file of an earlier start.
+
+    ``first_step`` is the step at which the run goes on. Rows from there on, which a killed run had
+    logged after its last checkpoint, are dropped, as they are going to be logged again.
+    """
+
+    def __init__(self, save_dir: str | Path, first_step: int = 0) -> None:
+        super().__init__()
+        self._file = Path(save_dir) / "logs" / "metrics.csv"
+        self._first_step = first_step
+        self._columns: list[str] | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self._file.parent.name
+
+    @property
+    def version(self) -> None:
+        """There is one log only."""
+        return None
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any) -> None:
+        """Write nothing: a run's settings stand in its ``config.yaml``."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add a row, and columns if there are new metrics."""
+        if self._columns is None:
+            self._columns = self._begin()
+        row = {"step": step, **metrics}
+        new = sorted(row.keys() - set(self._columns))
+        if new:
+            self._columns += new
+            self._rewrite(self._columns, self._rows())
+        with self._file.open("a", newline="", encoding="utf-8") as stream:
+            csv.DictWriter(stream, self._columns).writerow(row)
+
+    def _begin(self) -> list[str]:
+        """Drop what is going to be logged again, and return the columns there are."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        rows = self._rows() if self._file.exists() else []
+        columns = list(rows[0]) if rows else ["step"]
+        self._rewrite(columns, [row for row in rows if int(row["step"]) < self._first_step])
+        return columns
+
+    def _rows(self) -> list[dict[str, str]]:
+        with self._file.open(newline="", encoding="utf-8") as stream:
+            return list(csv.DictReader(stream))
+
+    def _rewrite(self, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
+        with (
+            atomic(self._file) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as stream,
+        ):
+            writer = csv.DictWriter(stream, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def going_on(logger: str, out: Path, step: int) -> dict[str, Any]:
+    """Return the arguments with which a class of loggers goes on with a run's log at a step."""
+    match logger.rpartition(".")[2]:
+        case "WandbLogger":
+            return {"id": wandb_id(out), "name": out.name}
+        case "TensorBoardLogger":
+            # TensorBoard hides what was logged from there on before.
+            return {"purge_step": step}
+        case "CSVLog":
+            return {"first_step": step}
+        case _:
+            return {}
+
+
+def wandb_id(out: Path) -> str | None:
+    """Return the run's id at Weights & Biases, which is made up once; None on ranks but the first.
+
+    Stored, not computed, since an id cannot be used again once its run was deleted there.
+    """
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        return None
+    file = out / "wandb_id.txt"
+    if not file.exists():
+        with atomic(file) as temporary:
+            temporary.write_text(secrets.token_hex(4), encoding="utf-8")
+    return file.read_text(encoding="utf-8")

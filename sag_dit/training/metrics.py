@@ -1,0 +1,100 @@
+"""Metrics of images drawn during training: FID of the averaged weights over the steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from sag_dit.evaluation.suite import Suite
+from sag_dit.sampling import Request, Settings, draw
+from sag_dit.training.module import DiffusionModule
+from sag_dit.training.resume import FOLDER
+
+
+class TrackMetrics(Callback):
+    """Draws the same requests every ``every_n_steps`` steps on all ranks, and logs their metrics.
+
+    They are drawn with the averaged weights where there are any, logged as ``metrics/NAME``, and
+    left for checkpoint callbacks to monitor. Nothing of the training's own randomness is used.
+
+    Raises:
+        ValueError: no positive number of steps, or fewer than two requests.
+    """
+
+    def __init__(
+        self, suite: Suite, requests: Sequence[Request], settings: Settings, every_n_steps: int
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"track.every_n_steps={every_n_steps}: expected 1 or more")
+        if len(requests) < 2:
+            raise ValueError(f"track.num_images={len(requests)}: expected 2 or more")
+        self._suite, self._every = suite, every_n_steps
+        self._requests, self._settings = list(requests), settings
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Measure if it is time."""
+        accumulates = trainer.fit_loop.epoch_loop._should_accumulate()
+        if accumulates or trainer.global_step % self._every:
+            return
+        if not isinstance(pl_module, DiffusionModule):
+            raise TypeError(f"{type(pl_module).__name__} cannot draw; expected a DiffusionModule")
+        found = self.measure(trainer, pl_module)
+        values = {f"metrics/{name}": value for name, value in found.items()}
+        # To the loggers directly: these steps need not be those at which training is logged.
+        for name, value in values.items():
+            pl_module.log(name, value, logger=False, rank_zero_only=False)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def measure(self, trainer: Trainer, module: DiffusionModule) -> dict[str, float]:
+        """Draw, and return the metrics of all ranks' images; every rank has to call this."""
+        model = replace(module.model, denoiser=module.evaluated)
+        model.codec.to(module.device)
+        suite = self._suite.to(module.device)
+        suite.reset()
+        size, rank, world = self._settings.batch_size, trainer.global_rank, trainer.world_size
+        starts = range(0, len(self._requests), size)
+        was_training = model.denoiser.training
+        model.denoiser.eval()
+        try:
+            for turn in range(math.ceil(len(starts) / world)):
+                # Sharded weights need all ranks at each forward, so one without a batch of its own
+                # draws the last one again, for nothing.
+                place = turn * world + rank
+                start = starts[min(place, len(starts) - 1)]
+                batch = self._requests[start : start + size]
+                images = draw(model, batch, self._settings)
+                if place < len(starts):
+                    suite.update(images, torch.tensor([request.index for request in batch]))
+        finally:
+            model.denoiser.train(was_training)
+        return suite.compute()
+
+
+def best_by(metric: str, out: Path, every_n_steps: int) -> ModelCheckpoint:
+    """Return a callback that keeps the checkpoint with the best value of a tracked metric."""
+    higher = metric in ("is", "precision", "recall")
+    return ModelCheckpoint(
+        dirpath=out / FOLDER,
+        filename=f"best-{metric}-{{step:08d}}",
+        auto_insert_metric_name=False,
+        monitor=f"metrics/{metric}",
+        mode="max" if higher else "min",
+        save_top_k=1,
+        every_n_train_steps=every_n_steps,
+        enable_version_counter=False,
+    )
