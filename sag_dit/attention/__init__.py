@@ -1,8 +1,9 @@
 """Reading and editing self-attention in any backbone that calls PyTorch's fused attention."""
 
 from sag_dit.attention.edits import AttentionEdit, Edit, InputEdit, OutputEdit
+from sag_dit.attention.layer import AttentionLayer, Capture, CaptureKind, Span, capture_key
 from sag_dit.attention.saliency import attention_map, saliency
-from sag_dit.attention.tap import AttentionLayer, AttentionTap, Capture, CaptureKind, capture_key
+from sag_dit.attention.tap import AttentionTap
 
 __all__ = [
     "AttentionEdit",
@@ -13,6 +14,7 @@ __all__ = [
     "Edit",
     "InputEdit",
     "OutputEdit",
+    "Span",
     "attention_map",
     "capture_key",
     "saliency",

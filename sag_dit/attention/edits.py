@@ -8,14 +8,28 @@ embeddings, blocks and attention layers are all modules, so these three kinds co
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Fused attention with the call's own mask and scale: (query, key, value) -> output."""
+
+class Attend(Protocol):
+    """Fused attention with the call's own mask and scale: (query, key, value) -> output.
+
+    ``allowed`` further restricts it to the pairs (query, key) that are true.
+    """
+
+    def __call__(
+        self,
+        query: Float[Tensor, "r k n e"],
+        key: Float[Tensor, "r k n e"],
+        value: Float[Tensor, "r k n e"],
+        allowed: Bool[Tensor, "n n"] | None = None,
+    ) -> Float[Tensor, "r k n e"]:
+        """Attend."""
 
 
 @dataclass(frozen=True)
@@ -55,3 +69,26 @@ class AttentionEdit(Edit, ABC):
         attend: Attend,
     ) -> Float[Tensor, "r k n e"]:
         """Return the attention output of the edited rows."""
+
+
+def attending(edit: AttentionEdit, before: Attend) -> Attend:
+    """Return attention with one more edit; what it is restricted to also holds for those before."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+        outer = allowed
+
+        def within(
+            query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None
+        ) -> Tensor:
+            return before(query, key, value, both(outer, allowed))
+
+        return edit.edit_attention(query, key, value, within)
+
+    return attend
+
+
+def both(mask: Tensor | None, allowed: Tensor | None) -> Tensor | None:
+    """Return a mask, boolean or added to the logits, that also forbids what is not allowed."""
+    if mask is None or allowed is None:
+        return allowed if mask is None else mask
+    return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, -torch.inf)

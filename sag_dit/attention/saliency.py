@@ -41,6 +41,29 @@ def _mask_rows(mask: Tensor | None, start: int, stop: int) -> Tensor | None:
     return mask if mask is None or mask.shape[-2] == 1 else mask[..., start:stop, :]
 
 
+def regrouped(
+    query: Float[Tensor, "b k n e"],
+    key: Float[Tensor, "b k n e"],
+    value: Float[Tensor, "b k n e"],
+    heads: int,
+) -> tuple[Float[Tensor, "b heads n f"], Float[Tensor, "b heads n f"]]:
+    """Read query, key and value, laid out head by head, as if there were ``heads`` heads.
+
+    For reproduction only: the commands published with SAG for 256 pixels rebuild the map of a
+    model of 16 heads with 4, which mixes the three (k e = heads f).
+
+    Raises:
+        ValueError: the channels do not divide into so many heads.
+    """
+    channels = query.shape[1] * query.shape[3]
+    if channels % heads:
+        raise ValueError(f"heads={heads}: the layer's {channels} channels do not divide into them")
+    # (b, k, 3, e, n) -> (b, k 3 e, n): the channels of the convolution that made all three.
+    together = torch.stack([query, key, value], dim=2).transpose(-1, -2).flatten(1, 3)
+    mixed = together.unflatten(1, (heads, 3, channels // heads)).transpose(-1, -2)
+    return mixed[:, :, 0], mixed[:, :, 1]
+
+
 def saliency(
     query: Float[Tensor, "b k n e"],
     key: Float[Tensor, "b k n e"],

@@ -11,55 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sag_dit.attention.edits import Attend, AttentionEdit, Edit, InputEdit, OutputEdit
-from sag_dit.attention.saliency import attention_map, saliency
-
-Rows = slice
-CaptureKind = Literal["saliency", "map"]
-
-
-@dataclass(frozen=True)
-class AttentionLayer:
-    """A self-attention layer: its module's dotted name and where the image's tokens are.
-
-    ``grid`` is the (height, width) of the image's tokens, row-major. ``tokens`` is their slice of
-    the sequence, None where the sequence holds nothing else.
-    """
-
-    name: str
-    grid: tuple[int, int]
-    tokens: slice | None = None
-
-
-@dataclass(frozen=True)
-class Capture:
-    """A wish to read one layer for some rows of the batch: its saliency or its full map.
-
-    ``key`` names what was read in the answer; left out, it is :func:`capture_key`.
-    """
-
-    layer: AttentionLayer
-    rows: Rows = field(default_factory=lambda: slice(None))
-    kind: CaptureKind = "saliency"
-    key: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.key:
-            object.__setattr__(self, "key", capture_key(self.layer.name, self.kind))
-
-
-def capture_key(layer: str, kind: CaptureKind) -> str:
-    """Return the usual name of what was read: the layer's for saliency, ``layer:map`` for maps."""
-    return layer if kind == "saliency" else f"{layer}:map"
+from sag_dit.attention.edits import (
+    Attend,
+    AttentionEdit,
+    Edit,
+    InputEdit,
+    OutputEdit,
+    attending,
+    both,
+)
+from sag_dit.attention.layer import Capture
+from sag_dit.attention.rows import IMAGE, Rows, first_input, paired, rows_of, with_rows
+from sag_dit.attention.saliency import attention_map, regrouped, saliency
 
 
 class _SeeAttention(TorchFunctionMode):
@@ -103,6 +74,7 @@ class AttentionTap:
         self._captures = tuple(captures)
         self._edits = tuple(edits)
         self._seen: set[str] = set()
+        self._ran: set[str] = set()
         self._calls: dict[str, int] = {}
         self._modes: dict[str, _SeeAttention] = {}
         self._undo = ExitStack()
@@ -142,6 +114,12 @@ class AttentionTap:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._undo.close()
+        unused = {edit.module for edit, _ in self._edits} - set(self._modes) - self._ran
+        if kind is None and unused:
+            raise ValueError(
+                f"module {', '.join(sorted(unused))} did not run, so editing it changed nothing; "
+                f"choose the module around it or one within it"
+            )
         unseen = set(self._modes) - self._seen
         if kind is None and unseen:
             raise ValueError(
@@ -208,81 +186,71 @@ class AttentionTap:
                 f"meant; choose the attention module within it"
             )
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = attn_mask) -> Tensor:
+        def attend(
+            q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, *, mask: Tensor | None
+        ) -> Tensor:
+            mask = both(mask, allowed)
             return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale)
 
         for capture in self._captures:
             if capture.layer.name == name:
                 read = saliency if capture.kind == "saliency" else attention_map
+                q, k, by = query[capture.rows], key[capture.rows], scale
+                if capture.heads is not None:
+                    q, k = regrouped(q, k, value[capture.rows], capture.heads)
+                    by = None
                 with torch.no_grad():
                     self.captured[capture.key] = read(
-                        query[capture.rows],
-                        key[capture.rows],
-                        scale=scale,
-                        mask=_rows_of(attn_mask, capture.rows, query.shape[0]),
+                        q,
+                        k,
+                        scale=by,
+                        mask=rows_of(attn_mask, capture.rows, query.shape[0]),
                         tokens=capture.layer.tokens,
                     )
-        output = attend(query, key, value)
+        output = attend(query, key, value, mask=attn_mask)
         edited: dict[tuple[int, int], Attend] = {}
         for edit, rows in self._edits:
             if isinstance(edit, AttentionEdit) and edit.module == name:
                 start, stop, _ = rows.indices(query.shape[0])
-                mask = _rows_of(attn_mask, rows, query.shape[0])
+                mask = rows_of(attn_mask, rows, query.shape[0])
                 # An edit attends through those before it, so that edits of the same rows all act.
                 before = edited.get((start, stop), partial(attend, mask=mask))
-                edited[start, stop] = partial(edit.edit_attention, attend=before)
+                edited[start, stop] = attending(edit, before)
         for (start, stop), attend_edited in edited.items():
             rows = slice(start, stop)
             changed = attend_edited(query[rows], key[rows], value[rows])
-            output = _with_rows(output, rows, changed, name)
+            output = with_rows(output, rows, changed, name)
         return output
 
     def _hook_input(self, edit: InputEdit, rows: Rows) -> None:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            x = _first_input(args, edit.module)
-            return (_with_rows(x, rows, edit.edit_input(x[rows]), edit.module), *args[1:])
+        def hook(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            self._ran.add(edit.module)
+            x = first_input(args, kwargs, edit.module)
+            changed = with_rows(x, rows, edit.edit_input(x[rows]), edit.module)
+            if args:
+                return (changed, *args[1:]), kwargs
+            return args, {**kwargs, IMAGE: changed}
 
         self._eager(edit.module)
-        handle = self._modules[edit.module].register_forward_pre_hook(hook)
+        handle = self._modules[edit.module].register_forward_pre_hook(hook, with_kwargs=True)
         self._undo.callback(handle.remove)
 
     def _hook_output(self, edit: OutputEdit, rows: Rows) -> None:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-            x = _first_input(args, edit.module)
-            if not isinstance(output, Tensor):
-                raise ValueError(
-                    f"module {edit.module!r} returns {type(output).__name__}: only modules that "
-                    f"return a tensor can be edited"
-                )
-            changed = edit.edit_output(x[rows], output[rows])
-            return _with_rows(output, rows, changed, edit.module)
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            self._ran.add(edit.module)
+
+            def edited(x: Tensor, out: Tensor) -> Tensor:
+                return with_rows(out, rows, edit.edit_output(x[rows], out[rows]), edit.module)
+
+            if isinstance(output, Tensor):
+                return edited(first_input(args, kwargs, edit.module), output)
+            return tuple(
+                out if out is None else edited(x, out)
+                for x, out in paired(args, kwargs, output, edit.module)
+            )
 
         self._eager(edit.module)
-        handle = self._modules[edit.module].register_forward_hook(hook)
+        handle = self._modules[edit.module].register_forward_hook(hook, with_kwargs=True)
         self._undo.callback(handle.remove)
-
-
-def _first_input(args: tuple[Any, ...], module: str) -> Tensor:
-    """Return the tensor a module was called with."""
-    if not args or not isinstance(args[0], Tensor):
-        raise ValueError(
-            f"module {module!r} was not called with a tensor as its first argument, so its input "
-            f"cannot be edited; choose a module within it"
-        )
-    return args[0]
-
-
-def _with_rows(x: Tensor, rows: Rows, changed: Tensor, module: str) -> Tensor:
-    """Return a copy of ``x`` whose ``rows`` are ``changed``, in its own type; gradients flow."""
-    start, stop, _ = rows.indices(x.shape[0])
-    if changed.shape != x[rows].shape:
-        raise ValueError(
-            f"an edit of {module!r} returned {tuple(changed.shape)}: expected the shape of the "
-            f"rows it was given, {tuple(x[rows].shape)}"
-        )
-    return torch.cat([x[:start], changed.to(x.dtype), x[stop:]])
-
-
-def _rows_of(mask: Tensor | None, rows: Rows, batch: int) -> Tensor | None:
-    """Return the mask of the chosen rows; a mask shared by all rows stays as it is."""
-    return mask if mask is None or mask.ndim < 4 or mask.shape[0] != batch else mask[rows]

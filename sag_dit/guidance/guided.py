@@ -135,7 +135,7 @@ class GuidedDenoiser:
         result = answers[base.key]
         v = result.v
         for talk in talks:
-            v = v + talk.contribution_to(result.v)
+            v = v + talk.term.weight(step) * talk.contribution_to(result.v)
         attention: dict[str, Tensor] = {}
         for answer in (*answers.values(), result):
             attention |= answer.attention
@@ -191,8 +191,8 @@ def _evaluate_together(branches: Sequence[Branch], step: Step) -> dict[Key, Pred
     for i, branch in enumerate(branches):
         rows = slice(i * size, (i + 1) * size)
         captures += [
-            Capture(model.layer(name), rows, kind, f"{i}/{capture_key(name, kind)}")
-            for name, kind in branch.captures
+            Capture(model.layer(name), rows, kind, f"{i}/{capture_key(name, kind, heads)}", heads)
+            for name, kind, heads in branch.captures
         ]
         edits += [(edit, rows) for edit in branch.edits]
     if len(branches) == 1:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Generator, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 from sag_dit.attention import CaptureKind, Edit
 from sag_dit.denoiser import Denoiser
 from sag_dit.denoiser.base import Condition
+from sag_dit.guidance.identity import LATER, plain
+from sag_dit.guidance.when import RAMPS, Bound, Schedule, Unit, acts, bounds, weight_of
 from sag_dit.noise import NoiseSource
 from sag_dit.process import Prediction, Step
 from sag_dit.tensors import Images
@@ -29,7 +31,7 @@ BranchName = Literal["auto", "cond", "null"]
 class Branch:
     """An immutable question to a denoiser: which model, which x, which condition, which edits.
 
-    What is captured on the way (layer name -> "saliency" or "map") does not change the answer and
+    What is captured on the way (layer, "saliency" or "map", heads) does not change the answer and
     so is no part of the question's identity: two branches that differ only there are asked once.
     """
 
@@ -37,19 +39,26 @@ class Branch:
     x_t: Images
     cond: Condition
     edits: tuple[Edit, ...] = ()
-    captures: tuple[tuple[str, CaptureKind], ...] = ()
+    captures: tuple[tuple[str, CaptureKind, int | None], ...] = ()
 
     @property
     def key(self) -> tuple[int, int, int, tuple[Edit, ...]]:
         """Its identity within one step: tensors are compared as objects, edits by value."""
         return (id(self.model), id(self.x_t), id(self.cond), self.edits)
 
-    def capturing(self, layer: str, kind: CaptureKind = "saliency") -> Branch:
+    def capturing(
+        self, layer: str, kind: CaptureKind = "saliency", heads: int | None = None
+    ) -> Branch:
         """Return the same question that also reads ``layer``'s attention.
 
         The prediction's ``attention`` then holds it under :func:`capture_key` of the full name.
         """
-        return replace(self, captures=(*self.captures, (self.model.layer(layer).name, kind)))
+        wish = (self.model.layer(layer).name, kind, heads)
+        return replace(self, captures=(*self.captures, wish))
+
+    def at(self, x_t: Images) -> Branch:
+        """Return the question at another noisy image, with nothing read on the way."""
+        return replace(self, x_t=x_t, captures=())
 
     def edited(self, *edits: Edit) -> Branch:
         """Return the question with further edits."""
@@ -83,6 +92,21 @@ class Question:
             return self.base
         return self.required_null()
 
+    def draw(self, shape: Sequence[int], purpose: int) -> Tensor:
+        """Return standard normal noise of this step, (b, *shape), each image's from its own stream.
+
+        ``purpose`` keeps a method's numbers apart from the sampler's (0, 1) and other methods'.
+
+        Raises:
+            ValueError: the guided denoiser was given no source of noise.
+        """
+        if self.noise is None:
+            raise ValueError(
+                "this method draws random numbers of each image, and GuidedDenoiser was given no "
+                "source of them; pass noise=NoiseSource(seeds, indices)"
+            )
+        return self.noise.normal(self.step.index + 1, shape, purpose).to(self.base.x_t.device)
+
     def required_null(self) -> Branch:
         """Return the null branch.
 
@@ -101,53 +125,102 @@ Asking: TypeAlias = Generator[tuple[Branch, ...], tuple[Prediction, ...], Tensor
 """Yields branches, receives their predictions, returns a contribution to v."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Term(ABC):
-    """One guidance method.
+    """One guidance method; its contribution is multiplied by ``schedule`` at every step.
 
-    ``interval`` is the half-open share [start, stop) of the run in which it acts, 0 being pure
-    noise. A term that is off or outside its interval never starts and costs nothing.
+    ``scale`` means what the method's paper means by it; at ``neutral`` the term is off.
+    ``interval``, in the unit ``interval_in``, says where it acts. In ``progress`` it is the
+    half-open share [start, stop) of the run, 0 being pure noise. In ``t``, the network's time, or
+    ``sigma``, the ratio sigma / alpha of noise to image, it is (low, high]; None leaves a side
+    open. Either way the bound on the side of noise is included, so intervals that adjoin never
+    overlap.
+    ``schedule`` weighs the contribution, and so the scale's excess over ``neutral``: ``constant``
+    1, ``linear`` 2 p and ``cosine`` 1 - cos(pi p) of progress p, both with mean 1 over a run, or a
+    function of p. A term that is off, outside its interval or of weight 0 never starts and costs
+    nothing.
+
+    Source: Kynkaanniemi et al. 2024 (intervals); Wang et al. 2024, arXiv 2404.13040 (schedules).
 
     Raises:
-        ValueError: the interval is not within [0, 1] or is empty the wrong way round.
+        ValueError: a number is not finite, the interval is empty the wrong way round, or the
+            schedule is unknown.
     """
 
-    interval: tuple[float, float] = (0.0, 1.0)
+    scale: float = 1.0
+    _: KW_ONLY
+    interval: tuple[Bound, Bound] = (0.0, 1.0)
+    interval_in: Unit = field(default="progress", metadata=LATER)
+    schedule: Schedule = field(default="constant", metadata=LATER)
+
+    neutral: ClassVar[float] = 0.0
+    """The scale at which the method does nothing."""
     from_null: ClassVar[bool] = False
     """Whether the term guides away from the null condition, as CFG does: see Question.branch."""
+    unbounded: ClassVar[tuple[str, ...]] = ()
+    """Fields that may be infinite."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            number = isinstance(value, (int, float)) and math.isfinite(value)
-            if each.type == "float" and not number:
+            number = isinstance(value, (int, float)) and not math.isnan(value)
+            finite = number and (each.name in self.unbounded or math.isfinite(value))
+            if each.type == "float" and not finite:
                 raise ValueError(f"{each.name}={value!r}: expected a finite number")
-        try:
-            start, stop = (float(bound) for bound in self.interval)
-        except (TypeError, ValueError):
+        object.__setattr__(self, "interval", bounds(self.interval, self.interval_in))
+        if not callable(self.schedule) and self.schedule not in RAMPS:
             raise ValueError(
-                f"interval={self.interval!r}: expected two numbers, (start, stop)"
-            ) from None
-        object.__setattr__(self, "interval", (start, stop))
-        if not 0 <= start <= stop <= 1:
-            raise ValueError(
-                f"interval={self.interval}: expected (start, stop) with "
-                f"0 <= start <= stop <= 1, in progress from noise (0) to image (1)"
+                f"schedule={self.schedule!r}: expected {', '.join(RAMPS)} or a function of progress"
             )
 
     @property
-    @abstractmethod
     def off(self) -> bool:
         """Whether the term's scale makes it contribute nothing."""
+        return self.scale == self.neutral
+
+    def weight(self, step: Step) -> float:
+        """Return what the contribution is multiplied by at this step."""
+        return weight_of(self.schedule, step.progress)
 
     def active(self, step: Step) -> bool:
         """Whether the term acts at this step."""
-        start, stop = self.interval
-        return not self.off and start <= step.progress < stop
+        within = acts(self.interval, self.interval_in, step)
+        return not self.off and within and self.weight(step) != 0
 
     def check(self, model: Denoiser) -> None:  # noqa: B027 - most terms have nothing to check
         """Refuse a model this term cannot guide, before anything is evaluated."""
 
+    def identity(self, model: Denoiser) -> dict[str, Any]:
+        """Return the term as plain values, everything that its contribution depends on."""
+        return plain(self)
+
     @abstractmethod
     def contribution(self, ask: Question) -> Asking:
         """Ask, compute, and return the contribution to v, shape (b, c, h, w)."""
+
+
+@dataclass(frozen=True)
+class BranchTerm(Term):
+    """A method that makes one branch worse: ``cond``, the given condition, or ``null``.
+
+    ``auto`` is null beside classifier-free guidance and cond otherwise.
+
+    Raises:
+        ValueError: another branch, or ``null`` for a model without a null condition.
+    """
+
+    _: KW_ONLY
+    branch: BranchName = "cond"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.branch not in ("auto", "cond", "null"):
+            raise ValueError(f"branch={self.branch!r}: expected 'auto', 'cond' or 'null'")
+
+    def check(self, model: Denoiser) -> None:
+        """Refuse branch='null' for a model without a null condition."""
+        if self.branch == "null" and model.null(1) is None:
+            raise ValueError(
+                "branch='null': this model has no null condition (trained without label dropout); "
+                "use branch='cond'"
+            )

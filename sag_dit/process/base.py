@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sag_dit.tensors import Images, Scalar
 
-OutputKind = Literal["eps", "v", "x_0"]
+OutputKind = Literal["eps", "v", "x_0", "score"]
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,9 @@ class Process(ABC):
     ) -> Prediction:
         """Turn a network's output of any kind into a prediction.
 
-        v = output; (eps + d_alpha x_t) / alpha; or (d_sigma x_t - x_0) / sigma. An eps model cannot
-        be read where alpha = 0, nor an x_0 model where sigma = 0: their output says nothing there.
+        v = output; (eps + d_alpha x_t) / alpha; or (d_sigma x_t - x_0) / sigma. A score is -eps /
+        sigma. An eps or score model cannot be read where alpha = 0, nor an x_0 model where sigma =
+        0: their output says nothing there.
 
         Raises:
             ValueError: another kind.
@@ -159,16 +160,20 @@ class Process(ABC):
             v = output
         elif kind == "eps":
             v = (output + level.d_alpha * x_t) / level.alpha
+        elif kind == "score":
+            v = (level.d_alpha * x_t - level.sigma * output) / level.alpha
         elif kind == "x_0":
             v = (level.d_sigma * x_t - output) / level.sigma
         else:
-            raise ValueError(f"kind={kind!r}: expected 'eps', 'v' or 'x_0'")
+            raise ValueError(f"kind={kind!r}: expected 'eps', 'v', 'x_0' or 'score'")
         return Prediction(x_t=x_t, level=level, v=v)
 
     def target(self, x_0: Images, eps: Images, level: NoiseLevel, kind: OutputKind) -> Images:
         """Return what a network of that kind should put out for the noised x_0."""
         if kind == "v":
             return level.d_alpha * x_0 + level.d_sigma * eps
+        if kind == "score":
+            return -eps / level.sigma
         return eps if kind == "eps" else x_0
 
     def check_steps(self, steps: int) -> None:

@@ -26,16 +26,18 @@ class Flow(Process):
 
     u = t / ``time_scale`` runs from 0, the image, to 1, noise; the network is told t. The steps of
     a grid are even in u, unless ``shift`` moves them towards noise (> 1) or image (< 1). At u = 1,
-    where alpha = 0, only networks of kind v can be read. There is no variance to learn.
+    where alpha = 0, only networks of kind v can be read: for others ``start`` is where grids and
+    training begin instead (SiT: 0.999). There is no variance to learn.
 
     Source: Lipman et al. 2023; Liu et al. 2023; with t reversed, Ma et al. 2024 (SiT).
 
     Raises:
-        ValueError: ``time_scale`` or ``shift`` is not a positive number.
+        ValueError: ``time_scale`` or ``shift`` is not positive, or ``start`` is not in (0, 1].
     """
 
     time_scale: float = 1.0
     shift: float = 1.0
+    start: float = 1.0
 
     # A line has no smallest step: the bound only catches a number that was mistyped.
     max_steps = 10_000
@@ -44,6 +46,8 @@ class Flow(Process):
         for name, value in (("time_scale", self.time_scale), ("shift", self.shift)):
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name}={value}: expected a finite number above 0; 1 is usual")
+        if not 0 < self.start <= 1:
+            raise ValueError(f"start={self.start}: expected more than 0 and at most 1, pure noise")
 
     def level(self, t: float | Tensor) -> NoiseLevel:
         """Return the level of a time from 0 to ``time_scale``, or of one such time per image.
@@ -65,13 +69,13 @@ class Flow(Process):
         return NoiseLevel(t=t, alpha=1 - u, sigma=u, d_alpha=-1.0, d_sigma=1.0)
 
     def time_at(self, u: Tensor) -> Tensor:
-        """Return the times u ``time_scale``."""
-        return u * self.time_scale
+        """Return the times u ``start`` ``time_scale``."""
+        return u * (self.start * self.time_scale)
 
     def grid(self, steps: int) -> tuple[NoiseLevel, ...]:
-        """Return ``steps`` levels of decreasing noise from u = 1 on, and the clean level."""
+        """Return ``steps`` levels of decreasing noise from ``start`` on, and the clean level."""
         self.check_steps(steps)
-        times = (shifted((steps - i) / steps, self.shift) for i in range(steps + 1))
+        times = (self.start * shifted((steps - i) / steps, self.shift) for i in range(steps + 1))
         return tuple(self.level(u * self.time_scale) for u in times)
 
     def check_steps(self, steps: int) -> None:

@@ -33,10 +33,6 @@ class Never(Term):
 
     scale: float = 0.0
 
-    @property
-    def off(self) -> bool:
-        return self.scale == 0
-
     def contribution(self, ask: Question) -> Asking:
         raise AssertionError("started")
         yield ()
@@ -44,16 +40,10 @@ class Never(Term):
 
 @dataclass(frozen=True)
 class Plus(Term):
-    """Adds a number to v; asks nothing."""
-
-    amount: float
-
-    @property
-    def off(self) -> bool:
-        return self.amount == 0
+    """Adds its scale to v; asks nothing."""
 
     def contribution(self, ask: Question) -> Asking:
-        return torch.full_like(ask.base.x_t, self.amount)
+        return torch.full_like(ask.base.x_t, self.scale)
         yield ()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import pytest
 import torch
@@ -112,11 +112,8 @@ def test_layers_may_be_captured_without_any_term(denoiser: ClassConditional, bat
 class Mistaken(Term):
     """A method with a mistake that anybody writing one will make."""
 
+    _: KW_ONLY
     what: str
-
-    @property
-    def off(self) -> bool:
-        return False
 
     def contribution(self, ask: Question) -> Asking:
         if self.what == "asks nothing":
@@ -134,23 +131,21 @@ def test_a_term_that_returns_no_contribution_is_refused(
 ) -> None:
     """Silent no-ops are the commonest bug of guidance."""
     with pytest.raises((ValueError, TypeError), match="Mistaken"):
-        GuidedDenoiser(denoiser, [Mistaken(what)])(batch[0], step_at(denoiser.process, 4), batch[1])
+        GuidedDenoiser(denoiser, [Mistaken(what=what)])(
+            batch[0], step_at(denoiser.process, 4), batch[1]
+        )
 
 
 def test_a_round_without_questions_is_no_end(denoiser: ClassConditional, batch: Batch) -> None:
     step = step_at(denoiser.process, 4)
     plain = GuidedDenoiser(denoiser)(batch[0], step, batch[1])
-    guided = GuidedDenoiser(denoiser, [Mistaken("asks nothing")])(batch[0], step, batch[1])
+    guided = GuidedDenoiser(denoiser, [Mistaken(what="asks nothing")])(batch[0], step, batch[1])
     torch.testing.assert_close(guided.v, plain.v + 1)
 
 
 def test_noise_of_the_run_reaches_the_terms(denoiser: ClassConditional, batch: Batch) -> None:
     @dataclass(frozen=True)
     class Noisy(Term):
-        @property
-        def off(self) -> bool:
-            return False
-
         def contribution(self, ask: Question) -> Asking:
             assert ask.noise is not None
             return ask.noise.normal(ask.step.index, ask.base.x_t.shape[1:], purpose=7)
@@ -172,10 +167,6 @@ def test_a_worse_model_is_asked_in_its_own_batch(
 
     @dataclass(frozen=True)
     class Autoguidance(Term):
-        @property
-        def off(self) -> bool:
-            return False
-
         def contribution(self, ask: Question) -> Asking:
             good, bad = yield ask.base, replace(ask.base, model=worse)
             return good.v - bad.v

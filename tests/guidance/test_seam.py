@@ -29,15 +29,6 @@ def batch() -> Batch:
     return x, torch.tensor([1, 2, 3])
 
 
-@dataclass(frozen=True)
-class Always(Term):
-    scale: float = 1.0
-
-    @property
-    def off(self) -> bool:
-        return self.scale == 0
-
-
 # --- row-wise edits -------------------------------------------------------------------------------
 
 
@@ -96,7 +87,7 @@ EDITS: list[tuple[Edit, ...]] = [
 
 
 @dataclass(frozen=True)
-class Perturbed(Always):
+class Perturbed(Term):
     """s (v - v of the same question with edits), and a look at what it was answered."""
 
     edits: tuple[Edit, ...] = ()
@@ -162,7 +153,7 @@ def test_captures_of_an_edited_branch_are_its_own(denoiser: ClassConditional, ba
     """What one branch reads downstream of its edit is not what the clean branch reads."""
 
     @dataclass(frozen=True)
-    class Both(Always):
+    class Both(Term):
         def contribution(self, ask: Question) -> Asking:
             clean = ask.base.capturing("blocks.2").capturing("blocks.2", "map")
             edited = ask.base.edited(SkipBlock("blocks.0")).capturing("blocks.2")
@@ -185,7 +176,7 @@ def test_a_capture_wanted_later_is_answered_without_changing_the_base(
     denoiser: ClassConditional, batch: Batch
 ) -> None:
     @dataclass(frozen=True)
-    class Late(Always):
+    class Late(Term):
         def contribution(self, ask: Question) -> Asking:
             (first,) = yield (ask.base.capturing("blocks.0"),)
             (second,) = yield (ask.base.capturing("blocks.2"),)
@@ -203,7 +194,7 @@ def test_a_capture_wanted_later_is_answered_without_changing_the_base(
 
 
 @dataclass(frozen=True)
-class Projected(Always):
+class Projected(Term):
     """Adaptive projected guidance: drop what is parallel to x_0, bound the norm, with momentum."""
 
     norm: float = 2.0
@@ -248,7 +239,7 @@ def test_a_contribution_of_its_own_form_with_momentum(
 
 
 @dataclass(frozen=True)
-class Counting(Always):
+class Counting(Term):
     """Adds how often it was asked in this run."""
 
     def contribution(self, ask: Question) -> Asking:

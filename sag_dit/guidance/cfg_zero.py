@@ -1,0 +1,57 @@
+"""CFG-Zero* (Fan et al. 2025, arXiv 2503.18886), classifier-free guidance for flows."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
+
+from sag_dit.denoiser import Denoiser
+from sag_dit.guidance.apg import inner
+from sag_dit.guidance.cfg import check_null
+from sag_dit.guidance.term import Asking, Question, Term
+from sag_dit.process import Flow
+
+
+@dataclass(frozen=True)
+class CFGZero(Term):
+    """CFG whose null velocity is first scaled to fit: v = s v_null + w (v_cond - s v_null).
+
+    s = <v_cond, v_null> / |v_null|^2 per image. In the first ``zero_steps`` steps v is 0 instead,
+    where a flow's first velocities are worse than none: what is taken away is the model's own
+    velocity, so terms beside it still act. w = 1 is off, and then no step is zeroed.
+
+    Published: Stable Diffusion 3.5 and FLUX one zero step, Wan 2.1 the first 4 % of the steps.
+
+    Source: algorithm 1 of the paper.
+
+    Raises:
+        ValueError: ``zero_steps`` is negative, or the model is no flow or has no null condition.
+    """
+
+    neutral: ClassVar[float] = 1.0
+    from_null: ClassVar[bool] = True
+
+    _: KW_ONLY
+    zero_steps: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.zero_steps < 0:
+            raise ValueError(f"zero_steps={self.zero_steps}: expected 0 or more")
+
+    def check(self, model: Denoiser) -> None:
+        """Refuse a model that is no flow, or has no null condition."""
+        check_null(self, model)
+        if not isinstance(model.process, Flow):
+            raise ValueError(
+                f"cfgzero_scale={self.scale}: CFG-Zero* guides flow models, and this model's "
+                f"process is {type(model.process).__name__}; use cfg_scale or apg_scale"
+            )
+
+    def contribution(self, ask: Question) -> Asking:
+        """Return (w - 1) (v_cond - s v_null) + (s - 1) ... as v_guided - v_cond."""
+        cond, null = yield ask.base, ask.required_null()
+        if ask.step.index < self.zero_steps:
+            return -cond.v
+        fitting = inner(cond.v, null.v) / (inner(null.v, null.v) + 1e-8)
+        return (self.scale - 1) * (cond.v - fitting * null.v)

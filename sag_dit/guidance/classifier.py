@@ -1,0 +1,150 @@
+"""Classifier guidance (Dhariwal & Nichol 2021, arXiv 2105.05233)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sag_dit.checkpoints import load_classifier
+from sag_dit.denoiser import Denoiser
+from sag_dit.guidance.identity import weights
+from sag_dit.guidance.term import Asking, Question, Term
+from sag_dit.process import DDPM, NoiseLevel, Prediction, Step
+from sag_dit.process.ddpm import CLEAN, Posterior
+from sag_dit.tensors import Images, Labels
+
+loaded = cache(load_classifier)
+"""Once for a run, not once for a batch."""
+
+
+class Gradient(Denoiser):
+    """A classifier of noisy images, asked as denoisers are: v is the gradient of log p(y | x_t).
+
+    Thus it shares their rounds, batches and bound on rows. ``network`` is any module
+    (x_t, t) -> logits.
+    """
+
+    def __init__(self, classifier: nn.Module, guided: Denoiser) -> None:
+        super().__init__()
+        self.network = classifier
+        self.process = guided.process
+        self.kind = "v"
+        self.latent_shape = guided.latent_shape
+        self.x_0_range = None
+        self.layers = {}
+
+    def evaluate(self, x_t: Images, t: Tensor, cond: Labels) -> Images:
+        """Return grad_x log p(y | x_t)."""
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_()
+            chosen = self.network(x, t).log_softmax(dim=-1).gather(1, cond[:, None])
+            (gradient,) = torch.autograd.grad(chosen.sum(), x)
+        return gradient
+
+    def null(self, count: int) -> Labels | None:
+        """Return None: a classifier knows no null condition."""
+        return None
+
+    def join(self, conditions: Sequence[Labels]) -> Labels:
+        """Concatenate labels."""
+        return torch.cat(list(conditions))
+
+
+@dataclass(frozen=True)
+class ClassifierGuidance(Term):
+    """eps - s sigma grad log p(y | x_t), where a classifier of noisy images says p; s = 0 is off.
+
+    ``form`` is ``score``, as above, for any sampler: in v, -s sigma / alpha grad. At alpha = 0,
+    where x_t knows nothing of y, it is 0. ``mean`` shifts the mean of an ancestral step instead, as
+    published for sampler=ddpm: mean + s variance grad, that is x_0 + s variance / c_0 grad, with
+    c_0 the posterior's coefficient of x_0 and the variance that the network learned (else beta). A
+    sampler that clamps x_0 clamps this shift too.
+
+    The classes are those that the images are asked for. ``classifier`` is any module (x_t, t) ->
+    logits, or the name or path of a published one.
+
+    Published: ADM 256 s = 1 beside classes and 10 without, ADM 128 0.5.
+
+    Source: algorithms 1 (mean) and 2 (score) of the paper.
+
+    Raises:
+        ValueError: there is no classifier, the form is unknown, or it is ``mean`` for a process
+            without one.
+    """
+
+    _: KW_ONLY
+    classifier: nn.Module | str | None = None
+    form: Literal["score", "mean"] = "score"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.form not in ("score", "mean"):
+            raise ValueError(f"form={self.form!r}: expected 'score' or 'mean'")
+        if not self.off and self.classifier is None:
+            raise ValueError(
+                "classifier guidance needs a classifier of noisy images: set "
+                "guidance.classifier.classifier to a published name or a path, or give classifier "
+                "a module (x_t, t) -> logits"
+            )
+
+    def module(self) -> nn.Module:
+        """Return the classifier."""
+        if isinstance(self.classifier, nn.Module):
+            return self.classifier
+        assert self.classifier is not None
+        return loaded(self.classifier)
+
+    def identity(self, model: Denoiser) -> dict[str, Any]:
+        """Return the term with its classifier by its weights, wherever they lie."""
+        values = super().identity(model)
+        if isinstance(self.classifier, str):
+            values["classifier"] = weights(self.module())
+        return values
+
+    def check(self, model: Denoiser) -> None:
+        """Find the classifier, and refuse the mean form for a process without ancestral steps."""
+        self.module()
+        if self.form == "mean" and not isinstance(model.process, DDPM):
+            raise ValueError(
+                f"form='mean': ancestral sampling is of variance-preserving models, and this "
+                f"model's process is {type(model.process).__name__}; use form='score'"
+            )
+
+    def contribution(self, ask: Question) -> Asking:
+        """Return the gradient as a change of v."""
+        base = ask.base
+        gradient = ask.memory.setdefault("gradient", Gradient(self.module(), base.model))
+        clean, guiding = yield base, replace(base, model=gradient.to(base.x_t.device), captures=())
+        level = ask.step.level
+        if self.form == "score":
+            alpha = float(level.alpha)
+            share: float | Tensor = float(level.sigma) / alpha if alpha else 0.0
+        else:
+            share = variance_share(clean, ask.step, ask.memory.get("before")) / float(level.sigma)
+        ask.memory["before"] = level
+        return -self.scale * share * guiding.v
+
+
+def variance_share(clean: Prediction, step: Step, before: NoiseLevel | None) -> Tensor:
+    """Return variance / c_0 of an ancestral step: what moves the mean by the variance, in x_0.
+
+    ``before`` is the level before this one: the last step's own posterior has no variance, and the
+    step before lends its.
+    """
+    if float(step.next.sigma) > 0:
+        posterior, i = Posterior.of([step.level, step.next, CLEAN]), 0
+    elif before is not None:
+        posterior, i = Posterior.of([before, step.level, step.next]), 1
+    else:
+        posterior, i = Posterior.of([step.level, step.next]), 0
+    fraction = clean.variance_fraction
+    if fraction is None:
+        log_variance = torch.tensor(posterior.log_large[i])
+    else:
+        log_variance = fraction * posterior.log_upper[i] + (1 - fraction) * posterior.log_lower[i]
+    return log_variance.exp() / posterior.of_x_0[i]

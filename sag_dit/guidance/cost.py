@@ -1,0 +1,104 @@
+"""What a set of terms costs, told before anything is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sag_dit.attention import capture_key
+from sag_dit.denoiser import Denoiser
+from sag_dit.guidance.guided import GuidedDenoiser, Key
+from sag_dit.guidance.term import Branch, Term
+from sag_dit.noise import NoiseSource
+from sag_dit.process import Prediction, Step
+from sag_dit.sampler import Sampler
+from sag_dit.tensors import Images
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Network evaluations of each step: how many wait for one another, and rows of one image.
+
+    ``others`` are rows of further networks: a worse model, a classifier.
+    """
+
+    rounds: tuple[int, ...]
+    rows: tuple[int, ...]
+    others: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """Say it in one line; where steps differ, as a mean and the most."""
+        further = f" and {_spread(self.others)} of further networks" if any(self.others) else ""
+        rounds = f"{_spread(self.rounds)} round{'s' * (max(self.rounds) > 1)}"
+        rows = f"{_spread(self.rows)} row{'s' * (max(self.rows) > 1)}"
+        return f"{rounds}, {rows}{further} per image and step"
+
+    def plain(self) -> dict[str, float | int]:
+        """Return the means over the run, and the number of steps."""
+        count = len(self.rounds)
+        return {
+            "steps": count,
+            "rounds_per_step": sum(self.rounds) / count,
+            "rows_per_step": sum(self.rows) / count,
+            "rows_of_others_per_step": sum(self.others) / count,
+        }
+
+
+def _spread(counts: Sequence[int]) -> str:
+    if min(counts) == max(counts):
+        return str(counts[0])
+    return f"{sum(counts) / len(counts):.4g} (at most {max(counts)})"
+
+
+_COND = object()
+"""A condition of which nobody asks what it is."""
+
+
+class _Counting(GuidedDenoiser):
+    """Runs the terms as ever, and answers them with nothing: no network is evaluated."""
+
+    def __init__(self, model: Denoiser, terms: Sequence[Term], noise: NoiseSource) -> None:
+        super().__init__(model, terms, noise=noise)
+        self.counts: list[list[int]] = []
+
+    def asked(self, x_t: Images, step: Step) -> Prediction:
+        """Count one evaluation of the sampler."""
+        self.counts.append([0, 0, 0])
+        return self(x_t, step, _COND)
+
+    def _evaluate(self, branches: Sequence[Branch], step: Step) -> dict[Key, Prediction]:
+        own = sum(branch.model is self.model for branch in branches)
+        count = self.counts[-1]
+        count[0] += bool(branches)
+        count[1] += own
+        count[2] += len(branches) - own
+        return {branch.key: _nothing(branch, step) for branch in branches}
+
+
+def _nothing(branch: Branch, step: Step) -> Prediction:
+    """Return a prediction of zeros in which every token receives the same attention."""
+    attention = {}
+    for name, kind, heads in branch.captures:
+        n = branch.model.layer(name).grid[0] * branch.model.layer(name).grid[1]
+        shape = (1, n) if kind == "saliency" else (1, 1, n, n)
+        attention[capture_key(name, kind, heads)] = torch.ones(shape)
+    zeros = torch.zeros_like(branch.x_t)
+    return Prediction(x_t=branch.x_t, level=step.level, v=zeros, attention=attention)
+
+
+def cost_of(model: Denoiser, terms: Sequence[Term], sampler: Sampler, steps: int) -> Cost:
+    """Return what a run costs, by making it with a network that answers nothing.
+
+    The sampler and the terms are the real ones, on one image of zeros, so intervals, schedules and
+    what terms share are counted as they come.
+    """
+    noise = NoiseSource([0], [0])
+    counting = _Counting(model, terms, noise)
+    x = torch.zeros(1, *model.latent_shape)
+    with torch.no_grad():
+        for _ in sampler.steps(counting.asked, x, model.process, steps, noise):
+            pass
+    rounds, rows, others = zip(*counting.counts, strict=True)
+    return Cost(rounds, rows, others)

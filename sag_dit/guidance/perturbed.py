@@ -1,0 +1,86 @@
+"""What PAG, SEG, SLG, TPG and TSG share: guidance away from a perturbed network."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+from torch import nn
+
+from sag_dit.attention import AttentionLayer, Edit
+from sag_dit.denoiser import Denoiser
+from sag_dit.guidance.term import Asking, BranchTerm, Question
+
+Layer = str | int
+"""The name of a self-attention layer, or its number in the order of the model's."""
+
+
+def layers_of(model: Denoiser, wanted: Layer | Sequence[Layer]) -> tuple[AttentionLayer, ...]:
+    """Return layers by name (``auto`` is the middle of the depth) or by number.
+
+    Raises:
+        ValueError: none are wanted, or one does not exist; those that exist are listed.
+    """
+    asked = [wanted] if isinstance(wanted, (str, int)) else list(wanted)
+    names = list(model.layers)
+    if not asked:
+        raise ValueError("layers=[]: expected at least one; auto is the middle of the depth")
+    for each in asked:
+        if isinstance(each, int) and not -len(names) <= each < len(names):
+            raise ValueError(f"layer {each}: expected 0 to {len(names) - 1}, the model's layers")
+    return tuple(
+        model.layers[names[each]] if isinstance(each, int) else model.layer(each) for each in asked
+    )
+
+
+def block_of(model: Denoiser, layer: AttentionLayer) -> str:
+    """Return the name of the block of a self-attention layer: the module around it.
+
+    In a UNet whose attention stands by itself in a list, residual included, it is the layer.
+    """
+    around = layer.name.rpartition(".")[0]
+    alone = isinstance(model.network.get_submodule(around), (nn.ModuleList, nn.Sequential))
+    return layer.name if alone else around
+
+
+@dataclass(frozen=True)
+class Perturbed(BranchTerm):
+    """pred + s (pred - perturbed): both at the same x_t, so s (v - v_perturbed) in any space.
+
+    s = 0 is off. ``layers`` names what is perturbed, of the branch of the given condition, as
+    published, unless ``branch`` says otherwise.
+
+    Raises:
+        ValueError: the model lacks a layer or the null condition.
+    """
+
+    _: KW_ONLY
+    layers: Layer | Sequence[Layer] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.layers, (str, int)):
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+    def check(self, model: Denoiser) -> None:
+        """Refuse layers or a branch that the model does not have."""
+        super().check(model)
+        layers_of(model, self.layers)
+
+    def identity(self, model: Denoiser) -> dict[str, Any]:
+        """Return the term with its layers by name."""
+        names = [layer.name for layer in layers_of(model, self.layers)]
+        return {**super().identity(model), "layers": names}
+
+    @abstractmethod
+    def edits(self, layers: Sequence[AttentionLayer], ask: Question) -> tuple[Edit, ...]:
+        """Return what is done to the network."""
+
+    def contribution(self, ask: Question) -> Asking:
+        """Return s (v - v_perturbed)."""
+        branch = ask.branch(self.branch)
+        edits = self.edits(layers_of(branch.model, self.layers), ask)
+        good, worse = yield branch, branch.edited(*edits)
+        return self.scale * (good.v - worse.v)

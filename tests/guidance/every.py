@@ -1,0 +1,136 @@
+"""Every guidance method, switched on, and the kinds of model that each must guide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sag_dit.denoiser import ClassConditional
+from sag_dit.guidance import (
+    APG,
+    CFG,
+    ICG,
+    PAG,
+    SAG,
+    SEG,
+    SLG,
+    TPG,
+    TSG,
+    Autoguidance,
+    BlurGuidance,
+    CFGZero,
+    ClassifierGuidance,
+    GuidedDenoiser,
+    Term,
+)
+from sag_dit.models import DiT
+from sag_dit.noise import NoiseSource
+from sag_dit.process import DDPM, Flow, Prediction, Process, Step
+
+NOISE = NoiseSource([0, 0, 7], [4, 5, 6])
+
+
+class Classifier(nn.Module):
+    """A small classifier of noisy images; wavy, so that its gradient fades nowhere."""
+
+    def __init__(self, shape: tuple[int, int, int] = (4, 8, 8), classes: int = 10) -> None:
+        super().__init__()
+        self.linear = nn.Linear(shape[0] * shape[1] * shape[2], classes)
+        random = torch.Generator().manual_seed(3)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=random) * 0.1
+        self.requires_grad_(False)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.linear(x_t.flatten(1)).sin() * (1 + t.float()[:, None] / 1000)  # type: ignore[no-any-return]
+
+
+def small_dit(seed: int = 0, **options: object) -> DiT:
+    """A DiT of 4x4 tokens in two blocks, none of whose weights is zero."""
+    defaults: dict[str, object] = {"hidden_size": 16, "depth": 2, "num_heads": 2}
+    sizes: dict[str, object] = {"input_size": 8, "num_classes": 10, "learn_sigma": False}
+    network = DiT(**{**sizes, **defaults, **options})  # type: ignore[arg-type]
+    random = torch.Generator().manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        if name != "pos_embed":
+            spread = 0.1 if parameter.ndim == 1 else 1.5 / parameter[0].numel() ** 0.5
+            parameter.data.copy_(torch.randn(parameter.shape, generator=random) * spread)
+    return network.eval().requires_grad_(False)
+
+
+PROCESSES: Mapping[str, tuple[Callable[[], Process], str]] = {
+    "eps": (DDPM, "eps"),
+    "eps, cosine": (lambda: DDPM("cosine"), "eps"),
+    "v": (DDPM, "v"),
+    "x_0": (DDPM, "x_0"),
+    "flow": (Flow, "v"),
+    "flow, x_0": (Flow, "x_0"),
+}
+MODELS = {
+    name: ClassConditional(small_dit(), process(), kind=kind)  # type: ignore[arg-type]
+    for name, (process, kind) in PROCESSES.items()
+}
+WORSE = {
+    name: ClassConditional(small_dit(seed=9, depth=1), process(), kind=kind)  # type: ignore[arg-type]
+    for name, (process, kind) in PROCESSES.items()
+}
+
+
+def every(model: str) -> dict[str, Term]:
+    """All methods that guide a model of ``MODELS``, on."""
+    terms: dict[str, Term] = {
+        "CFG": CFG(1.7),
+        "CFG, rescale": CFG(1.7, rescale=0.7),
+        "CFG, channels": CFG(1.7, channels=3),
+        "APG": APG(1.7, norm_threshold=2.5),
+        "SAG": SAG(0.7),
+        "SAG, two layers": SAG(0.7, layer=(0, 1), quantile=0.6, blur_sigma=0.2, blur_in="grid"),
+        "SAG, high frequency": SAG(0.7, mask="high_frequency"),
+        "SAG, random": SAG(0.7, mask="random"),
+        "SAG, square": SAG(0.7, mask="square"),
+        "SAG, global": SAG(0.7, mask="global"),
+        "blur": BlurGuidance(0.7),
+        "PAG": PAG(0.7),
+        "SEG": SEG(0.7),
+        "SEG, finite": SEG(0.7, blur_sigma=0.8),
+        "SLG": SLG(0.7),
+        "TPG": TPG(0.7),
+        "TSG": TSG(1.7),
+        "ICG": ICG(1.7),
+        "autoguidance": Autoguidance(1.7, worse=WORSE[model]),
+        "classifier": ClassifierGuidance(7.0, classifier=Classifier()),
+    }
+    if isinstance(MODELS[model].process, Flow):
+        terms["CFG-Zero*"] = CFGZero(1.7)
+    else:
+        terms["classifier, mean"] = ClassifierGuidance(7.0, classifier=Classifier(), form="mean")
+    return terms
+
+
+METHODS = sorted({name for model in MODELS for name in every(model)})
+CELLS = [(model, name) for model in MODELS for name in every(model)]
+
+
+def batch(rows: int = 3) -> tuple[Tensor, Tensor]:
+    """Noisy images and the classes they are asked for."""
+    x = torch.randn(rows, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    return x, torch.tensor([1, 2, 3])[:rows]
+
+
+def guided(
+    model: ClassConditional,
+    terms: list[Term],
+    step: Step,
+    *,
+    max_rows: int | None = None,
+    order: list[int] | None = None,
+) -> Prediction:
+    """The guided prediction of one step; ``order`` permutes the images with all that is theirs."""
+    x, y = batch()
+    noise = NOISE
+    if order is not None:
+        x, y = x[order], y[order]
+        noise = NoiseSource([NOISE.seeds[i] for i in order], [NOISE.indices[i] for i in order])
+    return GuidedDenoiser(model, terms, noise=noise, max_rows=max_rows)(x, step, y)

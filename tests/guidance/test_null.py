@@ -1,0 +1,131 @@
+"""What else is made of a conditional and a null prediction, against diffusers' own functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
+from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
+from diffusers.guiders.guider_utils import rescale_noise_cfg
+from torch import Tensor
+
+from sag_dit.denoiser import ClassConditional
+from sag_dit.guidance import APG, CFG, ICG, CFGZero, GuidedDenoiser, Term
+from sag_dit.process import DDPM, Flow, Prediction, Step
+from tests.guidance.every import MODELS, NOISE, batch, guided, small_dit
+from tests.guidance.reference import step_at
+
+
+def both(model: ClassConditional, step: Step) -> tuple[Prediction, Prediction]:
+    """The conditional and the null prediction."""
+    x, y = batch()
+    return model(x, step.level, y), model(x, step.level, model.null(3))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("phi", [0.7, 1.0])
+def test_rescale_is_of_what_the_network_puts_out(model: str, phi: float) -> None:
+    denoiser = MODELS[model]
+    for index in (0, 9):
+        step = step_at(denoiser.process, index)
+        cond, null = (getattr(p, denoiser.kind) for p in both(denoiser, step))
+        expected = rescale_noise_cfg(null + 3.0 * (cond - null), cond, phi)
+        found = getattr(guided(denoiser, [CFG(3.0, rescale=phi)], step), denoiser.kind)
+        # x_0 where almost nothing but noise is known is a small difference of large numbers.
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    deviations = [x.std(dim=(1, 2, 3)) for x in (found, cond)]
+    assert torch.allclose(*deviations, rtol=1e-3) is (phi == 1)
+
+
+@pytest.mark.parametrize("model", ["eps", "v", "flow"])
+@pytest.mark.parametrize(
+    ("eta", "norm", "momentum"), [(0.0, 0.0, 0.0), (0.3, 4.0, 0.0), (0.0, 4.0, -0.5), (1.0, 0, 0.5)]
+)
+def test_apg_is_the_paper_s_in_x_0(model: str, eta: float, norm: float, momentum: float) -> None:
+    """Over three steps, since its momentum remembers."""
+    denoiser = MODELS[model]
+    x, y = batch()
+    term = APG(4.0, eta=eta, norm_threshold=norm, momentum=momentum)
+    asking, buffer = GuidedDenoiser(denoiser, [term]), MomentumBuffer(momentum)
+    for index in (4, 5, 6):
+        step = step_at(denoiser.process, index)
+        cond, null = (p.x_0 for p in both(denoiser, step))
+        expected = normalized_guidance(
+            cond, null, 3.0, buffer, eta, norm, use_original_formulation=True
+        )
+        found = asking(x, step, y).x_0
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        assert (found - cond).abs().max() > 0.1
+
+
+def test_apg_that_projects_nothing_is_cfg() -> None:
+    step = step_at(DDPM(), 4)
+    plain = APG(2.5, eta=1.0, momentum=0.0)
+    torch.testing.assert_close(
+        guided(MODELS["eps"], [plain], step).v,
+        guided(MODELS["eps"], [CFG(2.5)], step).v,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_cfg_zero_scales_the_null_velocity_and_zeroes_the_first_steps() -> None:
+    denoiser = MODELS["flow"]
+    for index, zeroed in ((0, True), (1, True), (2, False), (9, False)):
+        step = step_at(denoiser.process, index)
+        cond, null = (p.v for p in both(denoiser, step))
+        scale = cfg_zero_star_scale(cond.flatten(1), null.flatten(1))[:, :, None, None]
+        expected = null * scale + 3.0 * (cond - null * scale)
+        found = guided(denoiser, [CFGZero(3.0, zero_steps=2)], step).v
+        torch.testing.assert_close(found, 0 * expected if zeroed else expected)
+        assert (scale - 1).abs().min() > 1e-2
+
+
+def test_icg_draws_each_image_and_step_a_class_of_its_own() -> None:
+    denoiser = MODELS["eps"]
+    x, y = batch()
+    drawn: list[Tensor] = []
+    for index in range(10):
+        step = step_at(denoiser.process, index)
+        uniform = torch.special.ndtr(NOISE.normal(index + 1, (1,), purpose=4)[:, 0])
+        drawn.append((uniform * 10).long())
+        other = denoiser(x, step.level, drawn[-1])
+        cond = denoiser(x, step.level, y)
+        found = guided(denoiser, [ICG(1.4)], step).v
+        expected = other.v + 1.4 * (cond.v - other.v)
+        atol = 1e-5 * expected.abs().amax().item()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=atol)
+    classes = torch.stack(drawn)
+    assert classes.min() >= 0 and classes.max() <= 9 and len(classes.unique()) > 6
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CFG(2.0, rescale=1.5), "rescale=1.5: expected phi from 0"),
+        (lambda: APG(2.0, norm_threshold=-1.0), "norm_threshold=-1.0"),
+        (lambda: APG(2.0, momentum=-1.0), "momentum=-1.0"),
+        (lambda: CFGZero(2.0, zero_steps=-1), "zero_steps=-1"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(make: Callable[[], Term], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("term", [CFG(2.0), APG(2.0), CFGZero(2.0)])
+def test_a_model_without_a_null_condition_is_refused(term: Term) -> None:
+    model = ClassConditional(small_dit(class_dropout_prob=0.0), Flow(), kind="v")
+    name = type(term).__name__.lower()
+    with pytest.raises(ValueError, match=rf"{name}_scale=2.0.*set {name}_scale=1"):
+        GuidedDenoiser(model, [term])
+
+
+def test_cfg_zero_is_for_flows_and_icg_for_classes() -> None:
+    with pytest.raises(ValueError, match=r"CFG-Zero\* guides flow models.*DDPM"):
+        GuidedDenoiser(MODELS["eps"], [CFGZero(2.0)])
+    single = ClassConditional(small_dit(num_classes=1, class_dropout_prob=0.0), DDPM())
+    with pytest.raises(ValueError, match="two or more classes; set icg_scale=1"):
+        GuidedDenoiser(single, [ICG(2.0)])

@@ -1,0 +1,205 @@
+"""What holds for every guidance method, on every kind of model, at both ends of the process."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sag_dit.guidance import CFG, SAG, SEG, CFGZero, GuidedDenoiser, Term, cost_of
+from sag_dit.process import Flow, Step
+from sag_dit.sampler import DDIM, EulerFlow, Sampler
+from tests.guidance.every import CELLS, METHODS, MODELS, NOISE, batch, every, guided
+from tests.guidance.reference import counted, step_at
+
+ENDS = (0, 9)
+
+
+def first_of(name: str) -> str:
+    """A model that the method guides."""
+    return next(model for model, method in CELLS if method == name)
+
+
+def idle(name: str, step: Step) -> bool:
+    """Whether a method rightly says nothing: TSG at time 0, a classifier at pure noise."""
+    if name == "TSG":
+        return step.level.t == 0
+    return step.level.alpha == 0 and name.startswith("classifier")
+
+
+@cache
+def plain(model: str, index: int) -> Tensor:
+    """What the model says without guidance."""
+    return guided(MODELS[model], [], step_at(MODELS[model].process, index)).v
+
+
+@pytest.mark.parametrize(("model", "name"), CELLS, ids=str)
+def test_every_method_changes_v_and_stays_finite(model: str, name: str) -> None:
+    denoiser = MODELS[model]
+    for index in ENDS:
+        step, before = step_at(denoiser.process, index), plain(model, index)
+        v = guided(denoiser, [every(model)[name]], step).v
+        assert v.isfinite().all()
+        change = (v - before).abs().flatten(1).amax(dim=1)
+        if idle(name, step):
+            assert torch.equal(v, before)
+        else:
+            assert (change > 1e-6 * before.abs().amax()).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_off_costs_no_forward_and_changes_no_bit(name: str) -> None:
+    model = first_of(name)
+    denoiser, term = MODELS[model], every(model)[name]
+    off = replace(term, scale=term.neutral)
+    assert off.off and not term.off
+    step = step_at(denoiser.process, 4)
+    with counted(denoiser) as rows:
+        v = guided(denoiser, [off], step).v
+        paused = guided(denoiser, [replace(term, interval=(0.5, 0.6))], step).v
+        weightless = guided(denoiser, [replace(term, schedule=lambda p: 0.0)], step).v
+    assert rows == [3, 3, 3]
+    for each in (v, paused, weightless):
+        assert torch.equal(each, plain(model, 4))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_all_at_once_equal_one_by_one(model: str) -> None:
+    """As few calls as the questions allow, as many as there are branches: the same result."""
+    denoiser = MODELS[model]
+    terms = list(every(model).values())
+    for index in ENDS:
+        step = step_at(denoiser.process, index)
+        with counted(denoiser) as rows:
+            together = guided(denoiser, terms, step).v
+        with counted(denoiser) as rows_apart:
+            apart = guided(denoiser, terms, step, max_rows=3).v
+        assert len(rows) == 2 and sum(rows) == sum(rows_apart) and set(rows_apart) == {3}
+        scale = together.abs().amax().item()
+        torch.testing.assert_close(together, apart, rtol=1e-3, atol=2e-5 * scale)
+
+
+@given(
+    names=st.lists(st.sampled_from([n for m, n in CELLS if m == "eps"]), unique=True, max_size=4),
+    index=st.integers(0, 9),
+    random=st.randoms(use_true_random=False),
+)
+@settings(max_examples=6)
+def test_terms_commute_and_add_up(names: list[str], index: int, random: object) -> None:
+    """Apart from SAG's choice of a branch beside CFG, terms know nothing of one another."""
+    denoiser = MODELS["eps"]
+    step = step_at(denoiser.process, index)
+    terms = [
+        replace(term, branch="cond") if hasattr(term, "branch") else term
+        for term in (every("eps")[name] for name in names)
+    ]
+    shuffled = terms.copy()
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    before = plain("eps", index)
+    whole = guided(denoiser, terms, step).v
+    parts = before + sum(guided(denoiser, [term], step).v - before for term in terms)
+    atol = 1e-4 * max(1.0, whole.abs().amax().item())
+    torch.testing.assert_close(guided(denoiser, shuffled, step).v, whole, rtol=1e-3, atol=atol)
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=atol)
+
+
+@given(order=st.permutations([0, 1, 2]), name=st.sampled_from(METHODS))
+@settings(max_examples=12)
+def test_the_order_of_the_images_does_not_matter(order: list[int], name: str) -> None:
+    model = first_of(name)
+    step = step_at(MODELS[model].process, 4)
+    term = every(model)[name]
+    v = guided(MODELS[model], [term], step).v
+    permuted = guided(MODELS[model], [term], step, order=order).v
+    torch.testing.assert_close(permuted, v[order], rtol=1e-4, atol=1e-5)
+
+
+@given(
+    name=st.sampled_from([n for n in METHODS if n != "CFG-Zero*" and "rescale" not in n]),
+    scale=st.floats(-2, 4),
+    weight=st.floats(0.1, 3),
+)
+@settings(max_examples=12)
+def test_a_schedule_scales_the_scale_s_excess_over_off(
+    name: str, scale: float, weight: float
+) -> None:
+    """And contributions are linear in it."""
+    model = first_of(name)
+    step = step_at(MODELS[model].process, 4)
+    term = replace(every(model)[name], scale=every(model)[name].neutral + scale)
+    weighted = replace(term, schedule=lambda p: weight)
+    scaled = replace(term, scale=term.neutral + weight * scale)
+    atol = 1e-5 * max(1.0, abs(weight * scale))
+    torch.testing.assert_close(
+        guided(MODELS[model], [weighted], step).v,
+        guided(MODELS[model], [scaled], step).v,
+        rtol=1e-3,
+        atol=atol,
+    )
+
+
+@given(
+    cuts=st.lists(st.floats(1e-3, 300), min_size=0, max_size=4).map(sorted),
+    unit=st.sampled_from(["t", "sigma"]),
+    model=st.sampled_from(["eps", "eps, cosine", "flow"]),
+    count=st.integers(1, 40),
+)
+def test_intervals_of_noise_meet_without_gap_or_overlap(
+    cuts: list[float], unit: str, model: str, count: int
+) -> None:
+    """Every step of a run belongs to exactly one part, both ends included where left open."""
+    process = MODELS[model].process
+    edges = [None, *cuts, None]
+    terms = [CFG(2.0, interval=pair, interval_in=unit) for pair in itertools.pairwise(edges)]  # type: ignore[arg-type]
+    for step in (step_at(process, index, count) for index in range(count)):
+        assert sum(term.active(step) for term in terms) == 1
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_cost_that_is_told_is_what_is_paid(model: str) -> None:
+    denoiser = MODELS[model]
+    sampler: Sampler = EulerFlow() if isinstance(denoiser.process, Flow) else DDIM()
+    cuts = itertools.cycle([(0.0, 1.0), (0.2, 0.5), (0.4, 0.9)])
+    terms: list[Term] = [
+        replace(term, interval=next(cuts), schedule="linear") for term in every(model).values()
+    ]
+    for chosen in ([], terms[4:7], terms):
+        told = cost_of(denoiser, chosen, sampler, 6)
+        paid_rounds, paid_rows = [], []
+        asking = GuidedDenoiser(denoiser, chosen, noise=NOISE)
+        x, y = batch()
+        for index in range(6):
+            with counted(denoiser) as rows:
+                asking(x, step_at(denoiser.process, index, 6), y)
+            paid_rounds.append(len(rows))
+            paid_rows.append(sum(rows) // 3)
+        assert (list(told.rounds), list(told.rows)) == (paid_rounds, paid_rows)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_says_nothing_changes_nothing(model: str) -> None:
+    """A mask of 0, a blur of 0, and classifier-free guidance at scale 1."""
+    denoiser = MODELS[model]
+    for index in ENDS:
+        step, before = step_at(denoiser.process, index), plain(model, index)
+        nothing: list[Term] = [
+            CFG(1.0),
+            SAG(1.0, threshold=99.0),
+            SAG(1.0, blur_sigma=0.01),
+            SEG(1.0, blur_sigma=0.01),
+        ]
+        atol = 1e-5 * before.abs().amax().item()
+        torch.testing.assert_close(guided(denoiser, nothing, step).v, before, rtol=1e-4, atol=atol)
+
+
+def test_zero_init_comes_to_0() -> None:
+    denoiser = MODELS["flow"]
+    x, y = batch()
+    first = Step(0, 10, *denoiser.process.grid(10)[:2])
+    assert GuidedDenoiser(denoiser, [CFGZero(2.0)])(x, first, y).v.abs().max() == 0
