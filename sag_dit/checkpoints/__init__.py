@@ -1,8 +1,21 @@
 """Checkpoints: published names, every layout in use, and our own."""
 
+from sag_dit.checkpoints.classifiers import load_classifier
 from sag_dit.checkpoints.config import build, describe
 from sag_dit.checkpoints.export import write_safetensors
-from sag_dit.checkpoints.loading import load
+from sag_dit.checkpoints.loading import load, load_denoiser
 from sag_dit.checkpoints.model import Model, from_denoiser
+from sag_dit.checkpoints.text import is_text, load_text
 
-__all__ = ["Model", "build", "describe", "from_denoiser", "load", "write_safetensors"]
+__all__ = [
+    "Model",
+    "build",
+    "describe",
+    "from_denoiser",
+    "is_text",
+    "load",
+    "load_classifier",
+    "load_denoiser",
+    "load_text",
+    "write_safetensors",
+]

@@ -10,6 +10,7 @@ from sag_dit.checkpoints.model import Model
 from sag_dit.codec import VAECodec
 
 SHOWN_CLASSES = 20
+NETWORKS = {"DiT": "diffusion transformer (DiT)", "UNet": "UNet (of ADM's and IDDPM's kind)"}
 
 
 def model_card(
@@ -27,7 +28,7 @@ def model_card(
     lines = [
         f"# Model card: {model.name}",
         "",
-        "A class-conditional diffusion transformer (DiT), exported by sag_dit.",
+        f"A class-conditional {NETWORKS[type(network).__name__]}, exported by sag_dit.",
         "",
         "| | |",
         "|---|---|",

@@ -2,14 +2,16 @@
 
 Its keys, as in the config.json beside exported weights:
 
-    model        the arguments of DiT; input_size is a number or [height, width]
+    model        the arguments of DiT, or those of UNet, which has model_channels; input_size is a
+                 number or [height, width]
     process      {"schedule": "linear" or "cosine", "num_timesteps": 1000} is a DDPM,
                  {"time_scale": 1.0, "shift": 1.0} a Flow
-    kind         "eps", "v" or "x_0"
+    kind         "eps", "v", "x_0" or "score"
     x_0_range    [-1, 1] for pixels, null for latents
     class_names  one name per class
     vae          the autoencoder of a latent model: a folder or a hub repository (optional)
     defaults     what to sample with, {"batch_size": 16} for example (optional)
+    lora         {"rank": 8, "alpha": 8.0} where adapters stand beside the weights (optional)
 """
 
 from __future__ import annotations
@@ -17,14 +19,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from sag_dit.denoiser import ClassConditional
 from sag_dit.models import DiT
 from sag_dit.process import DDPM, Flow, Process
 from sag_dit.process.base import OutputKind
 
+if TYPE_CHECKING:
+    from sag_dit.models.unet import UNet
+
 MODEL_KEYS = tuple(inspect.signature(DiT).parameters)
+UNET_KEY = "model_channels"
+"""An argument that only a UNet has."""
 PROCESSES: dict[tuple[str, ...], type[DDPM] | type[Flow]] = {
     tuple(field.name for field in fields(process)): process for process in (DDPM, Flow)
 }
@@ -43,27 +50,43 @@ def describe(denoiser: ClassConditional) -> dict[str, Any]:
         raise ValueError(
             f"process={type(process).__name__}: expected DDPM or Flow, which a config can name"
         )
-    height, width = network.input_size
-    hidden_size = int(network.pos_embed.shape[-1])
-    block: Any = network.blocks[0]
     return {
-        "model": {
-            "input_size": height if height == width else [height, width],
-            "patch_size": network.patch_size,
-            "in_channels": network.in_channels,
-            "hidden_size": hidden_size,
-            "depth": len(network.blocks),
-            "num_heads": int(block.attn.num_heads),
-            "mlp_ratio": mlp_ratio(hidden_size, int(block.mlp.fc1.out_features)),
-            "class_dropout_prob": network.y_embedder.dropout_prob,
-            "num_classes": network.num_classes,
-            "learn_sigma": network.learn_sigma,
-        },
-        "process": asdict(process),
+        "model": _arguments(network) if isinstance(network, DiT) else dict(network.arguments),
+        "process": _settings(process),
         "kind": denoiser.kind,
         "x_0_range": None if denoiser.x_0_range is None else list(denoiser.x_0_range),
         "class_names": list(denoiser.class_names),
     }
+
+
+def _arguments(network: DiT) -> dict[str, Any]:
+    """Return what builds a DiT anew."""
+    height, width = network.input_size
+    hidden_size = int(network.pos_embed.shape[-1])
+    block: Any = network.blocks[0]
+    return {
+        "input_size": height if height == width else [height, width],
+        "patch_size": network.patch_size,
+        "in_channels": network.in_channels,
+        "hidden_size": hidden_size,
+        "depth": len(network.blocks),
+        "num_heads": int(block.attn.num_heads),
+        "mlp_ratio": mlp_ratio(hidden_size, int(block.mlp.fc1.out_features)),
+        "class_dropout_prob": network.y_embedder.dropout_prob,
+        "num_classes": network.num_classes,
+        "learn_sigma": network.learn_sigma,
+    }
+
+
+def _settings(process: DDPM | Flow) -> dict[str, Any]:
+    """Return a process's settings; ``start``, which came later, only where it is not the default.
+
+    So the config of a model, from which its run folders have their names, stays what it was.
+    """
+    settings = asdict(process)
+    if settings.get("start") == 1.0:
+        del settings["start"]
+    return settings
 
 
 def mlp_ratio(hidden_size: int, mlp_size: int) -> float:
@@ -80,19 +103,34 @@ def build(config: Mapping[str, Any]) -> ClassConditional:
         ValueError: a key is missing or unknown, or a value is impossible.
     """
     _check_keys("the config", config, required=REQUIRED)
-    model = config["model"]
-    _check_keys("the config's model", model, required=MODEL_KEYS, known=MODEL_KEYS)
     if config["kind"] not in get_args(OutputKind):
         raise ValueError(f"kind={config['kind']!r}: expected one of {get_args(OutputKind)}")
-    size = model["input_size"]
-    network = DiT(**{**model, "input_size": size if isinstance(size, int) else tuple(size)})
     return ClassConditional(
-        network,
+        build_network(config["model"]),
         build_process(config["process"]),
         kind=config["kind"],
         x_0_range=None if config["x_0_range"] is None else tuple(config["x_0_range"]),
         class_names=config.get("class_names", ()),
     )
+
+
+def build_network(model: Mapping[str, Any]) -> DiT | UNet:
+    """Build the network whose arguments these are, all of DiT's or some of UNet's.
+
+    Raises:
+        ValueError: an argument is missing or unknown, or a value is impossible.
+    """
+    where = "the config's model"
+    _check_keys(where, model, required=())
+    if UNET_KEY in model:
+        from sag_dit.models.unet import UNet
+
+        known = tuple(inspect.signature(UNet.__init__).parameters)[1:]
+        _check_keys(where, model, required=("input_size",), known=known)
+        return UNet(**model)
+    _check_keys(where, model, required=MODEL_KEYS, known=MODEL_KEYS)
+    size = model["input_size"]
+    return DiT(**{**model, "input_size": size if isinstance(size, int) else tuple(size)})
 
 
 def build_process(settings: Mapping[str, Any]) -> Process:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sag_dit.checkpoints import files, keys
+from sag_dit.checkpoints import files, infer_unet, keys, published, sit
+from sag_dit.checkpoints.lora import merged
+from sag_dit.denoiser.prompts import ENCODE
 from sag_dit.models import SIZES
 from sag_dit.models.embeddings import sincos_positions
 
@@ -46,8 +48,7 @@ def read(path: Path, ema: bool) -> Checkpoint:
                 f"{path}: one file of a diffusers model; pass the folder that holds its config"
             )
         _single_set(path, ema)
-        config = stated or _beside(path)
-        return Checkpoint(keys.unwrapped(state), (path,), config, config.get("vae"))
+        return _as_ours(path, keys.unwrapped(state), stated or config_beside(path))
     return _read_torch(path, ema)
 
 
@@ -87,7 +88,7 @@ def _read_torch(path: Path, ema: bool) -> Checkpoint:
     value = files.read_torch(path)
     if not isinstance(value, Mapping):
         raise ValueError(f"{path}: holds a {type(value).__name__}; {files.EXPECTED}")
-    stated = _beside(path)
+    stated = config_beside(path)
     if "state_dict" in value:
         return _read_lightning(path, value, stated, ema)
     if isinstance(value.get("ema"), Mapping) or isinstance(value.get("model"), Mapping):
@@ -95,11 +96,31 @@ def _read_torch(path: Path, ema: bool) -> Checkpoint:
         if not isinstance(value.get(name), Mapping):
             raise ValueError(_lacking(path, ema))
         state = keys.unwrapped(files.tensors(value[name], path))
-        said = _from_args(path, value.get("args"), state)
+        said = _from_args(value.get("args"), state)
         stated = {**said, **stated, "model": {**said["model"], **stated.get("model", {})}}
-        return Checkpoint(state, (path,), stated, stated.get("vae"))
+        return _as_ours(path, state, stated, value.get("args"))
     state = keys.unwrapped(files.tensors(value, path))
     _single_set(path, ema)
+    return _as_ours(path, state, stated)
+
+
+def _as_ours(
+    path: Path, state: keys.State, stated: Mapping[str, Any], args: Any = None
+) -> Checkpoint:
+    """Return a file's checkpoint, a published UNet or a SiT in our form.
+
+    A config that states a process is one of ours, and its weights are read as they are.
+    """
+    if published.is_published(state):
+        converted = infer_unet.convert(state, path, stated)
+        process = {"process": converted.process} if converted.process else {}
+        own = {name: value for name, value in stated.items() if name != published.ORDER}
+        config = {**process, **own, "model": converted.model}
+        return Checkpoint(converted.state, (path,), config, stated.get("vae"))
+    prediction = None if "process" in stated else sit.prediction_of(path, args)
+    if prediction is not None:
+        state, said = sit.from_sit(state, prediction)
+        stated = {**said, **stated}
     return Checkpoint(state, (path,), stated, stated.get("vae"))
 
 
@@ -131,21 +152,20 @@ def _read_lightning(
     if not isinstance(stated, Mapping) or not isinstance(stated.get("model"), Mapping):
         stated = beside
     network = keys.unwrapped(files.tensors(state, path))
+    if stated.get("lora") is not None:
+        try:
+            network = merged(network, stated["lora"])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     return Checkpoint(network, (path,), stated, stated.get("vae"))
 
 
-def _from_args(path: Path, args: Any, state: keys.State) -> dict[str, Any]:
-    """Return what the arguments of the official training script say."""
+def _from_args(args: Any, state: keys.State) -> dict[str, Any]:
+    """Return what the arguments of DiT's or SiT's official training script say."""
     said: dict[str, Any] = {"model": {}}
     if not isinstance(args, Namespace):
         return said
-    name = str(getattr(args, "model", ""))
-    if name.startswith("SiT"):
-        raise ValueError(
-            f"{path}: weights of {name}, a flow model, which this package does not read; its "
-            f"weights look like a DiT's, and would be sampled wrongly"
-        )
-    size = SIZES.get(name)
+    size = SIZES.get(str(getattr(args, "model", "")).replace("SiT-", "DiT-"))
     proj = state.get("x_embedder.proj.weight")
     if size and proj is not None and proj.shape[0] == size["hidden_size"]:
         said["model"]["num_heads"] = size["num_heads"]
@@ -159,6 +179,11 @@ def _from_args(path: Path, args: Any, state: keys.State) -> dict[str, Any]:
 def _read_pipeline(path: Path, ema: bool) -> Checkpoint:
     """Read a folder that diffusers saved of a DiTPipeline."""
     index = files.read_json(path / "model_index.json")
+    if index.get("_class_name") in ENCODE:
+        raise ValueError(
+            f"{path}: a text model, {index['_class_name']}; pass prompt='...' or requests=FILE to "
+            f"sample.py, or load it with sag_dit.load_text(ckpt, prompts)"
+        )
     if index.get("_class_name") != "DiTPipeline":
         raise ValueError(
             f"{path}: a diffusers folder of {index.get('_class_name')}; expected DiTPipeline, the "
@@ -249,7 +274,7 @@ def _from_scheduler(path: Path) -> dict[str, Any]:
     }
 
 
-def _beside(path: Path) -> dict[str, Any]:
+def config_beside(path: Path) -> dict[str, Any]:
     """Return the config beside a file, model.json for model.pt or config.json, else nothing."""
     for candidate in (path.with_suffix(".json"), path.with_name("config.json")):
         if candidate.is_file():

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from sag_dit.checkpoints.files import weights_files, weights_name
+from sag_dit.checkpoints.files import read_json, weights_files, weights_name
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 CONFIGS = ("model_index.json", "config.json", "scheduler_config.json")
@@ -41,6 +41,24 @@ def snapshot(repository: str, folders: tuple[str, ...]) -> Path:
         raise NotDownloadedError(f"{type(error).__name__}: {reason}") from error
 
 
+def whole(repository: str) -> Path:
+    """Return the folder of a diffusers pipeline with all its parts, downloading what is missing.
+
+    Raises:
+        ValueError: it could not be downloaded.
+    """
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(repository))
+    except Exception as error:  # the hub's client changes its HTTP library, and so the types
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ValueError(
+            f"{repository}: not all of this pipeline is in the hub's cache, and it could not be "
+            f"downloaded ({type(error).__name__}: {reason})"
+        ) from error
+
+
 def needed_files(names: Iterable[str], folders: tuple[str, ...]) -> list[str]:
     """Choose from a repository's files the configs, and one set of weights for each folder."""
     contents: defaultdict[str, list[str]] = defaultdict(list)
@@ -66,7 +84,11 @@ def needed_files(names: Iterable[str], folders: tuple[str, ...]) -> list[str]:
 
 def _complete(cached: Path, folders: tuple[str, ...]) -> bool:
     """Whether a download has all that is needed; one that was interrupted has some."""
+    index = cached / "model_index.json"
+    # A pipeline with a UNet has no transformer to wait for.
+    absent = {"transformer"} - set(read_json(index)) if index.is_file() else set()
     return all(
         (cached / folder / "config.json").is_file() and weights_files(cached / folder)
         for folder in folders
+        if folder not in absent
     )

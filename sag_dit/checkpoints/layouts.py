@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sag_dit.checkpoints import keys
 from sag_dit.checkpoints.infer import POSITION_TOLERANCE
@@ -29,20 +29,29 @@ DIFFUSERS_ARITHMETIC = (
 )
 
 
-def state_of(network: DiT) -> keys.State:
-    """Return a network's state as contiguous tensors on the CPU, under the official names."""
+NO_DIT = "a UNet, where it has a DiT"
+
+
+def state_of(network: nn.Module) -> keys.State:
+    """Return a network's state as contiguous tensors on the CPU, under our names.
+
+    Those of a DiT are the official ones.
+    """
     return {
         name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()
     }
 
 
-def has_null_row(network: DiT) -> bool:
-    """Whether the label table has a row for the null class."""
+def has_null_row(model: Model) -> bool:
+    """Whether the label table of a DiT has a row for the null class."""
+    network = model.denoiser.network
     return len(network.y_embedder.embedding_table.weight) > network.num_classes
 
 
 def dit_obstacles(model: Model) -> list[str]:
     """Return why facebookresearch/DiT's code could not hold this model; nothing if it can."""
+    if not isinstance(model.denoiser.network, DiT):
+        return [NO_DIT]
     height, width = model.denoiser.network.input_size
     return (
         [] if height == width else [f"a rectangular input ({height} x {width}), where it squares"]
@@ -50,7 +59,7 @@ def dit_obstacles(model: Model) -> list[str]:
 
 
 def dit_notes(model: Model) -> list[str]:
-    """Return what that code's own sampling script would get wrong about this model."""
+    """Return what that code's own sampling script would get wrong about this model, a DiT."""
     denoiser = model.denoiser
     differing = [
         what
@@ -58,7 +67,7 @@ def dit_notes(model: Model) -> list[str]:
             (f"it predicts {denoiser.kind}, not eps", denoiser.kind != "eps"),
             (f"its process is {denoiser.process}", denoiser.process != DDPM("linear", 1000)),
             ("it learns no variance", not denoiser.network.learn_sigma),
-            ("it has no null class", not has_null_row(denoiser.network)),
+            ("it has no null class", not has_null_row(model)),
             ("it works on pixels", not isinstance(model.codec, VAECodec)),
         )
         if differs
@@ -81,6 +90,8 @@ def write_dit(folder: Path, model: Model) -> None:
 def diffusers_obstacles(model: Model) -> list[str]:
     """Return why diffusers' DiTPipeline could not hold this model; nothing if it can."""
     denoiser, network = model.denoiser, model.denoiser.network
+    if not isinstance(network, DiT):
+        return [NO_DIT]
     height, width = network.input_size
     hidden = int(network.pos_embed.shape[-1])
     block: Any = network.blocks[0]
@@ -94,7 +105,7 @@ def diffusers_obstacles(model: Model) -> list[str]:
     reasons = (
         (settings == {}, "a pixel model, where it decodes latents with an AutoencoderKL"),
         (height != width, f"a rectangular input ({height} x {width}), where it has squares"),
-        (not has_null_row(network), "no null class (its label table has no row for it)"),
+        (not has_null_row(model), "no null class (its label table has no row for it)"),
         (
             network.num_classes > PIPELINE_NULL,
             f"{network.num_classes} classes, where it takes label {PIPELINE_NULL} for the null "
@@ -104,6 +115,7 @@ def diffusers_obstacles(model: Model) -> list[str]:
             not isinstance(denoiser.process, DDPM),
             f"the process {denoiser.process}, where it has DDPM's linear or cosine betas",
         ),
+        (denoiser.kind == "score", "a network of scores, where it has eps, v or x_0"),
         (mlp != 4 * hidden, f"an MLP {mlp / hidden:g} times as wide as the tokens, where it has 4"),
         (not off <= POSITION_TOLERANCE, "positions of its own, where it has the sin-cos table"),
         (
@@ -213,7 +225,9 @@ def _forget_path(config: Path) -> None:
 
 def bytes_of(model: Model) -> int:
     """Return how many bytes of weights the largest layout takes, without an autoencoder."""
-    state = model.denoiser.network.state_dict()
+    network = model.denoiser.network
+    state = network.state_dict()
     total = sum(tensor.nbytes for tensor in state.values())
-    embedders = sum(state[name].nbytes for name in keys.EMBEDDERS)
-    return int(total + embedders * len(model.denoiser.network.blocks))
+    if isinstance(network, DiT):
+        total += sum(state[name].nbytes for name in keys.EMBEDDERS) * len(network.blocks)
+    return int(total)

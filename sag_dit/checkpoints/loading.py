@@ -10,12 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from sag_dit.checkpoints import files, formats, infer, zoo
-from sag_dit.checkpoints.config import build, build_process
+from sag_dit.checkpoints.config import UNET_KEY, build, build_process
 from sag_dit.checkpoints.model import Model, from_denoiser
 from sag_dit.codec import Codec, IdentityCodec, VAECodec
+from sag_dit.denoiser import ClassConditional
 from sag_dit.process import Flow
 
 SHOWN_KEYS = 3
+FAMILIES = {
+    "DiT": "facebookresearch/DiT",
+    "UNet": "openai/guided-diffusion or openai/improved-diffusion, here under diffusers' names",
+    "Classifier": "openai/guided-diffusion's classifier, here under diffusers' names",
+}
+"""Whose parameters a network of each class has."""
 
 
 def load(
@@ -41,15 +48,8 @@ def load(
     # Before the weights are copied, so that a missing autoencoder is told at once.
     source = autoencoder(config, vae or checkpoint.vae)
     codec = choose_codec(config, source)
-    try:
-        # Without memory or initial values: the checkpoint has both.
-        with torch.device("meta"):
-            denoiser = build(config)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{found.path}: {error}") from None
-    fill(denoiser.network, checkpoint.state, found.path)
     return from_denoiser(
-        denoiser.eval(),
+        filled(config, checkpoint.state, found.path),
         found.name,
         codec=codec,
         sha256=files.sha256(checkpoint.files),
@@ -57,6 +57,33 @@ def load(
         defaults=config.get("defaults"),
         vae=source,
     )
+
+
+def load_denoiser(ckpt: str | Path, *, ema: bool = True) -> ClassConditional:
+    """Load a model without its autoencoder, to be asked beside another one.
+
+    Raises:
+        ValueError: as :func:`load`.
+    """
+    found = zoo.locate(ckpt)
+    checkpoint = formats.read(found.path, ema)
+    return filled(full_config(checkpoint, found.path), checkpoint.state, found.path)
+
+
+def filled(config: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> ClassConditional:
+    """Build the denoiser of a whole config and give it its weights.
+
+    Raises:
+        ValueError: the config is of no network, or the weights do not fit it.
+    """
+    try:
+        # Without memory or initial values: the checkpoint has both.
+        with torch.device("meta"):
+            denoiser = build(config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    fill(denoiser.network, state, path)
+    return denoiser.eval()
 
 
 def full_config(
@@ -69,16 +96,24 @@ def full_config(
     the kind of a flow is v.
 
     Raises:
-        ValueError: a stated value is of the wrong kind, or the weights are not a DiT's.
+        ValueError: a stated value is of the wrong kind, or the weights are of no known network.
     """
     stated = dict(checkpoint.stated)
     for key in ("model", "process", "defaults"):
         if not isinstance(stated.get(key, {}), Mapping):
             raise ValueError(f"{path}: its config's {key} is {stated[key]!r}; expected a mapping")
     model = dict(stated.get("model", {}))
-    if num_heads is not None:
-        model["num_heads"] = num_heads
-    model = infer.model_config(checkpoint.state, path, model)
+    if UNET_KEY in model:
+        if num_heads is not None:
+            raise ValueError(
+                f"num_heads={num_heads}: a UNet's weights are read by its heads; state "
+                f'{{"model": {{"num_heads": {num_heads}}}}} in '
+                f"{path.with_suffix('.json').name} beside them"
+            )
+    else:
+        if num_heads is not None:
+            model["num_heads"] = num_heads
+        model = infer.model_config(checkpoint.state, path, model)
     latent = latent or checkpoint.vae is not None
     pixels = model["in_channels"] in (1, 3) and not latent
     flow = isinstance(build_process(stated.get("process", {})), Flow)
@@ -174,8 +209,8 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
         raise ValueError(
             f"{path}: the weights do not fit the model\n"
             + "\n".join(problems)
-            + "\nexpected the parameters of facebookresearch/DiT; if a config comes with the file, "
-            "see that it is this file's"
+            + f"\nexpected the parameters of {FAMILIES[type(network).__name__]}; if a config comes "
+            "with the file, see that it is this file's"
         )
     # Copies, because a mapped file may change under a running program.
     copies = {

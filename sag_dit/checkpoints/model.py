@@ -27,6 +27,7 @@ class Model:
         class_names: one per class.
         defaults: what the checkpoint recommends to sample with, perhaps nothing.
         vae: where the codec's autoencoder was found, None for a pixel model.
+        lora: rank and alpha of adapters in a denoiser that is being trained, None without.
     """
 
     denoiser: ClassConditional
@@ -37,6 +38,7 @@ class Model:
     class_names: tuple[str, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     vae: str | None = None
+    lora: Mapping[str, Any] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -47,7 +49,13 @@ class Model:
     def description(self) -> dict[str, Any]:
         """The config that rebuilds the model from its weights: what a checkpoint stores."""
         vae = {} if self.vae is None else {"vae": self.vae}
-        return {**describe(self.denoiser), **vae, "defaults": dict(self.defaults)}
+        lora = {} if self.lora is None else {"lora": dict(self.lora)}
+        return {**describe(self.denoiser), **vae, **lora, "defaults": dict(self.defaults)}
+
+
+def plain_name(name: str) -> str:
+    """Return a name fit for a folder."""
+    return re.sub(r"[^\w.+-]+", "-", name)
 
 
 def from_denoiser(
@@ -81,7 +89,7 @@ def from_denoiser(
     return Model(
         denoiser=denoiser,
         codec=codec,
-        name=re.sub(r"[^\w.+-]+", "-", name),
+        name=plain_name(name),
         sha256=sha256,
         config=config,
         class_names=denoiser.class_names,

@@ -7,9 +7,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from sag_dit.checkpoints import hub
+from sag_dit.checkpoints import hub, published
 
-BUNDLED = "digits"
+BUNDLED = ("digits", "patches")
 FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors", ".bin")
 WEIGHTS_FOLDER = "SAG_DIT_WEIGHTS"
 """The environment variable that names a folder of downloaded weights."""
@@ -17,19 +17,57 @@ WEIGHTS_FOLDER = "SAG_DIT_WEIGHTS"
 
 @dataclass(frozen=True)
 class Published:
-    """A published model: its official file, where that is offered, and its hub repository."""
+    """A published model: its official file, its address, and its hub repository if it has one."""
 
     file: str
     url: str
-    repository: str
+    repository: str = ""
 
 
-_OFFICIAL = "https://dl.fbaipublicfiles.com/DiT/models/"
+def _dit(side: int) -> Published:
+    file = f"DiT-XL-2-{side}x{side}.pt"
+    official = f"https://dl.fbaipublicfiles.com/DiT/models/{file}"
+    return Published(file, official, f"facebook/DiT-XL-2-{side}")
+
+
+def _openai(file: str) -> Published:
+    variant = published.by_file(file)
+    if variant is None:
+        raise KeyError(file)
+    return Published(file, variant.url + file)
+
+
 ZOO = {
-    "DiT-XL-2": Published("DiT-XL-2-256x256.pt", _OFFICIAL, "facebook/DiT-XL-2-256"),
-    "DiT-XL-2-512": Published("DiT-XL-2-512x512.pt", _OFFICIAL, "facebook/DiT-XL-2-512"),
+    "DiT-XL-2": _dit(256),
+    "DiT-XL-2-512": _dit(512),
+    "SiT-XL-2": Published(
+        "SiT-XL-2-256x256.pt",
+        "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt"
+        "?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0",
+    ),
+    "ADM-64": _openai("64x64_diffusion.pt"),
+    "ADM-128": _openai("128x128_diffusion.pt"),
+    "ADM-256": _openai("256x256_diffusion.pt"),
+    "ADM-256-uncond": _openai("256x256_diffusion_uncond.pt"),
+    "ADM-512": _openai("512x512_diffusion.pt"),
+    "ADM-LSUN-bedroom": _openai("lsun_bedroom.pt"),
+    "ADM-LSUN-cat": _openai("lsun_cat.pt"),
+    "ADM-LSUN-horse": _openai("lsun_horse.pt"),
+    "ADM-LSUN-horse-nodropout": _openai("lsun_horse_nodropout.pt"),
+    "IDDPM-ImageNet-64": _openai("imagenet64_cond_270M_250K.pt"),
+    "IDDPM-ImageNet-64-uncond": _openai("imagenet64_uncond_100M_1500K.pt"),
+    "IDDPM-ImageNet-64-uncond-vlb": _openai("imagenet64_uncond_vlb_100M_1500K.pt"),
+    "IDDPM-CIFAR-10": _openai("cifar10_uncond_50M_500K.pt"),
+    "IDDPM-CIFAR-10-vlb": _openai("cifar10_uncond_vlb_50M_500K.pt"),
+    "IDDPM-LSUN-bedroom": _openai("lsun_uncond_100M_2400K_bs64.pt"),
+    "IDDPM-LSUN-bedroom-1200K": _openai("lsun_uncond_100M_1200K_bs128.pt"),
 }
-ALIASES = {"DiT-XL-2-256": "DiT-XL-2"}
+ALIASES = {"DiT-XL-2-256": "DiT-XL-2", "SiT-XL-2-256": "SiT-XL-2"}
+CLASSIFIERS = {
+    f"ADM-classifier-{side}": _openai(f"{side}x{side}_classifier.pt")
+    for side in (64, 128, 256, 512)
+}
+"""Classifiers of noisy images, which guide and do not draw."""
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 VAES = {
@@ -49,7 +87,7 @@ class Found:
 
 def names() -> tuple[str, ...]:
     """Return the names that ``load`` knows beside paths."""
-    return (BUNDLED, *ZOO, *ALIASES)
+    return (*BUNDLED, *ZOO, *ALIASES)
 
 
 def local_folders() -> list[Path]:
@@ -69,10 +107,10 @@ def locate(ckpt: str | Path) -> Found:
     """
     if isinstance(ckpt, str):
         name = ALIASES.get(ckpt, ckpt)
-        if name == BUNDLED:
-            return Found(_bundled(), BUNDLED)
+        if name in BUNDLED:
+            return Found(_bundled(name), name)
         if name in ZOO:
-            return Found(_published(name), name)
+            return Found(_published(name, ZOO[name]), name)
     path = Path(ckpt).expanduser()
     if path.exists():
         return Found(path, _short_name(path))
@@ -95,34 +133,40 @@ def locate(ckpt: str | Path) -> Found:
     )
 
 
-def _bundled() -> Path:
-    folder = Path(__file__).with_name(BUNDLED)
+def _bundled(name: str) -> Path:
+    folder = Path(__file__).with_name(name)
     if not (folder / "model.safetensors").is_file():
         raise ValueError(
-            f"ckpt={BUNDLED}: the bundled model is missing from {folder}; install the package "
-            f"again, or train the model with `python train.py experiment=digits`"
+            f"ckpt={name}: the bundled model is missing from {folder}; install the package "
+            f"again, or train the model with `python train.py experiment={name}`"
         )
     return folder
 
 
-def _published(name: str) -> Path:
-    model = ZOO[name]
+def _published(name: str, model: Published) -> Path:
     for folder in local_folders():
         if (folder / model.file).is_file():
             return folder / model.file
-        diffusers = folder / model.repository.split("/")[1]
-        if (diffusers / "model_index.json").is_file():
+        diffusers = folder / model.repository.split("/")[-1]
+        if model.repository and (diffusers / "model_index.json").is_file():
             return diffusers
+    folders = ", ".join(str(folder.absolute()) for folder in local_folders())
+    if not model.repository:
+        raise ValueError(
+            f"{name}: the weights are not here, and no hub has them\n"
+            f"looked for {model.file} in {folders} (${WEIGHTS_FOLDER} names a further folder)\n"
+            f"download {model.url} as {model.file} into one of them, or pass its path instead of "
+            f"the name"
+        )
     try:
         return hub.snapshot(model.repository, ("transformer", "vae"))
     except hub.NotDownloadedError as error:
-        folders = ", ".join(str(folder.absolute()) for folder in local_folders())
         raise ValueError(
             f"ckpt={name}: the weights are not here and could not be downloaded\n"
             f"looked for {model.file} and the folder {model.repository.split('/')[1]} in {folders} "
             f"(${WEIGHTS_FOLDER} names a further folder); for {model.repository} in the hub's "
             f"cache; and at the hub: {error}\n"
-            f"with a network elsewhere, download {model.url}{model.file} or {model.repository}, "
+            f"with a network elsewhere, download {model.url} or {model.repository}, "
             f"and pass its path: ckpt=PATH"
         ) from None
 
@@ -139,6 +183,24 @@ def _short_name(path: Path) -> str:
     if path.is_file() and path.stem in ("model", "last"):
         return path.parent.name
     return path.stem if path.is_file() else path.name
+
+
+def locate_classifier(classifier: str | Path) -> Found:
+    """Find a classifier by published name or path.
+
+    Raises:
+        ValueError: it is nowhere; the places are listed.
+    """
+    name = str(classifier)
+    if name in CLASSIFIERS:
+        return Found(_published(name, CLASSIFIERS[name]), name)
+    path = Path(classifier).expanduser()
+    if path.is_file():
+        return Found(path, _short_name(path))
+    raise ValueError(
+        f"classifier={name!r}: no such classifier; expected {', '.join(CLASSIFIERS)}, or the path "
+        f"of such a file; looked for {path.absolute()}"
+    )
 
 
 def locate_vae(vae: str | Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -29,6 +30,7 @@ class Denoiser(nn.Module, ABC):
         latent_shape: (c, h, w) of x_t.
         x_0_range: values that a clean x_0 can have, None where unbounded (latents).
         layers: self-attention layers by name.
+        aliases: further names of these layers, such as those of the published code.
     """
 
     network: nn.Module
@@ -37,6 +39,7 @@ class Denoiser(nn.Module, ABC):
     latent_shape: tuple[int, int, int]
     x_0_range: tuple[float, float] | None
     layers: Mapping[str, AttentionLayer]
+    aliases: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def evaluate(self, x_t: Images, t: Tensor, cond: Condition) -> Images:
@@ -49,6 +52,10 @@ class Denoiser(nn.Module, ABC):
     @abstractmethod
     def join(self, conditions: Sequence[Condition]) -> Condition:
         """Concatenate conditions along the batch."""
+
+    def conditions(self, labels: Sequence[int]) -> Condition:
+        """Return the condition of images by their labels: numbers of classes, or of prompts."""
+        return torch.tensor(labels, device=self.device)
 
     def forward(
         self,
@@ -89,6 +96,7 @@ class Denoiser(nn.Module, ABC):
         Raises:
             ValueError: no layer of that name; those that exist are listed.
         """
+        name = self.aliases.get(name, name)
         names = list(self.layers)
         if not names:
             raise ValueError(f"layer {name!r}: this model has no self-attention layers to read")
@@ -96,8 +104,9 @@ class Denoiser(nn.Module, ABC):
             return self.layers[names[(len(names) - 1) // 2]]
         found = self.layers.get(name) or self.layers.get(f"{name}.attn")
         if found is None:
+            known = [*names, *(alias for alias in self.aliases if alias != "auto")]
             raise ValueError(
                 f"layer {name!r} does not exist; this model's self-attention layers are "
-                f"{', '.join(names)}"
+                f"{', '.join(known)}"
             )
         return found

@@ -1,32 +1,36 @@
-"""A denoiser conditioned on class labels: DiT."""
+"""A denoiser conditioned on class labels: DiT, or a UNet of ADM or IDDPM."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 
-from sag_dit.attention import AttentionLayer
 from sag_dit.denoiser.base import Denoiser
 from sag_dit.models import DiT
 from sag_dit.process import Process
 from sag_dit.process.base import OutputKind
 from sag_dit.tensors import Images, Labels
 
+if TYPE_CHECKING:
+    # Its library takes seconds to import, and a DiT has no use for it.
+    from sag_dit.models.unet import UNet
+
 
 class ClassConditional(Denoiser):
-    """A DiT asked with labels from 0 to num_classes - 1; label num_classes is the null class.
+    """A network asked with labels from 0 to num_classes - 1; label num_classes is the null class.
 
-    An unconditional model is one with a single class and no label dropout.
+    An unconditional model is one with a single class and no label dropout, or a UNet without
+    classes, which counts as one.
     """
 
-    network: DiT
+    network: DiT | UNet
 
     def __init__(
         self,
-        network: DiT,
+        network: DiT | UNet,
         process: Process,
         kind: OutputKind = "eps",
         x_0_range: tuple[float, float] | None = None,
@@ -35,33 +39,32 @@ class ClassConditional(Denoiser):
         super().__init__()
         if kind not in get_args(OutputKind):
             raise ValueError(f"kind={kind!r}: expected one of {', '.join(get_args(OutputKind))}")
-        if class_names and len(class_names) != network.num_classes:
+        num_classes = max(network.num_classes, 1)
+        if class_names and len(class_names) != num_classes:
             raise ValueError(
-                f"{len(class_names)} class names for a model of {network.num_classes} classes: "
+                f"{len(class_names)} class names for a model of {num_classes} classes: "
                 f"expected one name per class, or none"
             )
         self.network = network
         self.process = process
         self.kind = kind
         self.x_0_range = None if x_0_range is None else (x_0_range[0], x_0_range[1])
-        self.num_classes = network.num_classes
+        self.num_classes = num_classes
         self.class_names = tuple(class_names) or tuple(str(i) for i in range(self.num_classes))
         self.latent_shape = (network.in_channels, *network.input_size)
-        self.layers = {
-            f"blocks.{i}.attn": AttentionLayer(f"blocks.{i}.attn", network.grid)
-            for i in range(len(network.blocks))
-        }
+        self.layers = network.layers
+        self.aliases = network.aliases
 
     def evaluate(self, x_t: Images, t: Tensor, cond: Labels) -> Images:
         """Call the network once with one label per image."""
-        out: Tensor = self.network(x_t.to(self.network.pos_embed.dtype), t, cond)
+        dtype = next(self.network.parameters()).dtype
+        out: Tensor = self.network(x_t.to(dtype), t, cond)
         return out
 
     def null(self, count: int) -> Labels | None:
         """Return ``count`` null labels, or None if the model was trained without label dropout."""
-        if self.network.y_embedder.dropout_prob == 0:
-            return None
-        return torch.full((count,), self.num_classes, device=self.device)
+        label = self.network.null_label
+        return None if label is None else torch.full((count,), label, device=self.device)
 
     def join(self, conditions: Sequence[Labels]) -> Labels:
         """Concatenate labels."""

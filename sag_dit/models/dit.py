@@ -14,6 +14,7 @@ from timm.layers import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sag_dit.attention import AttentionLayer
 from sag_dit.models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
 from sag_dit.tensors import Images, Labels
 
@@ -139,6 +140,22 @@ class DiT(nn.Module):
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self._initialise()
+
+    @property
+    def layers(self) -> dict[str, AttentionLayer]:
+        """Its self-attention layers by name."""
+        names = [f"blocks.{i}.attn" for i in range(len(self.blocks))]
+        return {name: AttentionLayer(name, self.grid) for name in names}
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Further names of layers: none."""
+        return {}
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means 'no class', None if the network was trained without."""
+        return self.num_classes if self.y_embedder.dropout_prob > 0 else None
 
     def _initialise(self) -> None:
         """Initialise as published: Xavier, small embeddings, zero modulation and output."""

@@ -4,13 +4,17 @@ from sag_dit.sampler.base import Denoise, Sampler, SampleStep
 from sag_dit.sampler.ddim import DDIM
 from sag_dit.sampler.ddpm import Ancestral
 from sag_dit.sampler.ode import EulerFlow, HeunFlow
+from sag_dit.sampler.sde import EulerMaruyama
+from sag_dit.sampler.strided import StridedDDIM
 
 __all__ = [
     "DDIM",
     "Ancestral",
     "Denoise",
     "EulerFlow",
+    "EulerMaruyama",
     "HeunFlow",
     "SampleStep",
     "Sampler",
+    "StridedDDIM",
 ]

@@ -37,14 +37,14 @@ class Recipe:
     output: Literal["v_prediction", "epsilon"] = "v_prediction"
     spacing: Literal["linspace", "trailing"] | None = "linspace"
     least: int = 1
-    schedules: tuple[str, ...] = ("linear", "cosine")
+    schedules: tuple[str, ...] = ("linear", "scaled_linear", "cosine")
 
 
 KARRAS = {"use_karras_sigmas": True}
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 # The cosine schedule starts at a noise-to-signal ratio of 20,000 (the linear one at 157), where
 # these schedulers overshoot or lose their last digit in single precision.
-LINEAR = ("linear",)
+LINEAR = ("linear", "scaled_linear")
 
 PROVEN: Mapping[str, Recipe] = {
     "dpmpp_2m": Recipe("DPMSolverMultistepScheduler"),
@@ -160,7 +160,7 @@ class DiffusersSampler(Sampler):
         self.check(process, num_steps)
         ddpm = cast(DDPM, process)
         scheduler = _scheduler(recipe, ddpm, num_steps)
-        levels = _levels(scheduler)
+        levels = levels_of(scheduler)
         self._check_grid(levels, ddpm, num_steps)
         count = len(levels) - 1
         state = x * float(scheduler.init_noise_sigma)
@@ -240,24 +240,24 @@ def _scheduler(recipe: Recipe, process: DDPM, num_steps: int) -> Any:
     return scheduler
 
 
-def _levels(scheduler: Any) -> tuple[NoiseLevel, ...]:
+def levels_of(scheduler: Any) -> tuple[NoiseLevel, ...]:
     """Return the level of every evaluation, and the clean one.
 
     The state after one evaluation is what the next one looks at, so these are all there are.
     """
-    times = scheduler.timesteps.double().numpy()
+    times = scheduler.timesteps.cpu().double().numpy()
     count = len(times)
-    squared = scheduler.alphas_cumprod.double().numpy()
+    squared = scheduler.alphas_cumprod.cpu().double().numpy()
     table = np.sqrt((1 - squared) / squared)
     if hasattr(scheduler, "sigmas"):
-        ratios = scheduler.sigmas[:count].double().numpy()
+        ratios = scheduler.sigmas[:count].cpu().double().numpy()
         if hasattr(scheduler, "sigmas_interpol"):
-            between = scheduler.sigmas_interpol.double().numpy()
+            between = scheduler.sigmas_interpol.cpu().double().numpy()
             # Ancestral sampling looks between a level and the lower one it will add noise to.
             shift = 1 if hasattr(scheduler, "sigmas_up") else 0
             ratios[1::2] = between[1 - shift : count - shift : 2]
     else:
-        ratios = table[scheduler.timesteps.numpy()]
+        ratios = table[scheduler.timesteps.cpu().numpy()]
     if scheduler.config.get("use_karras_sigmas"):
         # diffusers rounds most of these times, and so tells of another level than x_t has.
         times = np.interp(np.log(ratios), np.log(table), np.arange(len(table)))

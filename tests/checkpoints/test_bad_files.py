@@ -158,10 +158,10 @@ def test_config_of_another_file_is_found_out(flat: Path) -> None:
         load(flat)
 
 
-def test_flow_models_that_look_like_a_dit_are_refused(pixel_dit: DiT, tmp_path: Path) -> None:
-    value = {"ema": pixel_dit.state_dict(), "args": Namespace(model="SiT-XL/2")}
-    torch.save(value, tmp_path / "sit.pt")
-    with pytest.raises(ValueError, match="weights of SiT-XL/2, a flow model"):
+def test_a_sit_on_another_path_is_refused(pixel_dit: DiT, tmp_path: Path) -> None:
+    args = Namespace(model="SiT-XL/2", path_type="GVP", prediction="velocity")
+    torch.save({"ema": pixel_dit.state_dict(), "args": args}, tmp_path / "sit.pt")
+    with pytest.raises(ValueError, match=r"SiT with path_type='GVP'.*expected path_type='Linear'"):
         load(tmp_path / "sit.pt")
 
 

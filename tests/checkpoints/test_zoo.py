@@ -82,16 +82,18 @@ def test_names_are_fit_for_folders(flat: Path) -> None:
     assert load(flat.rename("my model, step=3 (ema).pt")).name == "my-model-step-3-ema-"
 
 
-@pytest.mark.skipif(
-    not Path(zoo.__file__).with_name(zoo.BUNDLED).is_dir(), reason="digits are not trained yet"
+@pytest.mark.parametrize(
+    ("name", "shape", "first"), [("digits", (1, 8, 8), "0"), ("patches", (3, 32, 32), "astronaut")]
 )
-def test_bundled_model_is_loaded_by_name() -> None:
-    model = load("digits")
-    assert model.name == "digits" and model.vae is None
-    assert model.denoiser.latent_shape == (1, 8, 8)
-    assert model.class_names == tuple("0123456789")
+def test_bundled_model_is_loaded_by_name(
+    name: str, shape: tuple[int, int, int], first: str
+) -> None:
+    model = load(name)
+    assert model.name == name and model.vae is None
+    assert model.denoiser.latent_shape == shape
+    assert model.class_names[0] == first
     assert model.denoiser.null(1) is not None
-    x = torch.zeros(2, 1, 8, 8)
+    x = torch.zeros(2, *shape)
     prediction = model.denoiser(x, model.denoiser.process.level(500), torch.tensor([3, 7]))
     assert prediction.v.isfinite().all() and not torch.equal(prediction.v[0], prediction.v[1])
 
@@ -99,8 +101,8 @@ def test_bundled_model_is_loaded_by_name() -> None:
 def test_bundled_model_that_is_missing_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(zoo, "BUNDLED", "absent")
-    with pytest.raises(ValueError, match=r"bundled model is missing from .*experiment=digits"):
+    monkeypatch.setattr(zoo, "BUNDLED", ("absent",))
+    with pytest.raises(ValueError, match=r"bundled model is missing from .*experiment=absent"):
         load("absent")
 
 

@@ -1,0 +1,274 @@
+"""Text models: a diffusers folder of Stable Diffusion, PixArt, SD 3 or FLUX, asked with prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from sag_dit.checkpoints import files, hub, zoo
+from sag_dit.checkpoints.loading import find_codec
+from sag_dit.checkpoints.model import Model, plain_name
+from sag_dit.codec import VAECodec
+from sag_dit.denoiser import ClassConditional
+from sag_dit.denoiser.prompts import ENCODE, Wording
+from sag_dit.denoiser.text_conditional import TokenGrid
+from sag_dit.denoiser.text_layouts import layout_of
+from sag_dit.process import DDPM, Flow, Process
+from sag_dit.process.base import OutputKind
+from sag_dit.process.ddpm import BETAS
+
+BATCH_SIZE = 4
+MAX_LENGTH = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300, "FluxPipeline": 512}
+"""Text tokens of a T5, as the pipelines have them; 256 elsewhere."""
+KINDS: dict[str, OutputKind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x_0"}
+
+
+def is_text(ckpt: str | Path) -> bool:
+    """Whether a checkpoint is a folder, or a downloaded hub repository, of a text model.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    return _pipeline(zoo.locate(ckpt).path) in ENCODE
+
+
+def _pipeline(path: Path) -> str | None:
+    index = path / "model_index.json"
+    return files.read_json(index).get("_class_name") if index.is_file() else None
+
+
+def load_text(
+    ckpt: str | Path,
+    prompts: Sequence[str],
+    *,
+    negative_prompt: str = "",
+    size: tuple[int, int] | None = None,
+    guidance: float = 3.5,
+    vae: str | Path | None = None,
+) -> Model:
+    """Load a text model as one whose classes are ``prompts``.
+
+    ``size`` is (height, width) in pixels, by default what the network was made for. ``guidance`` is
+    told to models that were distilled from guidance (FLUX dev). Text encoders are loaded when a
+    prompt is first asked for.
+
+    Raises:
+        ValueError: it is no text model, a part of it is missing or not known, the size does not
+            fit, or no prompt is given.
+    """
+    found = zoo.locate(ckpt)
+    name = _pipeline(found.path)
+    if name is None or name not in ENCODE:
+        raise ValueError(
+            f"ckpt={ckpt}: {name or 'no diffusers pipeline'}, which takes no prompt; expected a "
+            f"folder or hub repository of {', '.join(ENCODE)}"
+        )
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"prompts={list(prompts)}: expected at least one prompt, as text")
+    folder = found.path if Path(ckpt).exists() else hub.whole(str(ckpt))
+    index = files.read_json(folder / "model_index.json")
+    part = "unet" if "unet" in index else "transformer"
+    codec = find_codec(str(vae or folder / "vae"))
+    if not isinstance(codec, VAECodec):
+        raise ValueError(f"{folder}: expected an autoencoder in {folder / 'vae'}")
+    network = _network(folder / part, index[part][1])
+    config: Any = network.config
+    layout = layout_of(network)
+    size = size or _own_size(config, codec.factor, name)
+    cells = _cells(size, codec.factor, int(config.get("patch_size") or 1), name)
+    wording = Wording(
+        size=size,
+        cells=cells,
+        negative=negative_prompt,
+        max_length=MAX_LENGTH.get(name, 256),
+        guidance=guidance if config.get("guidance_embeds") else None,
+        tells_size=bool(getattr(network, "use_additional_conditions", False)),
+    )
+    process, kind = read_scheduler(folder / "scheduler" / "scheduler_config.json", cells)
+    denoiser = layout(
+        network,
+        process,
+        kind,
+        TokenGrid(cells, wording.max_length if name == "FluxPipeline" else 0),
+        prompts=prompts,
+        encoder=_Encoder(folder, name, part, wording),
+    )
+    described = {
+        "pipeline": name,
+        "network": {key: value for key, value in config.items() if not key.startswith("_")},
+        "process": asdict(cast(Any, process)),
+        "kind": kind,
+        "wording": asdict(wording),
+        "codec": codec.config(),
+    }
+    return Model(
+        # Whatever trains or exports asks load() for its model, which refuses this kind.
+        denoiser=cast(ClassConditional, denoiser.eval()),
+        codec=codec,
+        name=plain_name(found.name),
+        sha256=files.sha256(_weights(folder, part)),
+        config=described,
+        class_names=denoiser.class_names,
+        defaults={"batch_size": BATCH_SIZE},
+        vae=str(vae or folder / "vae"),
+    )
+
+
+class _Encoder:
+    """The pipeline without its network and autoencoder, loaded when first asked."""
+
+    def __init__(self, folder: Path, name: str, part: str, wording: Wording) -> None:
+        self.folder = folder
+        self.name = name
+        self.part = part
+        self.wording = wording
+        self.pipe: Any = None
+
+    def __call__(self, prompt: str | None, device: torch.device) -> Any:
+        """Encode one prompt, so that what it becomes does not depend on others."""
+        if self.pipe is None:
+            self.pipe = self._loaded()
+        self.pipe.to(device, torch.float32)
+        return ENCODE[self.name](self.pipe, prompt, self.wording, device)
+
+    def _loaded(self) -> Any:
+        import diffusers
+
+        # None skips a part.
+        left_out: dict[str, Any] = {self.part: None, "vae": None}
+        if self.name == "StableDiffusionPipeline":
+            left_out |= {"safety_checker": None, "requires_safety_checker": False}
+        made = getattr(diffusers, self.name)
+        try:
+            return made.from_pretrained(
+                self.folder,
+                variant=_variant(files.weights_files(self.folder / self.part)[0]),
+                local_files_only=True,
+                **left_out,
+            )
+        except ImportError as error:
+            raise ValueError(
+                f"prompts need transformers and sentencepiece, pip install 'sag_dit[text]': {error}"
+            ) from error
+
+
+def _network(folder: Path, name: str) -> nn.Module:
+    """Build a pipeline's network in float32, on the CPU, in eval mode.
+
+    Raises:
+        ValueError: the weights are missing, damaged or do not fit the config.
+    """
+    import diffusers
+
+    weights = files.weights_files(folder)
+    if not weights:
+        raise ValueError(f"{folder}: no weights, or not all; expected diffusion_pytorch_model.*")
+    try:
+        network, report = getattr(diffusers, name).from_pretrained(
+            folder,
+            variant=_variant(weights[0]),
+            use_safetensors=weights[0].suffix == ".safetensors",
+            # Else memory for the initial values stands beside that for the weights.
+            low_cpu_mem_usage=find_spec("accelerate") is not None,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # diffusers and what it calls raise almost any type
+        raise ValueError(
+            f"{folder}: the network could not be loaded; expected undamaged weights that fit its "
+            f"config.json ({type(error).__name__}: {str(error).strip()[:300]})"
+        ) from error
+    # diffusers would go on with random values.
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"{folder}: the weights lack {len(missing)} of the network's tensors, first "
+            f"{', '.join(missing[:3])}"
+        )
+    built: nn.Module = network.float().eval().requires_grad_(False)
+    return built
+
+
+def _variant(weights: Path) -> str | None:
+    """Read fp16 from diffusion_pytorch_model.fp16.safetensors, or from ...fp16-00001-of-00002..."""
+    _, *between, _ = weights.name.split(".")
+    return between[0].split("-")[0] if between else None
+
+
+def _own_size(config: Any, factor: int, name: str) -> tuple[int, int]:
+    """Return the size in pixels that a network was made for."""
+    side = 128 if name == "FluxPipeline" else config.sample_size
+    height, width = (side, side) if isinstance(side, int) else side
+    return height * factor, width * factor
+
+
+def _cells(size: tuple[int, int], factor: int, patch: int, name: str) -> tuple[int, int]:
+    """Return the size of the latent.
+
+    Raises:
+        ValueError: the image's size is no multiple of a token's.
+    """
+    unit = factor * (2 if name == "FluxPipeline" else patch)
+    if any(side < unit or side % unit for side in size):
+        raise ValueError(f"size={list(size)}: expected multiples of {unit}, [height, width]")
+    return size[0] // factor, size[1] // factor
+
+
+def read_scheduler(path: Path, cells: tuple[int, int]) -> tuple[Process, OutputKind]:
+    """Return the process and kind that a scheduler's config states, for an image of so many cells.
+
+    Raises:
+        ValueError: the betas or the prediction type are not known.
+    """
+    config = files.read_json(path)
+    steps = int(config.get("num_train_timesteps", 1000))
+    if str(config.get("_class_name")).startswith("FlowMatch"):
+        shift = float(config.get("shift", 1.0))
+        if config.get("use_dynamic_shifting"):
+            shift = math.exp(_shift(config, cells[0] * cells[1] // 4))
+        return Flow(time_scale=steps, shift=shift), "v"
+    first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    stated = {
+        "linear": np.linspace(first, last, steps),
+        "scaled_linear": np.linspace(first**0.5, last**0.5, steps) ** 2,
+        "squaredcos_cap_v2": BETAS["cosine"](steps),
+    }.get(config.get("beta_schedule", "linear"))
+    changed = config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr")
+    names = [
+        name
+        for name, betas in BETAS.items()
+        if stated is not None and not changed and np.allclose(stated, betas(steps))
+    ]
+    kind = KINDS.get(config.get("prediction_type", "epsilon"))
+    if not names or kind is None:
+        raise ValueError(
+            f"{path}: {config.get('beta_schedule')} betas from {first} to {last} in {steps} steps, "
+            f"prediction_type={config.get('prediction_type')!r}; expected the betas of DDPM "
+            f"(linear), Stable Diffusion (scaled_linear) or IDDPM (squaredcos_cap_v2), neither "
+            f"trained nor rescaled, and one of {', '.join(KINDS)}"
+        )
+    return DDPM(cast(Any, names[0]), steps), kind
+
+
+def _shift(config: dict[str, Any], tokens: int) -> float:
+    """Return FLUX's mu, linear in the number of tokens."""
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(low + (high - low) * (tokens - few) / (many - few))
+
+
+def _weights(folder: Path, part: str) -> tuple[Path, ...]:
+    """Return the weight files that determine what a prompt becomes: network and encoders."""
+    found = [*files.weights_files(folder / part)]
+    for encoder in sorted(folder.glob("text_encoder*")):
+        safe = sorted(encoder.glob("model*.safetensors"))
+        found += safe or sorted(encoder.glob("pytorch_model*.bin"))
+    return tuple(found)
