@@ -102,7 +102,7 @@ def trajectory(
     rows = [*requests, *[requests[-1]] * padding]
     noise = NoiseSource([row.seed for row in rows], [row.stream for row in rows])
     x = noise.normal(START, denoiser.latent_shape).to(denoiser.device)
-    cond = torch.tensor([row.label for row in rows], device=denoiser.device)
+    cond = denoiser.conditions([row.label for row in rows])
     captures = settings.captures or (lambda _: ())
     guided = GuidedDenoiser(denoiser, settings.guidance, noise=noise, max_rows=settings.max_rows)
     for step in settings.sampler.steps(
@@ -189,10 +189,14 @@ def labels_of(classes: Sequence[object], names: Sequence[str]) -> list[int]:
             except ValueError:
                 label = -1
         if not 0 <= label < len(names):
-            raise ValueError(
-                f"class {wanted!r} does not exist: expected a number from 0 to {len(names) - 1} "
-                f"or a name, such as {', '.join(repr(name) for name in names[:5])}"
+            known = (
+                "this model knows a single class, as unconditional ones do; leave classes out, or "
+                "ask for 0"
+                if len(names) == 1
+                else f"expected a number from 0 to {len(names) - 1} or a name, such as "
+                f"{', '.join(repr(name) for name in names[:5])}"
             )
+            raise ValueError(f"class {wanted!r} does not exist: {known}")
         labels.append(label)
     return labels
 

@@ -1,0 +1,142 @@
+"""guide(pipe, ...): a diffusers pipeline's network, answered for by our guided denoiser of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from sag_dit.denoiser.text_layouts import layout_of
+from sag_dit.guidance import Term
+from sag_dit.pipelines.families import Family, family_of, network_of, uses_cfg
+from sag_dit.pipelines.levels import check_scheduler
+from sag_dit.pipelines.run import Run
+
+P = TypeVar("P")
+
+
+@contextmanager
+def guide(pipe: P, *terms: Term, max_rows: int | None = None, seed: int = 0) -> Iterator[P]:
+    """Have a diffusers pipeline guided by any terms.
+
+    ``with guide(pipe, SAG(0.75)): pipe("a corgi")``. The pipeline works as ever: its scheduler,
+    sizes, batches, precision, offloading, and its own classifier-free guidance. What the terms
+    contribute is added to every row of it, so that u + w (c - u) carries it unchanged. A term that
+    guides away from the null prompt, such as :class:`CFG`, takes the place of the pipeline's own
+    guidance: ``guidance_scale`` must then exceed 1, for there to be a null prompt, and has no
+    further effect.
+
+    ``max_rows`` bounds the rows evaluated at once. ``seed`` keys the randomness of terms that draw.
+    An interval counts the evaluations of one call of the pipeline. When the context ends, also
+    after an exception, the pipeline is as it was.
+
+    Raises:
+        ValueError: the pipeline, its network or its scheduler is not known, or a term cannot guide
+            it; what is known is listed.
+    """
+    family = family_of(pipe)
+    for term in terms:
+        if not isinstance(term, Term):
+            raise ValueError(f"{term!r}: expected a term, as in guide(pipe, SAG(0.75), PAG(1.0))")
+        if family.own_cfg == "apart" and term.from_null:
+            raise ValueError(
+                f"{type(term).__name__}: {type(pipe).__name__} asks for the null prompt in a call "
+                f"of its own, after that for the prompt; use its true_cfg_scale and "
+                f"negative_prompt instead"
+            )
+    guided = _GuidedPipeline(pipe, family, terms, max_rows, seed)
+    with _called(pipe, guided.call_pipeline), _called(guided.found, guided.call_network):
+        yield pipe
+
+
+@contextmanager
+def _called(found: Any, instead: Callable[..., Any]) -> Iterator[None]:
+    """Have calls of one object go elsewhere, by a class of its own, until the context ends.
+
+    Not by its ``forward``: offloading replaces that from call to call, and a compiled module does
+    not look at it.
+    """
+    own = type(found)
+    if "_sag_dit_guided" in vars(own):
+        raise ValueError(
+            f"this {own.__name__} is being guided already; give all terms to one guide(pipe, ...)"
+        )
+
+    @wraps(own.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # As it was for the time of the call: torch.compile looks at the class, for example.
+        object.__setattr__(self, "__class__", own)
+        try:
+            return instead(*args, **kwargs)
+        finally:
+            object.__setattr__(self, "__class__", guided)
+
+    names = {"__call__": call, "_sag_dit_guided": True, "__module__": own.__module__}
+    guided = type(own.__name__, (own,), {**names, "__qualname__": own.__qualname__})
+    object.__setattr__(found, "__class__", guided)
+    try:
+        yield
+    finally:
+        object.__setattr__(found, "__class__", own)
+
+
+class _GuidedPipeline:
+    """What the pipeline and its network are called instead of."""
+
+    def __init__(
+        self, pipe: Any, family: Family, terms: tuple[Term, ...], max_rows: int | None, seed: int
+    ) -> None:
+        self.pipe = pipe
+        self.family = family
+        self.found = network_of(family, pipe)
+        self.network: nn.Module = getattr(self.found, "_orig_mod", self.found)
+        self.layout = layout_of(self.network)
+        check_scheduler(pipe.scheduler)
+        self.terms = terms
+        self.max_rows = max_rows
+        self.seed = seed
+        self.signature = inspect.signature(type(self.network).forward)
+        self.run: Run | None = None
+        self.arguments: Mapping[str, Any] = {}
+
+    def call_pipeline(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the pipeline as it was, remembering nothing of calls before."""
+        bound = inspect.signature(self.pipe.__call__).bind(*args, **kwargs)
+        bound.apply_defaults()
+        check_scheduler(self.pipe.scheduler)
+        own_cfg, terms = self.family.own_cfg, self.terms
+        self.arguments = bound.arguments
+        self.run = Run(
+            self.pipe, self.network, self.layout, own_cfg, terms, self.max_rows, self.seed
+        )
+        try:
+            return self.pipe(*args, **kwargs)
+        finally:
+            self.run = None
+
+    def call_network(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer one call of the network, guided where a term acts."""
+        if self.run is None:
+            raise ValueError(
+                f"{type(self.network).__name__} was called from outside of its pipeline's call; "
+                f"within guide(pipe, ...) call pipe(...) alone"
+            )
+        arguments = dict(self.signature.bind(self.network, *args, **kwargs).arguments)
+        arguments |= arguments.pop("kwargs", {})
+        del arguments["self"]
+        return_dict = arguments.pop("return_dict", True)
+        x: Tensor = arguments.pop(self.layout.x_name)
+        t = arguments.pop("timestep")
+        cfg = uses_cfg(self.family, self.pipe, self.arguments)
+        output = self.run.output(x, t, arguments, cfg)
+        if output is None:
+            return self.found(*args, **kwargs)
+        if not return_dict:
+            return (output,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=output)

@@ -1,0 +1,222 @@
+"""One call of a guided pipeline: its network's calls, each answered with guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sag_dit.denoiser.inputs import Inputs
+from sag_dit.denoiser.text_conditional import TextConditional, TokenGrid
+from sag_dit.guidance import GuidedDenoiser, Question, Term
+from sag_dit.guidance.term import Asking
+from sag_dit.noise import NoiseSource
+from sag_dit.pipelines import levels
+from sag_dit.pipelines.families import OwnCFG
+from sag_dit.process import NoiseLevel, Prediction, Step
+from sag_dit.tensors import Images
+
+
+@dataclass(frozen=True)
+class _Rows(Term):
+    """Keeps what the network says of the pipeline's own rows; contributes nothing."""
+
+    answers: list[Prediction] = field(default_factory=list, compare=False)
+
+    def contribution(self, ask: Question) -> Asking:
+        """Ask for the prompt's row."""
+        self.answers[:] = yield (ask.base,)
+        return torch.zeros_like(ask.base.x_t)
+
+
+@dataclass(frozen=True)
+class _RowsOfCFG(_Rows):
+    """The same beside the pipeline's own classifier-free guidance, which also wants null rows."""
+
+    from_null: ClassVar[bool] = True
+
+    def contribution(self, ask: Question) -> Asking:
+        """Ask for the prompt's row and the null prompt's."""
+        self.answers[:] = yield (ask.base, ask.required_null())
+        return torch.zeros_like(ask.base.x_t)
+
+
+@dataclass(frozen=True)
+class _Guided:
+    """A denoiser of the network, and its guidance, for calls of one kind."""
+
+    kind: tuple[object, ...]
+    denoiser: TextConditional
+    guided: GuidedDenoiser
+    rows: _Rows
+
+
+@dataclass(frozen=True)
+class _Last:
+    """What was contributed to the last call."""
+
+    index: int
+    x_t: Images
+    contribution: Images
+
+
+class Run:
+    """One call of a pipeline: where its scheduler is, and what its terms remember.
+
+    ``layout`` is the denoiser of the network's token layout; ``max_rows`` bounds the rows evaluated
+    at once, ``seed`` keys the randomness of terms that draw.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        network: nn.Module,
+        layout: type[TextConditional],
+        own_cfg: OwnCFG,
+        terms: Sequence[Term],
+        max_rows: int | None,
+        seed: int,
+    ) -> None:
+        self.pipe = pipe
+        self.network = network
+        self.layout = layout
+        self.own_cfg = own_cfg
+        self.terms = tuple(terms)
+        self.max_rows = max_rows
+        self.seed = seed
+        self.replaces_cfg = any(term.from_null for term in terms)
+        self._grid: tuple[NoiseLevel, ...] = ()
+        self._begin = 0
+        self._index: int | None = None
+        self._guided: _Guided | None = None
+        self._last: _Last | None = None
+
+    def output(
+        self, x: Tensor, t: Tensor | float, arguments: Mapping[str, Any], cfg: bool
+    ) -> Tensor | None:
+        """Return what the network should put out for a call, None where that is its own answer.
+
+        ``cfg`` says whether rows of the null prompt stand beside those of the prompt.
+
+        Raises:
+            ValueError: a term cannot guide this call, or the noise level is not known.
+        """
+        step = self._step(t)
+        if self.replaces_cfg and not cfg:
+            raise ValueError(
+                "a term that guides away from the null prompt takes the place of the pipeline's "
+                "own guidance, and this call has no null prompt; pass guidance_scale=2 (any value "
+                "above 1): the term's own scale is the one that counts"
+            )
+        if not self.replaces_cfg and not any(term.active(step) for term in self.terms):
+            return None
+        own, channels = self.layout.split(self.network, x)
+        grid = self.layout.grid_of(own, arguments)
+        x_t = self.layout.unpacked(own, grid).float()
+        inputs = Inputs.of(arguments, len(x), self.layout.shared, channels)
+        if self._is_repeated(x_t):
+            predictions = [self._repeated(x_t, step, inputs)]
+        elif not cfg:
+            predictions = [self._guide(x_t, step, inputs, None, grid, x.dtype)[0]]
+        else:
+            count = len(x) // 2
+            first, second = inputs.take(slice(count)), inputs.take(slice(count, None))
+            if self.own_cfg == "cond first":
+                predictions = self._guide(x_t[:count], step, first, second, grid, x.dtype)
+            else:
+                predictions = self._guide(x_t[:count], step, second, first, grid, x.dtype)[::-1]
+        return torch.cat([self._raw(each) for each in predictions]).to(x.dtype)
+
+    def _step(self, t: Tensor | float) -> Step:
+        """Find out where the scheduler is."""
+        scheduler = self.pipe.scheduler
+        if not self._grid:
+            self._grid = levels.levels(scheduler)
+        told = float(t.flatten()[0] if isinstance(t, Tensor) else t) * self.layout.time_unit
+        index = levels.index_of(scheduler, told, self._index)
+        if self._index is None:
+            self._begin = index
+        self._index = index
+        level = self._grid[index]
+        # A time in 16 bits has two to three digits.
+        if abs(told - float(level.t)) > 0.01 * abs(told) + 0.01:
+            raise ValueError(
+                f"the network was called at t={told:g} while the scheduler "
+                f"{type(scheduler).__name__} stands at {level.t:g}, so the noise level is not known"
+            )
+        done = index - self._begin
+        count = getattr(self.pipe, "num_timesteps", None) or len(self._grid) - 1 - self._begin
+        return Step(done, max(int(count), done + 1), level, self._grid[index + 1])
+
+    def _guide(
+        self,
+        x_t: Images,
+        step: Step,
+        cond: Inputs,
+        null: Inputs | None,
+        grid: TokenGrid,
+        dtype: torch.dtype,
+    ) -> list[Prediction]:
+        """Return the guided prediction, and what the null prompt's row should say if there is one.
+
+        With p its own prediction and d what the terms contribute, that is p + d.
+        """
+        current = self._prepared(grid, dtype, null, len(x_t))
+        result = current.guided(x_t, step, cond)
+        contribution = result.v - current.rows.answers[0].v
+        self._last = _Last(int(self._index or 0), x_t, contribution)
+        if null is None:
+            return [result]
+        if self.replaces_cfg:
+            return [result, result]
+        other = current.rows.answers[1]
+        return [result, replace(other, v=other.v)]
+
+    def _prepared(
+        self, grid: TokenGrid, dtype: torch.dtype, null: Inputs | None, count: int
+    ) -> _Guided:
+        """Return the guided denoiser of the calls before, so that terms remember, or a new one."""
+        kind = (grid, dtype, null is None, count)
+        if self._guided is not None and self._guided.kind == kind:
+            self._guided.denoiser.empty = null
+            return self._guided
+        scheduler = self.pipe.scheduler
+        denoiser = self.layout(
+            self.network,
+            levels.process_of(scheduler),
+            levels.kind_of(scheduler),
+            grid,
+            dtype,
+            null,
+        )
+        rows = _Rows() if null is None or self.replaces_cfg else _RowsOfCFG()
+        noise = NoiseSource([self.seed] * count, range(count))
+        terms = (rows, *self.terms)
+        guided = GuidedDenoiser(denoiser, terms, noise=noise, max_rows=self.max_rows)
+        self._guided = _Guided(kind, denoiser, guided, rows)
+        return self._guided
+
+    def _is_repeated(self, x_t: Images) -> bool:
+        """Whether the pipeline asks once more at the same place, for a guidance of its own.
+
+        FLUX does for its null prompt, and Stable Diffusion 3 with layers skipped.
+        """
+        last = self._last
+        return last is not None and last.index == self._index and torch.equal(last.x_t, x_t)
+
+    def _repeated(self, x_t: Images, step: Step, inputs: Inputs) -> Prediction:
+        """Return the network's own prediction with what was contributed before."""
+        assert self._guided is not None and self._last is not None
+        prediction: Prediction = self._guided.denoiser(x_t, step.level, inputs)
+        return replace(prediction, v=prediction.v + self._last.contribution)
+
+    def _raw(self, prediction: Prediction) -> Tensor:
+        """Turn a prediction into what the network puts out, its variance channels unchanged."""
+        kind = levels.kind_of(self.pipe.scheduler)
+        output = {"eps": prediction.eps, "v": prediction.v, "x_0": prediction.x_0}[kind]
+        if prediction.variance_fraction is not None:
+            output = torch.cat([output, 2 * prediction.variance_fraction - 1], dim=1)
+        return self.layout.packed(output)
