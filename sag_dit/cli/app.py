@@ -16,7 +16,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-FREE_TEXT = ("ckpt", "out", "requests", "vae", "data.root", "prompt")
+FREE_TEXT = (
+    *("ckpt", "out", "requests", "vae", "data.root", "prompt"),
+    *("samples", "reference", "finished", "features.weights"),
+)
 """Keys whose values may hold anything, so that Hydra's grammar must not read them."""
 
 QUOTATION = re.compile(r"""(['"])(\\.|(?!\1|\\).)*\1""", re.DOTALL)
@@ -35,12 +38,12 @@ def config_folder() -> Path:
 def quoted(argument: str) -> str:
     """Quote the value of a free-text ``key=value`` for Hydra; other arguments stay as they are.
 
-    A value that the user has quoted already, and null, are left alone.
+    A value that the user has quoted already, null, and several samples in brackets are left alone.
     """
     key, separator, value = argument.partition("=")
     if not separator or key.lstrip("+") not in FREE_TEXT or value in ("", "null"):
         return argument
-    if QUOTATION.fullmatch(value):
+    if QUOTATION.fullmatch(value) or (key == "samples" and value.startswith("[")):
         return argument
     # Within Hydra's quotes a backslash means itself unless quotes follow it.
     value = re.sub(r"(\\*)'", lambda m: m[1] * 2 + "\\'", literal(value))

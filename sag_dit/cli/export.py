@@ -11,7 +11,11 @@ from yaml import YAMLError
 from sag_dit.cli.app import launch
 
 PUBLISHED = "ImageNet-1k (1.28 million photos of 1,000 classes), as published by Peebles & Xie."
-BUNDLED = "scikit-learn's `load_digits`: 1,078 real handwritten digits of 8 x 8 pixels."
+BUNDLED = {
+    "digits": "scikit-learn's `load_digits`: 1,078 real handwritten digits of 8 x 8 pixels.",
+    "patches": "32 x 32 crops of three quarters of 14 photographs that scikit-image and "
+    "scikit-learn carry.",
+}
 
 
 def training_data(ckpt: str) -> str | None:
@@ -22,8 +26,8 @@ def training_data(ckpt: str) -> str | None:
     from sag_dit.checkpoints import zoo
 
     found = zoo.locate(ckpt)
-    if ckpt == zoo.BUNDLED:
-        return BUNDLED
+    if ckpt in zoo.BUNDLED:
+        return BUNDLED[ckpt]
     if found.name in zoo.ZOO:
         return PUBLISHED
     path = found.path.resolve()

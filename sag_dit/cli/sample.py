@@ -6,7 +6,7 @@ import hashlib
 import json
 import signal
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from sag_dit.cli.app import launch, literal, quiet_lightning
+from sag_dit.cli.models import load_model
 from sag_dit.cli.values import check_values, make_maps, make_terms
 
 if TYPE_CHECKING:
     from sag_dit.checkpoints import Model
-    from sag_dit.guidance import Term
     from sag_dit.output.attention import Maps
     from sag_dit.output.folder import SampleFolder
     from sag_dit.sampling import Request, Settings
@@ -43,25 +43,12 @@ class Plan:
         return self.folder.missing(self.requests, config.gallery.num, attention=keeps)
 
 
-def describe_term(term: Term, model: Model) -> dict[str, Any]:
-    """Return a term as plain values, its layer named, for the folder's identity."""
-    values: dict[str, Any] = {"term": f"{type(term).__module__}.{type(term).__qualname__}"}
-    if is_dataclass(term):
-        values |= asdict(term)
-    if "layer" in values:
-        values["layer"] = model.denoiser.layer(values["layer"]).name
-    # Through JSON, so that what is read back from disk compares equal.
-    plain: dict[str, Any] = json.loads(json.dumps(values, default=repr))
-    return plain
-
-
-def make_plan(config: DictConfig) -> Plan:
-    """Check the configuration, load the model and find the folder.
+def make_plan(config: DictConfig, model: Model | None = None) -> Plan:
+    """Check the configuration, load the model unless it is given, and find the folder.
 
     Raises:
         ValueError: a value that cannot be used; the remedy is named.
     """
-    from sag_dit.checkpoints import load
     from sag_dit.data.requests import make_requests, read_requests
     from sag_dit.output.folder import SampleFolder
     from sag_dit.sampling import Settings
@@ -69,7 +56,7 @@ def make_plan(config: DictConfig) -> Plan:
     check_values(config)
     guidance = make_terms(config.guidance)
     sampler = instantiate(config.sampler)
-    model = load(config.ckpt, ema=config.ema, vae=config.vae)
+    model = model or load_model(config)
     settings = Settings(
         sampler=sampler,
         steps=config.steps,
@@ -89,6 +76,8 @@ def make_plan(config: DictConfig) -> Plan:
             classes = OmegaConf.to_container(classes)
         requests = make_requests(config.num_images, config.seed, classes, model.class_names)
         rule = {"seed": config.seed, "classes": "all" if classes is None else classes}
+        if OmegaConf.select(config, "prompt") is not None:
+            rule = {"seed": config.seed, "prompt": config.prompt}
     pixels = {
         "model": model.name,
         "weights_sha256": model.sha256,
@@ -97,7 +86,7 @@ def make_plan(config: DictConfig) -> Plan:
         "sampler": {"name": type(sampler).__name__, **asdict(sampler)},
         "steps": config.steps,
         "guidance": {
-            name: describe_term(term, model) for name, term in guidance.items() if not term.off
+            name: term.identity(model.denoiser) for name, term in guidance.items() if not term.off
         },
         "request": rule,
         "batch_size": settings.batch_size,
@@ -113,10 +102,16 @@ def make_plan(config: DictConfig) -> Plan:
 
 def run(config: DictConfig) -> None:
     """Draw what is missing; rank 0 then checks that all is there and writes what shows it."""
+    from sag_dit.guidance import cost_of
+
     plan = make_plan(config)
     config.out = literal(str(plan.folder.path))
-    resolved = OmegaConf.to_container(config, resolve=True)
-    plan.folder.claim(plan.pixels, resolved)  # type: ignore[arg-type]
+    how = plan.settings
+    cost = cost_of(plan.model.denoiser, how.guidance, how.sampler, how.steps)
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    plan.folder.claim(plan.pixels, {**resolved, "cost": cost.plain()})
+    if not _is_launched_rank():
+        print(f"cost: {cost}")
     pending = plan.missing(config)
     if pending:
         if not _predict(config, plan, pending):

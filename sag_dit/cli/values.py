@@ -82,12 +82,12 @@ def make_maps(config: DictConfig, model: Model, steps: int) -> Maps:
         raise ValueError(f"attention.layers={layers}: expected a list of layers, or [all]")
     if not isinstance(show, (int, list)):
         raise ValueError(f"attention.show={show}: expected how many steps, or a list of numbers")
-    if query is not None and not isinstance(query, list):
+    if query is not None and not (isinstance(query, list) and len(query) == 2):
         raise ValueError(f"attention.query={query}: expected [down, across], or null")
     maps = Maps(
         layers=tuple(map(str, layers)),
         steps=show if isinstance(show, int) else tuple(show),
-        query=None if query is None else (query[0], query[-1]),
+        query=None if query is None else (float(query[0]), float(query[1])),
         threshold=float(wanted["threshold"]),
     )
     maps.layers_of(model.denoiser)

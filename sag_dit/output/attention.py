@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sag_dit.attention import AttentionLayer, CaptureKind, capture_key
 from sag_dit.denoiser import Denoiser
 from sag_dit.files import atomic
-from sag_dit.guidance.sag import attention_mask
+from sag_dit.guidance.masks import attention_mask
 from sag_dit.process import Step
 from sag_dit.sampler import SampleStep
 
@@ -48,7 +48,7 @@ class Maps:
         if not self.layers:
             raise ValueError("layers=[]: expected names of self-attention layers, or all")
         query = self.query
-        if query is not None and not (len(query) == 2 and all(0 <= at < 1 for at in query)):
+        if query is not None and not all(0 <= at < 1 for at in query):
             raise ValueError(
                 f"query={query}: expected a place in the image, (down, across), each from 0 to "
                 f"less than 1, or null"

@@ -93,9 +93,7 @@ class SampleFolder:
             if self.image(request.index).name not in images
             or (request.index < gallery and not self.twin(request.index).exists())
             or (
-                attention
-                and request.index < gallery
-                and not self.attention(request.index).exists()
+                attention and request.index < gallery and not self.attention(request.index).exists()
             )
         ]
 

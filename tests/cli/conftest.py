@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,3 +200,18 @@ def contents() -> Callable[[Path], dict[str, str]]:
         }
 
     return read
+
+
+@pytest.fixture
+def wandb_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Weights & Biases without a network, an account or a word on the terminal."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    # Pictures of a table wait here for their upload.
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staged"))
+    yield
+    import wandb
+
+    wandb.finish()

@@ -1,0 +1,190 @@
+"""``evaluate.py``: FID and its companions of images on disk, or of a model while it draws."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from sag_dit.cli.app import fail, launch, literal, quiet_lightning
+from sag_dit.cli.rows import Row, make_rows
+from sag_dit.cli.sweep import Choice, expand
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+    from sag_dit.cli.jobs import Job
+    from sag_dit.cli.measuring import Bar, Measure
+    from sag_dit.cli.records import Record
+    from sag_dit.evaluation.suite import Suite
+
+READ = 64
+"""Images read from disk at once."""
+
+
+def check(config: DictConfig, rows: Sequence[Row], swept: bool) -> None:
+    """Refuse what cannot be meant, before anything is loaded.
+
+    Raises:
+        ValueError: the value, what was expected, and the remedy.
+    """
+    from sag_dit.cli.instruments import check_metrics
+    from sag_dit.evaluation.expected import Expected
+    from sag_dit.output.plots import check_matplotlib
+
+    if swept and config.plots:
+        check_matplotlib()
+    for row in rows:
+        check_metrics(row.config.metrics)
+        if row.config.trainer != config.trainer:
+            raise ValueError("-m: the trainer cannot differ between settings; run them one by one")
+        if row.config.expected is not None:
+            Expected.of(OmegaConf.to_container(row.config.expected, resolve=True))  # type: ignore[arg-type]
+        repeats = row.config.confidence.repeats
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats == 1 or repeats < 0:
+            raise ValueError(f"confidence.repeats={repeats}: expected 0, or 2 or more")
+        if row.config.keep and row.source is not None:
+            raise ValueError("keep=true: images on disk are kept already; leave it out")
+
+
+def run(config: DictConfig, choices: Sequence[Choice] | None = None) -> None:
+    """Measure what has not been measured yet; rank 0 then writes and shows all results."""
+    quiet_lightning()
+    from sag_dit.cli.jobs import make_jobs
+    from sag_dit.cli.measuring import Bar, Measure
+    from sag_dit.cli.records import read_record
+    from sag_dit.cli.report import report
+
+    rows = make_rows(config, choices)
+    check(config, rows, choices is not None)
+    measure, bar = Measure(), Bar()
+    trainer: Trainer = instantiate(
+        config.trainer,
+        logger=False,
+        callbacks=[measure, bar],
+        # Ours instead: sharding of the images, no_grad, and a bar over all ranks' images.
+        use_distributed_sampler=False,
+        inference_mode=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=literal(str(Path(config.finished))),
+        _convert_="all",
+    )
+    jobs = make_jobs(rows, trainer.strategy.root_device)
+    finished = Path(config.finished)
+    # Known before any rank writes, so that all ranks measure the same.
+    records = {job.identity: read_record(finished, job.identity) for job in jobs}
+    pending = list({job.identity: job for job in jobs if records[job.identity] is None}.values())
+    try:
+        for number, job in enumerate(pending, start=1):
+            bar.begin(f"{job.name} ({number} of {len(pending)})", job.count)
+            records[job.identity] = measured(trainer, measure, bar, job, finished)
+    except BaseException:
+        bar.stop()
+        # Ranks that Lightning has started would go on without this process, holding their devices.
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        raise
+    if trainer.is_global_zero:
+        known = {key: record for key, record in records.items() if record is not None}
+        out = config.out or f"outputs/evaluate/{_name(jobs)}"
+        config.out = literal(str(out))
+        report(config, jobs, known, Path(out), finished, swept=choices is not None)
+
+
+def _name(jobs: Sequence[Job]) -> str:
+    digest = hashlib.sha256("".join(job.identity for job in jobs).encode()).hexdigest()[:8]
+    first = jobs[0]
+    name = str(first.facts["samples"] if first.plan is None else first.facts["model"])
+    return re.sub(r"[^\w.+-]+", "-", f"{name}-{digest}")
+
+
+def measured(trainer: Trainer, measure: Measure, bar: Bar, job: Job, finished: Path) -> Record:
+    """Draw or read one set of images on all ranks, and keep its numbers."""
+    from sag_dit.cli.records import Record, write_record
+
+    config = job.row.config
+    since = time.monotonic()
+    repeats = config.confidence.repeats
+    suite = job.instruments.suite(job.count, job.period, repeats > 0)
+    suite.to(trainer.strategy.root_device)
+    measure.begin(suite, finished / job.identity, config.gallery.num)
+    module, data = _module_and_data(job, bar)
+    trainer.predict(module, datamodule=data, return_predictions=False)
+    # Every rank takes part in these, in this order.
+    metrics = suite.compute()
+    warnings = suite.warnings()
+    spread = _spread(suite, repeats, warnings)
+    record = Record(metrics, spread, dict(job.facts), warnings, time.monotonic() - since)
+    if trainer.is_global_zero:
+        if job.plan is not None and config.keep:
+            from sag_dit.output.finish import write_manifest
+
+            write_manifest(job.plan.folder, job.plan.requests, job.plan.model.class_names)
+        write_record(finished, job.identity, record)
+    return record
+
+
+def _module_and_data(job: Job, bar: Bar) -> tuple[LightningModule, LightningDataModule]:
+    from sag_dit.cli.measuring import Keeping, Reading, Stored
+    from sag_dit.data.requests import PendingRequests
+    from sag_dit.training.module import DiffusionModule
+
+    if job.plan is None:
+        if job.images is None:
+            raise TypeError("a job is drawn or on disk")
+        return Reading(), Stored(job.images, READ)
+    plan = job.plan
+    draw: Any = partial(DiffusionModule)
+    if job.row.config.keep:
+        config = job.row.config.copy()
+        config.out = literal(str(plan.folder.path))
+        resolved: Any = OmegaConf.to_container(config, resolve=True)
+        plan.folder.claim(plan.pixels, resolved)
+        draw = partial(Keeping, plan.folder)
+    module = draw(model=plan.model, settings=plan.settings, watch=bar.watch)
+    return module, PendingRequests(plan.requests, plan.settings.batch_size)
+
+
+def _spread(suite: Suite, repeats: int, warnings: list[str]) -> Mapping[str, float]:
+    if not repeats:
+        return {}
+    if suite.groups == 1:
+        warnings.append("no ± can be told of so few images")
+        return {}
+    try:
+        return {name: spread for name, (_, spread) in suite.confidence(repeats).items()}
+    except ValueError as error:
+        warnings.append(f"no ± could be told: {error}")
+        return {}
+
+
+def start(arguments: Sequence[str]) -> None:
+    """Run ``evaluate.py`` with the user's arguments."""
+    try:
+        choices = expand(arguments)
+    except (ValueError, HydraException) as error:
+        fail(str(error))
+
+    def job(config: DictConfig) -> None:
+        # Other ranks are started with the arguments as the user wrote them.
+        sys.argv[1:] = arguments
+        run(config, choices)
+
+    launch("evaluate", job, arguments if choices is None else choices[0].arguments)
+
+
+def main() -> None:
+    """Run ``evaluate.py``."""
+    start(sys.argv[1:])

@@ -1,0 +1,254 @@
+"""What a set of images is measured with: features, reference and metrics, chosen and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from sag_dit.checkpoints import Model
+from sag_dit.checkpoints.zoo import WEIGHTS_FOLDER, local_folders
+from sag_dit.cli.app import config_folder
+from sag_dit.data.digits import CLASS_NAMES as DIGITS
+from sag_dit.data.patches import CLASS_NAMES as PATCHES
+from sag_dit.evaluation.features import FeatureExtractor
+from sag_dit.evaluation.reference import Reference, load_reference
+from sag_dit.evaluation.suite import GROUPS, METRICS, SMALL, Suite
+from sag_dit.output.charts import Metric
+
+Shape = tuple[int, ...]
+
+BUNDLED = {"digits": ((1, 8, 8), DIGITS), "patches": ((3, 32, 32), PATCHES)}
+"""Features with a reference of their own: the images and the classes they are made for."""
+
+ADM_FILES = {
+    64: "VIRTUAL_imagenet64_labeled.npz",
+    128: "VIRTUAL_imagenet128_labeled.npz",
+    256: "VIRTUAL_imagenet256_labeled.npz",
+    512: "VIRTUAL_imagenet512.npz",
+}
+ADM_FOLDER = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
+
+NEIGHBOUR, SPLIT_SIZE = 3, 5_000
+"""ADM's: precision's and recall's neighbour, and the images of a split of the Inception Score."""
+FEW_GROUPS = 10
+"""Groups for ± where features are large; FID's sums, 34 MB for Inception, are kept as often."""
+
+
+@dataclass(frozen=True, eq=False)
+class Instruments:
+    """Features, a reference and metrics that fit each other and the images."""
+
+    extractor: FeatureExtractor
+    reference: Reference
+    metrics: tuple[str, ...]
+    reference_sha256: str
+
+    def suite(self, count: int, period: int, spread: bool) -> Suite:
+        """Return a suite for ``count`` images whose classes recur with ``period``.
+
+        With ``spread`` it can tell ±, from halves of the images that are as large as can be and, if
+        there are enough of each class, balanced.
+        """
+        pool, spatial = self.reference.pool, self.reference.spatial
+        widths = [each.mean.numel() for each in (pool, spatial) if each is not None]
+        most = GROUPS if max(widths, default=0) <= SMALL else FEW_GROUPS
+        if count // period < most:
+            period = 1
+        groups = even_groups(count // period, most) if spread else 1
+        return Suite(
+            self.extractor,
+            self.reference,
+            self.metrics,
+            groups=groups,
+            period=period if groups > 1 else 1,
+            split_size=SPLIT_SIZE,
+            k=NEIGHBOUR,
+        )
+
+    def labels(self) -> dict[str, Metric]:
+        """Return what the metrics are called with these features."""
+        name = self.extractor.name
+        known = {"inception": ("FID", "sFID", "IS"), "dinov2": ("FD-DINOv2", "sFD", "IS")}
+        fid, sfid, score = known.get(name, ("FD", "sFD", "IS"))
+        named = {
+            "fid": Metric(fid, higher=False),
+            "sfid": Metric(sfid, higher=False),
+            "is": Metric(score, higher=True),
+            "precision": Metric("precision", higher=True),
+            "recall": Metric("recall", higher=True),
+        }
+        return {name: named[name] for name in self.metrics}
+
+
+def even_groups(runs: int, most: int) -> int:
+    """Return into how many groups of equal size runs of images are put, 1 if they are too few.
+
+    At least half of ``most`` and an even number; if none divides the runs, the largest.
+    """
+    allowed = range(min(most, runs) // 2 * 2, max(4, most // 2) - 1, -2)
+    return next((groups for groups in allowed if runs % groups == 0), max(allowed, default=1))
+
+
+def check_metrics(metrics: Sequence[str] | None) -> None:
+    """Refuse metrics that do not exist, before anything is loaded.
+
+    Raises:
+        ValueError: an unknown metric, or none.
+    """
+    if metrics is None:
+        return
+    if isinstance(metrics, str):
+        raise ValueError(f"metrics={metrics}: expected a list, such as metrics=[{metrics}]")
+    unknown = [str(name) for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        what = ", ".join(unknown) if unknown else "[]"
+        raise ValueError(
+            f"metrics={what}: expected some of {', '.join(METRICS)}, or null for all that the "
+            f"features allow; FD-DINOv2 is fid with features=dinov2"
+        )
+
+
+class Cabinet:
+    """Instruments by configuration, each made once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._extractors: dict[str, FeatureExtractor] = {}
+        self._references: dict[str, Reference] = {}
+
+    def instruments(
+        self, config: DictConfig, example: Tensor, class_names: Sequence[str]
+    ) -> Instruments:
+        """Return what to measure images like ``example``, uint8 (1, c, h, w), with.
+
+        Raises:
+            ValueError: weights or a reference that cannot be found, images that the features cannot
+                read, or metrics that features or reference do not allow.
+        """
+        bundled = _bundled(tuple(example.shape[1:]), class_names)
+        features = config.features
+        if not features:
+            features = OmegaConf.load(
+                config_folder() / "features" / f"{bundled or 'inception'}.yaml"
+            )
+        if not OmegaConf.is_dict(features) or "_target_" not in features:
+            raise ValueError(
+                f"features={features}: expected inception, dinov2, digits or patches, or a mapping "
+                f"with _target_, the class of a FeatureExtractor"
+            )
+        extractor = self._extractor(features)
+        size = (example.shape[2], example.shape[3])
+        source = config.reference or _default_reference(extractor.name, size, class_names)
+        reference = self._reference(str(source), extractor)
+        with torch.no_grad():
+            seen = extractor(example.to(self._device))
+        if reference.pool is not None and seen.pool.shape[1] != reference.pool.mean.numel():
+            raise ValueError(
+                f"{extractor.name} gives {seen.pool.shape[1]} features and {reference.name} has "
+                f"{reference.pool.mean.numel()}: expected the same; choose another reference"
+            )
+        allowed = {
+            "fid": reference.pool is not None,
+            "sfid": reference.spatial is not None and seen.spatial is not None,
+            "is": seen.logits is not None,
+            "precision": reference.features is not None,
+            "recall": reference.features is not None,
+        }
+        wanted = [name for name in METRICS if allowed[name]]
+        if config.metrics is not None:
+            wanted = [str(name) for name in config.metrics]
+            missing = [name for name in wanted if not allowed[name]]
+            if missing:
+                raise ValueError(
+                    f"metrics={', '.join(missing)}: not possible with the features "
+                    f"{extractor.name} and the reference {reference.name}; possible are "
+                    f"{', '.join(name for name in METRICS if allowed[name])}"
+                )
+        return Instruments(extractor, reference, tuple(wanted), _digest(reference))
+
+    def _extractor(self, features: Any) -> FeatureExtractor:
+        key = OmegaConf.to_yaml(features, resolve=True)
+        if key not in self._extractors:
+            try:
+                made = instantiate(features, _convert_="all")
+            except InstantiationException as error:
+                if isinstance(error.__cause__, ValueError):
+                    raise ValueError(f"features: {error.__cause__}") from error
+                raise
+            if not isinstance(made, FeatureExtractor):
+                raise ValueError(
+                    f"features: {features['_target_']} makes a {type(made).__name__}; expected a "
+                    f"subclass of sag_dit.evaluation.features.FeatureExtractor"
+                )
+            self._extractors[key] = made.eval().requires_grad_(False).to(self._device)
+        return self._extractors[key]
+
+    def _reference(self, source: str, extractor: FeatureExtractor) -> Reference:
+        key = json.dumps([source, extractor.name, dict(extractor.protocol)], default=str)
+        if key not in self._references:
+            try:
+                self._references[key] = load_reference(source, extractor)
+            except ValueError as error:
+                raise ValueError(f"reference={source}: {_without(source, str(error))}") from error
+        return self._references[key]
+
+
+def example_of(model: Model) -> Tensor:
+    """Return a black image as the model would draw it, uint8 (1, c, h, w)."""
+    channels, height, width = model.denoiser.latent_shape
+    factor = model.codec.factor
+    shape = (channels, height, width) if factor == 1 else (3, height * factor, width * factor)
+    return torch.zeros(1, *shape, dtype=torch.uint8)
+
+
+def _without(source: str, message: str) -> str:
+    """Return a message without the source that it may begin with."""
+    for start in (f"reference={source}: ", f"{source!r}: "):
+        message = message.removeprefix(start)
+    return message
+
+
+def _bundled(shape: Shape, class_names: Sequence[str]) -> str | None:
+    """Return the bundled features for such images; 8 x 8 grey ones of unknown class are digits."""
+    for name, (images, classes) in BUNDLED.items():
+        unknown = not class_names and name == "digits"
+        if shape == images and (unknown or tuple(class_names) == classes):
+            return name
+    return None
+
+
+def _default_reference(features: str, size: tuple[int, int], class_names: Sequence[str]) -> str:
+    if features in BUNDLED:
+        return f"{features}:report"
+    ask = "reference is not set: expected an npz, a folder of real images, or digits:report"
+    if len(class_names) != 1000 or size[0] != size[1] or size[0] not in ADM_FILES:
+        raise ValueError(ask)
+    file = ADM_FILES[size[0]]
+    for each in local_folders():
+        if (each / file).is_file():
+            return str(each / file)
+    places = ", ".join(str(each.absolute()) for each in local_folders())
+    raise ValueError(
+        f"{ask}. For ImageNet it is {file}, looked for in {places} (${WEIGHTS_FOLDER} names a "
+        f"further folder); download {ADM_FOLDER}/{size[0]}/{file}"
+    )
+
+
+def _digest(reference: Reference) -> str:
+    """Return a sha256 over the numbers that a reference holds."""
+    digest = hashlib.sha256()
+    for statistics in (reference.pool, reference.spatial):
+        for tensor in () if statistics is None else (statistics.mean, statistics.covariance):
+            digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    if reference.features is not None:
+        digest.update(reference.features.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()

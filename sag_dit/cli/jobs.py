@@ -1,0 +1,173 @@
+"""Jobs of an evaluation: every row checked, with all facts, before anything is drawn."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from sag_dit import __version__
+from sag_dit.checkpoints import Model
+from sag_dit.cli.instruments import NEIGHBOUR, SPLIT_SIZE, Cabinet, Instruments, example_of
+from sag_dit.cli.records import identity_of
+from sag_dit.cli.rows import Row, guidance_text, name_rows
+from sag_dit.cli.sample import Plan, make_plan
+from sag_dit.evaluation.images import ImageSet, open_images
+
+MODEL_KEYS = ("ckpt", "ema", "vae", "prompt", "requests", "classes", "text")
+"""Keys that decide which model is loaded; settings that agree in them share it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A row with what it takes to measure it: a plan to draw, or images on disk."""
+
+    row: Row
+    name: str
+    plan: Plan | None
+    images: ImageSet | None
+    instruments: Instruments
+    facts: Mapping[str, Any]
+    period: int
+    identity: str
+
+    @property
+    def count(self) -> int:
+        """How many images are measured."""
+        return self.facts["count"]  # type: ignore[no-any-return]
+
+
+def make_jobs(rows: Sequence[Row], device: torch.device) -> list[Job]:
+    """Load models, features and references, each once, and check that they fit.
+
+    Raises:
+        ValueError: a value that cannot be used; the remedy is named.
+    """
+    cabinet = Cabinet(device)
+    models: dict[str, Model] = {}
+    sets: dict[str, ImageSet] = {}
+    prepared = []
+    for row in rows:
+        plan, images = None, None
+        if row.source is None:
+            plan = _plan(row.config, models)
+            example, names = example_of(plan.model), plan.model.class_names
+        else:
+            images = sets.setdefault(row.source, _opened(row))
+            example, names = next(images.read(1))[0][:1], ()
+        prepared.append((row, plan, images, cabinet.instruments(row.config, example, names)))
+    guidance = [None if plan is None else plan.pixels["guidance"] for _, plan, _, _ in prepared]
+    names_of_rows = name_rows(rows, guidance)
+    return [_job(name, *parts) for name, parts in zip(names_of_rows, prepared, strict=True)]
+
+
+def _plan(config: DictConfig, models: dict[str, Model]) -> Plan:
+    config = config.copy()
+    config.out = None  # The results' folder; kept images go where sample.py would draw them.
+    OmegaConf.update(config, "maps", False, force_add=True)  # Nothing to look at is drawn here.
+    chosen = (OmegaConf.select(config, name) for name in MODEL_KEYS)
+    key = repr(
+        [OmegaConf.to_container(each) if OmegaConf.is_config(each) else each for each in chosen]
+    )
+    plan = make_plan(config, models.get(key))
+    models[key] = plan.model
+    return plan
+
+
+def _opened(row: Row) -> ImageSet:
+    if row.config.num_images is not None:
+        raise ValueError(
+            f"num_images={row.config.num_images}: all images of samples={row.source} are measured; "
+            f"leave it out"
+        )
+    try:
+        return open_images(row.source or "")
+    except ValueError as error:
+        raise ValueError(f"samples: {error}") from error
+
+
+def _job(
+    name: str, row: Row, plan: Plan | None, images: ImageSet | None, instruments: Instruments
+) -> Job:
+    if plan is not None:
+        facts, determining, period = _drawn(row.config, plan)
+    elif images is not None:
+        facts, determining, period = _stored(images)
+    else:
+        raise TypeError("a row is drawn or on disk")
+    reference = _plain(instruments.reference.protocol)
+    measure: dict[str, Any] = {
+        "features": instruments.extractor.name,
+        "features_protocol": reference.pop("network"),
+        "reference": reference.pop("reference"),
+        "reference_protocol": reference,
+        "reference_statistics_sha256": instruments.reference_sha256,
+        "k": NEIGHBOUR,
+        "split_size": SPLIT_SIZE,
+    }
+    identity = identity_of(
+        {
+            **determining,
+            "measure": measure,
+            "metrics": sorted(instruments.metrics),
+            "confidence": _plain(OmegaConf.to_container(row.config.confidence)),
+        }
+    )
+    facts |= measure | {"sag_dit": __version__, "torch": torch.__version__}
+    return Job(row, name, plan, images, instruments, facts, period, identity)
+
+
+def _drawn(config: DictConfig, plan: Plan) -> tuple[dict[str, Any], dict[str, Any], int]:
+    labels = [request.label for request in plan.requests]
+    counts = Counter(labels).values()
+    pixels, vae = plan.pixels, plan.model.vae
+    rule = pixels["request"].get("classes", "as in the file of requests")
+    facts = {
+        "count": len(labels),
+        "model": plan.model.name,
+        "weights_sha256": plan.model.sha256,
+        "vae": None if vae is None else Path(vae).name,
+        "sampler": pixels["sampler"]["name"],
+        "steps": pixels["steps"],
+        "guidance": guidance_text(pixels["guidance"]) or "none",
+        "terms": dict(pixels["guidance"]),
+        "seed": pixels["request"].get("seed"),
+        "classes": rule,
+        "sample_labels": {"classes": len(counts), "fewest": min(counts), "most": max(counts)},
+        "trainer_precision": pixels["precision"],
+        "batch_size": pixels["batch_size"],
+    }
+    in_turn = config.requests is None and rule != "random"
+    period = (len(rule) if isinstance(rule, list) else len(counts)) if in_turn else 1
+    return facts, {"pixels": dict(pixels), "count": len(labels)}, period
+
+
+def _stored(images: ImageSet) -> tuple[dict[str, Any], dict[str, Any], int]:
+    labels, digest = images.labels, images.digest()
+    facts = {
+        "count": len(images),
+        "samples": images.name,
+        "samples_sha256": digest,
+        "sample_labels": images.balance(),
+    }
+    return facts, {"samples_sha256": digest, "count": len(images)}, _period(labels)
+
+
+def _period(labels: Sequence[int] | None) -> int:
+    """Return the distance at which classes recur, 1 if they do not."""
+    if not labels or labels[0] not in labels[1:]:
+        return 1
+    period = labels.index(labels[0], 1)
+    recurs = all(label == labels[place % period] for place, label in enumerate(labels))
+    return period if recurs else 1
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(value, default=str))
+    return plain

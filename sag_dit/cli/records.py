@@ -1,0 +1,179 @@
+"""What has been measured: kept by identity, put together over seeds, written as JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from sag_dit.cli.sweep import Value
+from sag_dit.evaluation.expected import Expected
+from sag_dit.files import atomic
+from sag_dit.output.charts import Metric
+
+LAYOUT = 1
+"""Changes when a number kept under an identity would come out differently, or be kept otherwise."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """The numbers of one set of images, and the facts without which they mean nothing.
+
+    ``spread`` is the standard error of each metric by repeated subsets, where asked for.
+    """
+
+    metrics: Mapping[str, float]
+    spread: Mapping[str, float]
+    facts: Mapping[str, Any]
+    warnings: Sequence[str] = ()
+    seconds: float = 0.0
+
+
+def identity_of(determining: Mapping[str, Any]) -> str:
+    """Return the name under which numbers are kept: a hash of all that determines them."""
+    text = json.dumps(_canonical({**determining, "layout": LAYOUT}), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _canonical(value: Any) -> Any:
+    """Return the same values with 1.0 written as 1, since a scale may be typed either way."""
+    if isinstance(value, Mapping):
+        return {key: _canonical(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_canonical(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def read_record(folder: Path, identity: str) -> Record | None:
+    """Return what was measured under an identity, None if nothing was.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    file = folder / f"{identity}.json"
+    if not file.exists():
+        return None
+    try:
+        return Record(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}); delete it and repeat the command to measure again"
+        ) from error
+
+
+def write_record(folder: Path, identity: str, record: Record) -> None:
+    """Keep what was measured."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / f"{identity}.json", asdict(record))
+
+
+@dataclass(frozen=True)
+class Result:
+    """One setting of the table: one record, or the mean of several that differ in their seed.
+
+    With several seeds ``spread`` is the standard deviation over them.
+    """
+
+    name: str
+    axes: Mapping[str, Value]
+    metrics: Mapping[str, float]
+    spread: Mapping[str, float]
+    facts: Mapping[str, Any]
+    warnings: Sequence[str]
+    seeds: Sequence[Mapping[str, Any]] = ()
+    identities: Sequence[str] = ()
+    expected: Expected | None = field(default=None, compare=False)
+
+
+def combine(
+    name: str,
+    axes: Mapping[str, Value],
+    records: Mapping[str, Record],
+    expected: Expected | None = None,
+) -> Result:
+    """Put the records of a setting, by identity, together."""
+    all_of = list(records.values())
+    first = all_of[0]
+    metrics, spread = dict(first.metrics), dict(first.spread)
+    facts = dict(first.facts)
+    if len(all_of) > 1:
+        metrics = {key: mean(each.metrics[key] for each in all_of) for key in first.metrics}
+        spread = {key: stdev(each.metrics[key] for each in all_of) for key in first.metrics}
+        facts["seed"] = [each.facts.get("seed") for each in all_of]
+    return Result(
+        name=name,
+        axes=dict(axes),
+        metrics=metrics,
+        spread=spread,
+        facts=facts,
+        warnings=list(dict.fromkeys(text for each in all_of for text in each.warnings)),
+        seeds=[{"seed": each.facts.get("seed"), "metrics": dict(each.metrics)} for each in all_of],
+        identities=list(records),
+        expected=expected,
+    )
+
+
+def write_results(
+    folder: Path, results: Sequence[Result], metrics: Mapping[str, Metric], spread: str
+) -> tuple[Path, Path]:
+    """Write ``results.json`` and ``results.csv``: every number with its facts beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for result in results:
+        row = asdict(result)
+        if result.expected is not None:
+            row["expected"]["differences"] = {
+                name: difference
+                for name, (*_, difference) in result.expected.differences(result.metrics).items()
+            }
+            row["expected"]["deviations"] = result.expected.deviations(result.facts)
+        rows.append(row)
+    as_json, as_csv = folder / "results.json", folder / "results.csv"
+    labels = {name: metric.label for name, metric in metrics.items()}
+    _write_json(as_json, {"metrics": labels, "spread": spread, "results": rows})
+    flat = [_flat_row(result, metrics) for result in results]
+    columns = list(dict.fromkeys(key for row in flat for key in row))
+    with atomic(as_csv) as temporary, temporary.open("w", newline="", encoding="utf-8") as lines:
+        writer = csv.DictWriter(lines, columns)
+        writer.writeheader()
+        writer.writerows(flat)
+    return as_json, as_csv
+
+
+def _flat_row(result: Result, metrics: Iterable[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {"setting": result.name, **result.axes}
+    for name in metrics:
+        row[name] = result.metrics.get(name)
+        if name in result.spread:
+            row[f"{name}_spread"] = result.spread[name]
+    return row | dict(flat_facts(result.facts))
+
+
+def flat_facts(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Yield nested facts by their keys joined with dots; lists as JSON."""
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from flat_facts(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value) if isinstance(value, list) else value
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    with atomic(file) as temporary:
+        text = json.dumps(_plain(values), indent=1, ensure_ascii=False, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """Return JSON values; a number that is not finite is null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,69 @@
+"""``-m``: the settings of a sweep, all for one process that loads the model once.
+
+Hydra's own multirun starts a job of its own for every setting, which would load the model again and
+could not compare them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from sag_dit.cli.app import quoted
+
+MULTIRUN = ("-m", "--multirun")
+
+Value = float | int | str | bool | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting of a sweep: what distinguishes it, and the arguments that compose it."""
+
+    axes: dict[str, Value]
+    arguments: list[str]
+
+
+def expand(arguments: Sequence[str]) -> list[Choice] | None:
+    """Return the settings that ``-m`` asks for, the last key changing fastest; None without ``-m``.
+
+    ``key=a,b``, ``key=range(0,1,0.25)`` and the like are Hydra's grammar.
+
+    Raises:
+        ValueError: ``-m`` without a key of several values.
+        HydraException: an argument that is not in the grammar.
+    """
+    if not any(argument in MULTIRUN for argument in arguments):
+        return None
+    parser = OverridesParser.create()
+    kept: list[str] = []
+    swept: dict[str, list[tuple[Value, str]]] = {}
+    for argument in arguments:
+        if argument in MULTIRUN:
+            continue
+        if "=" not in argument or argument.startswith("-"):
+            kept.append(argument)
+            continue
+        override = parser.parse_override(quoted(argument))
+        if not override.is_sweep_override():
+            kept.append(argument)
+            continue
+        key = override.get_key_element()
+        swept[key] = [
+            (yaml.safe_load(text), f"{key}={text}") for text in override.sweep_string_iterator()
+        ]
+    if not swept:
+        raise ValueError(
+            "-m: no key has several values; expected for instance sag_scale=0,0.25,0.5,1"
+        )
+    return [
+        Choice(
+            {key.lstrip("+"): value for key, (value, _) in zip(swept, chosen, strict=True)},
+            [*kept, *(text for _, text in chosen)],
+        )
+        for chosen in itertools.product(*swept.values())
+    ]

@@ -1,0 +1,92 @@
+"""Published numbers beside one's own, and in which parts the two protocols differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+METRICS = ("fid", "sfid", "is", "precision", "recall")
+"""The metrics that papers publish, in the order of their tables."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Numbers that somebody has published.
+
+    ``source`` names the publication and the table. ``metrics`` are the numbers by metric.
+    ``protocol`` says how they were measured, under the keys of the facts that stand beside every
+    number of ours, such as ``count`` or ``reference``.
+
+    Raises:
+        ValueError: no source, no numbers, an unknown metric, or something that is no number.
+    """
+
+    source: str
+    metrics: Mapping[str, float]
+    protocol: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ValueError("expected.source is empty: name the publication and its table")
+        if not self.metrics:
+            raise ValueError(f"expected.metrics is empty: name some of {', '.join(METRICS)}")
+        for name, value in self.metrics.items():
+            if name not in METRICS:
+                raise ValueError(
+                    f"expected.metrics.{name}: no such metric, expected {', '.join(METRICS)}"
+                )
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"expected.metrics.{name}={value!r}: expected a number")
+
+    @classmethod
+    def of(cls, node: Mapping[str, Any]) -> Expected:
+        """Read published numbers from plain values.
+
+        Raises:
+            ValueError: keys other than source, metrics and protocol, or values that do not fit.
+        """
+        unknown = node.keys() - {"source", "metrics", "protocol"}
+        if unknown:
+            raise ValueError(
+                f"expected.{', '.join(sorted(unknown))}: expected source, metrics and protocol"
+            )
+        return cls(
+            str(node.get("source") or ""),
+            dict(node.get("metrics") or {}),
+            dict(node.get("protocol") or {}),
+        )
+
+    def differences(self, measured: Mapping[str, float]) -> dict[str, tuple[float, float, float]]:
+        """Return (published, measured, measured - published) of the metrics that both have."""
+        return {
+            name: (self.metrics[name], measured[name], measured[name] - self.metrics[name])
+            for name in METRICS
+            if name in self.metrics and name in measured
+        }
+
+    def deviations(self, facts: Mapping[str, Any]) -> list[str]:
+        """Name the parts of the protocol that differ from the published one, or are not known."""
+        told = []
+        for key, published in self.protocol.items():
+            if key not in facts or facts[key] is None:
+                told.append(f"{key}: published {_text(published)}, here not known")
+            elif not _same(published, facts[key]):
+                told.append(f"{key}: published {_text(published)}, here {_text(facts[key])}")
+        return told
+
+
+def _same(published: Any, ours: Any) -> bool:
+    if isinstance(published, (int, float)) and isinstance(ours, (int, float)):
+        return float(published) == float(ours)
+    return _text(published) == _text(ours)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_text(each)}" for key, each in sorted(value.items())) or "none"
+    return "none" if value is None else str(value)

@@ -1,0 +1,279 @@
+"""Suite: several metrics of one set of images, computed from one pass of a network over them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+from torchmetrics import Metric
+
+from sag_dit.evaluation.caveats import caveats
+from sag_dit.evaluation.distributed import gathered, joined
+from sag_dit.evaluation.features import FeatureExtractor, Features
+from sag_dit.evaluation.metrics import FrechetDistance, InceptionScore, PrecisionRecall
+from sag_dit.evaluation.numerics import exact
+from sag_dit.evaluation.reference import Reference
+from sag_dit.evaluation.statistics import Statistics
+from sag_dit.evaluation.subsets import Groups, halves
+from sag_dit.tensors import Labels
+
+METRICS = ("fid", "sfid", "is", "precision", "recall")
+SMALL = 256
+"""Features of at most so many dimensions are kept apart by group unasked: 17 MB at most."""
+GROUPS = 32
+
+
+class Suite:
+    """Metrics of one set of images against a reference, in constant memory, over all ranks.
+
+    ``metrics`` are some of ``METRICS``: ``fid`` compares pooled features, whichever network they
+    come from (FD-DINOv2 with DINOv2's), ``sfid`` spatial ones, ``is`` needs logits alone,
+    ``precision`` and ``recall`` keep the features.
+
+    ``groups`` (even, 4 or more; 1 for none) are the parts of which :meth:`confidence` takes halves;
+    FID's state grows by as many times. Left out, it is 32 where features are small, else 1.
+    ``period`` is the distance at which classes recur over the indices, 1 where they are random.
+
+    Every rank calls :meth:`update` as often as it likes, perhaps never, and all of them call the
+    other methods, in one order.
+
+    Raises:
+        ValueError: an unknown metric, a reference that lacks what one needs, or one whose features
+            come from another network or preprocessing.
+    """
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        reference: Reference,
+        metrics: Sequence[str] = METRICS,
+        *,
+        groups: int | None = None,
+        period: int = 1,
+        split_size: int = 5_000,
+        k: int = 3,
+    ) -> None:
+        unknown = [name for name in metrics if name not in METRICS]
+        if unknown or not metrics:
+            raise ValueError(f"metrics={list(metrics)}: expected some of {', '.join(METRICS)}")
+        reference.check(extractor)
+        self.extractor = extractor.eval().requires_grad_(False)
+        self.reference = reference
+        self.metrics = tuple(metrics)
+        pool, spatial = reference.pool, reference.spatial
+        if groups is None:
+            compared = [pool] * ("fid" in metrics) + [spatial] * ("sfid" in metrics)
+            widths = [each.mean.numel() for each in compared if each is not None]
+            groups = GROUPS if max(widths, default=0) <= SMALL else 1
+        self.groups, self.period, self.split_size = groups, period, split_size
+        self._images = _Indices()
+        self._metrics: dict[str, FrechetDistance | InceptionScore | PrecisionRecall] = {}
+        if "fid" in metrics:
+            self._metrics["fid"] = FrechetDistance(self._needed(pool, "fid"), groups, period)
+        if "sfid" in metrics:
+            self._metrics["sfid"] = FrechetDistance(self._needed(spatial, "sfid"), groups, period)
+        if "is" in metrics:
+            self._metrics["is"] = InceptionScore(split_size, groups, period)
+        if "precision" in metrics or "recall" in metrics:
+            if reference.features is None:
+                raise ValueError(
+                    f"{reference.name} holds statistics but no images: precision and recall need "
+                    f"images; leave these metrics out or choose another reference"
+                )
+            features = reference.features
+            self._metrics["precision_recall"] = PrecisionRecall(features, k, groups, period)
+
+    def _needed(self, statistics: Statistics | None, metric: str) -> Statistics:
+        if statistics is None:
+            raise ValueError(
+                f"metrics={list(self.metrics)}: {self.reference.name} has no features for {metric} "
+                f"(the network is {self.extractor.name}); leave {metric} out"
+            )
+        return statistics
+
+    def to(self, device: torch.device | str) -> Suite:
+        """Move the network to a device; the sums are kept there too."""
+        self.extractor.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the network; the CPU if it has no weights."""
+        tensors = (*self.extractor.parameters(), *self.extractor.buffers())
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        """All that changes the numbers beside the images: network, preprocessing, reference."""
+        return self.reference.protocol
+
+    def _each(self) -> list[Metric]:
+        metrics = [self._images, *self._metrics.values()]
+        # MPS has no float64, and no ranks that would have to meet there.
+        home = torch.device("cpu") if self.device.type == "mps" else self.device
+        return [metric.to(home) for metric in metrics]
+
+    def update(self, images: UInt8[Tensor, "b c h w"], indices: Labels) -> None:
+        """Add images by their indices; every index counts once.
+
+        Raises:
+            ValueError: the network cannot read the images, has no features for a metric, or returns
+                values that are not finite; the images are named.
+        """
+        if len(images) != len(indices):
+            raise ValueError(f"{len(images)} images and {len(indices)} indices: expected as many")
+        if not len(images):
+            return
+        with exact(self.device):
+            features = self.extractor(images.to(self.device))
+        self.update_features(features, indices)
+
+    def update_features(self, features: Features, indices: Labels) -> None:
+        """Add images by what the network says of them.
+
+        Raises:
+            ValueError: a metric's features are missing, or values are not finite.
+        """
+        self._each()
+        needed = {"fid": features.pool, "sfid": features.spatial, "is": features.logits}
+        needed["precision_recall"] = features.pool
+        used: dict[str, Tensor] = {}
+        for name in self._metrics:
+            values = needed[name]
+            if values is None:
+                raise ValueError(
+                    f"metrics={list(self.metrics)}: {self.extractor.name} has no features for "
+                    f"{name}; leave it out or choose another network"
+                )
+            bad = indices[~values.isfinite().all(1).to(indices.device)].tolist()
+            if bad:
+                raise ValueError(
+                    f"{self.extractor.name} returns NaN or infinity for {len(bad)} images, indices "
+                    f"{bad[:5]}: expected finite features; look at these images"
+                )
+            used[name] = values
+        for name, values in used.items():
+            self._metrics[name].update(values, indices)
+        self._images.update(indices)
+
+    def compute(self) -> dict[str, float]:
+        """Return the metrics asked for, in that order, of the images of all ranks.
+
+        Raises:
+            ValueError: there are too few images, or an index came more than once.
+        """
+        self._checked_indices()
+        found: dict[str, float] = {}
+        for name, metric in self._metrics.items():
+            value = _quietly(metric.compute)
+            found |= value if isinstance(value, dict) else {name: value}
+        return {name: float(found[name]) for name in self.metrics}
+
+    def warnings(self) -> list[str]:
+        """Return what makes the numbers less than comparable, a sentence each; perhaps nothing."""
+        return caveats(
+            self.reference, self.count(), self.compute(), self._constant(), self.split_size
+        )
+
+    def count(self) -> int:
+        """Return how many images there are on all ranks."""
+        return len(self._checked_indices())
+
+    def confidence(self, repeats: int = 50, seed: int = 0) -> dict[str, tuple[float, float]]:
+        """Return each metric's mean and standard deviation over random halves of the images.
+
+        The deviation estimates the standard error of the metric on all images (the delete-half
+        jackknife over groups of images, see :mod:`sag_dit.evaluation.subsets`). The reference is
+        taken as given. The mean is that of halves: beside the metric itself it shows how far FID
+        still depends on the number of images.
+
+        Raises:
+            ValueError: there are no groups, see ``groups``, or too few images in a half.
+        """
+        if self.groups == 1:
+            raise ValueError(
+                "groups=1: no spread can be told; make the suite with groups=10 or another even "
+                "number, which keeps FID's sums as many times (34 MB each for 2,048 features)"
+            )
+        chosen = halves(self.groups, repeats, seed)
+        self._checked_indices()
+        values: dict[str, list[float]] = {}
+        self._each()
+        for name, metric in self._metrics.items():
+            with ExitStack() as stack:
+                stack.enter_context(metric.sync_context(dist_sync_fn=metric.dist_sync_fn))
+                for half in chosen:
+                    for key, value in _values(name, metric, half).items():
+                        values.setdefault(key, []).append(value)
+        return {
+            name: (float(np.mean(values[name])), float(np.std(values[name], ddof=1)))
+            for name in self.metrics
+        }
+
+    def reset(self) -> None:
+        """Forget all images; the reference stays."""
+        for metric in self._each():
+            metric.reset()
+
+    def _checked_indices(self) -> Tensor:
+        self._each()
+        indices: Tensor = _quietly(self._images.compute)
+        unique, times = indices.unique(return_counts=True)
+        if len(unique) < len(indices):
+            twice = unique[times > 1].tolist()
+            raise ValueError(
+                f"{len(twice)} indices came more than once, such as {twice[:5]}: expected each "
+                f"image once; with Lightning, set use_distributed_sampler=False"
+            )
+        return indices
+
+    def _constant(self) -> dict[str, bool]:
+        """Whether the features of some metric do not vary at all."""
+        found = {}
+        for name in ("fid", "sfid"):
+            metric = self._metrics.get(name)
+            if isinstance(metric, FrechetDistance):
+                with metric.sync_context(dist_sync_fn=metric.dist_sync_fn):
+                    own = metric.statistics()
+                spread = own.covariance.diagonal().sum()
+                found[name] = bool(spread <= 1e-12 * own.mean.square().sum())
+        return found
+
+
+class _Indices(Metric):
+    """The indices of all images, in order."""
+
+    full_state_update = True
+    seen: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__(dist_sync_fn=gathered)
+        self.add_state("seen", [], dist_reduce_fx="cat")
+
+    def update(self, indices: Labels) -> None:
+        self.seen.append(indices.to(self.device, torch.int64))
+
+    def compute(self) -> Tensor:
+        return joined(self.seen).long().sort().values
+
+
+def _values(name: str, metric: Metric, groups: Groups) -> dict[str, float]:
+    if isinstance(metric, PrecisionRecall):
+        precision, recall = metric.value(groups)
+        return {"precision": precision, "recall": recall}
+    if isinstance(metric, (FrechetDistance, InceptionScore)):
+        return {name: metric.value(groups)}
+    raise TypeError(f"{type(metric).__name__} has no values by groups")
+
+
+def _quietly(compute: Callable[[], Any]) -> Any:
+    """Compute without torchmetrics' advice to a rank that has no images."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+        return compute()

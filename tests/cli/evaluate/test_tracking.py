@@ -1,0 +1,93 @@
+"""``train.py track=fid``: metrics of images drawn during training."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sag_dit
+from sag_dit.evaluation.classifier import bundled_classifier
+from sag_dit.evaluation.reference import load_reference
+from sag_dit.evaluation.suite import Suite
+
+Command = Callable[..., Any]
+SMALL = (
+    *("experiment=digits", "model.hidden_size=48", "model.depth=2", "model.num_heads=3"),
+    *("data.batch_size=16", "+sampling.batch_size=10", "max_steps=4", "out=run"),
+    *("every_n_steps.log=3", "every_n_steps.checkpoint=4"),
+)
+TRACKED = ("track=fid", "track.every_n_steps=2", "track.num_images=25", "track.steps=2")
+
+
+@pytest.fixture
+def train(in_process: Command, kept_references: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Train a small model of the digits for four steps."""
+    monkeypatch.setenv("SAG_DIT_CACHE", str(kept_references))
+
+    def run(*arguments: str) -> Any:
+        return in_process("train", *SMALL, *arguments)
+
+    return run
+
+
+def logged(folder: Path) -> dict[int, dict[str, float]]:
+    """Return the tracked metrics by step, from the run's table."""
+    (file,) = (folder / "logs").rglob("metrics.csv")
+    found: dict[int, dict[str, float]] = {}
+    with file.open(newline="") as lines:
+        for row in csv.DictReader(lines):
+            values = {k: float(v) for k, v in row.items() if k.startswith("metrics/") and v}
+            if values:
+                found[int(row["step"])] = values
+    return found
+
+
+def test_the_averaged_weights_are_measured_every_so_often(train: Command) -> None:
+    outcome = train(*TRACKED, "track.metrics=[fid,recall]", "track.best=true")
+    assert outcome.code == 0, outcome.err
+    values = logged(Path("run"))
+    assert list(values) == [2, 4]
+
+    # The weights of the end are those that were measured last.
+    model = sag_dit.load("run")
+    images = sag_dit.sample(model, [i % 10 for i in range(25)], steps=2, batch_size=10)
+    extractor = bundled_classifier("digits")
+    suite = Suite(extractor, load_reference("digits:report", extractor), ["fid", "recall"])
+    suite.update(images, torch.arange(25))
+    expected = {f"metrics/{name}": value for name, value in suite.compute().items()}
+    assert values[4] == pytest.approx(expected, rel=1e-5)
+    assert values[2] != pytest.approx(expected, rel=1e-3)
+
+    best = min(values, key=lambda step: values[step]["metrics/fid"])
+    (kept,) = Path("run/checkpoints").glob("best-fid-*.ckpt")
+    assert kept.name == f"best-fid-{best:08d}.ckpt"
+
+
+def test_measuring_changes_no_weight(train: Command, tmp_path: Path) -> None:
+    for more in (("out=plain",), ("out=tracked", *TRACKED)):
+        outcome = train(*more)
+        assert outcome.code == 0, outcome.err
+    plain, tracked = (sag_dit.load(name).sha256 for name in ("plain", "tracked"))
+    assert plain == tracked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("track.every_n_steps=0",), "track.every_n_steps=0: expected 1 or more"),
+        (("track.num_images=1",), "track.num_images=1: expected 2 or more"),
+        (("track.metrics=[fd]",), "metrics=fd: expected some of fid"),
+        (("track.features=digit",), "track.features=digit: expected one of"),
+        (("track.metrics=[is]", "track.best=true"), "the best checkpoint is chosen by fid"),
+    ],
+)
+def test_misuse(train: Command, arguments: tuple[str, ...], told: str) -> None:
+    outcome = train(*TRACKED, *arguments)
+    assert outcome.code == 1
+    assert told in outcome.err
+    assert outcome.evaluations == 0

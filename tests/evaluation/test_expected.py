@@ -1,0 +1,107 @@
+"""Published numbers: read from configurations, compared, and what differs of the protocol."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from sag_dit.cli.app import config_folder
+from sag_dit.cli.values import make_terms
+from sag_dit.evaluation.expected import Expected
+from sag_dit.guidance import CFG
+from sag_dit.sampler import Ancestral
+
+PAPERS = sorted(file.stem for file in (config_folder() / "experiment" / "paper").glob("dit*.yaml"))
+PUBLISHED = {
+    "dit256": (9.62, 6.85, 121.50, 0.67, 0.67),
+    "dit256_cfg1.25": (3.22, 5.28, 201.77, 0.76, 0.62),
+    "dit256_cfg1.5": (2.27, 4.60, 278.24, 0.83, 0.57),
+    "dit512": (12.03, 7.12, 105.25, 0.75, 0.64),
+    "dit512_cfg1.25": (4.64, 5.77, 174.77, 0.81, 0.57),
+    "dit512_cfg1.5": (3.04, 5.02, 240.82, 0.84, 0.54),
+}
+"""Peebles and Xie 2023, tables 2 and 3: FID, sFID, IS, precision, recall."""
+
+
+def test_differences_are_of_what_both_have() -> None:
+    expected = Expected("a table", {"fid": 2.0, "is": 250.0}, {})
+    found = expected.differences({"fid": 2.5, "recall": 0.6, "is": 240.0})
+    assert found == {"fid": (2.0, 2.5, 0.5), "is": (250.0, 240.0, -10.0)}
+
+
+def test_deviations_name_both_sides() -> None:
+    protocol = {"count": 50000, "steps": 250, "vae": "ema", "terms": {"a": 1.5}, "classes": None}
+    expected = Expected("a table", {"fid": 2.0}, protocol)
+    ours: dict[str, Any] = {"count": 1000, "steps": 250.0, "vae": None, "terms": {"a": 1.5}}
+    assert expected.deviations(ours) == [
+        "count: published 50,000, here 1,000",
+        "vae: published ema, here not known",
+        "classes: published none, here not known",
+    ]
+    assert expected.deviations({**protocol, "classes": "none"}) == []
+
+
+@pytest.mark.parametrize(
+    ("node", "told"),
+    [
+        ({"metrics": {"fid": 2}}, "expected.source is empty"),
+        ({"source": "x"}, "expected.metrics is empty"),
+        ({"source": "x", "metrics": {"kid": 1}}, "expected.metrics.kid: no such metric"),
+        ({"source": "x", "metrics": {"fid": "2.27"}}, "expected.metrics.fid='2.27'"),
+        ({"source": "x", "metrics": {"fid": 2}, "steps": 3}, "expected.steps: expected source"),
+    ],
+)
+def test_bad_entries(node: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Expected.of(node)
+
+
+def test_every_row_of_the_paper_is_there() -> None:
+    assert set(PAPERS) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_both_commands_take_the_published_settings(name: str) -> None:
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        both = [
+            compose(command, [f"experiment=paper/{name}"]) for command in ("sample", "evaluate")
+        ]
+    for config in both:
+        assert isinstance(instantiated(config.sampler), Ancestral)
+        active = [term for term in make_terms(config.guidance).values() if not term.off]
+        scale = float(name.partition("_cfg")[2] or 1)
+        guided = [CFG(scale, channels=3)] if scale != 1 else []
+        assert active == guided
+        size = name[3:6]
+        assert config.ckpt == {"256": "DiT-XL-2", "512": "DiT-XL-2-512"}[size]
+        assert (config.num_images, config.steps, config.classes) == (50_000, 250, "random")
+        assert config.vae == "ema"
+    assert tuple(PUBLISHED[name]) == tuple(expected_of(both[1]).metrics.values())
+    protocol = expected_of(both[1]).protocol
+    assert (protocol["count"], protocol["steps"]) == (both[1].num_images, both[1].steps)
+    assert size in protocol["reference"]
+    assert ("CFG" in protocol["guidance"]) == (scale != 1)
+
+
+def instantiated(node: Any) -> Any:
+    from hydra.utils import instantiate
+
+    return instantiate(node)
+
+
+def expected_of(config: Any) -> Expected:
+    return Expected.of(OmegaConf.to_container(config.expected, resolve=True))  # type: ignore[arg-type]
+
+
+def test_evaluate_has_the_keys_of_sample() -> None:
+    """So that whatever determines pixels there can be set here."""
+    folder = Path(config_folder())
+    sample, evaluate = (OmegaConf.load(folder / f"{name}.yaml") for name in ("sample", "evaluate"))
+    assert set(sample) - {"npz", "maps", "attention"} <= set(evaluate)
+    for key in sample:
+        if str(key).endswith("_scale") and key != "sag_scale":
+            assert sample[key] == evaluate[key]

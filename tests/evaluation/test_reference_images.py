@@ -1,0 +1,151 @@
+"""Sets of images: folders of sample.py, class folders, npz; shares of ranks; damaged files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sag_dit.data.crop import read_crop
+from sag_dit.evaluation.images import Source, open_images, read_images
+from tests.evaluation.making import pixels
+from tests.evaluation.test_reference import IMAGES, LABELS, nhwc, write_folder, write_npz
+
+
+def read(source: Source, batch: int = 7, **options: int) -> tuple[torch.Tensor, list[int]]:
+    parts = list(read_images(source, batch, **options))
+    if not parts:
+        return torch.zeros(0), []
+    return torch.cat([images for images, _ in parts]), torch.cat([i for _, i in parts]).tolist()
+
+
+def test_sample_folder_goes_by_index(tmp_path: Path) -> None:
+    write_folder(tmp_path / "images", IMAGES)
+    (tmp_path / "images" / "000003.png").unlink()
+    write_folder(tmp_path / "unguided", IMAGES[:2])
+    rows = [{"index": i, "label": int(label)} for i, label in enumerate(LABELS)]
+    (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "config.yaml").touch()
+    images, indices = read(tmp_path)
+    left = [i for i in range(30) if i != 3]
+    assert indices == left
+    assert torch.equal(images, IMAGES[left])
+    assert open_images(tmp_path).balance() == {"classes": 3, "fewest": 9, "most": 10}
+
+
+def test_class_folders_count_over_all(tmp_path: Path) -> None:
+    write_folder(tmp_path, IMAGES, LABELS)
+    images, indices = read(tmp_path)
+    assert indices == list(range(30))
+    order = LABELS.argsort(stable=True)
+    assert torch.equal(images, IMAGES[order])
+    assert open_images(tmp_path).labels == LABELS[order].tolist()
+
+
+@pytest.mark.parametrize("kind", ["npz", "compressed", "folder", "tensors"])
+def test_ranks_share_every_image_once(kind: str, tmp_path: Path) -> None:
+    source: Source = (IMAGES, LABELS)
+    if kind == "npz":
+        source = write_npz(tmp_path / "set.npz", arr_0=nhwc(IMAGES))
+    elif kind == "compressed":
+        source = tmp_path / "set.npz"
+        np.savez_compressed(source, arr_0=nhwc(IMAGES))
+    elif kind == "folder":
+        source = write_folder(tmp_path / "images", IMAGES)
+    shares = [read(source, rank=rank, world=4) for rank in range(4)]
+    assert [len(indices) for _, indices in shares] == [7, 8, 7, 8]
+    assert [i for _, indices in shares for i in indices] == list(range(30))
+    assert torch.equal(torch.cat([images for images, _ in shares]), IMAGES)
+    few = (IMAGES[:2], LABELS[:2])
+    assert [len(read(few, rank=rank, world=4)[1]) for rank in range(4)] == [0, 1, 0, 1]
+
+
+def test_colour_is_kept_and_crops_are_adms(tmp_path: Path) -> None:
+    colour = pixels(3, 0, (12, 20, 3)).numpy()
+    for i, image in enumerate(colour):
+        Image.fromarray(image).save(tmp_path / f"photo{i}.png")
+    images, indices = read(tmp_path)
+    assert indices == [0, 1, 2]
+    assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), colour)
+    cropped, _ = read(tmp_path, size=8)
+    assert np.array_equal(cropped[1].numpy(), read_crop(tmp_path / "photo1.png", 8))
+    plain, small = open_images(tmp_path), open_images(tmp_path, size=8)
+    assert small.protocol["crop"] == "ADM's centre crop to 8 pixels"
+    assert plain.digest() != small.digest()
+
+
+def test_colour_file_makes_digest_and_name(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a", IMAGES[:4])
+    write_folder(tmp_path / "b", IMAGES[:4])
+    one, other = open_images(tmp_path / "a"), open_images(tmp_path / "b")
+    assert one.digest() == other.digest()
+    Image.fromarray(IMAGES[5, 0].numpy()).save(tmp_path / "b" / "000002.png")
+    assert open_images(tmp_path / "b").digest() != one.digest()
+
+
+def test_sets_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file or folder; expected a folder of images"):
+        open_images(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").write_text("no images")
+    with pytest.raises(ValueError, match="a file that is not an npz"):
+        open_images(tmp_path / "notes.txt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: no image found"):
+        open_images(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"image 0 is torch.float32 \(1, 8, 8\); expected uint8"):
+        read((IMAGES.float(), LABELS))
+
+
+def test_images_of_several_sizes_or_colours_are_refused(tmp_path: Path) -> None:
+    sizes = write_folder(tmp_path / "sizes", IMAGES[:3])
+    Image.fromarray(np.zeros((4, 6), np.uint8)).save(sizes / "000002.png")
+    with pytest.raises(ValueError, match=r"000002\.png has 6 x 4 pixels, others have 8 x 8"):
+        read(sizes, batch=1)
+    colours = write_folder(tmp_path / "colours", IMAGES[:3])
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(colours / "000001.png")
+    with pytest.raises(ValueError, match=r"000001\.png is in colour but the first image"):
+        read(colours)
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "images", IMAGES[:3])
+    file = folder / "000001.png"
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"000001\.png cannot be decoded"):
+        read(folder)
+    whole = write_npz(tmp_path / "set.npz", arr_0=nhwc(IMAGES))
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes(whole.read_bytes()[:900])
+    with pytest.raises(ValueError, match=r"cut\.npz: damaged or no npz"):
+        open_images(cut)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"arr_0": np.zeros((2, 8, 8, 3), np.float32)}, r"arr_0 is float32 \(2, 8, 8, 3\)"),
+        ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"arr_0 is uint8 \(2, 3, 8, 8\)"),
+        ({"arr_0": np.array([{}, None])}, "arr_0 is object"),
+        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "expected arr_0, uint8 images"),
+    ],
+)
+def test_npz_of_something_else_is_refused(
+    arrays: dict[str, np.ndarray], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_images(write_npz(tmp_path / "set.npz", **arrays))
+
+
+def test_npz_with_pickled_statistics_is_refused(tmp_path: Path) -> None:
+    from sag_dit.evaluation.npz import read_statistics
+
+    file = write_npz(tmp_path / "set.npz", mu=np.array([{}, 1]), sigma=np.eye(2))
+    with pytest.raises(ValueError, match="mu cannot be read"):
+        read_statistics(file)
+    file = write_npz(tmp_path / "shape.npz", mu=np.zeros(3), sigma=np.eye(2))
+    with pytest.raises(ValueError, match=r"expected a mean \(d\) and a covariance"):
+        read_statistics(file)
