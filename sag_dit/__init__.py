@@ -12,8 +12,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sag_dit.checkpoints import Model, load
+    from sag_dit.checkpoints import Model, load, load_text
     from sag_dit.guidance import CFG, SAG, BlurGuidance
+    from sag_dit.pipelines import guide
     from sag_dit.sampling import sample
 
 _HOME = {
@@ -21,12 +22,14 @@ _HOME = {
     "SAG": "sag_dit.guidance",
     "BlurGuidance": "sag_dit.guidance",
     "Model": "sag_dit.checkpoints",
+    "guide": "sag_dit.pipelines",
     "load": "sag_dit.checkpoints",
+    "load_text": "sag_dit.checkpoints",
     "sample": "sag_dit.sampling",
 }
 
 __version__ = "0.1.0"
-__all__ = ["CFG", "SAG", "BlurGuidance", "Model", "load", "sample"]
+__all__ = ["CFG", "SAG", "BlurGuidance", "Model", "guide", "load", "load_text", "sample"]
 
 
 def __getattr__(name: str) -> object:

@@ -48,6 +48,7 @@ CONFINED = {
     "hydra": ("cli",),
     "diffusers": (
         "models.unet",
+        "models.classifier",
         "denoiser.text_conditional",
         "sampler.diffusers",
         "codec",

@@ -1,0 +1,85 @@
+"""The page of an evaluation in a real browser, opened from disk without a network."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sag_dit.output.charts import Metric, Row, charts
+from sag_dit.output.curves import write_curves
+
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed: pip install playwright"
+)
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+METRICS = {"fid": Metric("FID", higher=False), "is": Metric("IS", higher=True)}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[playwright.Browser]:
+    with playwright.sync_playwright() as driver:
+        program = next(filter(None, map(shutil.which, NAMES)), driver.chromium.executable_path)
+        if not Path(program).exists():
+            pytest.skip("no Chromium: install one, or run `playwright install chromium`")
+        opened = driver.chromium.launch(
+            executable_path=program,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        yield opened
+        opened.close()
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 360)])
+def test_the_page(browser: playwright.Browser, tmp_path: Path, scheme: str, width: int) -> None:
+    random = np.random.default_rng(0)
+    rows = [
+        Row(
+            f"SAG {scale:g}",
+            {"sag_scale": scale},
+            {"fid": 5 - scale, "is": 2 + scale**2},
+            {"fid": 0.1},
+            [random.integers(0, 256, (8, 8, 1), dtype=np.uint8) for _ in range(3)],
+        )
+        for scale in (0.0, 0.5, 1.0, 2.0)
+    ]
+    page_file = write_curves(
+        tmp_path, rows, METRICS, charts(rows, METRICS), title="<b>t</b>", lead="l", spread="s",
+        notes=["n"], settings={"k": "v" * 300},
+    )  # fmt: skip
+    context = browser.new_context(
+        offline=True, color_scheme=scheme, viewport={"width": width, "height": 800}
+    )
+    page = context.new_page()
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(page_file.as_uri())
+
+    assert page.title() == "<b>t</b>"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("tbody tr").count() == 4
+    # The lowest FID and the highest IS, both of the last setting.
+    assert page.locator("td.best").all_inner_texts() == ["3.000 ± 0.100", "6.000"]
+    assert page.locator(".chart").count() == 3
+    assert page.locator(".chart .dot").count() == 3 * 4
+    assert page.locator(".set img").count() == 4 * 3
+    # A point tells which setting it is, and shows its samples.
+    dot = page.locator(".chart").nth(1).locator(".dot").nth(2)
+    dot.focus()
+    assert "SAG 1" in page.locator("#tip").inner_text()
+    assert page.locator("#tip img").count() == 3
+    assert page.locator("tbody tr.lit th").inner_text() == "SAG 1"
+    dot.blur()
+    assert page.locator("#tip").is_hidden()
+    # Along the scale, points stand at even distances where the scale is even.
+    places = [
+        page.locator(".chart").nth(1).locator(".dot").nth(k).bounding_box()["x"] for k in range(4)
+    ]
+    assert places[1] - places[0] == pytest.approx(places[2] - places[1], abs=1)
+    assert places[3] - places[2] == pytest.approx(2 * (places[1] - places[0]), abs=1)
+    assert complaints == []
+    context.close()
