@@ -13,14 +13,38 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sag_dit.checkpoints import Model, load, load_text
-    from sag_dit.guidance import CFG, SAG, BlurGuidance
+    from sag_dit.guidance import (
+        APG,
+        CFG,
+        ICG,
+        PAG,
+        SAG,
+        SEG,
+        SLG,
+        TPG,
+        TSG,
+        Autoguidance,
+        BlurGuidance,
+        CFGZero,
+        ClassifierGuidance,
+    )
     from sag_dit.pipelines import guide
     from sag_dit.sampling import sample
 
 _HOME = {
+    "APG": "sag_dit.guidance",
     "CFG": "sag_dit.guidance",
+    "ICG": "sag_dit.guidance",
+    "PAG": "sag_dit.guidance",
     "SAG": "sag_dit.guidance",
+    "SEG": "sag_dit.guidance",
+    "SLG": "sag_dit.guidance",
+    "TPG": "sag_dit.guidance",
+    "TSG": "sag_dit.guidance",
+    "Autoguidance": "sag_dit.guidance",
     "BlurGuidance": "sag_dit.guidance",
+    "CFGZero": "sag_dit.guidance",
+    "ClassifierGuidance": "sag_dit.guidance",
     "Model": "sag_dit.checkpoints",
     "guide": "sag_dit.pipelines",
     "load": "sag_dit.checkpoints",
@@ -29,7 +53,26 @@ _HOME = {
 }
 
 __version__ = "0.1.0"
-__all__ = ["CFG", "SAG", "BlurGuidance", "Model", "guide", "load", "load_text", "sample"]
+__all__ = [
+    "APG",
+    "CFG",
+    "ICG",
+    "PAG",
+    "SAG",
+    "SEG",
+    "SLG",
+    "TPG",
+    "TSG",
+    "Autoguidance",
+    "BlurGuidance",
+    "CFGZero",
+    "ClassifierGuidance",
+    "Model",
+    "guide",
+    "load",
+    "load_text",
+    "sample",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -32,7 +32,7 @@ READ = 64
 """Images read from disk at once."""
 
 
-def check(config: DictConfig, rows: Sequence[Row], swept: bool) -> None:
+def check(config: DictConfig, rows: Sequence[Row]) -> None:
     """Refuse what cannot be meant, before anything is loaded.
 
     Raises:
@@ -40,10 +40,7 @@ def check(config: DictConfig, rows: Sequence[Row], swept: bool) -> None:
     """
     from sag_dit.cli.instruments import check_metrics
     from sag_dit.evaluation.expected import Expected
-    from sag_dit.output.plots import check_matplotlib
 
-    if swept and config.plots:
-        check_matplotlib()
     for row in rows:
         check_metrics(row.config.metrics)
         if row.config.trainer != config.trainer:
@@ -66,7 +63,7 @@ def run(config: DictConfig, choices: Sequence[Choice] | None = None) -> None:
     from sag_dit.cli.report import report
 
     rows = make_rows(config, choices)
-    check(config, rows, choices is not None)
+    check(config, rows)
     measure, bar = Measure(), Bar()
     trainer: Trainer = instantiate(
         config.trainer,

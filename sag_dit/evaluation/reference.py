@@ -136,14 +136,12 @@ def load_reference(
         "network": network_of(extractor),
         **content,
     }
-    pool, spatial = (given.pool, given.spatial) if given and fits else (None, None)
-    if made is not None and not fits:
-        pool, spatial = made.pool, made.spatial
+    told = given if fits else made
     return Reference(
         name=protocol["reference"],
         count=protocol["count"],
-        pool=pool,
-        spatial=spatial,
+        pool=None if told is None else told.pool,
+        spatial=None if told is None else told.spatial,
         features=None if made is None else made.features,
         protocol=protocol,
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,23 +17,10 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a2437d", "#56a4d9", "#8a6d00", "#33333a")
 """Told apart with every kind of colour vision, and on white; after Okabe and Ito."""
-MARKERS = "osD^vPX"
+MARKERS = "osD^vP"
 DASHES = ("-", "--", ":", "-.")
-"""Past seven series the colours come again, with other lines."""
+"""Past seven series the colours come again, with other markers and lines."""
 _INK, _SOFT, _LINE = "#1a1a1e", "#55555e", "#e0e0dc"
-
-
-def check_matplotlib() -> None:
-    """Refuse to go on where curves are wanted and matplotlib is not installed.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(
-            "plots=true: matplotlib is not installed; pip install 'sag_dit[eval]', or set "
-            "plots=false: the page shows the curves without it"
-        )
 
 
 def write_plots(folder: Path, charts: Sequence[Chart], caption: str) -> list[Path]:
@@ -83,20 +70,23 @@ def _picture(group: Sequence[Chart], caption: str) -> bytes:
         _draw(axes, chart)
     for axes in cells[len(group) :]:
         axes.set_axis_off()
+    width, height = figure.get_size_inches()
+    # Below the charts stand the caption and above it the legend, in inches.
+    lines = textwrap.wrap(caption, int(width / 0.058))
+    bottom = 0.1 + 0.13 * len(lines)
+    figure.text(
+        0.012, 0.05 / height, "\n".join(lines), fontsize=7, color=_SOFT, va="bottom"
+    )  # fmt: skip
     handles, labels = cells[0].get_legend_handles_labels()
-    bottom = 0.55
-    if any(labels):
-        wide = max(1, min(len(labels), int(columns * 3.9 / (0.6 + 0.085 * max(map(len, labels))))))
-        lines = math.ceil(len(labels) / wide)
-        bottom += 0.2 * lines
+    if labels:
+        texts = f"at the points: {group[0].texts}" if group[0].texts else None
+        wide = max(1, min(len(labels), int(width / (0.6 + 0.085 * max(map(len, labels))))))
         figure.legend(
-            handles, labels, loc="lower center", ncols=wide, frameon=False,
-            bbox_to_anchor=(0.5, 0.28 / figure.get_figheight()),
+            handles, labels, title=texts, title_fontsize=8, loc="lower center", ncols=wide,
+            frameon=False, bbox_to_anchor=(0.5, bottom / height),
         )  # fmt: skip
-    if group[0].texts:
-        caption += f"; at the points: {group[0].texts}"
-    figure.text(0.012, 0.05 / figure.get_figheight(), caption, fontsize=7, color=_SOFT, va="bottom")
-    figure.tight_layout(rect=(0, bottom / figure.get_figheight(), 1, 1), w_pad=1.6, h_pad=1.4)
+        bottom += 0.25 + 0.2 * (math.ceil(len(labels) / wide) + bool(texts))
+    figure.tight_layout(rect=(0, bottom / height, 1, 1), w_pad=1.6, h_pad=1.4)
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()

@@ -173,7 +173,7 @@ class Run:
         if self.replaces_cfg:
             return [result, result]
         other = current.rows.answers[1]
-        return [result, replace(other, v=other.v)]
+        return [result, replace(other, v=other.v + contribution)]
 
     def _prepared(
         self, grid: TokenGrid, dtype: torch.dtype, null: Inputs | None, count: int

@@ -176,8 +176,8 @@ def test_other_processes_are_refused(pipeline: Path, change: dict[str, object]) 
 
 
 def test_pipelines_of_other_models_are_named(pipeline: Path) -> None:
-    edit_json(pipeline / "model_index.json", _class_name="StableDiffusionPipeline")
-    with pytest.raises(ValueError, match="of StableDiffusionPipeline; expected DiTPipeline"):
+    edit_json(pipeline / "model_index.json", _class_name="UnCLIPPipeline")
+    with pytest.raises(ValueError, match="of UnCLIPPipeline; expected DiTPipeline"):
         load(pipeline)
 
 

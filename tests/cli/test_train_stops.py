@@ -102,7 +102,7 @@ def assert_bit_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tenso
 
 
 def test_killed_told_to_stop_and_truncated(tmp_path: Path) -> None:
-    """SIGKILL, SIGTERM, then a truncated newest checkpoint: the same weights and log all the same."""
+    """SIGKILL, SIGTERM, then a truncated newest checkpoint: the same weights, and the same log."""
     out = tmp_path / "run"
     process = start(out)
     wait_for_checkpoint(process, out, beyond=0)

@@ -100,7 +100,7 @@ def test_images_that_it_cannot_read_are_refused() -> None:
     with pytest.raises(ValueError, match=r"uint8 images \(1, 8, 8\).*features=inception"):
         model(torch.zeros(2, 1, 8, 8))
     with pytest.raises(ValueError, match=r"torch.uint8 images \(3, 8, 8\)"):
-        model(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+        model(torch.arange(2 * 3 * 8 * 8, dtype=torch.uint8).reshape(2, 3, 8, 8))
     with pytest.raises(
         ValueError, match="'faces' is no classifier: expected one of digits, patches"
     ):

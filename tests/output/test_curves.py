@@ -135,11 +135,9 @@ def test_the_page_holds_numbers_charts_and_samples(tmp_path: Path) -> None:
 
 
 def test_plots_are_pictures_with_labelled_axes(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
     from sag_dit.output import plots
 
     rows = sweep()
-    plots.check_matplotlib()
     group = [chart for chart in charts(rows, METRICS) if chart.name == "trade_off"]
     (file,) = plots.write_plots(tmp_path, group, "500 images")
     with Image.open(file) as opened:

@@ -19,7 +19,7 @@ from sag_dit.guidance import SAG, Question
 from sag_dit.models import DiT
 from sag_dit.models.embeddings import TimestepEmbedder
 from sag_dit.process import Prediction
-from sag_dit.process.ddpm import Posterior
+from sag_dit.process.ddpm import BETAS, Posterior
 from sag_dit.sampler import Ancestral
 from tests.parity import ours
 
@@ -196,5 +196,15 @@ def on_both(owners: tuple[Any, ...], name: str, make: Callable[[Any], Any]) -> A
     def apply(patch: MonkeyPatch) -> None:
         for owner in owners:
             replaced(owner, name, make)(patch)
+
+    return apply
+
+
+def other_betas(schedule: str, edit: Callable[[Any], Any]) -> Apply:
+    """Change the betas of a schedule."""
+
+    def apply(patch: MonkeyPatch) -> None:
+        betas = BETAS[schedule]
+        patch.setitem(BETAS, schedule, lambda count: edit(betas(count)))  # type: ignore[arg-type]
 
     return apply

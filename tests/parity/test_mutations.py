@@ -71,12 +71,12 @@ MUTATIONS = (
     # the process
     Mutation(
         "beta ends at 0.0201",
-        replaced(ddpm_module, "linear_betas", lambda betas: lambda n: betas(n) * 1.005),
+        m.other_betas("linear", lambda betas: betas * 1.005),
         (r"schedule\.linear\..*(betas|alphas_cumprod|fixed_.*)",),
     ),
     Mutation(
         "cosine betas capped at 0.99",
-        replaced(ddpm_module, "cosine_betas", lambda betas: lambda n: betas(n).clip(max=0.99)),
+        m.other_betas("cosine", lambda betas: betas.clip(max=0.99)),
         (r"schedule\.cosine\..*(betas|alphas_cumprod|fixed_.*)",),
     ),
     Mutation(

@@ -58,6 +58,7 @@ def test_there_are_examples() -> None:
     assert (len(NATIVE), len(COMMANDS)) == (1, 2)
 
 
+@pytest.mark.parametrize("family", list(tiny.BUILD), indirect=True)
 def test_guided_pipelines(pipe: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     guide, short = sag_dit.guide, Short(pipe, family)
 

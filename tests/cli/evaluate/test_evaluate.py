@@ -165,6 +165,13 @@ def test_kept_images_are_those_of_sample_and_are_read_back(
     assert len(kept) == 30
     on_the_fly = draw("cfg_scale=1.5", "finished=other")
     assert on_the_fly.results[0]["metrics"] == drawn.results[0]["metrics"]
+    assert on_the_fly.results[0]["spread"] == pytest.approx(drawn.results[0]["spread"], rel=1e-6)
+    (identity,) = drawn.results[0]["identities"]
+    for name in ("000000.png", "000001.png"):
+        shots = [
+            Path(f"{where}/{identity}/{name}") for where in ("outputs/evaluate/finished", "other")
+        ]
+        assert shots[0].read_bytes() == shots[1].read_bytes() == kept[name]
 
     launch("sample", sample_command.run, [
         *("ckpt=digits", "steps=2", "num_images=30", "batch_size=15", "gallery.num=0"),

@@ -70,12 +70,3 @@ def test_a_sweep_measures_each_setting_once_and_draws_curves(draw: Evaluate) -> 
     assert [len(result["seeds"]) for result in more.results] == [2, 2]
     assert "over 2 seeds" in more.out
     assert not list(more.folder.glob("*.png"))
-
-
-def test_missing_matplotlib_is_told_before_anything_is_drawn(
-    draw: Evaluate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
-    outcome = draw("-m", "cfg_scale=1,2")
-    assert (outcome.code, outcome.evaluations) == (1, 0)
-    assert "matplotlib is not installed; pip install 'sag_dit[eval]'" in outcome.err

@@ -1,0 +1,71 @@
+"""A UNet is trained, exported and sampled from like a DiT, and not fine-tuned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sag_dit.checkpoints import Model, from_denoiser, load
+from sag_dit.checkpoints.export import export
+from sag_dit.denoiser import ClassConditional
+from sag_dit.guidance import CFG, SAG
+from sag_dit.models.unet import UNet
+from sag_dit.process import DDPM
+from sag_dit.sampling import sample
+from sag_dit.training.finetune import adapt
+from sag_dit.training.objective import Hybrid
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """Two levels of 8x8 pixels, three classes, trained for a few steps on one batch."""
+    torch.manual_seed(0)
+    network = UNet(
+        input_size=8,
+        in_channels=1,
+        model_channels=32,
+        num_res_blocks=1,
+        channel_mult=(1, 2),
+        attention_resolutions=(4,),
+        num_head_channels=32,
+        num_classes=3,
+        class_dropout_prob=0.1,
+    )
+    denoiser = ClassConditional(network, DDPM("cosine"), x_0_range=(-1.0, 1.0)).train()
+    objective, optimizer = Hybrid(), torch.optim.Adam(network.parameters(), lr=3e-3)
+    objective.check(denoiser)
+    x_0 = torch.linspace(-1, 1, 8).expand(8, 1, 8, 8)
+    losses = []
+    for _ in range(24):
+        cost = objective(denoiser, x_0, torch.arange(8) % 3)
+        optimizer.zero_grad()
+        cost.per_image.mean().backward()
+        optimizer.step()
+        losses.append(float(cost.terms["mse"].mean()))
+    assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
+    return from_denoiser(denoiser.eval().requires_grad_(False), "small")
+
+
+@pytest.mark.filterwarnings("ignore:kernel_size")
+def test_it_is_sampled_with_guidance_and_goes_through_a_file(model: Model, tmp_path: Path) -> None:
+    terms = [CFG(1.5), SAG(0.5, layer="output_blocks.1")]
+    images = sample(model, [0, 2], guidance=terms, steps=3, batch_size=2)
+    assert images.shape == (2, 1, 8, 8) and not torch.equal(images[0], images[1])
+    assert not torch.equal(images, sample(model, [0, 2], steps=3, batch_size=2))
+    done = export(model, tmp_path / "out", "safetensors")
+    assert "UNet" in (tmp_path / "out" / "README.md").read_text()
+    again = load(done.path)
+    assert torch.equal(sample(again, [0, 2], guidance=terms, steps=3, batch_size=2), images)
+
+
+@pytest.mark.parametrize("layout", ["dit", "diffusers"])
+def test_layouts_of_transformers_cannot_hold_it(model: Model, tmp_path: Path, layout: str) -> None:
+    with pytest.raises(ValueError, match=rf"format={layout}: .*a UNet, where it has a DiT"):
+        export(model, tmp_path / "out", layout)
+
+
+def test_it_is_not_fine_tuned(model: Model) -> None:
+    with pytest.raises(ValueError, match=r"ckpt=small: a UNet, .*expected a DiT"):
+        adapt(model, "tuned", ["a", "b"], 8)
