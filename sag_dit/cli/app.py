@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 FREE_TEXT = (
-    *("ckpt", "out", "requests", "vae", "data.root", "prompt"),
+    *("ckpt", "out", "requests", "vae", "data.root", "prompt", "text.negative"),
     *("samples", "reference", "finished", "features.weights"),
 )
 """Keys whose values may hold anything, so that Hydra's grammar must not read them."""

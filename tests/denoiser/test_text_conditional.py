@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sag_dit.checkpoints import is_text, load, load_text
+from sag_dit.checkpoints import hub, is_text, load, load_text
 from sag_dit.checkpoints.text import read_scheduler
 from sag_dit.denoiser.inputs import Inputs
 from sag_dit.denoiser.text_layouts import PackedText, TokenGrid
@@ -153,6 +153,24 @@ def test_what_a_folder_is_is_read_from_it(saved: Saved, tmp_path: Path) -> None:
         load_text(folder, ["a"], size=(15, 16))
     with pytest.raises(ValueError, match="at least one prompt"):
         load_text(folder, [])
+
+
+def test_a_repository_is_downloaded_whole(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is, is read from its configs; tokenizers and encoders are fetched by diffusers."""
+    _, folder = saved("sd")
+    asked = []
+    monkeypatch.setattr(hub, "snapshot", lambda repository, folders: folder)
+    monkeypatch.setattr(
+        diffusers.DiffusionPipeline, "download", lambda name: asked.append(name) or str(folder)
+    )
+    model = load_text("owner/tiny-sd", ["a corgi"], size=SIZE)
+    assert (asked, model.name) == (["owner/tiny-sd"], "tiny-sd")
+
+
+def test_a_unets_repository_needs_no_transformer(saved: Saved) -> None:
+    assert hub._complete(saved("sd")[1], ("transformer", "vae"))
+    assert hub._complete(saved("sd3")[1], ("transformer", "vae"))
+    assert not hub._complete(saved("sd")[1], ("scheduler",))
 
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
