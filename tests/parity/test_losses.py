@@ -212,6 +212,7 @@ MUTATIONS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_goldens_notice(mutation: Mutation, goldens: Outputs, monkeypatch: MonkeyPatch) -> None:
     wanted = [key for key in goldens if any(re.fullmatch(p, key) for p in mutation.notices)]

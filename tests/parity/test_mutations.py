@@ -191,6 +191,7 @@ def goldens() -> dict[str, Tensor]:
     return load_file(f.GOLDENS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 @pytest.mark.filterwarnings("ignore:kernel_size")
 def test_goldens_notice(
