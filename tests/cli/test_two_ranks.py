@@ -96,7 +96,9 @@ FAULTY = """
             return False
 
         def contribution(self, ask):
-            rank = os.environ.get("LOCAL_RANK")
+            # While images are drawn, not when the cost is counted before.
+            drawing = torch.distributed.is_initialized()
+            rank = os.environ.get("LOCAL_RANK") if drawing else None
             if Path(self.fault).exists() and rank == "1":
                 raise ValueError("this rank is out of luck")
             if Path(self.fault).exists() and rank == "2":
