@@ -132,6 +132,7 @@ def test_an_attention_module_that_is_itself_compiled(
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the default backend needs a C++ compiler")
+@pytest.mark.slow
 def test_compile_blocks_with_the_default_backend(
     make_dit: MakeDiT, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:

@@ -256,6 +256,7 @@ def test_misspelt_key_at_the_command_line(in_other_process: Command) -> None:
     assert outcome.out == ""
 
 
+@pytest.mark.slow
 def test_latents_that_break_at_the_command_line(
     in_other_process: Command, save_official: SaveOfficial, tmp_path: Path
 ) -> None:

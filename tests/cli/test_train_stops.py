@@ -101,6 +101,7 @@ def assert_bit_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tenso
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
+@pytest.mark.slow
 def test_killed_told_to_stop_and_truncated(tmp_path: Path) -> None:
     """SIGKILL, SIGTERM, then a truncated newest checkpoint: the same weights, and the same log."""
     out = tmp_path / "run"

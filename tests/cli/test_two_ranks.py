@@ -33,6 +33,7 @@ def results(contents: Contents, folder: Path) -> dict[str, str]:
     return {name: sha for name, sha in contents(folder).items() if name != "config.yaml"}
 
 
+@pytest.mark.slow
 def test_killed_half_way_and_repeated_is_the_same_set(
     sample: Command,
     start: Command,
@@ -108,6 +109,7 @@ FAULTY = """
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_fails_the_command_which_can_be_repeated(
     sample: Command,
     in_other_process: Command,

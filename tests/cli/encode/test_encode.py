@@ -146,6 +146,7 @@ def test_two_ranks_write_what_one_writes(
     assert contents(tmp_path / "two=ranks") == contents(alone.folder)
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_broken_shard(
     command: Encode, start: Start, vae: Path, contents: Contents, tmp_path: Path
 ) -> None:
