@@ -1,7 +1,8 @@
-"""Write the table of methods and backbones into docs/guidance.md: ``python -m benchmarks.methods``.
+"""Write the tables of methods and backbones in docs/guidance.md: ``python -m benchmarks.methods``.
 
-Each cell names the test that proves it; tests/guidance/test_table.py sees that they exist and that
-the page is as this script writes it.
+Each cell names the test that proves it, of a dash the one that proves the refusal;
+tests/guidance/test_table.py sees that they exist, that they run what the cell says, and that the
+page is as this script writes it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "guidance.md"
@@ -33,18 +35,30 @@ METHODS: Mapping[str, str] = {
     "classifier guidance": "`ClassifierGuidance`",
 }
 
+Proofs: TypeAlias = Mapping[str, Mapping[str, str]]
+"""For each backbone and method the test that proves it: file::function, below tests/."""
+
 EVERY = "properties/test_guidance.py::test_every_method_changes_v_and_stays_finite"
+EVERY_UNET = "guidance/test_unet_methods.py::test_every_method_guides_a_unet"
+EVERY_PIPELINE = "pipelines/test_every_method.py::test_every_method_guides_every_family"
 PERTURBED = "guidance/test_perturbed.py::"
 NULL = "guidance/test_null.py::"
 EDITED = PERTURBED + "test_it_is_guidance_away_from_the_perturbed_network"
 SCORE = "guidance/test_classifier.py::test_score_form_shifts_eps_against_the_gradient"
 AUTO = "guidance/test_auto.py::test_it_extrapolates_from_the_worse_model"
+UNET_PARITY = "parity/test_unet.py::test_agrees_with_the_original"
+SAG_PARITY = "pipelines/test_parity.py::test_sag_is_that_of_diffusers"
+PAG_PARITY = "pipelines/test_parity.py::test_pag_is_that_of_diffusers"
+OWN_CFG = "pipelines/test_guide.py::test_a_cfg_term_takes_the_place_of_the_pipelines_own"
+NO_FLOW = NULL + "test_cfg_zero_is_for_flows_and_icg_for_classes"
+NO_UNET = "guidance/test_unet_methods.py::test_what_cannot_guide_a_unet_is_refused"
+NO_PIPELINE = "pipelines/test_every_method.py::test_what_cannot_guide_a_family_is_refused"
 
 # What a method has in common on all kinds of output: it acts, is finite at both ends of the
 # process, and is the same in one batch or one by one. A formula is proven where one is named.
 COMMON = {method: EVERY for method in METHODS if method != "CFG-Zero*"}
 
-PROOFS: Mapping[str, Mapping[str, str]] = {
+NETWORKS: Proofs = {
     "DiT, eps": {
         **COMMON,
         "SAG": "guidance/test_sag.py::test_sag_is_the_paper_s_form_in_eps",
@@ -83,40 +97,111 @@ PROOFS: Mapping[str, Mapping[str, str]] = {
         "autoguidance": AUTO,
         "classifier guidance": SCORE,
     },
+    "UNet, eps": {
+        **{method: EVERY_UNET for method in METHODS if method not in ("CFG-Zero*", "TPG", "TSG")},
+        "SAG": UNET_PARITY,
+        "classifier guidance": UNET_PARITY,
+    },
 }
-"""For each backbone and method, the test that proves it: file::function, below tests/."""
+
+IN_EVERY = (
+    *("SAG", "SAG's other masks", "blur guidance"),
+    *("PAG", "SEG", "SLG", "TPG", "autoguidance"),
+)
+WITH_NULL = ("CFG", "CFG, rescaled", "APG")
+
+PIPELINES: Proofs = {
+    "SD 1, 2": {
+        **dict.fromkeys((*IN_EVERY, *WITH_NULL), EVERY_PIPELINE),
+        "SAG": SAG_PARITY,
+        "CFG": OWN_CFG,
+        "PAG": PAG_PARITY,
+    },
+    "SDXL": dict.fromkeys((*IN_EVERY, *WITH_NULL), EVERY_PIPELINE),
+    "PixArt": {
+        **dict.fromkeys((*IN_EVERY, *WITH_NULL), EVERY_PIPELINE),
+        "CFG": OWN_CFG,
+        "PAG": PAG_PARITY,
+    },
+    "SD3": {
+        **dict.fromkeys((*IN_EVERY, *WITH_NULL, "CFG-Zero*"), EVERY_PIPELINE),
+        "CFG": OWN_CFG,
+        "PAG": PAG_PARITY,
+    },
+    "FLUX": dict.fromkeys(IN_EVERY, EVERY_PIPELINE),
+    "DiT": {**dict.fromkeys((*IN_EVERY, *WITH_NULL), EVERY_PIPELINE), "CFG": OWN_CFG},
+}
+
+REASONS = (
+    "CFG-Zero* is for flows.",
+    "Tokens are shuffled at the entrance of transformer blocks, and this UNet has none.",
+    "TSG perturbs the time embedding of this package's own DiT, as `sag_dit.load` reads it.",
+    "FLUX's pipelines ask for the null prompt after the prompt; their `true_cfg_scale` is CFG.",
+    "The method needs classes; `sag_dit.load` reads a `DiTPipeline`'s folder as a DiT with them.",
+)
+FLOWS, BLOCKS, OWN_DIT, APART, CLASSES = range(1, len(REASONS) + 1)
 
 
-def cell(proof: str | None) -> str:
-    """Return a tick that links to the test."""
-    if proof is None:
-        return "–"
+def refused(backbone: str, method: str) -> tuple[str, int]:
+    """Return the test that a method without proof is refused, and the number of the reason."""
+    if backbone == "FLUX" and method in (*WITH_NULL, "CFG-Zero*"):
+        return NO_PIPELINE, APART
+    reasons = {"CFG-Zero*": FLOWS, "TPG": BLOCKS, "TSG": OWN_DIT}
+    if backbone.startswith("DiT, "):
+        return NO_FLOW, reasons[method]
+    return NO_UNET if backbone in NETWORKS else NO_PIPELINE, reasons.get(method, CLASSES)
+
+
+def link(mark: str, proof: str) -> str:
+    """Return a mark that links to the test and names it when pointed at."""
     file, _, name = proof.partition("::")
-    return f'[✓](../tests/{file} "{name}")'
+    return f'[{mark}](../tests/{file} "{name}")'
 
 
-def table() -> str:
-    """Return the table in Markdown."""
+def cell(backbone: str, method: str, proof: str | None) -> str:
+    """Return a tick, or a dash with the number of the reason."""
+    if proof is not None:
+        return link("✓", proof)
+    test, reason = refused(backbone, method)
+    return link(f"–{'¹²³⁴⁵'[reason - 1]}", test)
+
+
+def table(backbones: Proofs) -> str:
+    """Return one table in Markdown."""
     lines = [
-        f"| method | class | {' | '.join(PROOFS)} |",
-        f"|---|---|{'---|' * len(PROOFS)}",
+        f"| method | class | {' | '.join(backbones)} |",
+        f"|---|---|{'---|' * len(backbones)}",
     ]
     for method, name in METHODS.items():
-        cells = (cell(proofs.get(method)) for proofs in PROOFS.values())
+        cells = (cell(each, method, proofs.get(method)) for each, proofs in backbones.items())
         lines.append(f"| {method} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def tables() -> str:
+    """Return both tables and the reasons of the dashes."""
+    reasons = "\n".join(f"{i}. {reason}" for i, reason in enumerate(REASONS, start=1))
+    return (
+        f"The package's own networks:\n\n{table(NETWORKS)}\n\n"
+        f"diffusers' pipelines within `sag_dit.guide`:\n\n{table(PIPELINES)}\n\n{reasons}"
+    )
+
+
 def page(text: str) -> str:
-    """Return the page with its table written anew."""
+    """Return the page with its tables written anew."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
 
 
 def missing() -> list[str]:
     """Return the proofs that name no test."""
-    proofs = {proof for backbone in PROOFS.values() for proof in backbone.values()}
+    backbones = {**NETWORKS, **PIPELINES}
+    proofs = {
+        proofs.get(method) or refused(backbone, method)[0]
+        for backbone, proofs in backbones.items()
+        for method in METHODS
+    }
     lost = []
     for proof in sorted(proofs):
         file, _, name = proof.partition("::")

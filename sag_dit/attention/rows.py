@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Rows = slice
 
 
 IMAGE = "hidden_states"
 """What diffusers' blocks call their first input where they are called by keywords alone."""
+
+TEXT_FIRST = ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
+"""Blocks of diffusers that return (encoder_hidden_states, hidden_states)."""
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any], module: str) -> Tensor:
@@ -26,13 +30,20 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any], module: str) -> T
 
 
 def paired(
-    args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, module: str
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, module: str
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """Return each output of a module that returns several beside the input of its shape.
+    """Return each output of a module that returns several beside the input that it follows from.
 
     Blocks of two streams (text and image) give back what they were given, in an order of their
-    own.
+    own. Where that is not known, an output belongs to the one input of its shape.
+
+    Raises:
+        ValueError: there is no such input, or more than one.
     """
+    if type(block).__name__ in TEXT_FIRST and isinstance(output, tuple):
+        given = signature(block.forward).bind(*args, **kwargs).arguments
+        text, image = output
+        return [(given["encoder_hidden_states"], text), (given[IMAGE], image)]
     inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     pairs: list[tuple[Tensor, Tensor | None]] = []
     for out in output if isinstance(output, tuple) else (output,):

@@ -238,7 +238,9 @@ class AttentionTap:
         self._undo.callback(handle.remove)
 
     def _hook_output(self, edit: OutputEdit, rows: Rows) -> None:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        def hook(
+            block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> Any:
             self._ran.add(edit.module)
 
             def edited(x: Tensor, out: Tensor) -> Tensor:
@@ -248,7 +250,7 @@ class AttentionTap:
                 return edited(first_input(args, kwargs, edit.module), output)
             return tuple(
                 out if out is None else edited(x, out)
-                for x, out in paired(args, kwargs, output, edit.module)
+                for x, out in paired(block, args, kwargs, output, edit.module)
             )
 
         self._eager(edit.module)

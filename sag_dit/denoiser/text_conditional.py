@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,7 @@ class TextConditional(Denoiser):
         self.network = network
         self.process = process
         self.kind = kind
+        self.grid = grid
         self.x_0_range = None
         self.empty = empty
         self.class_names = tuple(prompts)
@@ -83,6 +84,19 @@ class TextConditional(Denoiser):
         self.layers = {layer.name: layer for layer in self.find_layers(network, grid)}
         middle = self.middle_layer()
         self.aliases = {} if middle is None else {"auto": middle}
+
+    def of(self, network: nn.Module) -> Self:
+        """Return the denoiser of another network, to be asked with the conditions of this one.
+
+        Raises:
+            ValueError: the network is of another layout.
+        """
+        if self.network_class not in [each.__name__ for each in type(network).__mro__]:
+            raise ValueError(
+                f"{type(network).__name__}: expected a network of the same kind, "
+                f"{self.network_class}"
+            )
+        return type(self)(network, self.process, self.kind, self.grid)
 
     @classmethod
     def own_channels(cls, network: nn.Module) -> int:

@@ -7,9 +7,11 @@ from functools import cache
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from sag_dit.checkpoints import load_denoiser
 from sag_dit.denoiser import Denoiser
+from sag_dit.denoiser.text_conditional import TextConditional
 from sag_dit.guidance.identity import weights
 from sag_dit.guidance.term import Asking, BranchTerm, Question
 
@@ -23,7 +25,8 @@ class Autoguidance(BranchTerm):
 
     The worse model is a smaller one, or an earlier checkpoint of the same run. It is given as a
     denoiser, ``worse``, or as ``ckpt``, anything that :func:`sag_dit.load` reads, of which ``ema``
-    chooses the averaged weights.
+    chooses the averaged weights. In a guided pipeline ``worse`` is the network of another one, such
+    as ``other.unet``, which is asked with the guided pipeline's prompts.
 
     Published: EDM2-S at 512 pixels w = 2.1 and EDM2-XXL w = 2.05, guided by EDM2-XS after a
     sixteenth of the training.
@@ -40,7 +43,7 @@ class Autoguidance(BranchTerm):
     _: KW_ONLY
     ckpt: str | None = None
     ema: bool = True
-    worse: Denoiser | None = None
+    worse: nn.Module | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,18 +53,25 @@ class Autoguidance(BranchTerm):
                 "model or an earlier checkpoint, or give worse a denoiser; not both"
             )
 
-    def model(self) -> Denoiser:
-        """Return the worse model."""
-        if self.worse is not None:
+    def worse_than(self, model: Denoiser) -> Denoiser:
+        """Return the worse model, to be asked as the model is."""
+        if isinstance(self.worse, Denoiser):
             return self.worse
-        assert self.ckpt is not None
-        return loaded(self.ckpt, ema=self.ema)
+        if self.worse is None:
+            assert self.ckpt is not None
+            return loaded(self.ckpt, ema=self.ema)
+        if not isinstance(model, TextConditional):
+            raise ValueError(
+                f"worse={type(self.worse).__name__}: expected a denoiser, as in "
+                f"worse=sag_dit.load(PATH).denoiser; bare networks are for guided pipelines"
+            )
+        return model.of(self.worse)
 
     def check(self, model: Denoiser) -> None:
         """Refuse a worse model that answers other questions than the model, or the same as it."""
         super().check(model)
-        worse = self.model()
-        for name in ("latent_shape", "process", "num_classes"):
+        worse = self.worse_than(model)
+        for name in ("latent_shape", "process", "num_classes", "dtype"):
             theirs, ours = getattr(worse, name, None), getattr(model, name, None)
             if theirs != ours:
                 raise ValueError(
@@ -79,13 +89,15 @@ class Autoguidance(BranchTerm):
         """Return the term with the worse model by its weights, wherever they lie."""
         values = super().identity(model)
         if self.ckpt is not None:
-            values |= {"ckpt": None, "ema": None, "worse": weights(self.model())}
+            values |= {"ckpt": None, "ema": None, "worse": weights(self.worse_than(model))}
         return values
 
     def contribution(self, ask: Question) -> Asking:
         """Return (w - 1) (v - v_worse)."""
         branch = ask.branch(self.branch)
-        worse = self.model()
+        if "worse" not in ask.memory:
+            ask.memory["worse"] = self.worse_than(branch.model)
+        worse: Denoiser = ask.memory["worse"]
         if worse.device != branch.x_t.device:
             worse.to(branch.x_t.device)
         good, bad = yield branch, replace(branch, model=worse, captures=())

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sag_dit.checkpoints import load_classifier
-from sag_dit.denoiser import Denoiser
+from sag_dit.denoiser import ClassConditional, Denoiser
+from sag_dit.denoiser.text_conditional import TextConditional
 from sag_dit.guidance.identity import weights
 from sag_dit.guidance.term import Asking, Question, Term
 from sag_dit.process import DDPM, NoiseLevel, Prediction, Step
 from sag_dit.process.ddpm import CLEAN, Posterior
 from sag_dit.tensors import Images, Labels
+
+if TYPE_CHECKING:
+    from sag_dit.models.classifier import Classifier
 
 loaded = cache(load_classifier)
 """Once for a run, not once for a batch."""
@@ -73,8 +77,8 @@ class ClassifierGuidance(Term):
     Source: algorithms 1 (mean) and 2 (score) of the paper.
 
     Raises:
-        ValueError: there is no classifier, the form is unknown, or it is ``mean`` for a process
-            without one.
+        ValueError: there is no classifier, the model has no classes, the form is unknown, or it is
+            ``mean`` for a process without one.
     """
 
     _: KW_ONLY
@@ -107,8 +111,16 @@ class ClassifierGuidance(Term):
         return values
 
     def check(self, model: Denoiser) -> None:
-        """Find the classifier, and refuse the mean form for a process without ancestral steps."""
+        """Find the classifier, and refuse models that are not asked with classes, or its form."""
+        if isinstance(model, TextConditional):
+            raise ValueError(
+                f"classifier_scale={self.scale}: {type(model.network).__name__} is asked with what "
+                f"a pipeline tells it, and a classifier knows classes; use a model that "
+                f"sag_dit.load reads, or set classifier_scale=0"
+            )
         self.module()
+        if isinstance(self.classifier, str) and isinstance(model, ClassConditional):
+            check_fit(loaded(self.classifier), self.classifier, model)
         if self.form == "mean" and not isinstance(model.process, DDPM):
             raise ValueError(
                 f"form='mean': ancestral sampling is of variance-preserving models, and this "
@@ -128,6 +140,27 @@ class ClassifierGuidance(Term):
             share = variance_share(clean, ask.step, ask.memory.get("before")) / float(level.sigma)
         ask.memory["before"] = level
         return -self.scale * share * guiding.v
+
+
+def check_fit(classifier: Classifier, name: str, model: ClassConditional) -> None:
+    """Refuse a classifier of other images or of other classes than the model's.
+
+    Raises:
+        ValueError: they differ; both sides are named.
+    """
+    seen, drawn = (classifier.in_channels, *classifier.input_size), model.latent_shape
+    if seen != drawn:
+        raise ValueError(
+            f"classifier={name}: it sees images {seen}, and the model's are {drawn} (channels, "
+            f"height, width); set guidance.classifier.classifier to one of the model's size"
+        )
+    if classifier.num_classes != model.num_classes:
+        alone = "no classes, so none is asked for" if model.num_classes == 1 else "other classes"
+        raise ValueError(
+            f"classifier={name}: it knows {classifier.num_classes} classes, and the model "
+            f"{model.num_classes}, {alone}; use a classifier of the model's classes, or set "
+            f"classifier_scale=0"
+        )
 
 
 def variance_share(clean: Prediction, step: Step, before: NoiseLevel | None) -> Tensor:

@@ -9,7 +9,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sag_dit.attention import AttentionLayer, Edit, InputEdit
-from sag_dit.guidance.perturbed import Perturbed, block_of
+from sag_dit.denoiser import Denoiser
+from sag_dit.guidance.perturbed import Perturbed, block_of, layers_of
 from sag_dit.guidance.term import Question
 
 PURPOSE = 3
@@ -42,7 +43,20 @@ class TPG(Perturbed):
     Published: SDXL s = 3, blocks 6 to 23 of the down-sampling half.
 
     Source: section 4 of the paper.
+
+    Raises:
+        ValueError: the model lacks a layer or the null condition, or has no block around a layer.
     """
+
+    def check(self, model: Denoiser) -> None:
+        """Refuse layers that are no part of a transformer block, as in the UNets of ADM."""
+        super().check(model)
+        for layer in layers_of(model, self.layers):
+            if block_of(model, layer) == layer.name:
+                raise ValueError(
+                    f"tpg_scale={self.scale}: layer {layer.name!r} stands among convolutions, and "
+                    f"token perturbation needs transformer blocks; set tpg_scale=0"
+                )
 
     def edits(self, layers: Sequence[AttentionLayer], ask: Question) -> tuple[Edit, ...]:
         """Shuffle what enters the block of every layer."""

@@ -63,7 +63,10 @@ class TSG(BranchTerm):
         """Refuse a model whose time embedding is not known."""
         super().check(model)
         if not isinstance(model.network, DiT):
-            raise ValueError(f"tsg_scale={self.scale}: guides DiT models only; set tsg_scale=1")
+            raise ValueError(
+                f"tsg_scale={self.scale}: guides DiT models only, as sag_dit.load reads them; set "
+                f"tsg_scale=1"
+            )
 
     def active(self, step: Step) -> bool:
         """Rest at time 0 too, where the noise has faded, unless its power is 0."""

@@ -109,7 +109,9 @@ class DiffusionModule(LightningModule):
             for block in denoiser.network.blocks.children():
                 fully_shard(block, mesh=mesh["data_parallel"])
             # The network, since it is what objectives and guidance call.
-            fully_shard(denoiser.network, mesh=mesh["data_parallel"])
+            # Resharded after each forward: after one without a backward, as in validation, the
+            # average would be left whole, and could not follow the sharded weights.
+            fully_shard(denoiser.network, mesh=mesh["data_parallel"], reshard_after_forward=True)
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser of the trainable parameters, and its schedule stepped every step."""

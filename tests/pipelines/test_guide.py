@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sag_dit.guidance import APG, CFG, PAG, SAG, SEG, SLG, TPG, BlurGuidance, Term
+from sag_dit.guidance import APG, CFG, PAG, SAG, Term
 from sag_dit.pipelines import guide
 from tests.pipelines import tiny
 from tests.pipelines.tiny import draw
@@ -32,15 +32,6 @@ def test_without_an_active_term_it_is_the_pipeline_bit_for_bit(pipe: Any, family
     terms = (SAG(0.0), PAG(2.0, interval=(1.0, 1.0)))
     assert torch.equal(guided(pipe, family, **call), plain)
     assert torch.equal(guided(pipe, family, *terms, **call), plain)
-
-
-def test_every_term_acts(pipe: Any, family: str) -> None:
-    call = {"guidance_scale": 1.0}
-    plain = draw(pipe, family, **call)
-    for term in (SAG(0.5), BlurGuidance(0.5), PAG(1.0), SEG(1.0), SLG(1.0), TPG(1.0)):
-        changed = guided(pipe, family, term, **call)
-        assert changed.isfinite().all()
-        assert float((changed - plain).abs().mean()) > 1e-3 * float(plain.abs().mean()), term
 
 
 def one_step(pipe: Any, family: str, *terms: Term, **call: Any) -> Tensor:

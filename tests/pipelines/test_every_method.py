@@ -1,0 +1,209 @@
+"""Every guidance method in the pipelines of every family: it guides, or says why it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sag_dit.guidance import (
+    APG,
+    CFG,
+    ICG,
+    PAG,
+    SAG,
+    SEG,
+    SLG,
+    TPG,
+    TSG,
+    Autoguidance,
+    BlurGuidance,
+    CFGZero,
+    ClassifierGuidance,
+    Term,
+)
+from sag_dit.pipelines import guide
+from tests.pipelines import tiny
+from tests.pipelines.test_traces import network_of, traces
+from tests.pipelines.tiny import draw
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+CALL = {"guidance_scale": 3.0}
+"""The pipeline's own guidance is on, beside the terms or in whose place they are."""
+
+
+@cache
+def worse(family: str) -> nn.Module:
+    """Another network of the family."""
+    return tiny.uneven(network_of(tiny.BUILD[family]()), seed=9)  # type: ignore[no-any-return]
+
+
+METHODS: Mapping[str, Callable[[str], tuple[Term, ...]]] = {
+    "SAG": lambda _: (SAG(0.5),),
+    "SAG's other masks": lambda _: tuple(
+        SAG(0.5, mask=mask) for mask in ("global", "square", "high_frequency", "random")
+    ),
+    "blur guidance": lambda _: (BlurGuidance(0.5),),
+    "CFG": lambda _: (CFG(1.7),),
+    "CFG, rescaled": lambda _: (CFG(3.0, rescale=0.7),),
+    "APG": lambda _: (APG(3.0),),
+    "CFG-Zero*": lambda _: (CFGZero(3.0, zero_steps=0), CFGZero(3.0)),
+    "ICG": lambda _: (ICG(1.7),),
+    "PAG": lambda _: (PAG(1.0),),
+    "SEG": lambda _: (SEG(1.0), SEG(1.0, blur_sigma=0.8)),
+    "SLG": lambda _: (SLG(1.0),),
+    "TPG": lambda _: (TPG(1.0),),
+    "TSG": lambda _: (TSG(1.7),),
+    "autoguidance": lambda family: (Autoguidance(1.7, worse=worse(family)),),
+    "classifier guidance": lambda _: (ClassifierGuidance(1.0, classifier=nn.Flatten()),),
+}
+
+LABELS = "needs a model of two or more classes; set icg_scale=1"
+FLOWS = "CFG-Zero.* guides flow models"
+APART = "asks for the null prompt in a call of its own"
+REFUSED: dict[tuple[str, str], str] = {
+    **dict.fromkeys(((family, "ICG") for family in tiny.BUILD), LABELS),
+    **dict.fromkeys(((family, "TSG") for family in tiny.BUILD), "guides DiT models only"),
+    **dict.fromkeys(
+        ((family, "classifier guidance") for family in tiny.BUILD), "a classifier knows classes"
+    ),
+    **dict.fromkeys(((family, "CFG-Zero*") for family in ("sd", "sdxl", "pixart", "dit")), FLOWS),
+    **dict.fromkeys(
+        (("flux", name) for name in ("CFG", "CFG, rescaled", "APG", "CFG-Zero*")), APART
+    ),
+}
+CELLS = [
+    (family, name) for family in tiny.BUILD for name in METHODS if (family, name) not in REFUSED
+]
+
+
+def guided(pipe: Any, family: str, term: Term, max_rows: int | None = None, **call: Any) -> Tensor:
+    with guide(pipe, term, max_rows=max_rows):
+        return draw(pipe, family, **{**CALL, **call})
+
+
+@contextmanager
+def counted(pipe: Any) -> Iterator[list[int]]:
+    """The rows of every call of the pipeline's network."""
+    rows: list[int] = []
+
+    def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        rows.append(len(x))
+
+    handle = network_of(pipe).register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+DRAWN: dict[str, tuple[list[int], Tensor, Tensor]] = {}
+
+
+def without_terms(pipe: Any, family: str) -> tuple[list[int], Tensor, Tensor]:
+    """The rows of the pipeline's own calls, its images, and those without its own guidance."""
+    if family not in DRAWN:
+        with counted(pipe) as rows:
+            plain = draw(pipe, family, **CALL)
+        DRAWN[family] = (rows, plain, draw(pipe, family, guidance_scale=1.0))
+    return DRAWN[family]
+
+
+@pytest.mark.parametrize(("family", "method"), CELLS, indirect=["family"])
+def test_every_method_guides_every_family(pipe: Any, family: str, method: str) -> None:
+    """It changes the images, is the same row by row, costs nothing when off, and leaves no trace.
+
+    A term in the place of the pipeline's own guidance is off where that is, at scale 1, and asks
+    nothing of that one's scale.
+    """
+    own_rows, plain, unguided = without_terms(pipe, family)
+    terms = METHODS[method](family)
+    before = traces(pipe)
+    for term in terms:
+        changed = guided(pipe, family, term)
+        assert changed.isfinite().all()
+        assert float((changed - plain).abs().mean()) > 1e-3 * float(plain.abs().mean()), term
+    apart = guided(pipe, family, terms[-1], max_rows=1)
+    atol = 1e-4 * float(changed.abs().max())
+    torch.testing.assert_close(apart, changed, rtol=1e-4, atol=atol)
+    assert traces(pipe) == before
+    with counted(pipe) as rows:
+        off = guided(pipe, family, replace(terms[0], scale=terms[0].neutral))
+    if terms[0].from_null:
+        assert rows == [1] * len(own_rows)
+        other = guided(pipe, family, terms[-1], guidance_scale=9.0)
+        torch.testing.assert_close(other, changed, rtol=1e-4, atol=atol)
+        torch.testing.assert_close(off, unguided, rtol=1e-4, atol=0.1 * atol)
+    else:
+        assert rows == own_rows
+        assert torch.equal(off, plain)
+
+
+@pytest.mark.parametrize(("family", "method"), REFUSED, indirect=["family"])
+def test_what_cannot_guide_a_family_is_refused(pipe: Any, family: str, method: str) -> None:
+    for term in METHODS[method](family):
+        with pytest.raises(ValueError, match=REFUSED[family, method]):
+            guided(pipe, family, term)
+
+
+def test_a_worse_network_is_of_the_pipelines_kind_and_precision() -> None:
+    pipe = tiny.sd()
+    pipe.set_progress_bar_config(disable=True)
+    for network, message in (
+        (worse("pixart"), "PixArtTransformer2DModel.*same kind, UNet2DConditionModel"),
+        (tiny.unet(in_channels=3), "latent_shape"),
+        (deepcopy(worse("sd")).bfloat16(), r"dtype is torch.bfloat16.*torch.float32"),
+        (pipe.unet, "the model itself"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            guided(pipe, "sd", Autoguidance(2.0, worse=network))
+
+
+def test_autoguidance_extrapolates_from_the_worse_pipeline() -> None:
+    """Guided with w = 0 it is the worse network's own pipeline."""
+    pipe = tiny.sd3()
+    pipe.set_progress_bar_config(disable=True)
+    call = {"guidance_scale": 1.0}
+    plain = draw(pipe, "sd3", **call)
+    found = guided(pipe, "sd3", Autoguidance(0.0, worse=worse("sd3")), **call)
+    pipe.transformer = worse("sd3")
+    expected = draw(pipe, "sd3", **call)
+    assert float((expected - plain).abs().mean()) > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("block", ["transformer_blocks.0", "single_transformer_blocks.0"])
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
+def test_as_many_words_as_patches_are_told_apart(pipe: Any, family: str, block: str) -> None:
+    """Latents of 8 x 6 are 12 tokens, as many as the text's: a step without the block, by hand."""
+    size = {"height": 16, "width": 12, "num_inference_steps": 1}
+    network, (kind, _, index) = pipe.transformer, block.partition(".")
+    seen: list[tuple[int, int]] = []
+    hook = network.get_submodule(block).register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(
+            (kwargs["hidden_states"].shape[1], kwargs["encoder_hidden_states"].shape[1])
+        ),
+        with_kwargs=True,
+    )
+    plain = draw(pipe, family, **size)
+    hook.remove()
+    assert seen == [(12, 12)]
+    found = guided(pipe, family, SLG(1.0, layers=block), **size)
+    shuffled = guided(pipe, family, TPG(1.0, layers=block), **size)
+    assert float((shuffled - plain).abs().mean()) > 1e-3 * float(plain.abs().mean())
+    blocks = getattr(network, kind)
+    setattr(network, kind, nn.ModuleList(b for i, b in enumerate(blocks) if i != int(index)))
+    try:
+        without = draw(pipe, family, **size)
+    finally:
+        setattr(network, kind, blocks)
+    assert float((without - plain).abs().max()) > 1e-2
+    torch.testing.assert_close(found, 2 * plain - without, rtol=1e-4, atol=1e-4)
