@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ NAMES = {"rescaled": "CFG, rescaled", "auto": "autoguidance"}
 class Setting:
     """A row of the table: metrics, and how they differ from unguided at the same seeds.
 
-    ``change`` holds, by metric, the mean difference over seeds and its standard error.
+    ``change`` holds, by metric, the difference and its standard error.
     """
 
     method: str
@@ -115,21 +116,31 @@ def second_models(out: Path) -> list[str]:
     return rows
 
 
+def changes_of(result: Any, plain: Any) -> dict[str, tuple[float, float]]:
+    """Return what differs from unguided, by metric, with its standard error.
+
+    Several seeds are compared pair by pair; one has the errors of halves of its images.
+    """
+    found = {}
+    for metric, value in result["metrics"].items():
+        if len(result["seeds"]) == 1:
+            error = math.hypot(result["spread"][metric], plain["spread"][metric])
+            found[metric] = (value - plain["metrics"][metric], error)
+            continue
+        pairs = zip(result["seeds"], plain["seeds"], strict=True)
+        differences = [a["metrics"][metric] - b["metrics"][metric] for a, b in pairs]
+        found[metric] = (mean(differences), stdev(differences) / len(differences) ** 0.5)
+    return found
+
+
 def settings(rows: Mapping[str, Mapping[str, Any]], results: Sequence[Any]) -> list[Setting]:
     """Return the measured rows of the comparison; rows and results are in the same order."""
-    plain = [seed["metrics"] for seed in results[0]["seeds"]]
     found = []
     for (name, changes), result in zip(rows.items(), results, strict=True):
-        change = {}
-        for metric in result["metrics"]:
-            pairs = zip((seed["metrics"] for seed in result["seeds"]), plain, strict=True)
-            differences = [guided[metric] - other[metric] for guided, other in pairs]
-            error = stdev(differences) / len(differences) ** 0.5
-            change[metric] = (mean(differences), error)
         scale = next((v for k, v in changes.items() if k.endswith("_scale")), 0.0)
         method = name.rpartition("_")[0] or name
         method = NAMES.get(method, method.upper() if len(method) == 3 else method)
-        found.append(Setting(method, scale, result["metrics"], change))
+        found.append(Setting(method, scale, result["metrics"], changes_of(result, results[0])))
     return found
 
 
@@ -217,9 +228,10 @@ def main() -> None:
     told: Any = json.loads((options.out / "results.json").read_text(encoding="utf-8"))
     found = settings(rows, told["results"])
     print(table(found, told["metrics"]))
+    over = "seeds" if options.seeds > 1 else "halves of the images"
     caption = (
-        f"change against unguided, whose value is in each title; {options.seeds} seeds of "
-        f"{options.num} images, {options.steps} steps; bars are two standard errors over seeds"
+        f"change against unguided, whose value is in each title; seeds: {options.seeds}, images "
+        f"each: {options.num}, steps: {options.steps}; bars are two standard errors, over {over}"
     )
     draw(found, told["metrics"], options.plot, caption)
     print(f"plot: {options.plot}")

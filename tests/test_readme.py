@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from sag_dit.cli import app
-from sag_dit.models import DiT
+from tests.stand_ins import save_dit, save_vae
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,30 +36,6 @@ SHORT = {
 }
 """What is added to a command of each script, so that it takes seconds."""
 BY_CI = {"make sample", "make test"}
-
-
-def save_dit(path: Path, in_channels: int) -> None:
-    """Write a small DiT of 1000 classes, none of whose weights is zero, as the official .pt is."""
-    torch.manual_seed(0)
-    network = DiT(8, 2, in_channels, 64, 2, 1, num_classes=1000)
-    for name, parameter in network.named_parameters():
-        if name != "pos_embed":
-            torch.nn.init.normal_(parameter, std=0.02)
-    torch.save(network.state_dict(), path)
-
-
-def save_vae(folder: Path) -> None:
-    """Write a small autoencoder of 4 latent channels, 2 pixels a cell."""
-    from diffusers.models import AutoencoderKL
-
-    torch.manual_seed(0)
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sag_dit.checkpoints import files, formats, infer, zoo
+from sag_dit.checkpoints import files, formats, infer, published, zoo
 from sag_dit.checkpoints.config import UNET_KEY, build, build_process
 from sag_dit.checkpoints.model import Model, from_denoiser
 from sag_dit.codec import Codec, IdentityCodec, VAECodec
@@ -114,6 +114,7 @@ def full_config(
         if num_heads is not None:
             model["num_heads"] = num_heads
         model = infer.model_config(checkpoint.state, path, model)
+        published.check_dit(model, path)
     latent = latent or checkpoint.vae is not None
     pixels = model["in_channels"] in (1, 3) and not latent
     flow = isinstance(build_process(stated.get("process", {})), Flow)

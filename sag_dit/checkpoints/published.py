@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -193,6 +194,27 @@ CLASSIFIERS = tuple(
     for side in (64, 128, 256, 512)
 )
 ALL = (*DIFFUSION, *UPSAMPLERS, *CLASSIFIERS)
+
+
+DITS = {"DiT-XL-2-256x256.pt": 32, "SiT-XL-2-256x256.pt": 32, "DiT-XL-2-512x512.pt": 64}
+"""The side of the latents of each published DiT and SiT; in all else they are of one size."""
+DIT_XL = {"hidden_size": 1152, "depth": 28, "patch_size": 2, "in_channels": 4, "num_classes": 1000}
+
+
+def check_dit(model: Mapping[str, Any], path: Path) -> None:
+    """Refuse a file that has the name of a published DiT and is one of another resolution.
+
+    Raises:
+        ValueError: it does; what it looks like is named.
+    """
+    side, found = DITS.get(path.name), model["input_size"]
+    known = [name for name, each in DITS.items() if each == found]
+    if side in (None, found) or not known or not model.items() >= DIT_XL.items():
+        return
+    raise ValueError(
+        f"{path}: not the published {path.name}: found input_size={found}, not {side}; it looks "
+        f"like {' or '.join(known)}, so give it that name or fetch the file anew"
+    )
 
 
 def is_published(state: Mapping[str, Tensor]) -> bool:

@@ -68,8 +68,8 @@ def load_text(
     name = _pipeline(found.path)
     if name is None or name not in ENCODE:
         raise ValueError(
-            f"ckpt={ckpt}: {name or 'no diffusers pipeline'}, which takes no prompt; expected a "
-            f"folder or hub repository of {', '.join(ENCODE)}"
+            f"ckpt={ckpt}: {name or 'no diffusers pipeline'}, which takes no prompt; ask for "
+            f"classes=... instead, or choose a folder or hub repository of {', '.join(ENCODE)}"
         )
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"prompts={list(prompts)}: expected at least one prompt, as text")

@@ -111,6 +111,11 @@ def locate(ckpt: str | Path) -> Found:
             return Found(_bundled(name), name)
         if name in ZOO:
             return Found(_published(name, ZOO[name]), name)
+        if name in CLASSIFIERS:
+            raise ValueError(
+                f"ckpt={ckpt}: a classifier, which guides and does not draw; set "
+                f"guidance.classifier.classifier={ckpt}, and ckpt to the model that it guides"
+            )
     path = Path(ckpt).expanduser()
     if path.exists():
         return Found(path, _short_name(path))

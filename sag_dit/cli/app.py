@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 FREE_TEXT = (
     *("ckpt", "out", "requests", "vae", "data.root", "prompt", "text.negative"),
-    *("samples", "reference", "finished", "features.weights"),
+    *("samples", "reference", "against", "finished", "features.weights"),
 )
 """Keys whose values may hold anything, so that Hydra's grammar must not read them."""
 

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sag_dit import __version__
 from sag_dit.checkpoints import Model
+from sag_dit.checkpoints.zoo import VAES
 from sag_dit.cli.instruments import NEIGHBOUR, SPLIT_SIZE, Cabinet, Instruments, example_of
 from sag_dit.cli.records import identity_of
 from sag_dit.cli.rows import Row, guidance_text, name_rows
@@ -101,6 +102,7 @@ def _job(
         facts, determining, period = _stored(images)
     else:
         raise TypeError("a row is drawn or on disk")
+    _refuse_few(facts["count"], instruments.metrics)
     reference = _plain(instruments.reference.protocol)
     measure: dict[str, Any] = {
         "features": instruments.extractor.name,
@@ -123,6 +125,17 @@ def _job(
     return Job(row, name, plan, images, instruments, facts, period, identity)
 
 
+def _refuse_few(count: int, metrics: Sequence[str]) -> None:
+    """Refuse, before anything is drawn, precision and recall of images without k neighbours."""
+    without = [name for name in metrics if name not in ("precision", "recall")]
+    if count <= NEIGHBOUR and len(without) < len(metrics):
+        remedy = f", or leave both out: metrics=[{','.join(without)}]" if without else ""
+        raise ValueError(
+            f"{count} images: precision and recall look at k={NEIGHBOUR} neighbours, so they need "
+            f"more than {NEIGHBOUR}; take more images{remedy}"
+        )
+
+
 def _drawn(config: DictConfig, plan: Plan) -> tuple[dict[str, Any], dict[str, Any], int]:
     labels = [request.label for request in plan.requests]
     counts = Counter(labels).values()
@@ -132,7 +145,7 @@ def _drawn(config: DictConfig, plan: Plan) -> tuple[dict[str, Any], dict[str, An
         "count": len(labels),
         "model": plan.model.name,
         "weights_sha256": plan.model.sha256,
-        "vae": None if vae is None else Path(vae).name,
+        "vae": None if vae is None else Path(VAES.get(vae, vae)).name,
         "sampler": pixels["sampler"]["name"],
         "steps": pixels["steps"],
         "guidance": guidance_text(pixels["guidance"]) or "none",

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -77,7 +77,8 @@ def write_record(folder: Path, identity: str, record: Record) -> None:
 class Result:
     """One setting of the table: one record, or the mean of several that differ in their seed.
 
-    With several seeds ``spread`` is the standard deviation over them.
+    With several seeds ``spread`` is the standard deviation over them, and ``change`` the mean
+    difference from the setting ``against``, with its standard error; see :func:`compared`.
     """
 
     name: str
@@ -88,6 +89,8 @@ class Result:
     warnings: Sequence[str]
     seeds: Sequence[Mapping[str, Any]] = ()
     identities: Sequence[str] = ()
+    against: str | None = None
+    change: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     expected: Expected | None = field(default=None, compare=False)
 
 
@@ -117,6 +120,35 @@ def combine(
         identities=list(records),
         expected=expected,
     )
+
+
+def compared(results: Sequence[Result], against: str | None) -> list[Result]:
+    """Return the results with what each changes against one of them, by default the first.
+
+    d = mean_i(m_i - b_i) and its standard error, stdev_i(m_i - b_i) / sqrt(n), over n seeds i.
+    Settings of one seed share their noise and latents, so that most of what a metric scatters from
+    seed to seed is in both and drops out. Nothing is compared where seeds differ, or are one.
+
+    Raises:
+        ValueError: there is no setting of that name.
+    """
+    base = next((each for each in results if against in (None, each.name)), None)
+    if base is None:
+        names = ", ".join(repr(each.name) for each in results)
+        raise ValueError(f"against={against}: expected the name of a setting, one of {names}")
+    return [each if each is base else replace(each, **_change(each, base)) for each in results]
+
+
+def _change(result: Result, base: Result) -> dict[str, Any]:
+    pairs = list(zip(result.seeds, base.seeds, strict=False))
+    seeds = [[each["seed"] for each in side.seeds] for side in (result, base)]
+    if seeds[0] != seeds[1] or len(pairs) < 2:
+        return {}
+    change = {}
+    for name in result.metrics.keys() & base.metrics.keys():
+        differences = [a["metrics"][name] - b["metrics"][name] for a, b in pairs]
+        change[name] = (mean(differences), stdev(differences) / math.sqrt(len(pairs)))
+    return {"against": base.name, "change": change}
 
 
 def write_results(
@@ -152,6 +184,8 @@ def _flat_row(result: Result, metrics: Iterable[str]) -> dict[str, Any]:
         row[name] = result.metrics.get(name)
         if name in result.spread:
             row[f"{name}_spread"] = result.spread[name]
+        if name in result.change:
+            row[f"{name}_change"], row[f"{name}_change_error"] = result.change[name]
     return row | dict(flat_facts(result.facts))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sag_dit.cli.jobs import Job
 from sag_dit.cli.measuring import shot
-from sag_dit.cli.records import Record, Result, combine, flat_facts, write_results
+from sag_dit.cli.records import Record, Result, combine, compared, flat_facts, write_results
 from sag_dit.evaluation.expected import Expected
 from sag_dit.output.charts import Chart, Metric, Row, charts, places
 from sag_dit.output.curves import write_curves
@@ -34,7 +36,7 @@ def report(
     swept: bool,
 ) -> None:
     """Show and write everything; the last line on the terminal names the page."""
-    results = _results(jobs, records)
+    results = compared(_results(jobs, records), config.against)
     metrics: dict[str, Metric] = {}
     for job in jobs:
         metrics |= job.instruments.labels()
@@ -47,6 +49,7 @@ def report(
             result.metrics,
             result.spread,
             _shots(finished, result, config.gallery.num),
+            _change_notes(result, metrics),
         )
         for result in results
     ]
@@ -114,6 +117,8 @@ def show(
     for line in (common(results), about):
         if line:
             console.print(line, style="dim", markup=False)
+    if any(result.change for result in results):
+        _show_changes(console, wide, results, metrics)
     for warning in dict.fromkeys(text for result in results for text in result.warnings):
         console.print(f"warning: {warning}", style="yellow", markup=False)
     for result in results:
@@ -126,6 +131,47 @@ def _cell(row: Row, name: str, decimals: int) -> str:
         return "–"
     text = f"{row.metrics[name]:.{decimals}f}"
     return f"{text} ± {row.spread[name]:.{decimals}f}" if name in row.spread else text
+
+
+def _changes(result: Result, metrics: Mapping[str, Metric]) -> dict[str, str]:
+    """Return what a setting changes, as one reads it; nothing of a metric that it lacks."""
+    texts = {}
+    for name in metrics.keys() & result.change.keys():
+        difference, error = result.change[name]
+        decimals = max(0, min(6, 1 - math.floor(math.log10(error)))) if error > 0 else 4
+        texts[name] = f"{difference:+.{decimals}f} ± {error:.{decimals}f}"
+    return texts
+
+
+def _change_notes(result: Result, metrics: Mapping[str, Metric]) -> list[str]:
+    texts = _changes(result, metrics)
+    told = ", ".join(f"{metrics[name].label} {texts[name]}" for name in metrics if name in texts)
+    return [f"against {result.against}: {told}"] if told else []
+
+
+def _show_changes(
+    console: Console, wide: Console, results: Sequence[Result], metrics: Mapping[str, Metric]
+) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("change", no_wrap=True)
+    for metric in metrics.values():
+        table.add_column(metric.title, justify="right", no_wrap=True)
+    for result in results:
+        texts = _changes(result, metrics)
+        clear = {name for name, (d, error) in result.change.items() if abs(d) > 2 * error}
+        cells = (
+            Text(texts.get(name, ""), style="" if name in clear else "dim") for name in metrics
+        )
+        if texts:
+            table.add_row(result.name, *cells)
+    against = next(result.against for result in results if result.change)
+    console.print()
+    wide.print(table)
+    console.print(
+        f"against {against} at the same seeds, ± standard error; within two of them it is none",
+        style="dim",
+        markup=False,
+    )
 
 
 def _show_expected(console: Console, result: Result, metrics: Mapping[str, Metric]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from sag_dit.attention import AttentionLayer, capture_key
@@ -40,6 +40,15 @@ def fitting_kernel(kernel_size: int, size: tuple[int, int]) -> int:
     """
     largest = 2 * min(size) - 1
     return min(kernel_size, largest)
+
+
+def channels_of(attention: nn.Module) -> int | None:
+    """Return the channels of an attention module's queries, None if its parts do not tell them."""
+    for name, parts in (("to_q", 1), ("qkv", 3)):
+        width: int | None = getattr(getattr(attention, name, None), "out_features", None)
+        if width is not None:
+            return width // parts
+    return None
 
 
 @dataclass(frozen=True)
@@ -163,9 +172,21 @@ class SAG(BlurGuidance):
             raise ValueError(f"heads={self.heads}: expected 1 or more, or null for the layer's own")
 
     def check(self, model: Denoiser) -> None:
-        """Refuse a layer that the model does not have."""
+        """Refuse a layer that the model does not have, and heads that do not divide its channels.
+
+        Of a layer whose projections have names of their own, the first evaluation tells.
+        """
         super().check(model)
-        self.layers(model)
+        layers = self.layers(model)
+        if self.heads is None:
+            return
+        for layer in layers:
+            channels = channels_of(model.network.get_submodule(layer.name))
+            if channels is not None and channels % self.heads:
+                raise ValueError(
+                    f"sag.heads={self.heads}: the {channels} channels of layer {layer.name} do not "
+                    f"divide into so many heads; expected a divisor, or null for the layer's own"
+                )
 
     def identity(self, model: Denoiser) -> dict[str, Any]:
         """Return the term with its layers by name."""
