@@ -1,8 +1,8 @@
-"""Write the tables of methods and backbones in docs/guidance.md: ``python -m benchmarks.methods``.
+"""Write the tables of methods and backbones: ``python -m benchmarks.methods``.
 
-Each cell names the test that proves it, of a dash the one that proves the refusal;
+They stand in docs/guidance.md and, without links, in README.md. Each cell names the test that proves it, of a dash the one that proves the refusal;
 tests/guidance/test_table.py sees that they exist, that they run what the cell says, and that the
-page is as this script writes it.
+pages are as this script writes them.
 """
 
 from __future__ import annotations
@@ -187,11 +187,33 @@ def tables() -> str:
     )
 
 
-def page(text: str) -> str:
-    """Return the page with its tables written anew."""
+def overview() -> str:
+    """Return both tables in one, without links; DiT is ticked if any kind of output is."""
+    columns = {"DiT": [proofs for name, proofs in NETWORKS.items() if name.startswith("DiT, ")]}
+    columns |= {"UNet": [NETWORKS["UNet, eps"]]}
+    columns |= {
+        {"DiT": "DiTPipeline"}.get(name, name): [proofs] for name, proofs in PIPELINES.items()
+    }
+    lines = [f"| | {' | '.join(columns)} |", f"|---|{':-:|' * len(columns)}"]
+    for method in METHODS:
+        cells = ("✓" if any(method in each for each in own) else "–" for own in columns.values())
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def page(text: str, content: str) -> str:
+    """Return a page with what stands between the marks written anew."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
+
+
+def pages() -> dict[Path, str]:
+    """Return the pages that show the tables, as they should be."""
+    contents = {PAGE: tables(), ROOT / "README.md": overview()}
+    return {
+        file: page(file.read_text(encoding="utf-8"), content) for file, content in contents.items()
+    }
 
 
 def missing() -> list[str]:
@@ -213,10 +235,11 @@ def missing() -> list[str]:
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the pages."""
     if missing():
         raise SystemExit(f"no such test: {', '.join(missing())}")
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for file, text in pages().items():
+        file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 FREE_TEXT = (
     *("ckpt", "out", "requests", "vae", "data.root", "prompt", "text.negative"),
     *("samples", "reference", "against", "finished", "features.weights"),
+    *("guidance.auto.ckpt", "guidance.classifier.classifier"),
 )
 """Keys whose values may hold anything, so that Hydra's grammar must not read them."""
 
@@ -38,12 +39,15 @@ def config_folder() -> Path:
 def quoted(argument: str) -> str:
     """Quote the value of a free-text ``key=value`` for Hydra; other arguments stay as they are.
 
-    A value that the user has quoted already, null, and several samples in brackets are left alone.
+    A value that the user has quoted already, null, several samples in brackets and a mapping with
+    ``_target_`` are left alone.
     """
     key, separator, value = argument.partition("=")
     if not separator or key.lstrip("+") not in FREE_TEXT or value in ("", "null"):
         return argument
     if QUOTATION.fullmatch(value) or (key == "samples" and value.startswith("[")):
+        return argument
+    if value.startswith("{") and "_target_" in value:
         return argument
     # Within Hydra's quotes a backslash means itself unless quotes follow it.
     value = re.sub(r"(\\*)'", lambda m: m[1] * 2 + "\\'", literal(value))

@@ -73,7 +73,10 @@ def test_every_free_text_key_is_quoted(key: str, prefix: str) -> None:
 
 @pytest.mark.parametrize(
     "argument",
-    ["sag_scale=1.0", "guidance.sag.interval=[0.2,0.8]", "~logger", "--help", "+a={b:1}", "ckpt"],
+    [
+        *("sag_scale=1.0", "guidance.sag.interval=[0.2,0.8]", "~logger", "--help", "+a={b:1}"),
+        *("ckpt", "guidance.classifier.classifier={_target_: mine.Classifier}"),
+    ],
 )
 def test_other_arguments_are_left_alone(argument: str) -> None:
     assert quoted(argument) == argument
