@@ -1,8 +1,8 @@
 """Write the tables of methods and backbones: ``python -m benchmarks.methods``.
 
-They stand in docs/guidance.md and, without links, in README.md. Each cell names the test that proves it, of a dash the one that proves the refusal;
-tests/guidance/test_table.py sees that they exist, that they run what the cell says, and that the
-pages are as this script writes them.
+They stand in docs/guidance.md and, without links, in README.md. Each cell names the test that
+proves it, of a dash the one that proves the refusal; tests/guidance/test_table.py sees that they
+exist, that they run what the cell says, and that the pages are as this script writes them.
 """
 
 from __future__ import annotations
