@@ -6,10 +6,15 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import hydra
 from hydra.errors import HydraException
@@ -104,6 +109,27 @@ def fail(message: str) -> None:
     raise SystemExit(1)
 
 
+@contextmanager
+def leaving_when_told() -> Iterator[None]:
+    """Make SIGTERM leave with exit code 143, through all that cleans up.
+
+    Lightning installs a handler of its own that only training looks at, so that prediction would go
+    on; it calls one that was there before.
+    """
+
+    def leave(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python allows handlers in the main thread alone.
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def launch(config_name: str, run: Run, argv: Sequence[str] | None = None) -> None:
     """Compose the configuration from the command line and run; never show a traceback for misuse.
 
@@ -127,9 +153,10 @@ def launch(config_name: str, run: Run, argv: Sequence[str] | None = None) -> Non
 
     sys.argv[1:] = [quoted(argument) for argument in arguments]
     try:
-        hydra.main(config_path=str(config_folder()), config_name=config_name, version_base="1.3")(
-            job
-        )()
+        with leaving_when_told():
+            hydra.main(
+                config_path=str(config_folder()), config_name=config_name, version_base="1.3"
+            )(job)()
     except (HydraException, OmegaConfBaseException) as error:
         fail(_explain(error, config_name, arguments))
     finally:

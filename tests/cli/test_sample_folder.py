@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from PIL import Image
+from torch import Tensor
 
 from sag_dit.cli.app import config_folder, quoted
 from sag_dit.cli.sample import Plan, make_plan
+from sag_dit.denoiser import ClassConditional
 
 Command = Callable[..., Any]
 Contents = Callable[[Path], dict[str, str]]
@@ -42,6 +46,35 @@ def test_out_of_other_settings_is_refused_with_the_difference(
     assert "request" not in other.err  # what agrees is not listed
     assert other.evaluations == 0
     assert contents(folder) == before
+
+
+def test_told_to_stop_it_stops_and_goes_on_later(
+    sample: Command, contents: Contents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM in the middle of a run, which Lightning's own handler would let pass."""
+    arguments = ("num_images=6", "gallery.num=0", "sag_scale=0.5")
+    whole = contents(sample(*arguments).folder())
+    asked = 0
+    evaluate = ClassConditional.evaluate
+
+    def terminated(self: ClassConditional, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        nonlocal asked
+        asked += 1
+        if asked == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, x_t, t, cond)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassConditional, "evaluate", terminated)
+        stopped = sample(*arguments, "out=stopped")
+    assert stopped.code == 143
+    assert asked == 12
+    assert signal.getsignal(signal.SIGTERM) == before
+    rest = sample(*arguments, "out=stopped")
+    assert 0 < rest.evaluations < 6 * 4 * 2
+    images = {name: sha for name, sha in whole.items() if name.endswith(".png")}
+    assert images.items() <= contents(rest.folder()).items()
 
 
 def test_out_with_images_of_unknown_origin_is_refused(sample: Command, tmp_path: Path) -> None:
