@@ -19,7 +19,8 @@ from sag_dit.cli.instruments import NEIGHBOUR, SPLIT_SIZE, Cabinet, Instruments,
 from sag_dit.cli.records import identity_of
 from sag_dit.cli.rows import Row, guidance_text, name_rows
 from sag_dit.cli.sample import Plan, make_plan
-from sag_dit.evaluation.images import ImageSet, open_images
+from sag_dit.evaluation.image_set import ImageSet
+from sag_dit.evaluation.images import open_images
 
 MODEL_KEYS = ("ckpt", "ema", "vae", "prompt", "requests", "classes", "text")
 """Keys that decide which model is loaded; settings that agree in them share it."""

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from sag_dit.evaluation.images import ImageSet
+from sag_dit.evaluation.image_set import ImageSet
 from sag_dit.evaluation.suite import Suite
 from sag_dit.output.folder import SampleFolder, read_png, write_png
 from sag_dit.output.writer import Drawn, PredictionWriter, pixels

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from sag_dit.checkpoints.files import sha256
-from sag_dit.evaluation.images import ImageBatch, ImageSet, share
+from sag_dit.evaluation.image_set import ImageBatch, ImageSet, share
 from sag_dit.evaluation.statistics import Statistics
 
 EXPECTED = "expected arr_0, uint8 images (n, h, w, 1 or 3), as sample.py writes with npz=true"
