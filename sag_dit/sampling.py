@@ -79,6 +79,11 @@ class Settings:
             if not term.off:
                 term.check(model.denoiser)
 
+    def class_names(self, model: Model) -> tuple[str, ...]:
+        """Return what images may be asked for: the model's classes, or else those of a term."""
+        guiding = [term.class_names(model.denoiser) for term in self.guidance if not term.off]
+        return next(filter(None, guiding), model.class_names)
+
 
 Watch = Callable[[SampleStep], None]
 """Called after every step with the state of the whole compute batch."""
@@ -165,7 +170,7 @@ def sample(
         raise ValueError("classes=[]: expected at least one class")
     requests = [
         Request(index, seed, label, stream=index)
-        for index, label in enumerate(labels_of(classes, model.class_names))
+        for index, label in enumerate(labels_of(classes, settings.class_names(model)))
     ]
     size = settings.batch_size
     batches = [requests[i : i + size] for i in range(0, len(requests), size)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,8 @@ def _plan(config: DictConfig, models: dict[str, Model]) -> Plan:
         [OmegaConf.to_container(each) if OmegaConf.is_config(each) else each for each in chosen]
     )
     plan = make_plan(config, models.get(key))
-    models[key] = plan.model
+    # The model's own classes: another row may be without the classifier that brought its own.
+    models[key] = replace(plan.model, class_names=plan.model.denoiser.class_names)
     return plan
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import signal
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,7 @@ def make_plan(config: DictConfig, model: Model | None = None) -> Plan:
         max_rows=config.max_rows,
     )
     settings.check(model)
+    model = replace(model, class_names=settings.class_names(model))
     if config.requests is not None:
         requests = read_requests(config.requests, model.class_names)
         rule: Any = {

@@ -69,7 +69,8 @@ class ClassifierGuidance(Term):
     c_0 the posterior's coefficient of x_0 and the variance that the network learned (else beta). A
     sampler that clamps x_0 clamps this shift too.
 
-    The classes are those that the images are asked for. ``classifier`` is any module (x_t, t) ->
+    The classes are those that the images are asked for; of a UNet without classes the images are
+    asked for the classifier's own. ``classifier`` is any module (x_t, t) ->
     logits, or the name or path of a published one.
 
     Published: ADM 256 s = 1 beside classes and 10 without, ADM 128 0.5.
@@ -127,6 +128,13 @@ class ClassifierGuidance(Term):
                 f"model's process is {type(model.process).__name__}; use form='score'"
             )
 
+    def class_names(self, model: Denoiser) -> tuple[str, ...]:
+        """Return the numbers of the classifier's classes where the model itself has none."""
+        known = getattr(self.module(), "num_classes", 0)
+        if getattr(model.network, "num_classes", 1) or self.off:
+            return ()
+        return tuple(str(number) for number in range(known))
+
     def contribution(self, ask: Question) -> Asking:
         """Return the gradient as a change of v."""
         base = ask.base
@@ -154,11 +162,10 @@ def check_fit(classifier: Classifier, name: str, model: ClassConditional) -> Non
             f"classifier={name}: it sees images {seen}, and the model's are {drawn} (channels, "
             f"height, width); set guidance.classifier.classifier to one of the model's size"
         )
-    if classifier.num_classes != model.num_classes:
-        alone = "no classes, so none is asked for" if model.num_classes == 1 else "other classes"
+    if model.network.num_classes not in (0, classifier.num_classes):
         raise ValueError(
             f"classifier={name}: it knows {classifier.num_classes} classes, and the model "
-            f"{model.num_classes}, {alone}; use a classifier of the model's classes, or set "
+            f"{model.num_classes}, other classes; use a classifier of the model's classes, or set "
             f"classifier_scale=0"
         )
 

@@ -190,6 +190,10 @@ class Term(ABC):
     def check(self, model: Denoiser) -> None:  # noqa: B027 - most terms have nothing to check
         """Refuse a model this term cannot guide, before anything is evaluated."""
 
+    def class_names(self, model: Denoiser) -> tuple[str, ...]:
+        """Return the classes that images may be asked for because of this term; here none."""
+        return ()
+
     def identity(self, model: Denoiser) -> dict[str, Any]:
         """Return the term as plain values, everything that its contribution depends on."""
         return plain(self)

@@ -156,6 +156,21 @@ def test_a_row_is_measured_beside_the_papers_numbers(
     assert told == [differing[key] for key in protocol if key in differing]
 
 
+def test_a_model_without_classes_draws_the_classifier_s(in_process: Command) -> None:
+    """ADM's unconditional model guided by its classifier, whose classes are asked for."""
+    guided = ("ckpt=ADM-256-uncond", "classes=[3,999]", "num_images=2", "sampler=ddpm", *SHORT)
+    classifier = "guidance.classifier.classifier=ADM-classifier-128"
+    drawn = {}
+    for scale in (10, 2000):
+        outcome = in_process("sample", f"classifier_scale={scale}", classifier, *guided)
+        assert outcome.code == 0, outcome.err
+        lines = (outcome.folder() / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line)["label"] for line in lines] == [3, 999]
+        files = sorted((outcome.folder() / "images").glob("*.png"))
+        drawn[scale] = [np.asarray(Image.open(file)) for file in files]
+    assert all((a != b).any() for a, b in zip(drawn[10], drawn[2000], strict=True))
+
+
 def test_too_few_images_for_neighbours_are_refused_before_drawing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

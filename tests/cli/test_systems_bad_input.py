@@ -69,9 +69,8 @@ TOGETHER = {
         "ADM-classifier-256: the weights are not here",
         "download https://openaipublic.blob.core.windows.net/diffusion/jul-2021/256x256_class",
     ),
-    f"ckpt=ADM-256-uncond classifier_scale=1 {CLASSIFIER}": (
-        "classifier=ADM-classifier-128: it knows 1000 classes, and the model 1, no classes",
-        "set classifier_scale=0",
+    f"ckpt=ADM-256-uncond classifier_scale=1 {CLASSIFIER} classes=[1000]": (
+        "class 1000 does not exist: expected a number from 0 to 999",
     ),
     f"ckpt=digits classifier_scale=1 {CLASSIFIER}": (
         "classifier=ADM-classifier-128: it sees images (3, 32, 32), and the model's are (1, 8, 8)",
