@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class ClassifierGuidance(Term):
     where x_t knows nothing of y, it is 0. ``mean`` shifts the mean of an ancestral step instead, as
     published for sampler=ddpm: mean + s variance grad, that is x_0 + s variance / c_0 grad, with
     c_0 the posterior's coefficient of x_0 and the variance that the network learned (else beta). A
-    sampler that clamps x_0 clamps this shift too.
+    sampler that clamps x_0 does so before the classifier's shift, as the published code does.
 
     The classes are those that the images are asked for; of a UNet without classes the images are
     asked for the classifier's own. ``classifier`` is any module (x_t, t) ->
@@ -81,6 +81,8 @@ class ClassifierGuidance(Term):
         ValueError: there is no classifier, the model has no classes, the form is unknown, or it is
             ``mean`` for a process without one.
     """
+
+    clamped: ClassVar[bool] = False
 
     _: KW_ONLY
     classifier: nn.Module | str | None = None

@@ -133,13 +133,16 @@ class GuidedDenoiser:
                     talk.tell(tuple(answers[branch.key] for branch in talk.wants))
             wanted = [branch for talk in talks for branch in talk.wants]
         result = answers[base.key]
-        v = result.v
+        v, unclamped = result.v, None
         for talk in talks:
-            v = v + talk.term.weight(step) * talk.contribution_to(result.v)
+            contribution = talk.term.weight(step) * talk.contribution_to(result.v)
+            v = v + contribution
+            if not talk.term.clamped:
+                unclamped = contribution if unclamped is None else unclamped + contribution
         attention: dict[str, Tensor] = {}
         for answer in (*answers.values(), result):
             attention |= answer.attention
-        return replace(result, v=v, attention=attention)
+        return replace(result, v=v, unclamped=unclamped, attention=attention)
 
     def _evaluate(self, branches: Sequence[Branch], step: Step) -> dict[Key, Prediction]:
         """Answer distinct branches, one batch per model and chunk of ``max_rows``."""

@@ -157,6 +157,8 @@ class Term(ABC):
     """The scale at which the method does nothing."""
     from_null: ClassVar[bool] = False
     """Whether the term guides away from the null condition, as CFG does: see Question.branch."""
+    clamped: ClassVar[bool] = True
+    """Whether a sampler that clamps x_0 clamps what the term contributes with it."""
     unbounded: ClassVar[tuple[str, ...]] = ()
     """Fields that may be infinite."""
 

@@ -77,6 +77,7 @@ class Prediction:
     ``variance_fraction`` places the log-variance of the reverse step between its lower bound (0,
     the posterior's) and its upper bound (1, beta's); the bounds depend on the length of the step,
     so the sampler finishes it (Nichol & Dhariwal 2021, equation 15).
+    ``unclamped``, shape (b, c, h, w), is the part of ``v`` that clamping x_0 leaves alone.
     ``attention`` maps what was captured to a layer's saliency (rows, n) or map (rows, k, n, n).
     """
 
@@ -84,6 +85,7 @@ class Prediction:
     level: NoiseLevel
     v: Images
     variance_fraction: Images | None = None
+    unclamped: Images | None = None
     attention: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -99,21 +101,26 @@ class Prediction:
     def clamped(self, x_0_range: tuple[float, float] | None) -> Prediction:
         """Return the prediction whose x_0 is clamped and whose eps explains the same x_t.
 
-        v = (d_sigma x_t - x_0) / sigma. Only defined where sigma > 0, as at every step of a grid.
+        v = (d_sigma x_t - x_0) / sigma, x_0 being clamped without ``unclamped``, which then is
+        added to v again. Only defined where sigma > 0, as at every step of a grid.
         """
         if x_0_range is None:
             return self
+        if self.unclamped is not None:
+            within = replace(self, v=self.v - self.unclamped, unclamped=None).clamped(x_0_range)
+            return replace(self, v=within.v + self.unclamped)
         x_0 = self.x_0.clamp(*x_0_range)
         return replace(self, v=(self.level.d_sigma * self.x_t - x_0) / self.level.sigma)
 
     def rows(self, start: int, stop: int) -> Prediction:
         """Return the same record for images ``start`` to ``stop``, without its attention."""
-        fraction = self.variance_fraction
+        fraction, unclamped = self.variance_fraction, self.unclamped
         return replace(
             self,
             x_t=self.x_t[start:stop],
             v=self.v[start:stop],
             variance_fraction=None if fraction is None else fraction[start:stop],
+            unclamped=None if unclamped is None else unclamped[start:stop],
             attention={},
         )
 

@@ -127,12 +127,13 @@ def classified(code: Any, network: Any, classifier: Any) -> Goldens:
     for index in f.CLASSIFIED:
         x, t = f.image(f"classified.{index}", net, 2), torch.full((2,), index)
         labels = labels_of(net)
-        plain = process.p_mean_variance(network, x, t, clip_denoised=False, model_kwargs=labels)
-        mean = process.condition_mean(gradient, plain, x, t, model_kwargs=labels)
-        scored = process.condition_score(gradient, plain, x, t, model_kwargs=labels)
-        eps = process._predict_eps_from_xstart(x, t, scored["pred_xstart"])
-        out[f"classifier.{index}.mean"] = f.thin(mean)
-        out[f"classifier.{index}.eps"] = f.thin(eps)
+        for prefix, clamp in (("", False), ("clamped.", True)):
+            plain = process.p_mean_variance(network, x, t, clip_denoised=clamp, model_kwargs=labels)
+            mean = process.condition_mean(gradient, plain, x, t, model_kwargs=labels)
+            scored = process.condition_score(gradient, plain, x, t, model_kwargs=labels)
+            eps = process._predict_eps_from_xstart(x, t, scored["pred_xstart"])
+            out[f"classifier.{index}.{prefix}mean"] = f.thin(mean)
+            out[f"classifier.{index}.{prefix}eps"] = f.thin(eps)
     return out
 
 

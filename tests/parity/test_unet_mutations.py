@@ -126,6 +126,11 @@ UNETS = (
         (r"classifier\.\d+\.",),
     ),
     Mutation(
+        "the classifier's shift clamped",
+        replaced(unet_ours.ClassifierGuidance, "clamped", lambda _: True),
+        (r"classifier\.120\.clamped\.", r"classifier\.20\.clamped\.eps"),
+    ),
+    Mutation(
         "another layer",
         sag_with(layer="output_blocks.1"),
         (r"guided\..*\.(mask|x_bar|eps|mean)",),

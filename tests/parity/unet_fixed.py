@@ -144,7 +144,7 @@ CLASSIFIER = Net(
     {"num_head_channels": 16},
 )
 
-# Respaced indices of 250 steps of `adm`, guided by the classifier without clamping.
+# Respaced indices of 250 steps of `adm`, guided by the classifier without clamping and with.
 CLASSIFIED = (20, 120)
 CLASSIFIER_SCALE = 2.0
 

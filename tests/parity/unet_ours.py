@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -124,16 +125,16 @@ def classifier() -> Outputs:
     loading.fill(network, converted.state, path)
     x = f.image("classifier", net, 2)
     out = {"classifier.logits": network(x, torch.tensor(f.FORWARD_T))}
-    clamped = denoiser("adm")
-    model = ClassConditional(clamped.network, clamped.process)
-    for index in f.CLASSIFIED:
+    clamping = denoiser("adm")
+    free = ClassConditional(clamping.network, clamping.process)
+    for (prefix, model), index in product({"": free, "clamped.": clamping}.items(), f.CLASSIFIED):
         step = ours.step_at(model.process, 250, index)  # type: ignore[arg-type]
         x, y = f.image(f"classified.{index}", f.NETS["adm"], 2), labels_of("adm")
         for form, key in (("mean", "mean"), ("score", "eps")):
             term = ClassifierGuidance(f.CLASSIFIER_SCALE, classifier=network, form=form)  # type: ignore[arg-type]
             mean, prediction = ours.one_step(Ancestral(), GuidedDenoiser(model, [term]), x, y, step)
-            result = mean if form == "mean" else prediction.eps
-            out[f"classifier.{index}.{key}"] = f.thin(result)
+            eps = prediction.clamped(model.x_0_range).eps
+            out[f"classifier.{index}.{prefix}{key}"] = f.thin(mean if form == "mean" else eps)
     return out
 
 
