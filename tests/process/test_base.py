@@ -95,14 +95,26 @@ def test_clamping_explains_the_same_x_t() -> None:
 
 def test_rows_cut_everything_but_attention() -> None:
     x_t = torch.arange(4.0).reshape(4, 1, 1, 1)
-    whole = Prediction(x_t, vp_level(0.5), 10 * x_t, 100 * x_t, {"layer": x_t})
+    whole = Prediction(x_t, vp_level(0.5), 10 * x_t, 100 * x_t, 1000 * x_t, {"layer": x_t})
     part = whole.rows(1, 3)
     assert part.x_t.flatten().tolist() == [1, 2]
     assert part.v.flatten().tolist() == [10, 20]
     assert part.variance_fraction is not None
     assert part.variance_fraction.flatten().tolist() == [100, 200]
+    assert part.unclamped is not None
+    assert part.unclamped.flatten().tolist() == [1000, 2000]
     assert part.attention == {}
-    assert Prediction(x_t, vp_level(0.5), x_t).rows(0, 1).variance_fraction is None
+    bare = Prediction(x_t, vp_level(0.5), x_t).rows(0, 1)
+    assert bare.variance_fraction is None and bare.unclamped is None
+
+
+def test_what_is_not_clamped_is_added_after() -> None:
+    x_t = torch.linspace(-2.0, 2.0, 8).reshape(8, 1, 1, 1)
+    level, shift = vp_level(0.5), torch.full_like(x_t, 0.3)
+    plain = Prediction(x_t, level, torch.zeros_like(x_t)).clamped((-1.0, 1.0))
+    shifted = Prediction(x_t, level, shift, unclamped=shift).clamped((-1.0, 1.0))
+    torch.testing.assert_close(shifted.v, plain.v + shift)
+    torch.testing.assert_close(shifted.x_0, plain.x_0 - level.sigma * shift)
 
 
 def test_predictions_and_levels_are_immutable() -> None:
