@@ -17,6 +17,7 @@ from sag_dit.guidance.identity import weights
 from sag_dit.guidance.term import Asking, Question, Term
 from sag_dit.process import DDPM, NoiseLevel, Prediction, Step
 from sag_dit.process.ddpm import CLEAN, Posterior
+from sag_dit.sampler import Ancestral, Sampler
 from sag_dit.tensors import Images, Labels
 
 if TYPE_CHECKING:
@@ -128,6 +129,14 @@ class ClassifierGuidance(Term):
             raise ValueError(
                 f"form='mean': ancestral sampling is of variance-preserving models, and this "
                 f"model's process is {type(model.process).__name__}; use form='score'"
+            )
+
+    def check_sampler(self, sampler: Sampler) -> None:
+        """Refuse the mean form for a sampler without ancestral steps."""
+        if self.form == "mean" and not isinstance(sampler, Ancestral):
+            raise ValueError(
+                f"classifier.form=mean: it shifts the mean of an ancestral step, and the sampler "
+                f"is {type(sampler).__name__}; use sampler=ddpm, or guidance.classifier.form=score"
             )
 
     def class_names(self, model: Denoiser) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from sag_dit.guidance.identity import LATER, plain
 from sag_dit.guidance.when import RAMPS, Bound, Schedule, Unit, acts, bounds, weight_of
 from sag_dit.noise import NoiseSource
 from sag_dit.process import Prediction, Step
+from sag_dit.sampler import Sampler
 from sag_dit.tensors import Images
 
 BranchName = Literal["auto", "cond", "null"]
@@ -191,6 +192,9 @@ class Term(ABC):
 
     def check(self, model: Denoiser) -> None:  # noqa: B027 - most terms have nothing to check
         """Refuse a model this term cannot guide, before anything is evaluated."""
+
+    def check_sampler(self, sampler: Sampler) -> None:  # noqa: B027 - most terms suit all
+        """Refuse a sampler that this term cannot guide, before anything is evaluated."""
 
     def class_names(self, model: Denoiser) -> tuple[str, ...]:
         """Return the classes that images may be asked for because of this term; here none."""

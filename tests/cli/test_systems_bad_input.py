@@ -72,6 +72,10 @@ TOGETHER = {
     f"ckpt=ADM-256-uncond classifier_scale=1 {CLASSIFIER} classes=[1000]": (
         "class 1000 does not exist: expected a number from 0 to 999",
     ),
+    f"ckpt=ADM-128 guidance=adm128 classifier_scale=0.5 {CLASSIFIER}": (
+        "classifier.form=mean: it shifts the mean of an ancestral step, and the sampler is DDIM",
+        "use sampler=ddpm, or guidance.classifier.form=score",
+    ),
     f"ckpt=digits classifier_scale=1 {CLASSIFIER}": (
         "classifier=ADM-classifier-128: it sees images (3, 32, 32), and the model's are (1, 8, 8)",
         "one of the model's size",
