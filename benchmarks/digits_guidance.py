@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import safetensors.torch
@@ -116,23 +114,6 @@ def second_models(out: Path) -> list[str]:
     return rows
 
 
-def changes_of(result: Any, plain: Any) -> dict[str, tuple[float, float]]:
-    """Return what differs from unguided, by metric, with its standard error.
-
-    Several seeds are compared pair by pair; one has the errors of halves of its images.
-    """
-    found = {}
-    for metric, value in result["metrics"].items():
-        if len(result["seeds"]) == 1:
-            error = math.hypot(result["spread"][metric], plain["spread"][metric])
-            found[metric] = (value - plain["metrics"][metric], error)
-            continue
-        pairs = zip(result["seeds"], plain["seeds"], strict=True)
-        differences = [a["metrics"][metric] - b["metrics"][metric] for a, b in pairs]
-        found[metric] = (mean(differences), stdev(differences) / len(differences) ** 0.5)
-    return found
-
-
 def settings(rows: Mapping[str, Mapping[str, Any]], results: Sequence[Any]) -> list[Setting]:
     """Return the measured rows of the comparison; rows and results are in the same order."""
     found = []
@@ -140,26 +121,26 @@ def settings(rows: Mapping[str, Mapping[str, Any]], results: Sequence[Any]) -> l
         scale = next((v for k, v in changes.items() if k.endswith("_scale")), 0.0)
         method = name.rpartition("_")[0] or name
         method = NAMES.get(method, method.upper() if len(method) == 3 else method)
-        found.append(Setting(method, scale, result["metrics"], changes_of(result, results[0])))
+        found.append(Setting(method, scale, result["metrics"], result["change"]))
     return found
 
 
 def cell(setting: Setting, metric: str) -> str:
-    """Return a metric, in bold type where it differs from unguided by two standard errors."""
+    """Return scale and metric, in bold type where it differs from unguided by two errors."""
     text = f"{setting.metrics[metric]:.3g}"
     difference, error = setting.change[metric]
-    return f"**{text}**" if abs(difference) > 2 * error else text
+    return f"{setting.scale:g}: " + (f"**{text}**" if abs(difference) > 2 * error else text)
 
 
-def table(found: Sequence[Setting], labels: Mapping[str, str]) -> str:
-    """Return all rows in Markdown."""
-    lines = [
-        f"| method | scale | {' | '.join(labels.values())} |",
-        "|---" * (2 + len(labels)) + "|",
-    ]
-    for setting in found:
-        cells = " | ".join(cell(setting, metric) for metric in labels)
-        lines.append(f"| {setting.method} | {setting.scale or ''} | {cells} |")
+def table(found: Sequence[Setting], metrics: Sequence[str], labels: Mapping[str, str]) -> str:
+    """Return a row per method in Markdown: its three scales, for each metric."""
+    plain, *guided = found
+    titles = (f"{labels[metric]}, unguided {plain.metrics[metric]:.3g}" for metric in metrics)
+    lines = [f"| method | {' | '.join(titles)} |", "|---" * (1 + len(metrics)) + "|"]
+    for method in dict.fromkeys(each.method for each in guided):
+        own = [each for each in guided if each.method == method]
+        cells = (", ".join(cell(each, metric) for each in own) for metric in metrics)
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -204,6 +185,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/digits_guidance"))
     parser.add_argument("--plot", type=Path, default=Path("docs/images/digits_guidance.png"))
     options = parser.parse_args()
+    if options.seeds < 2:
+        parser.error(f"--seeds {options.seeds}: changes are told of 2 seeds or more")
     arguments = [
         "ckpt=digits",
         "reference=digits:report",
@@ -227,11 +210,10 @@ def main() -> None:
     app.launch("evaluate", run, arguments)
     told: Any = json.loads((options.out / "results.json").read_text(encoding="utf-8"))
     found = settings(rows, told["results"])
-    print(table(found, told["metrics"]))
-    over = "seeds" if options.seeds > 1 else "halves of the images"
+    print(table(found, ("fid", "is", "recall"), told["metrics"]))
     caption = (
         f"change against unguided, whose value is in each title; seeds: {options.seeds}, images "
-        f"each: {options.num}, steps: {options.steps}; bars are two standard errors, over {over}"
+        f"each: {options.num}, steps: {options.steps}; bars are two standard errors over seeds"
     )
     draw(found, told["metrics"], options.plot, caption)
     print(f"plot: {options.plot}")
