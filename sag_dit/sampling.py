@@ -17,8 +17,8 @@ from sag_dit.attention import CaptureKind
 from sag_dit.checkpoints import Model
 from sag_dit.guidance import GuidedDenoiser, Term
 from sag_dit.noise import START, NoiseSource
-from sag_dit.process import Step
-from sag_dit.sampler import DDIM, Sampler, SampleStep
+from sag_dit.process import Flow, Process, Step
+from sag_dit.sampler import DDIM, EulerFlow, Sampler, SampleStep
 
 
 class Request(NamedTuple):
@@ -32,6 +32,11 @@ class Request(NamedTuple):
     seed: int
     label: int
     stream: int
+
+
+def default_sampler(process: Process) -> Sampler:
+    """Return what solves a process where no sampler is asked for: Euler for a flow, else DDIM."""
+    return EulerFlow() if isinstance(process, Flow) else DDIM()
 
 
 Captures = Callable[[Step], Sequence[tuple[str, CaptureKind]]]
@@ -78,6 +83,7 @@ class Settings:
         for term in self.guidance:
             if not term.off:
                 term.check(model.denoiser)
+                term.check_sampler(self.sampler)
 
     def class_names(self, model: Model) -> tuple[str, ...]:
         """Return what images may be asked for: the model's classes, or else those of a term."""
@@ -154,13 +160,14 @@ def sample(
 ) -> UInt8[Tensor, "b c h w"]:
     """Draw one image per class; image i is the same as index i of ``sample.py`` with that class.
 
-    Classes are numbers or names. Returns uint8 images (b, c, h, w) on the CPU.
+    Classes are numbers or names; without a sampler it is :func:`default_sampler`. Returns uint8
+    images (b, c, h, w) on the CPU.
 
     Raises:
         ValueError: a class the model does not have, or settings it cannot be sampled with.
     """
     settings = Settings(
-        sampler=sampler or DDIM(),
+        sampler=sampler or default_sampler(model.denoiser.process),
         steps=steps,
         guidance=tuple(guidance),
         batch_size=model.batch_size if batch_size is None else batch_size,

@@ -15,8 +15,8 @@ from sag_dit.checkpoints import Model, from_denoiser
 from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import CFG, SAG
 from sag_dit.models import DiT
-from sag_dit.process import DDPM
-from sag_dit.sampler import DDIM, Ancestral, SampleStep
+from sag_dit.process import DDPM, Flow
+from sag_dit.sampler import DDIM, Ancestral, EulerFlow, HeunFlow, SampleStep
 from sag_dit.sampling import Request, Settings, draw, labels_of, trajectory
 
 NAMES = tuple(f"class {i}" for i in range(10))
@@ -175,6 +175,20 @@ def test_labels_by_number_text_and_name_agree(labels: list[int]) -> None:
     assert labels_of(labels, NAMES) == labels
     assert labels_of([str(label) for label in labels], NAMES) == labels
     assert labels_of([NAMES[label] for label in labels], NAMES) == labels
+
+
+def test_a_flow_is_solved_by_euler_unless_another_sampler_is_asked_for(
+    make_dit: Callable[..., DiT],
+) -> None:
+    network = make_dit(learn_sigma=False, depth=1, in_channels=3)
+    flow = ClassConditional(network, Flow(), kind="v", x_0_range=(-1, 1), class_names=NAMES)
+    model = from_denoiser(flow, "tiny", defaults={"batch_size": 2})
+    asked = {"steps": 2, "guidance": (CFG(2.0),)}
+    images = sag_dit.sample(model, [3, 4], **asked)
+    assert torch.equal(images, sag_dit.sample(model, [3, 4], sampler=EulerFlow(), **asked))
+    assert not torch.equal(images, sag_dit.sample(model, [3, 4], sampler=HeunFlow(), **asked))
+    with pytest.raises(ValueError, match=r"sampler=ddim.*use sampler=euler_flow"):
+        sag_dit.sample(model, [3, 4], sampler=DDIM(), **asked)
 
 
 def test_a_name_wins_over_a_number_only_as_text() -> None:

@@ -28,6 +28,8 @@ from sag_dit.process.ddpm import BETAS
 BATCH_SIZE = 4
 MAX_LENGTH = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300, "FluxPipeline": 512}
 """Text tokens of a T5, as the pipelines have them; 256 elsewhere."""
+DISTILLED = 3.5
+"""What FLUX dev is told of guidance unless asked otherwise, as in its pipeline."""
 KINDS: dict[str, OutputKind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x_0"}
 
 
@@ -51,18 +53,18 @@ def load_text(
     *,
     negative_prompt: str = "",
     size: tuple[int, int] | None = None,
-    guidance: float = 3.5,
+    guidance: float | None = None,
     vae: str | Path | None = None,
 ) -> Model:
     """Load a text model as one whose classes are ``prompts``.
 
     ``size`` is (height, width) in pixels, by default what the network was made for. ``guidance`` is
-    told to models that were distilled from guidance (FLUX dev). Text encoders are loaded when a
-    prompt is first asked for.
+    told to models that were distilled from guidance (FLUX dev), 3.5 by default. Text encoders are
+    loaded when a prompt is first asked for.
 
     Raises:
         ValueError: it is no text model, a part of it is missing or not known, the size does not
-            fit, or no prompt is given.
+            fit, no prompt is given, or a guidance that the model was not distilled from.
     """
     found = zoo.locate(ckpt)
     name = _pipeline(found.path)
@@ -84,12 +86,18 @@ def load_text(
     layout = layout_of(network)
     size = size or _own_size(config, codec.factor, name)
     cells = _cells(size, codec.factor, int(config.get("patch_size") or 1), name)
+    distilled = bool(config.get("guidance_embeds"))
+    if guidance is not None and not distilled:
+        raise ValueError(
+            f"text.guidance={guidance:g}: {ckpt} was not distilled from guidance and is not told "
+            f"of it; leave it out, and guide by cfg_scale"
+        )
     wording = Wording(
         size=size,
         cells=cells,
         negative=negative_prompt,
         max_length=MAX_LENGTH.get(name, 256),
-        guidance=guidance if config.get("guidance_embeds") else None,
+        guidance=DISTILLED if distilled and guidance is None else guidance,
         tells_size=bool(getattr(network, "use_additional_conditions", False)),
     )
     process, kind = read_scheduler(folder / "scheduler" / "scheduler_config.json", cells)

@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from sag_dit.cli.app import launch
+from sag_dit.cli.models import load_model
 from sag_dit.cli.values import check_values, make_maps
 
 if TYPE_CHECKING:
@@ -46,21 +47,24 @@ def gate_norms(denoiser: Denoiser) -> Iterator[Mapping[str, list[float]]]:
 
 
 def run(config: DictConfig) -> None:
-    """Draw one image of each class without guidance, and a sheet of what each layer saw.
+    """Draw an image of each class, or of a prompt, unguided, and a sheet of what each layer saw.
 
     Raises:
         ValueError: a value that cannot be used; the remedy is named.
     """
     import torch
 
-    from sag_dit.checkpoints import load
     from sag_dit.output.attention import AttentionRecorder, write_arrays, write_sheet
     from sag_dit.sampling import Request, Settings, draw, labels_of
 
     check_values(config)
     sampler = instantiate(config.sampler)
-    model = load(str(config.ckpt), ema=config.ema, vae=config.vae)
-    labels = labels_of(OmegaConf.to_object(config.classes), model.class_names)  # type: ignore[arg-type]
+    if config.prompt is not None and config.classes is not None:
+        raise ValueError("classes: a text model draws its prompt; leave out either")
+    OmegaConf.update(config, "requests", None, force_add=True)  # One sheet is of one prompt.
+    model = load_model(config)
+    wanted: Any = [0] if config.classes is None else OmegaConf.to_object(config.classes)
+    labels = labels_of(wanted, model.class_names)
     maps = make_maps(config, model, config.steps)
     device = str(config.device)
     if device == "auto":
@@ -78,7 +82,7 @@ def run(config: DictConfig) -> None:
         view = recorder.view(0)
         gates = {name: sum(of) / len(of) for name, of in norms.items()}
         notes = {name: f"gate {gate:.3f}" for name, gate in gates.items()}
-        file = out / f"{place:03d}-class-{label}"
+        file = out / f"{place:03d}-{'prompt' if config.prompt else f'class-{label}'}"
         write_arrays(file.with_suffix(".npz"), view)
         image = images[0].permute(1, 2, 0).cpu().numpy()
         write_sheet(file.with_suffix(".png"), view, image, notes)

@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from sag_dit.cli.app import fail, launch, literal, quiet_lightning
+from sag_dit.cli.presets import with_presets
 from sag_dit.cli.rows import Row, make_rows
 from sag_dit.cli.sweep import Choice, expand
 
@@ -39,14 +40,15 @@ def check(config: DictConfig, rows: Sequence[Row]) -> None:
         ValueError: the value, what was expected, and the remedy.
     """
     from sag_dit.cli.instruments import check_metrics
-    from sag_dit.evaluation.expected import Expected
+    from sag_dit.cli.published import expected_of, experiment_of
 
     for row in rows:
         check_metrics(row.config.metrics)
         if row.config.trainer != config.trainer:
             raise ValueError("-m: the trainer cannot differ between settings; run them one by one")
-        if row.config.expected is not None:
-            Expected.of(OmegaConf.to_container(row.config.expected, resolve=True))  # type: ignore[arg-type]
+        expected = expected_of(row.config)
+        if expected is not None:
+            experiment_of(expected)
         repeats = row.config.confidence.repeats
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats == 1 or repeats < 0:
             raise ValueError(f"confidence.repeats={repeats}: expected 0, or 2 or more")
@@ -57,7 +59,7 @@ def check(config: DictConfig, rows: Sequence[Row]) -> None:
 def run(config: DictConfig, choices: Sequence[Choice] | None = None) -> None:
     """Measure what has not been measured yet; rank 0 then writes and shows all results."""
     quiet_lightning()
-    from sag_dit.cli.jobs import make_jobs
+    from sag_dit.cli.jobs import base_name, make_jobs
     from sag_dit.cli.measuring import Bar, Measure
     from sag_dit.cli.records import read_record
     from sag_dit.cli.report import report
@@ -79,10 +81,14 @@ def run(config: DictConfig, choices: Sequence[Choice] | None = None) -> None:
         _convert_="all",
     )
     jobs = make_jobs(rows, trainer.strategy.root_device)
+    base_name(jobs, config.against)
     finished = Path(config.finished)
     # Known before any rank writes, so that all ranks measure the same.
     records = {job.identity: read_record(finished, job.identity) for job in jobs}
     pending = list({job.identity: job for job in jobs if records[job.identity] is None}.values())
+    if trainer.is_global_zero:
+        for line in costs(pending):
+            print(line)
     try:
         for number, job in enumerate(pending, start=1):
             bar.begin(f"{job.name} ({number} of {len(pending)})", job.count)
@@ -98,6 +104,17 @@ def run(config: DictConfig, choices: Sequence[Choice] | None = None) -> None:
         out = config.out or f"outputs/evaluate/{_name(jobs)}"
         config.out = literal(str(out))
         report(config, jobs, known, Path(out), finished, swept=choices is not None)
+
+
+def costs(jobs: Sequence[Job]) -> list[str]:
+    """Return what drawing takes, a line for all settings that cost the same."""
+    names: dict[str, list[str]] = {}
+    for job in jobs:
+        if job.cost is not None and job.name not in names.setdefault(str(job.cost), []):
+            names[str(job.cost)].append(job.name)
+    if len(names) == 1:
+        return [f"cost: {cost}" for cost in names]
+    return [f"cost of {', '.join(own)}: {cost}" for cost, own in names.items()]
 
 
 def _name(jobs: Sequence[Job]) -> str:
@@ -184,4 +201,4 @@ def start(arguments: Sequence[str]) -> None:
 
 def main() -> None:
     """Run ``evaluate.py``."""
-    start(sys.argv[1:])
+    start(with_presets("evaluate", sys.argv[1:]))

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,11 @@ ADM_FILES = {
     256: "VIRTUAL_imagenet256_labeled.npz",
     512: "VIRTUAL_imagenet512.npz",
 }
-ADM_FOLDER = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
+ADM_FOLDER = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
+ADM_PLACES = {file: f"imagenet/{side}" for side, file in ADM_FILES.items()} | {
+    f"VIRTUAL_lsun_{what}256.npz": f"lsun/{what}" for what in ("bedroom", "cat", "horse")
+}
+"""Where ADM's files lie in that folder."""
 
 NEIGHBOUR, SPLIT_SIZE = 3, 5_000
 """ADM's: precision's and recall's neighbour, and the images of a split of the Inception Score."""
@@ -147,8 +152,11 @@ class Cabinet:
             )
         extractor = self._extractor(features)
         size = (example.shape[2], example.shape[3])
-        source = config.reference or _default_reference(extractor.name, size, class_names)
-        reference = self._reference(str(source), extractor)
+        if config.reference:
+            source = _stored(str(config.reference))
+        else:
+            source = _default_reference(extractor.name, size, class_names)
+        reference = self._reference(source, extractor)
         with torch.no_grad():
             seen = extractor(example.to(self._device))
         if reference.pool is not None and seen.pool.shape[1] != reference.pool.mean.numel():
@@ -233,13 +241,36 @@ def _default_reference(features: str, size: tuple[int, int], class_names: Sequen
     if len(class_names) != 1000 or size[0] != size[1] or size[0] not in ADM_FILES:
         raise ValueError(ask)
     file = ADM_FILES[size[0]]
-    for each in local_folders():
-        if (each / file).is_file():
-            return str(each / file)
+    found = _downloaded(file)
+    if found is None:
+        raise ValueError(f"{ask}. For ImageNet it is {file}, {_sought(file)}")
+    return found
+
+
+def _stored(source: str) -> str:
+    """Return a reference; one of ADM's, or another bare file name, may lie among the weights.
+
+    Raises:
+        ValueError: a file of ADM's that is nowhere.
+    """
+    if Path(source).name != source or Path(source).exists():
+        return source
+    found = _downloaded(source)
+    if found is None and source in ADM_PLACES:
+        raise ValueError(f"reference={source}: no such file; also {_sought(source)}")
+    return found or source
+
+
+def _downloaded(file: str) -> str | None:
+    places = (each / file for each in local_folders())
+    return next((str(place) for place in places if place.is_file()), None)
+
+
+def _sought(file: str) -> str:
     places = ", ".join(str(each.absolute()) for each in local_folders())
-    raise ValueError(
-        f"{ask}. For ImageNet it is {file}, looked for in {places} (${WEIGHTS_FOLDER} names a "
-        f"further folder); download {ADM_FOLDER}/{size[0]}/{file}"
+    return (
+        f"looked for in {places} (${WEIGHTS_FOLDER} names a further folder); download "
+        f"{ADM_FOLDER}/{ADM_PLACES[file]}/{file}"
     )
 
 

@@ -21,6 +21,7 @@ from sag_dit.cli.rows import Row, guidance_text, name_rows
 from sag_dit.cli.sample import Plan, make_plan
 from sag_dit.evaluation.image_set import ImageSet
 from sag_dit.evaluation.images import open_images
+from sag_dit.guidance import Cost, cost_of
 
 MODEL_KEYS = ("ckpt", "ema", "vae", "prompt", "requests", "classes", "text")
 """Keys that decide which model is loaded; settings that agree in them share it."""
@@ -34,6 +35,7 @@ class Job:
     name: str
     plan: Plan | None
     images: ImageSet | None
+    cost: Cost | None
     instruments: Instruments
     facts: Mapping[str, Any]
     period: int
@@ -54,19 +56,48 @@ def make_jobs(rows: Sequence[Row], device: torch.device) -> list[Job]:
     cabinet = Cabinet(device)
     models: dict[str, Model] = {}
     sets: dict[str, ImageSet] = {}
+    costs: dict[int, Cost] = {}
     prepared = []
     for row in rows:
         plan, images = None, None
         if row.source is None:
             plan = _plan(row.config, models)
+            if row.place not in costs:  # A seed costs what another does.
+                how = plan.settings
+                costs[row.place] = cost_of(
+                    plan.model.denoiser, how.guidance, how.sampler, how.steps
+                )
             example, names = example_of(plan.model), plan.model.class_names
         else:
             images = sets.setdefault(row.source, _opened(row))
             example, names = next(images.read(1))[0][:1], ()
-        prepared.append((row, plan, images, cabinet.instruments(row.config, example, names)))
-    guidance = [None if plan is None else plan.pixels["guidance"] for _, plan, _, _ in prepared]
+        instruments = cabinet.instruments(row.config, example, names)
+        prepared.append((row, plan, images, costs.get(row.place), instruments))
+    guidance = [None if plan is None else plan.pixels["guidance"] for _, plan, *_ in prepared]
     names_of_rows = name_rows(rows, guidance)
     return [_job(name, *parts) for name, parts in zip(names_of_rows, prepared, strict=True)]
+
+
+def base_name(jobs: Sequence[Job], against: str | None) -> str | None:
+    """Return the name of the setting that others are compared with; None for the first.
+
+    ``against`` is its name in the table or its key in ``compare``.
+
+    Raises:
+        ValueError: there is no such setting, or one seed alone, so that nothing is compared.
+    """
+    if against is None:
+        return None
+    if max(Counter(job.row.place for job in jobs).values()) == 1:
+        raise ValueError(
+            f"against={against}: with one seed nothing is told of changes; add seeds=3 or leave "
+            f"it out"
+        )
+    known = {job.row.name: job.name for job in jobs} | {job.name: job.name for job in jobs}
+    if against not in known:
+        names = ", ".join(repr(name) for name in known if name)
+        raise ValueError(f"against={against}: expected the name of a setting, one of {names}")
+    return known[against]
 
 
 def _plan(config: DictConfig, models: dict[str, Model]) -> Plan:
@@ -96,7 +127,12 @@ def _opened(row: Row) -> ImageSet:
 
 
 def _job(
-    name: str, row: Row, plan: Plan | None, images: ImageSet | None, instruments: Instruments
+    name: str,
+    row: Row,
+    plan: Plan | None,
+    images: ImageSet | None,
+    cost: Cost | None,
+    instruments: Instruments,
 ) -> Job:
     if plan is not None:
         facts, determining, period = _drawn(row.config, plan)
@@ -123,8 +159,10 @@ def _job(
             "confidence": _plain(OmegaConf.to_container(row.config.confidence)),
         }
     )
+    if cost is not None:
+        facts["cost"] = cost.plain()
     facts |= measure | {"sag_dit": __version__, "torch": torch.__version__}
-    return Job(row, name, plan, images, instruments, facts, period, identity)
+    return Job(row, name, plan, images, cost, instruments, facts, period, identity)
 
 
 def _refuse_few(count: int, metrics: Sequence[str]) -> None:

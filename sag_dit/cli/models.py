@@ -19,10 +19,13 @@ def load_model(config: DictConfig) -> Model:
     from sag_dit.checkpoints import is_text, load, load_text
     from sag_dit.data.requests import prompts_in
 
+    if config.ckpt is None:
+        raise ValueError("ckpt=null: expected a model to draw from, such as ckpt=digits")
     prompt = OmegaConf.select(config, "prompt")
     if prompt is not None and (config.requests is not None or config.classes is not None):
         raise ValueError("prompt: expected it alone; give several prompts by requests=FILE")
     if prompt is None and (config.requests is None or not is_text(config.ckpt)):
+        _refuse_text(config)
         return load(config.ckpt, ema=config.ema, vae=config.vae)
     if not config.ema:
         raise ValueError("ema=false: a text model's folder holds one set of weights")
@@ -35,6 +38,38 @@ def load_model(config: DictConfig) -> Model:
         prompts_in(config.requests) if prompt is None else [str(prompt)],
         negative_prompt=str(OmegaConf.select(config, "text.negative") or ""),
         size=None if size is None else (size[0], size[1]),
-        guidance=float(OmegaConf.select(config, "text.guidance", default=3.5)),
+        guidance=_number(config, "text.guidance"),
         vae=config.vae,
     )
+
+
+def _refuse_text(config: DictConfig) -> None:
+    """Refuse settings of text models where a model of classes is loaded.
+
+    Raises:
+        ValueError: one is set.
+    """
+    from sag_dit.checkpoints import is_text
+
+    for name in ("negative", "size", "guidance"):
+        value = OmegaConf.select(config, f"text.{name}")
+        # A text model without a prompt is told of that.
+        if value not in (None, "") and not is_text(config.ckpt):
+            raise ValueError(
+                f"text.{name}={value}: ckpt={config.ckpt} is asked with classes, and text is for "
+                f"models that are asked with prompt or requests; leave it out"
+            )
+
+
+def _number(config: DictConfig, key: str) -> float | None:
+    """Return a number, or null.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    value = OmegaConf.select(config, key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{key}={value}: expected a number, or null for the model's default")
+    return float(value)

@@ -79,6 +79,7 @@ class Result:
 
     With several seeds ``spread`` is the standard deviation over them, and ``change`` the mean
     difference from the setting ``against``, with its standard error; see :func:`compared`.
+    ``deviations`` is what differs from how the numbers of ``expected`` were made.
     """
 
     name: str
@@ -92,14 +93,10 @@ class Result:
     against: str | None = None
     change: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     expected: Expected | None = field(default=None, compare=False)
+    deviations: Sequence[str] = ()
 
 
-def combine(
-    name: str,
-    axes: Mapping[str, Value],
-    records: Mapping[str, Record],
-    expected: Expected | None = None,
-) -> Result:
+def combine(name: str, axes: Mapping[str, Value], records: Mapping[str, Record]) -> Result:
     """Put the records of a setting, by identity, together."""
     all_of = list(records.values())
     first = all_of[0]
@@ -118,7 +115,6 @@ def combine(
         warnings=list(dict.fromkeys(text for each in all_of for text in each.warnings)),
         seeds=[{"seed": each.facts.get("seed"), "metrics": dict(each.metrics)} for each in all_of],
         identities=list(records),
-        expected=expected,
     )
 
 
@@ -128,14 +124,8 @@ def compared(results: Sequence[Result], against: str | None) -> list[Result]:
     d = mean_i(m_i - b_i) and its standard error, stdev_i(m_i - b_i) / sqrt(n), over n seeds i.
     Settings of one seed share their noise and latents, so that most of what a metric scatters from
     seed to seed is in both and drops out. Nothing is compared where seeds differ, or are one.
-
-    Raises:
-        ValueError: there is no setting of that name.
     """
-    base = next((each for each in results if against in (None, each.name)), None)
-    if base is None:
-        names = ", ".join(repr(each.name) for each in results)
-        raise ValueError(f"against={against}: expected the name of a setting, one of {names}")
+    base = next(each for each in results if against in (None, each.name))
     return [each if each is base else replace(each, **_change(each, base)) for each in results]
 
 
@@ -159,12 +149,13 @@ def write_results(
     rows = []
     for result in results:
         row = asdict(result)
+        deviations = row.pop("deviations")
         if result.expected is not None:
             row["expected"]["differences"] = {
                 name: difference
                 for name, (*_, difference) in result.expected.differences(result.metrics).items()
             }
-            row["expected"]["deviations"] = result.expected.deviations(result.facts)
+            row["expected"]["deviations"] = deviations
         rows.append(row)
     as_json, as_csv = folder / "results.json", folder / "results.csv"
     labels = {name: metric.label for name, metric in metrics.items()}

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sag_dit.cli.jobs import Job
+from sag_dit.cli.jobs import Job, base_name
 from sag_dit.cli.measuring import shot
+from sag_dit.cli.published import deviations, expected_of
 from sag_dit.cli.records import Record, Result, combine, compared, flat_facts, write_results
-from sag_dit.evaluation.expected import Expected
 from sag_dit.output.charts import Chart, Metric, Row, charts, places
 from sag_dit.output.curves import write_curves
 from sag_dit.output.folder import read_png
@@ -36,7 +37,7 @@ def report(
     swept: bool,
 ) -> None:
     """Show and write everything; the last line on the terminal names the page."""
-    results = compared(_results(jobs, records), config.against)
+    results = compared(_results(jobs, records), base_name(jobs, config.against))
     metrics: dict[str, Metric] = {}
     for job in jobs:
         metrics |= job.instruments.labels()
@@ -70,11 +71,17 @@ def _results(jobs: Sequence[Job], records: Mapping[str, Record]) -> list[Result]
     for place in dict.fromkeys(job.row.place for job in jobs):
         own = [job for job in jobs if job.row.place == place]
         first = own[0]
-        expected: Any = first.row.config.expected
+        named = {}
+        for job in own:
+            record = records[job.identity]
+            # What was measured before may lack facts that are told today.
+            named[job.identity] = replace(record, facts={**job.facts, **record.facts})
+        result = combine(first.name, first.row.axes, named)
+        expected = expected_of(first.row.config)
         if expected is not None:
-            expected = Expected.of(OmegaConf.to_container(expected, resolve=True))  # type: ignore[arg-type]
-        named = {job.identity: records[job.identity] for job in own}
-        results.append(combine(first.name, first.row.axes, named, expected))
+            told = deviations(first.row.config, expected, result.facts)
+            result = replace(result, expected=expected, deviations=told)
+        results.append(result)
     return results
 
 
@@ -188,10 +195,9 @@ def _show_expected(console: Console, result: Result, metrics: Mapping[str, Metri
         numbers = (f"{published:g}", f"{measured:.{decimals}f}", f"{difference:+.{decimals}f}")
         table.add_row(metrics[name].label, *numbers)
     console.print(table)
-    deviations = expected.deviations(result.facts)
-    if deviations:
-        console.print("the protocols differ in", markup=False)
-        for line in deviations:
+    if result.deviations:
+        console.print("the protocols differ, or may differ, in", markup=False)
+        for line in result.deviations:
             console.print(f"  {line}", style="yellow", markup=False)
     else:
         console.print("the protocol is the published one", markup=False)
@@ -246,8 +252,8 @@ def _expected_notes(result: Result, metrics: Mapping[str, Metric]) -> list[str]:
         f"{metrics[name].label} {published:g} (here {difference:+.4g})"
         for name, (published, _, difference) in expected.differences(result.metrics).items()
     ]
-    deviations = expected.deviations(result.facts)
-    rest = f"; the protocols differ in {'; '.join(deviations)}" if deviations else ""
+    told = "; ".join(result.deviations)
+    rest = f"; the protocols differ, or may differ, in {told}" if told else ""
     return [f"{result.name}: {expected.source} has {', '.join(numbers)}{rest}."]
 
 

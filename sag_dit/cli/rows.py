@@ -153,8 +153,16 @@ def guidance_text(guidance: Mapping[str, Mapping[str, Any]]) -> str:
             text += f" {term['scale']:g}"
         if term.get("channels") is not None:
             text += f" on {term['channels']} channels"
-        start, stop = term.get("interval", (0.0, 1.0))
-        if (start, stop) != (0.0, 1.0):
-            text += f" from {start:g} to {stop:g}"
-        texts.append(text)
+        texts.append(text + _interval_text(term))
     return " + ".join(texts)
+
+
+def _interval_text(term: Mapping[str, Any]) -> str:
+    """Return where a term acts, nothing where it does throughout."""
+    start, stop = term.get("interval", (0.0, 1.0))
+    unit = term.get("interval_in", "progress")
+    if unit == "progress":
+        return "" if (start, stop) == (0.0, 1.0) else f" from {start:g} to {stop:g}"
+    sides = "" if start is None else f" from {start:g}"
+    sides += "" if stop is None else f" to {stop:g}" if sides else f" up to {stop:g}"
+    return f"{sides} in {unit}" if sides else ""

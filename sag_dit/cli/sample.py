@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sag_dit.cli.app import launch, literal, quiet_lightning
 from sag_dit.cli.models import load_model
+from sag_dit.cli.presets import with_presets
 from sag_dit.cli.values import check_values, make_maps, make_terms
 
 if TYPE_CHECKING:
@@ -54,6 +56,11 @@ def make_plan(config: DictConfig, model: Model | None = None) -> Plan:
     from sag_dit.sampling import Settings
 
     check_values(config)
+    if config.maps and config.gallery.num == 0:
+        raise ValueError(
+            "maps=true keeps the attention of the gallery's images, and gallery.num=0 leaves none; "
+            "set gallery.num to how many you want, or maps=false"
+        )
     guidance = make_terms(config.guidance)
     sampler = instantiate(config.sampler)
     model = model or load_model(config)
@@ -97,7 +104,7 @@ def make_plan(config: DictConfig, model: Model | None = None) -> Plan:
     pixels = json.loads(json.dumps(pixels))
     digest = hashlib.sha256(json.dumps(pixels, sort_keys=True).encode()).hexdigest()
     path = Path(config.out or f"outputs/sample/{model.name}-{digest[:8]}")
-    maps = make_maps(config, model, config.steps) if config.maps else None
+    maps = make_maps(config, model, config.steps, settings.guidance) if config.maps else None
     return Plan(model, settings, requests, SampleFolder(path), pixels, maps)
 
 
@@ -215,4 +222,4 @@ def _finish(config: DictConfig, plan: Plan) -> None:
 
 def main() -> None:
     """Run ``sample.py``."""
-    launch("sample", run)
+    launch("sample", run, with_presets("sample", sys.argv[1:]))

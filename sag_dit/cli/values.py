@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
@@ -23,8 +24,12 @@ WHOLE: dict[str, tuple[int, int | None, bool]] = {
 """Keys that take whole numbers: the least, the most, and whether null is allowed."""
 
 
+SHOWN = 16
+"""Images that sample.py draws unless num_images says otherwise."""
+
+
 def check_values(config: DictConfig) -> None:
-    """Refuse numbers that cannot be meant.
+    """Refuse numbers that cannot be meant, and keys that a file of requests takes the place of.
 
     Raises:
         ValueError: the key, its value and what was expected.
@@ -39,6 +44,27 @@ def check_values(config: DictConfig) -> None:
             bounds = f"{least} or more" if most is None else f"{least} to 2^64 - 1"
             raise ValueError(
                 f"{key}={value}: expected a whole number, {bounds}{', or null' * optional}"
+            )
+    if OmegaConf.select(config, "requests") is not None:
+        _refuse_beside_requests(config)
+
+
+def _refuse_beside_requests(config: DictConfig) -> None:
+    """Refuse keys that choose images where a file of requests does; at their defaults they rest.
+
+    Raises:
+        ValueError: such a key is set.
+    """
+    from sag_dit.cli.rows import DRAWN
+
+    evaluates = "seeds" in config
+    unset = {"seeds": 1, "num_images": DRAWN if evaluates else SHOWN, "seed": 0, "classes": None}
+    for key, default in unset.items():
+        value = OmegaConf.select(config, key, default=default)
+        if value != default:
+            raise ValueError(
+                f"{key}={value} beside requests={config.requests}: the file's lines say which "
+                f"images are drawn, each with a seed and a class of its own; leave {key} out"
             )
 
 
@@ -68,12 +94,15 @@ def make_terms(guidance: DictConfig) -> dict[str, Term]:
     return terms
 
 
-def make_maps(config: DictConfig, model: Model, steps: int) -> Maps:
+def make_maps(config: DictConfig, model: Model, steps: int, guidance: Iterable[Term] = ()) -> Maps:
     """Build what to keep of attention from ``attention``'s values.
+
+    Without a threshold, masks are set as by the SAG of ``guidance``.
 
     Raises:
         ValueError: a value that cannot be meant, or a layer or step that does not exist.
     """
+    from sag_dit.guidance import SAG
     from sag_dit.output.attention import Maps
 
     wanted: Any = OmegaConf.to_container(config.attention, resolve=True)
@@ -84,11 +113,14 @@ def make_maps(config: DictConfig, model: Model, steps: int) -> Maps:
         raise ValueError(f"attention.show={show}: expected how many steps, or a list of numbers")
     if query is not None and not (isinstance(query, list) and len(query) == 2):
         raise ValueError(f"attention.query={query}: expected [down, across], or null")
+    limit = next((term for term in guidance if isinstance(term, SAG) and not term.off), SAG())
+    if wanted["threshold"] is not None:
+        limit = SAG(threshold=float(wanted["threshold"]))
     maps = Maps(
         layers=tuple(map(str, layers)),
         steps=show if isinstance(show, int) else tuple(show),
         query=None if query is None else (float(query[0]), float(query[1])),
-        threshold=float(wanted["threshold"]),
+        limit=limit,
     )
     maps.layers_of(model.denoiser)
     maps.indices(steps)

@@ -16,7 +16,9 @@ class Expected:
 
     ``source`` names the publication and the table. ``metrics`` are the numbers by metric.
     ``protocol`` says how they were measured, under the keys of the facts that stand beside every
-    number of ours, such as ``count`` or ``reference``.
+    number of ours, such as ``count`` or ``reference``; None is what was not published.
+    ``experiment`` names a configuration whose settings are the published ones, None if there is
+    none.
 
     Raises:
         ValueError: no source, no numbers, an unknown metric, or something that is no number.
@@ -25,6 +27,7 @@ class Expected:
     source: str
     metrics: Mapping[str, float]
     protocol: Mapping[str, Any]
+    experiment: str | None = None
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -44,17 +47,20 @@ class Expected:
         """Read published numbers from plain values.
 
         Raises:
-            ValueError: keys other than source, metrics and protocol, or values that do not fit.
+            ValueError: keys other than source, metrics, protocol and experiment, or values that do
+                not fit.
         """
-        unknown = node.keys() - {"source", "metrics", "protocol"}
+        unknown = node.keys() - {"source", "metrics", "protocol", "experiment"}
         if unknown:
             raise ValueError(
-                f"expected.{', '.join(sorted(unknown))}: expected source, metrics and protocol"
+                f"expected.{', '.join(sorted(unknown))}: expected source, metrics, protocol and "
+                f"experiment"
             )
         return cls(
             str(node.get("source") or ""),
             dict(node.get("metrics") or {}),
             dict(node.get("protocol") or {}),
+            node.get("experiment"),
         )
 
     def differences(self, measured: Mapping[str, float]) -> dict[str, tuple[float, float, float]]:
@@ -69,11 +75,25 @@ class Expected:
         """Name the parts of the protocol that differ from the published one, or are not known."""
         told = []
         for key, published in self.protocol.items():
-            if key not in facts or facts[key] is None:
+            if published is None:
+                told.append(f"{key}: not published, here {_text(facts.get(key))}")
+            elif key not in facts or facts[key] is None:
                 told.append(f"{key}: published {_text(published)}, here not known")
             elif not _same(published, facts[key]):
                 told.append(f"{key}: published {_text(published)}, here {_text(facts[key])}")
         return told
+
+
+def differing(stated: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Name the settings in which a run differs from the experiment that states the published ones.
+
+    Both are flat. A setting that one of them lacks is null there.
+    """
+    return [
+        f"{key}: {_text(stated.get(key))} in the experiment, here {_text(ours.get(key))}"
+        for key in dict.fromkeys([*stated, *ours])
+        if not _same(stated.get(key), ours.get(key))
+    ]
 
 
 def _same(published: Any, ours: Any) -> bool:

@@ -52,6 +52,7 @@ class APG(Term):
 
     def check(self, model: Denoiser) -> None:
         """Refuse a model without a null condition."""
+        super().check(model)
         check_null(self, model)
 
     def contribution(self, ask: Question) -> Asking:

@@ -35,7 +35,7 @@ class Autoguidance(BranchTerm):
 
     Raises:
         ValueError: not exactly one of ``worse`` and ``ckpt`` is given, or the worse model is of
-            another kind, or the very same.
+            another kind, without the null condition that it would be asked for, or the very same.
     """
 
     neutral: ClassVar[float] = 1.0
@@ -77,6 +77,11 @@ class Autoguidance(BranchTerm):
                 raise ValueError(
                     f"the worse model's {name} is {theirs}: expected that of the model, {ours}"
                 )
+        if self.branch != "cond" and model.null(1) is not None and worse.null(1) is None:
+            raise ValueError(
+                f"branch={self.branch!r}: the worse model has no null condition (trained without "
+                f"label dropout), and the model has; use branch='cond'"
+            )
         pairs = zip(worse.parameters(), model.parameters(), strict=False)
         if worse.network is model.network or (
             worse.device == model.device

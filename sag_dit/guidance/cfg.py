@@ -80,6 +80,7 @@ class CFG(Term):
 
     def check(self, model: Denoiser) -> None:
         """Refuse a model without a null condition or with fewer channels than guided."""
+        super().check(model)
         check_null(self, model)
         if self.channels is not None and self.channels > model.latent_shape[0]:
             raise ValueError(

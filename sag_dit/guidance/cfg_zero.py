@@ -16,16 +16,18 @@ from sag_dit.process import Flow
 class CFGZero(Term):
     """CFG whose null velocity is first scaled to fit: v = s v_null + w (v_cond - s v_null).
 
-    s = <v_cond, v_null> / |v_null|^2 per image. In the first ``zero_steps`` steps v is 0 instead,
-    where a flow's first velocities are worse than none: what is taken away is the model's own
-    velocity, so terms beside it still act. w = 1 is off, and then no step is zeroed.
+    s = <v_cond, v_null> / |v_null|^2 per image. In the first ``zero_steps`` steps of the run v is 0
+    instead, where a flow's first velocities are worse than none: what is taken away is the model's
+    own velocity, so terms beside it still act. A step of a solver that evaluates twice is zeroed
+    whole. Steps outside the interval are not zeroed. w = 1 is off, and then no step is.
 
     Published: Stable Diffusion 3.5 and FLUX one zero step, Wan 2.1 the first 4 % of the steps.
 
     Source: algorithm 1 of the paper.
 
     Raises:
-        ValueError: ``zero_steps`` is negative, or the model is no flow or has no null condition.
+        ValueError: ``zero_steps`` is negative, or not 0 beside a schedule, which would zero a share
+            only; or the model is no flow or has no null condition.
     """
 
     neutral: ClassVar[float] = 1.0
@@ -38,9 +40,15 @@ class CFGZero(Term):
         super().__post_init__()
         if self.zero_steps < 0:
             raise ValueError(f"zero_steps={self.zero_steps}: expected 0 or more")
+        if not self.off and self.zero_steps and self.schedule != "constant":
+            raise ValueError(
+                f"zero_steps={self.zero_steps} beside schedule={self.schedule!r}: the schedule "
+                f"would weigh what is zeroed as well; set zero_steps=0 or schedule=constant"
+            )
 
     def check(self, model: Denoiser) -> None:
         """Refuse a model that is no flow, or has no null condition."""
+        super().check(model)
         check_null(self, model)
         if not isinstance(model.process, Flow):
             raise ValueError(
@@ -51,7 +59,10 @@ class CFGZero(Term):
     def contribution(self, ask: Question) -> Asking:
         """Return (w - 1) (v_cond - s v_null) + (s - 1) ... as v_guided - v_cond."""
         cond, null = yield ask.base, ask.required_null()
-        if ask.step.index < self.zero_steps:
+        step, begun = ask.step, ask.memory.get("begun", ask.step.index)
+        # A second evaluation of a step stands at the level where the step ends.
+        ask.memory["begun"] = begun = begun + (float(step.level.t) != float(step.next.t))
+        if begun <= self.zero_steps:
             return -cond.v
         fitting = inner(cond.v, null.v) / (inner(null.v, null.v) + 1e-8)
         return (self.scale - 1) * (cond.v - fitting * null.v)

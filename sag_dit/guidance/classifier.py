@@ -116,6 +116,7 @@ class ClassifierGuidance(Term):
 
     def check(self, model: Denoiser) -> None:
         """Find the classifier, and refuse models that are not asked with classes, or its form."""
+        super().check(model)
         if isinstance(model, TextConditional):
             raise ValueError(
                 f"classifier_scale={self.scale}: {type(model.network).__name__} is asked with what "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,20 +20,33 @@ from sag_dit.tensors import Images
 Key = tuple[Any, ...]
 
 
+def base_key(layer: str, kind: CaptureKind) -> str:
+    """Return the name of what a caller of :class:`GuidedDenoiser` asked to read of the base."""
+    return f"base/{capture_key(layer, kind)}"
+
+
 @dataclass
 class Talk:
-    """One term's generator while it runs: what it asks now, and in the end its contribution."""
+    """One term's generator while it runs: what it asks now, and in the end its contribution.
+
+    ``read`` is what it captured on the way.
+    """
 
     term: Term
     asking: Asking
     wants: tuple[Branch, ...] = ()
     contribution: Tensor | None = None
+    read: dict[str, Tensor] = field(default_factory=dict)
 
     def tell(self, answers: tuple[Prediction, ...] | None) -> None:
         """Answer the term's questions and note its next ones, or what it returns.
 
         A question of no branches is answered at once.
         """
+        for branch, answer in zip(self.wants, answers or (), strict=True):
+            for capture in branch.captures:
+                key = capture_key(*capture)
+                self.read.setdefault(key, answer.attention[key])
         try:
             self.wants = next(self.asking) if answers is None else self.asking.send(answers)
             while not self.wants:
@@ -66,8 +79,10 @@ class GuidedDenoiser:
     Questions that need no answer of an earlier round are asked together, so CFG and SAG together
     take two calls of the network instead of three.
 
-    Log-variance comes from the clean base branch alone. The answer's ``attention`` holds what any
-    branch captured, so that a caller can show what the terms saw; the base's own wins a tie.
+    Log-variance comes from the clean base branch alone. The answer's ``attention`` holds what the
+    terms read, of whichever branch they read it, so that a caller can show what they saw; of two
+    that read one layer, the first counts. What the caller itself captures of the base has a name of
+    its own, :func:`base_key`.
     """
 
     def __init__(
@@ -97,14 +112,15 @@ class GuidedDenoiser:
     ) -> Prediction:
         """Return the guided prediction at ``x_t``; ``captures`` are read from the base besides."""
         base = Branch(self.model, x_t, cond)
+        shown = base
         for layer, kind in captures:
-            base = base.capturing(layer, kind)
+            shown = shown.capturing(layer, kind)
         null = self.model.null(x_t.shape[0])
         active = [i for i, term in enumerate(self.terms) if term.active(step)]
         question = Question(
             step=step,
             base=base,
-            null=None if null is None else replace(base, cond=null, captures=()),
+            null=None if null is None else replace(base, cond=null),
             guided_by_cfg=any(self.terms[i].from_null for i in active),
             noise=self._noise,
         )
@@ -117,10 +133,10 @@ class GuidedDenoiser:
         ]
         answers: dict[Key, Prediction] = {}
         # Every branch of the step is kept alive here: an answer's key holds the ids of its tensors.
-        asked: list[Branch] = [base]
+        asked: list[Branch] = [shown]
         for talk in talks:
             talk.tell(None)
-        wanted = [base, *(branch for talk in talks for branch in talk.wants)]
+        wanted = [shown, *(branch for talk in talks for branch in talk.wants)]
         while wanted:
             asked += wanted
             for key, answer in self._evaluate(_merged(wanted, answers), step).items():
@@ -139,9 +155,12 @@ class GuidedDenoiser:
             v = v + contribution
             if not talk.term.clamped:
                 unclamped = contribution if unclamped is None else unclamped + contribution
-        attention: dict[str, Tensor] = {}
-        for answer in (*answers.values(), result):
-            attention |= answer.attention
+        attention = {
+            base_key(layer, kind): result.attention[capture_key(layer, kind)]
+            for layer, kind, _ in shown.captures
+        }
+        for talk in reversed(talks):
+            attention |= talk.read
         return replace(result, v=v, unclamped=unclamped, attention=attention)
 
     def _evaluate(self, branches: Sequence[Branch], step: Step) -> dict[Key, Prediction]:

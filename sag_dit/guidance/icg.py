@@ -32,6 +32,7 @@ class ICG(Term):
 
     def check(self, model: Denoiser) -> None:
         """Refuse a model that is not asked with labels, or knows one only."""
+        super().check(model)
         if not isinstance(model, ClassConditional) or model.num_classes < 2:
             raise ValueError(
                 f"icg_scale={self.scale}: needs a model of two or more classes; set icg_scale=1"

@@ -36,7 +36,8 @@ class PAG(Perturbed):
     """pred + s (pred - pred with identity self-attention in ``layers``); s = 0 is off.
 
     Published: Stable Diffusion s = 3 in the middle block, with CFG at w = 4 or without; Stable
-    Diffusion 3 (diffusers) s = 3 in block 1. ADM's commands count g = s + 1 from 1.
+    Diffusion 3 (diffusers' example) s = 0.7 in block 13 with w = 5. ADM's commands count g = s + 1
+    from 1.
 
     Source: equations 16 and 17 of the paper.
     """

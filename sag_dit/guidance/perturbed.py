@@ -21,18 +21,34 @@ def layers_of(model: Denoiser, wanted: Layer | Sequence[Layer]) -> tuple[Attenti
     """Return layers by name (``auto`` is the middle of the depth) or by number.
 
     Raises:
-        ValueError: none are wanted, or one does not exist; those that exist are listed.
+        ValueError: one does not exist; those that exist are listed.
     """
     asked = [wanted] if isinstance(wanted, (str, int)) else list(wanted)
     names = list(model.layers)
-    if not asked:
-        raise ValueError("layers=[]: expected at least one; auto is the middle of the depth")
     for each in asked:
         if isinstance(each, int) and not -len(names) <= each < len(names):
             raise ValueError(f"layer {each}: expected 0 to {len(names) - 1}, the model's layers")
     return tuple(
         model.layers[names[each]] if isinstance(each, int) else model.layer(each) for each in asked
     )
+
+
+def checked_layers(name: str, wanted: object) -> Layer | tuple[Layer, ...]:
+    """Return a term's layer or layers as they can be compared and kept.
+
+    Raises:
+        ValueError: no layer, or what is neither a name nor a number.
+    """
+    listed = tuple(wanted) if isinstance(wanted, Sequence) and not isinstance(wanted, str) else None
+    each = (wanted,) if listed is None else listed
+    if not each or not all(
+        isinstance(one, (str, int)) and not isinstance(one, bool) for one in each
+    ):
+        raise ValueError(
+            f"{name}={wanted!r}: expected the name or number of a self-attention layer, several, "
+            f"or auto, the middle of the depth"
+        )
+    return each if listed is not None else each[0]
 
 
 def block_of(model: Denoiser, layer: AttentionLayer) -> str:
@@ -53,7 +69,7 @@ class Perturbed(BranchTerm):
     published, unless ``branch`` says otherwise.
 
     Raises:
-        ValueError: the model lacks a layer or the null condition.
+        ValueError: ``layers`` names none, or the model lacks one or the null condition.
     """
 
     _: KW_ONLY
@@ -61,8 +77,7 @@ class Perturbed(BranchTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.layers, (str, int)):
-            object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "layers", checked_layers("layers", self.layers))
 
     def check(self, model: Denoiser) -> None:
         """Refuse layers or a branch that the model does not have."""

@@ -27,7 +27,7 @@ from sag_dit.guidance.masks import (
     mean_saliency,
     of_same_area,
 )
-from sag_dit.guidance.perturbed import Layer, layers_of
+from sag_dit.guidance.perturbed import Layer, checked_layers, layers_of
 from sag_dit.guidance.term import Asking, Branch, BranchName, BranchTerm, Question
 from sag_dit.process import Prediction
 from sag_dit.tensors import Images, Mask, Scalar
@@ -140,8 +140,8 @@ class SAG(BlurGuidance):
     saliency. ``layer`` may name several, whose saliency is averaged (``auto`` is the middle of the
     depth). The masks that the paper compares with have as many tokens as this one: ``random``, the
     tokens of most detail (``high_frequency``), or a ``square`` in the middle; ``global`` is blur
-    guidance. ``heads`` re-reads the map with another number of heads, to reproduce the authors'
-    256-pixel commands (4).
+    guidance and reads no attention, whatever ``layer``, ``heads`` and the limits are. ``heads``
+    re-reads the map with another number of heads, to reproduce the authors' 256-pixel commands (4).
 
     Published: ADM 256 output block 2, kernel 31, sigma 9, s = 0.5 and 0.8 without classes, 0.2
     with, there heads = 4; ADM 128 output block 8, sigma 3, s = 0.1; Stable Diffusion middle block,
@@ -150,7 +150,8 @@ class SAG(BlurGuidance):
     Source: Hong et al. 2023, algorithm 1 and equations 15 to 19.
 
     Raises:
-        ValueError: the mask is unknown, ``quantile`` is not in [0, 1), or a layer does not exist.
+        ValueError: the mask is unknown, ``quantile`` is not in [0, 1) or is beside a threshold, or
+            a layer does not exist.
     """
 
     _: KW_ONLY
@@ -162,12 +163,16 @@ class SAG(BlurGuidance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.layer, (str, int)):
-            object.__setattr__(self, "layer", tuple(self.layer))
+        object.__setattr__(self, "layer", checked_layers("layer", self.layer))
         if self.mask not in MASKS:
             raise ValueError(f"mask={self.mask!r}: expected one of {', '.join(MASKS)}")
         if self.quantile is not None and not 0 <= self.quantile < 1:
             raise ValueError(f"quantile={self.quantile}: expected a number from 0 to below 1")
+        if self.quantile is not None and self.threshold != SAG.threshold:
+            raise ValueError(
+                f"quantile={self.quantile} beside threshold={self.threshold}: the quantile takes "
+                f"the threshold's place; leave one of them out"
+            )
         if self.heads is not None and self.heads < 1:
             raise ValueError(f"heads={self.heads}: expected 1 or more, or null for the layer's own")
 

@@ -7,7 +7,6 @@ the x_t of the base, its scale applied. The runner in ``guided.py`` steps all me
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
@@ -18,8 +17,18 @@ from torch import Tensor
 from sag_dit.attention import CaptureKind, Edit
 from sag_dit.denoiser import Denoiser
 from sag_dit.denoiser.base import Condition
+from sag_dit.guidance.fields import check_number
 from sag_dit.guidance.identity import LATER, plain
-from sag_dit.guidance.when import RAMPS, Bound, Schedule, Unit, acts, bounds, weight_of
+from sag_dit.guidance.when import (
+    RAMPS,
+    Bound,
+    Schedule,
+    Unit,
+    acts,
+    bounds,
+    check_times,
+    weight_of,
+)
 from sag_dit.noise import NoiseSource
 from sag_dit.process import Prediction, Step
 from sag_dit.sampler import Sampler
@@ -135,7 +144,7 @@ class Term(ABC):
     half-open share [start, stop) of the run, 0 being pure noise. In ``t``, the network's time, or
     ``sigma``, the ratio sigma / alpha of noise to image, it is (low, high]; None leaves a side
     open. Either way the bound on the side of noise is included, so intervals that adjoin never
-    overlap.
+    overlap, and one of equal bounds is empty.
     ``schedule`` weighs the contribution, and so the scale's excess over ``neutral``: ``constant``
     1, ``linear`` 2 p and ``cosine`` 1 - cos(pi p) of progress p, both with mean 1 over a run, or a
     function of p. A term that is off, outside its interval or of weight 0 never starts and costs
@@ -144,7 +153,7 @@ class Term(ABC):
     Source: Kynkaanniemi et al. 2024 (intervals); Wang et al. 2024, arXiv 2404.13040 (schedules).
 
     Raises:
-        ValueError: a number is not finite, the interval is empty the wrong way round, or the
+        ValueError: a number is not finite or not whole, the interval is the wrong way round, or the
             schedule is unknown.
     """
 
@@ -165,11 +174,8 @@ class Term(ABC):
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            value = getattr(self, each.name)
-            number = isinstance(value, (int, float)) and not math.isnan(value)
-            finite = number and (each.name in self.unbounded or math.isfinite(value))
-            if each.type == "float" and not finite:
-                raise ValueError(f"{each.name}={value!r}: expected a finite number")
+            unbounded = each.name in self.unbounded
+            check_number(each.name, each.type, getattr(self, each.name), unbounded)
         object.__setattr__(self, "interval", bounds(self.interval, self.interval_in))
         if not callable(self.schedule) and self.schedule not in RAMPS:
             raise ValueError(
@@ -190,8 +196,10 @@ class Term(ABC):
         within = acts(self.interval, self.interval_in, step)
         return not self.off and within and self.weight(step) != 0
 
-    def check(self, model: Denoiser) -> None:  # noqa: B027 - most terms have nothing to check
+    def check(self, model: Denoiser) -> None:
         """Refuse a model this term cannot guide, before anything is evaluated."""
+        if self.interval_in == "t":
+            check_times(self.interval, model.process)
 
     def check_sampler(self, sampler: Sampler) -> None:  # noqa: B027 - most terms suit all
         """Refuse a sampler that this term cannot guide, before anything is evaluated."""
@@ -229,6 +237,7 @@ class BranchTerm(Term):
 
     def check(self, model: Denoiser) -> None:
         """Refuse branch='null' for a model without a null condition."""
+        super().check(model)
         if self.branch == "null" and model.null(1) is None:
             raise ValueError(
                 "branch='null': this model has no null condition (trained without label dropout); "

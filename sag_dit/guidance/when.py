@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args
 
-from sag_dit.process import NoiseLevel, Step
+from sag_dit.process import NoiseLevel, Process, Step
 
 Unit = Literal["progress", "t", "sigma"]
 Bound: TypeAlias = float | None
@@ -45,6 +45,20 @@ def bounds(interval: object, unit: Unit) -> tuple[Bound, Bound]:
             f"(null) leaves a side open"
         )
     return start, stop
+
+
+def check_times(interval: tuple[Bound, Bound], process: Process) -> None:
+    """Refuse an interval in t whose bounds are shares, as progress has them, of longer times.
+
+    Raises:
+        ValueError: it ends by t = 1, where the process begins later.
+    """
+    first, high = float(process.grid(1)[0].t), interval[1]
+    if high is not None and high <= 1 < first:
+        raise ValueError(
+            f"interval={interval} in t: this model's times fall from {first:g}; expected bounds "
+            f"among them, (low, high), or interval_in=progress for shares of the run"
+        )
 
 
 def ratio(level: NoiseLevel) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Bool, Float32
 from numpy.typing import NDArray
 
-from sag_dit.attention import AttentionLayer, CaptureKind, capture_key
+from sag_dit.attention import AttentionLayer, CaptureKind
 from sag_dit.denoiser import Denoiser
 from sag_dit.files import atomic
+from sag_dit.guidance import SAG
+from sag_dit.guidance.guided import base_key
 from sag_dit.guidance.masks import attention_mask
 from sag_dit.process import Step
 from sag_dit.sampler import SampleStep
@@ -28,7 +30,7 @@ class Maps:
     ``layers``: names as guidance takes them, or ``("all",)``. ``steps``: so many, evenly spread
     over the run with both ends, or the numbers of the steps. ``query``: the place (down, across)
     in the image, in [0, 1), whose token's attention to all others is kept, None for none.
-    ``threshold``: what saliency exceeds where the mask is set.
+    ``limit``: guidance whose threshold or quantile saliency exceeds where the mask is set.
 
     Raises:
         ValueError: a value outside its range.
@@ -37,7 +39,7 @@ class Maps:
     layers: tuple[str, ...] = ("auto",)
     steps: int | tuple[int, ...] = 6
     query: tuple[float, float] | None = (0.5, 0.5)
-    threshold: float = 1.0
+    limit: SAG = field(default_factory=SAG)
 
     def __post_init__(self) -> None:
         steps = self.steps
@@ -101,7 +103,10 @@ class AttentionView:
 
 
 class AttentionRecorder:
-    """Tells a run what to read (:meth:`captures`) and, watching it, keeps it."""
+    """Tells a run what to read (:meth:`captures`) and, watching it, keeps it.
+
+    What is read is the given condition's, whichever branch guidance degrades.
+    """
 
     def __init__(self, maps: Maps, denoiser: Denoiser, count: int) -> None:
         self.maps = maps
@@ -132,18 +137,19 @@ class AttentionRecorder:
 
     def _layer_view(self, layer: AttentionLayer, row: int) -> LayerView:
         attention = [kept.prediction.attention for kept in self._kept]
-        saliency = torch.stack([read[layer.name][row] for read in attention])
+        saliency = torch.stack([read[base_key(layer.name, "saliency")][row] for read in attention])
         seen = None
         if self.maps.query is not None:
             height, width = layer.grid
             down, across = self.maps.query
             token = int(down * height) * width + int(across * width)
-            key = capture_key(layer.name, "map")
+            key = base_key(layer.name, "map")
             seen = torch.stack([read[key][row].mean(0)[token] for read in attention])
+        on_grid = saliency.unflatten(1, layer.grid)
         return LayerView(
             layer.name,
-            saliency.unflatten(1, layer.grid).cpu().numpy(),
-            attention_mask(saliency, layer.grid, self.maps.threshold).cpu().numpy(),
+            on_grid.cpu().numpy(),
+            attention_mask(saliency, layer.grid, self.maps.limit.limit(on_grid)).cpu().numpy(),
             None if seen is None else seen.unflatten(1, layer.grid).cpu().numpy(),
         )
 

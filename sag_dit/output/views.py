@@ -26,10 +26,8 @@ class ViewRecorder:
         """Keep this step if it is wanted and SAG acted on it."""
         last = step.step.count - 1
         wanted = step.step.index in {round(i * last / (SHOWN - 1)) for i in range(SHOWN)}
-        if wanted and self._sag is not None:
-            read = self._sag.readings(self._denoiser)
-            if set(read) <= set(step.prediction.attention):
-                self._kept.append(step)
+        if wanted and self._sag is not None and self._sag.active(step.step):
+            self._kept.append(step)
 
     def views(self, row: int) -> tuple[StepView, ...]:
         """Return what was seen of one image of the batch; nothing without SAG."""

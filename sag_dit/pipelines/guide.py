@@ -27,8 +27,8 @@ def guide(pipe: P, *terms: Term, max_rows: int | None = None, seed: int = 0) -> 
     sizes, batches, precision, offloading, and its own classifier-free guidance. What the terms
     contribute is added to every row of it, so that u + w (c - u) carries it unchanged. A term that
     guides away from the null prompt, such as :class:`CFG`, takes the place of the pipeline's own
-    guidance: ``guidance_scale`` must then exceed 1, for there to be a null prompt, and has no
-    further effect.
+    guidance, also at steps outside of its interval: ``guidance_scale`` must then exceed 1, for
+    there to be a null prompt, and has no further effect. A term whose scale is off does nothing.
 
     ``max_rows`` bounds the rows evaluated at once. ``seed`` keys the randomness of terms that draw.
     An interval counts the evaluations of one call of the pipeline. When the context ends, also
@@ -42,7 +42,7 @@ def guide(pipe: P, *terms: Term, max_rows: int | None = None, seed: int = 0) -> 
     for term in terms:
         if not isinstance(term, Term):
             raise ValueError(f"{term!r}: expected a term, as in guide(pipe, SAG(0.75), PAG(1.0))")
-        if family.own_cfg == "apart" and term.from_null:
+        if family.own_cfg == "apart" and term.from_null and not term.off:
             raise ValueError(
                 f"{type(term).__name__}: {type(pipe).__name__} asks for the null prompt in a call "
                 f"of its own, after that for the prompt; use its true_cfg_scale and "

@@ -87,7 +87,7 @@ class Run:
         self.terms = tuple(terms)
         self.max_rows = max_rows
         self.seed = seed
-        self.replaces_cfg = any(term.from_null for term in terms)
+        self.replaces_cfg = any(term.from_null and not term.off for term in terms)
         self._grid: tuple[NoiseLevel, ...] = ()
         self._begin = 0
         self._index: int | None = None

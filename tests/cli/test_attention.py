@@ -17,6 +17,7 @@ from sag_dit.cli.app import launch
 from sag_dit.cli.attention import gate_norms
 from sag_dit.output.attention import AttentionRecorder, Maps
 from sag_dit.sampling import Request, Settings, trajectory
+from tests.pipelines import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +48,24 @@ def test_sheet_of_every_layer(here: Path, capsys: pytest.CaptureFixture[str]) ->
     with Image.open("seen/000-class-3.png") as sheet:
         # A row for each layer and one for its query, a column for each step and the image.
         assert sheet.height > 1.8 * sheet.width
+
+
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+def test_sheet_of_a_text_models_prompt(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.sd().save_pretrained(here / "text")
+    asked = ["ckpt=text", "prompt=a corgi", "steps=2", "attention.show=1", "out=seen"]
+    launch("attention", attention.run, [*asked, "text.size=[16,32]"])
+    assert "mid_block.attentions.0.transformer_blocks.0.attn1" in capsys.readouterr().out
+    arrays = np.load("seen/000-prompt.npz")
+    (name,) = (key for key in arrays.files if key.startswith("mid") and key.endswith("saliency"))
+    assert arrays[name].shape == (1, 4, 8)  # Half of the latent's sides, which are not the same.
+    assert np.isfinite(arrays[name]).all() and arrays[name].std() > 1e-3
+    with Image.open("seen/000-prompt.png") as sheet:
+        assert sheet.width > 100
+    for wrong, named in ((["classes=[0]"], "leave out either"), (["prompt=null"], "pass prompt=")):
+        with pytest.raises(SystemExit):
+            launch("attention", attention.run, [*asked, *wrong])
+        assert named in capsys.readouterr().err
 
 
 def test_query_map_is_that_tokens_row() -> None:
@@ -91,14 +110,34 @@ def test_maps_of_a_run_are_kept_later_too(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["sample.py"])
     asked = ["num_images=3", "steps=3", "out=run", "gallery.num=2", "batch_size=3"]
+    # Beside CFG, SAG degrades the null branch, and the maps are the given class's.
+    asked += ["cfg_scale=2", "guidance.sag.quantile=0.8", "guidance.sag.interval=[0.3,1]"]
     launch("sample", sample.run, [*asked, "trainer.accelerator=cpu"])
     assert not Path("run/attention").exists()
-    before = Path("run/images/000000.png").read_bytes()
+    files = [Path("run/images/000000.png"), Path("run/maps/000000.npz")]
+    before = [file.read_bytes() for file in files]
     launch("sample", sample.run, [*asked, "trainer.accelerator=cpu", "maps=true"])
     assert "attention: run/attention" in capsys.readouterr().out
     kept = sorted(file.name for file in Path("run/attention").iterdir())
     assert kept == ["000000.npz", "000000.png", "000001.npz", "000001.png"]
-    assert Path("run/images/000000.png").read_bytes() == before
+    assert [file.read_bytes() for file in files] == before
+    seen, maps = np.load(files[1]), np.load("run/attention/000000.npz")
+    assert (seen["index"].tolist(), maps["steps"].tolist()) == ([1, 2], [0, 1, 2])
+    (name,) = (key.removesuffix("/mask") for key in maps.files if key.endswith("/mask"))
+    saliency, mask = maps[f"{name}/saliency"], maps[f"{name}/mask"]
+    assert np.abs(saliency[1:] - seen["saliency"]).max() > 1e-2
+    # As SAG masks its own: the fifth of the tokens that receives most.
+    limits = np.quantile(saliency, 0.8, axis=(1, 2), keepdims=True)
+    assert (mask == (saliency > limits)).all()
+
+
+def test_maps_without_a_gallery_are_refused(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    with pytest.raises(SystemExit):
+        launch("sample", sample.run, ["maps=true", "gallery.num=0", "ckpt=no-such-file"])
+    assert "set gallery.num to how many" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

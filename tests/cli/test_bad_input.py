@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from PIL import Image
 from torch import Tensor
+
+from sag_dit.cli.app import config_folder
+from sag_dit.cli.values import check_values
 
 Command = Callable[..., Any]
 SaveOfficial = Callable[..., Path]
@@ -72,7 +76,14 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
     "sampler.eta=2": ("eta=2", "0 (deterministic) to 1"),
     "sampler=kdpm2_ancestral steps=5": ("steps=5", "10 or more"),
     "ema=false": ("ema=false", "one set of weights"),
-    "requests=nowhere.csv": ("requests", "nowhere.csv"),
+    "requests=nowhere.csv num_images=16": ("requests=nowhere.csv", "no such file"),
+    # what would have no effect
+    "requests=a.csv": ("num_images=2 beside requests=a.csv", "leave num_images out"),
+    "requests=a.csv num_images=16 seed=4": ("seed=4 beside requests", "leave seed out"),
+    "requests=a.csv num_images=16 classes=3": ("classes=3 beside requests", "leave classes out"),
+    "text.guidance=4": ("text.guidance=4", "asked with classes", "leave it out"),
+    "text.negative=grey": ("text.negative=grey", "asked with classes"),
+    "guidance.sag.interval_in=t": ("interval=(0.0, 1.0) in t", "999", "interval_in=progress"),
     # Hydra's own message and the nearest keys
     "sag_scael=1": ("Could not override 'sag_scael'", "Did you mean sag_scale"),
     "guidance.sag.layr=1": ("Could not override 'guidance.sag.layr'", "guidance.sag.layer"),
@@ -94,6 +105,16 @@ def test_settings_are_refused_before_anything_is_written(
     assert_refused(outcome, *SETTINGS[arguments])
     assert outcome.evaluations == 0
     assert not (tmp_path / "o").exists()
+
+
+def test_seeds_beside_requests() -> None:
+    """Each line has a seed of its own, so more seeds would draw the same images again."""
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        for keys, told in (("seeds=3 num_images=300", "seeds=3"), ("num_images=7", "num_images=7")):
+            arguments = ["ckpt=digits", "requests=a.csv", *keys.split()]
+            with pytest.raises(ValueError, match=f"{told} beside requests=a.csv"):
+                check_values(compose("evaluate", arguments))
+        check_values(compose("evaluate", ["ckpt=digits", "requests=a.csv", "num_images=300"]))
 
 
 TRAINER = {

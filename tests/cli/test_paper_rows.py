@@ -28,7 +28,7 @@ ROWS = {
     file.stem: yaml.safe_load(file.read_text(encoding="utf-8"))
     for file in sorted((config_folder() / "experiment" / "paper").glob("*.yaml"))
 }
-DRAWN = [name for name, row in ROWS.items() if "ckpt" in row]
+DRAWN = [name for name, row in ROWS.items() if row.get("ckpt")]
 MEASURED = [name for name, row in ROWS.items() if "expected" in row]
 EVERY_DAY = {
     "adm128_cg_sag0.1",  # both guidances
@@ -66,6 +66,8 @@ def paper_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in ("DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt"):
         stand_ins.save_dit(folder / file, in_channels=4, input_size=stand_ins.SIDE // 2)
     stand_ins.save_vae(folder / "sd-vae-ft-ema")
+    for file in {ROWS[name]["expected"]["protocol"]["reference"] for name in MEASURED}:
+        write_images(folder / file, 8)
     return folder
 
 
@@ -125,20 +127,18 @@ def test_a_row_is_measured_beside_the_papers_numbers(
     monkeypatch.setattr(sys, "argv", ["evaluate.py"])
     expected = ROWS[name]["expected"]
     protocol = expected["protocol"]
-    write_images(tmp_path / protocol["reference"], 8)
     if name in DRAWN:
         images = [f"num_images={IMAGES}", *SHORT]
     else:
         write_images(tmp_path / protocol["samples"], IMAGES)
         images = [f"samples={protocol['samples']}"]
-    what = (f"experiment=paper/{name}", f"reference={protocol['reference']}", "features=patches")
-    evaluate_command.start([*what, *images])
+    evaluate_command.start([f"experiment=paper/{name}", "features=patches", *images])
     out = capsys.readouterr().out
 
     (file,) = [line for line in out.splitlines() if line.startswith("results: ")]
     (result,) = json.loads(Path(file.removeprefix("results: ")).read_text())["results"]
     assert result["metrics"].keys() == METRICS
-    beside, _, rest = out[out.index(f"beside {expected['source']}") :].partition("differ in")
+    beside, _, rest = out[out.index(f"beside {expected['source']}") :].partition("differ, in")
     labels = {"fid": "FD", "sfid": "sFD", "is": "IS", "precision": "precision", "recall": "recall"}
     table = {line.split()[0]: line.split()[1:] for line in beside.splitlines() if len(line) > 9}
     for metric, published in expected["metrics"].items():
@@ -147,13 +147,36 @@ def test_a_row_is_measured_beside_the_papers_numbers(
         assert here == pytest.approx(result["metrics"][metric], abs=0.01)
         assert difference == pytest.approx(here - published, abs=0.011)
     differing = {
-        "count": f"count: published 50,000, here {IMAGES}",
+        "count": f"count: published 50,000, here {IMAGES}"
+        if protocol["count"]
+        else f"count: not published, here {IMAGES}",
         "steps": "steps: published 250, here 2",
         "features": "features: published inception, here patches",
     }
     # What the experiment itself sets is as published: model, sampler, guidance, reference.
     told = [line.strip() for line in rest.partition("results: ")[0].splitlines() if line.strip()]
     assert told == [differing[key] for key in protocol if key in differing]
+
+
+def test_the_check_of_the_evaluator_draws_nothing(in_process: Command) -> None:
+    outcome = in_process("sample", "experiment=paper/adm256_upsampled")
+    assert (outcome.code, outcome.evaluations) == (1, 0)
+    assert "ckpt=null: expected a model to draw from" in outcome.err
+
+
+def test_a_reference_that_is_nowhere_is_told_with_its_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setenv("SAG_DIT_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    file = "VIRTUAL_lsun_cat256.npz"
+    with pytest.raises(SystemExit):
+        evaluate_command.start(["ckpt=digits", f"reference={file}", "compare=none"])
+    error = capsys.readouterr().err
+    assert f"reference={file}: no such file; also looked for in {tmp_path / 'weights'}" in error
+    assert f"/ref_batches/lsun/cat/{file}" in error
 
 
 def test_a_model_without_classes_draws_the_classifier_s(in_process: Command) -> None:

@@ -139,3 +139,32 @@ def test_what_must_be_told_is_asked_for(in_process: Command) -> None:
     assert outcome.code == 1
     assert "Traceback" not in outcome.err
     assert "name" in outcome.err and "experiment" in outcome.err
+
+
+def test_a_flow_is_trained_measured_sampled_and_fine_tuned(
+    in_process: Command, tmp_path: Path
+) -> None:
+    """SiT's recipe on the digits: all that is drawn on the way needs a sampler of flows."""
+    small = (*SMALL[1:6], "max_steps=2")
+    often = ("every_n_steps.preview=2", "preview.steps=2", "every_n_steps.validation=2")
+    sizes = ("vae=null", "resolution=8", "patch_size=2", "num_classes=null", "matmul=highest")
+    track = ("track=fid", "track.every_n_steps=2", "track.num_images=4", "track.steps=2")
+    recipe = ("experiment=sit_imagenet256", "data=digits", *sizes, *small, *often, *track)
+    folder = run_folder(in_process("train", *recipe, "out=flow"))
+    assert json.loads((folder / "config.json").read_text())["process"]["time_scale"] == 1.0
+    assert (folder / "previews" / "step-00000002.png").exists()
+    (row,) = (row for row in logged(folder) if row["metrics/fid"])
+    assert float(row["metrics/fid"]) > 0
+    assert [bool(row["val/loss"]) for row in logged(folder)][-1]
+
+    two = ("steps=2", "num_images=2", "batch_size=2")
+    drawn = in_process("sample", f"ckpt={folder}", *two, "sampler=euler_flow", "cfg_scale=1.5")
+    assert drawn.code == 0, drawn.err
+    refused = in_process("sample", f"ckpt={folder}", *two)
+    assert refused.code == 1
+    assert "sampler=ddim" in refused.err and "use sampler=euler_flow" in refused.err
+
+    tuning = ("experiment=finetune", f"ckpt={folder}", "data=digits", "data.classes=[8,9]")
+    tuned = run_folder(in_process("train", *tuning, "data.batch_size=16", "max_steps=2", *often))
+    assert (tuned / "previews" / "step-00000002.png").exists()
+    assert in_process("sample", f"ckpt={tuned}", *two, "sampler=heun_flow").code == 0

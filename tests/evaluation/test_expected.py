@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 
 from sag_dit.checkpoints import zoo
 from sag_dit.cli.app import config_folder
+from sag_dit.cli.published import expected_of as read
 from sag_dit.cli.values import make_terms
-from sag_dit.evaluation.expected import Expected
+from sag_dit.evaluation.expected import Expected, differing
 from sag_dit.guidance import CFG, SAG, ClassifierGuidance
 from sag_dit.sampler import Ancestral
 
@@ -35,15 +36,33 @@ def test_differences_are_of_what_both_have() -> None:
 
 
 def test_deviations_name_both_sides() -> None:
-    protocol = {"count": 50000, "steps": 250, "vae": "ema", "terms": {"a": 1.5}, "classes": None}
+    protocol = {"count": 50000, "steps": 250, "vae": "ema", "terms": {"a": 1.5}, "guidance": "none"}
     expected = Expected("a table", {"fid": 2.0}, protocol)
     ours: dict[str, Any] = {"count": 1000, "steps": 250.0, "vae": None, "terms": {"a": 1.5}}
     assert expected.deviations(ours) == [
         "count: published 50,000, here 1,000",
         "vae: published ema, here not known",
-        "classes: published none, here not known",
+        "guidance: published none, here not known",
     ]
-    assert expected.deviations({**protocol, "classes": "none"}) == []
+    assert expected.deviations(protocol) == []
+
+
+def test_what_was_not_published_never_agrees() -> None:
+    expected = Expected("a table", {"fid": 2.0}, {"count": None})
+    assert expected.deviations({"count": 50000}) == ["count: not published, here 50,000"]
+    assert expected.deviations({}) == ["count: not published, here none"]
+
+
+def test_settings_that_differ() -> None:
+    stated = {"precision": "32-true", "heads": 4, "interval": [0.0, 1.0], "eta": 1}
+    assert differing(stated, {**stated, "eta": 1.0}) == []
+    ours = {"heads": None, "interval": [0.0, 0.5], "eta": 1, "more": True}
+    assert differing(stated, ours) == [
+        "precision: 32-true in the experiment, here none",
+        "heads: 4 in the experiment, here none",
+        "interval: [0.0, 1.0] in the experiment, here [0.0, 0.5]",
+        "more: none in the experiment, here true",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -81,8 +100,10 @@ def test_both_commands_take_the_published_settings(name: str) -> None:
         assert config.ckpt == {"256": "DiT-XL-2", "512": "DiT-XL-2-512"}[size]
         assert (config.num_images, config.steps, config.classes) == (50_000, 250, "random")
         assert config.vae == "ema"
-    assert tuple(PUBLISHED[name]) == tuple(expected_of(both[1]).metrics.values())
-    protocol = expected_of(both[1]).protocol
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        expected = expected_of(both[1])
+    assert tuple(PUBLISHED[name]) == tuple(expected.metrics.values())
+    protocol = expected.protocol
     assert (protocol["count"], protocol["steps"]) == (both[1].num_images, both[1].steps)
     assert size in protocol["reference"]
     assert ("CFG" in protocol["guidance"]) == (scale != 1)
@@ -117,6 +138,8 @@ def test_rows_of_the_sag_paper_set_what_it_says(name: str) -> None:
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = compose("evaluate", [f"experiment=paper/{name}"])
         assert compose("sample", [f"experiment=paper/{name}"]).guidance == config.guidance
+        expected = expected_of(config)
+    assert expected.protocol["count"] is None
     assert config.ckpt in zoo.ZOO
     assert isinstance(instantiated(config.sampler), Ancestral)
     active = {type(term): term for term in make_terms(config.guidance).values() if not term.off}
@@ -135,7 +158,7 @@ def test_rows_of_the_sag_paper_set_what_it_says(name: str) -> None:
         assert isinstance(guidance, ClassifierGuidance)
         assert (guidance.scale, guidance.form) == (0.5, "mean")
         assert guidance.classifier in zoo.CLASSIFIERS
-    assert tuple(expected_of(config).metrics.values()) == SAG_ROWS[name]
+    assert tuple(expected.metrics.values()) == SAG_ROWS[name]
 
 
 def instantiated(node: Any) -> Any:
@@ -145,7 +168,12 @@ def instantiated(node: Any) -> Any:
 
 
 def expected_of(config: Any) -> Expected:
-    return Expected.of(OmegaConf.to_container(config.expected, resolve=True))  # type: ignore[arg-type]
+    expected = read(config)
+    assert expected is not None
+    # The file is the one that states the published settings, and its reference the published one.
+    assert config == compose("evaluate", [f"experiment={expected.experiment}"])
+    assert config.reference == expected.protocol["reference"]
+    return expected
 
 
 def test_evaluate_has_the_keys_of_sample() -> None:

@@ -103,7 +103,7 @@ def every(model: str) -> dict[str, Term]:
         "classifier": ClassifierGuidance(7.0, classifier=Classifier()),
     }
     if isinstance(MODELS[model].process, Flow):
-        terms["CFG-Zero*"] = CFGZero(1.7)
+        terms["CFG-Zero*"] = CFGZero(1.7, zero_steps=0)
     else:
         terms["classifier, mean"] = ClassifierGuidance(7.0, classifier=Classifier(), form="mean")
     return terms

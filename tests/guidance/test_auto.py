@@ -78,6 +78,11 @@ def test_models_that_answer_other_questions_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             GuidedDenoiser(good, [Autoguidance(2.0, worse=worse)])
+    sure = ClassConditional(small_dit(seed=9, class_dropout_prob=0.0), DDPM())
+    for branch in ("null", "auto"):
+        with pytest.raises(ValueError, match=r"the worse model has no null condition.*'cond'"):
+            GuidedDenoiser(good, [Autoguidance(2.0, worse=sure, branch=branch)])
+    GuidedDenoiser(good, [Autoguidance(2.0, worse=sure)])
     for options in ({}, {"ckpt": "a.pt", "worse": WORSE["eps"]}):
         with pytest.raises(ValueError, match=r"guidance.auto.ckpt=PATH"):
             Autoguidance(2.0, **options)

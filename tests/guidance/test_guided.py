@@ -84,16 +84,35 @@ def test_variance_is_that_of_the_clean_base(
 def test_attention_is_what_sag_has_seen(
     denoiser: ClassConditional, batch: Batch, terms: list[Term], label: int
 ) -> None:
-    """The saliency of the branch that was degraded, not of another one."""
+    """The saliency of the branch that was degraded, whatever is captured of the base besides."""
     x, step = batch[0], step_at(denoiser.process, 4)
     y = torch.ones_like(batch[1])
-    guided = GuidedDenoiser(denoiser, terms)(x, step, y)
-    read = [("blocks.1", "saliency")]
-    straight = GuidedDenoiser(denoiser)(x, step, torch.full_like(y, label), read)
-    assert set(guided.attention) == {"blocks.1.attn"}
-    torch.testing.assert_close(
-        guided.attention["blocks.1.attn"], straight.attention["blocks.1.attn"], rtol=1e-4, atol=1e-4
+    name, read = "blocks.1.attn", [("blocks.1", "saliency")]
+    given, degraded = (
+        GuidedDenoiser(denoiser)(x, step, torch.full_like(y, each), read).attention[f"base/{name}"]
+        for each in (1, label)
     )
+    alone = GuidedDenoiser(denoiser, terms)(x, step, y)
+    beside = GuidedDenoiser(denoiser, terms)(x, step, y, read)
+    assert set(alone.attention) == {name}
+    assert set(beside.attention) == {name, f"base/{name}"}
+    torch.testing.assert_close(alone.attention[name], degraded, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(beside.attention[name], degraded, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(beside.attention[f"base/{name}"], given, rtol=1e-4, atol=1e-4)
+    assert torch.equal(beside.v, alone.v)
+
+
+def test_of_two_terms_that_read_a_layer_the_first_counts(
+    denoiser: ClassConditional, batch: Batch
+) -> None:
+    step = step_at(denoiser.process, 4)
+    terms = [SAG(0.5, branch="cond"), SAG(0.5, branch="null")]
+    alone, both, turned = (
+        GuidedDenoiser(denoiser, chosen)(batch[0], step, batch[1]).attention["blocks.1.attn"]
+        for chosen in (terms[:1], terms, terms[::-1])
+    )
+    torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-4)
+    assert (turned - alone).abs().max() > 1e-2
 
 
 def test_layers_may_be_captured_without_any_term(denoiser: ClassConditional, batch: Batch) -> None:
@@ -102,7 +121,7 @@ def test_layers_may_be_captured_without_any_term(denoiser: ClassConditional, bat
         read = [("blocks.0", "saliency"), ("auto", "saliency")]
         seen = GuidedDenoiser(denoiser, [SAG(1.0)])(batch[0], step, batch[1], read).attention
     assert rows == [3, 3]
-    assert set(seen) == {"blocks.0.attn", "blocks.1.attn"}
+    assert set(seen) == {"base/blocks.0.attn", "base/blocks.1.attn", "blocks.1.attn"}
 
 
 # --- mistakes in a term ---------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import APG, CFG, ICG, CFGZero, GuidedDenoiser, Term
 from sag_dit.process import DDPM, Flow, Prediction, Step
+from sag_dit.sampler import EulerFlow, HeunFlow, Sampler
 from tests.guidance.every import MODELS, NOISE, batch, guided, small_dit
 from tests.guidance.reference import step_at
 
@@ -83,6 +84,33 @@ def test_cfg_zero_scales_the_null_velocity_and_zeroes_the_first_steps() -> None:
         assert (scale - 1).abs().min() > 1e-2
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("sampler", [EulerFlow(), HeunFlow()])
+def test_cfg_zero_counts_steps_of_the_grid_not_evaluations(sampler: Sampler, count: int) -> None:
+    """x stands still as long as the velocity is 0, also where a step has two evaluations."""
+    denoiser = MODELS["flow"]
+    x, y = batch()
+    asking = GuidedDenoiser(denoiser, [CFGZero(3.0, zero_steps=count)])
+    states = [
+        each.x
+        for each in sampler.steps(
+            lambda x_t, step: asking(x_t, step, y), x, denoiser.process, 4, NOISE
+        )
+    ]
+    evaluations = count * (2 if isinstance(sampler, HeunFlow) else 1)
+    assert [torch.equal(state, x) for state in states].count(True) == evaluations
+    assert not any(torch.equal(state, x) for state in states[evaluations:])
+
+
+def test_cfg_zero_zeroes_nothing_outside_its_interval() -> None:
+    denoiser = MODELS["flow"]
+    x, y = batch()
+    asking = GuidedDenoiser(denoiser, [CFGZero(3.0, zero_steps=2, interval=(0.2, 1.0))])
+    for index in (1, 2):
+        step = step_at(denoiser.process, index)
+        assert asking(x, step, y).v.abs().min() > 0
+
+
 def test_icg_draws_each_image_and_step_a_class_of_its_own() -> None:
     denoiser = MODELS["eps"]
     x, y = batch()
@@ -108,6 +136,10 @@ def test_icg_draws_each_image_and_step_a_class_of_its_own() -> None:
         (lambda: APG(2.0, norm_threshold=-1.0), "norm_threshold=-1.0"),
         (lambda: APG(2.0, momentum=-1.0), "momentum=-1.0"),
         (lambda: CFGZero(2.0, zero_steps=-1), "zero_steps=-1"),
+        (
+            lambda: CFGZero(2.0, schedule="linear"),
+            "zero_steps=1 beside schedule='linear'.*set zero",
+        ),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(make: Callable[[], Term], message: str) -> None:
@@ -121,6 +153,11 @@ def test_a_model_without_a_null_condition_is_refused(term: Term) -> None:
     name = type(term).__name__.lower()
     with pytest.raises(ValueError, match=rf"{name}_scale=2.0.*set {name}_scale=1"):
         GuidedDenoiser(model, [term])
+
+
+def test_cfg_zero_that_zeroes_nothing_takes_a_schedule() -> None:
+    assert CFGZero(2.0, zero_steps=0, schedule="linear").schedule == "linear"
+    assert CFGZero(1.0, schedule="linear").off
 
 
 def test_cfg_zero_is_for_flows_and_icg_for_classes() -> None:

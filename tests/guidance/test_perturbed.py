@@ -254,7 +254,6 @@ def test_settings_that_mean_nothing_are_refused(make: Callable[[], Term], messag
     [
         (PAG(1.0, layers=[2]), "layer 2: expected 0 to 1"),
         (SLG(1.0, layers=["blocks.7"]), "'blocks.7' does not exist"),
-        (SEG(1.0, layers=[]), "expected at least one"),
     ],
 )
 def test_layers_that_the_model_lacks_are_refused_before_anything_is_evaluated(

@@ -80,6 +80,22 @@ def test_what_cannot_be_meant_is_refused(options: dict[str, object], message: st
         CFG(2.0, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.8), (None, 1.0)])
+def test_shares_are_no_times_of_a_thousand(interval: tuple[float | None, float]) -> None:
+    """Such as the default bounds, of progress, where interval_in=t is set alone."""
+    for term in every("flow").values():
+        replace(term, interval=interval, interval_in="t").check(MODELS["flow"])
+    for term in every("eps").values():
+        with pytest.raises(ValueError, match=r"in t: this model's times fall from 999;.*progress"):
+            replace(term, interval=interval, interval_in="t").check(MODELS["eps"])
+
+
+def test_times_and_open_sides_are_not_refused() -> None:
+    for interval in ((0.0, 1.5), (200.0, 800.0), (0.5, None)):
+        CFG(2.0, interval=interval, interval_in="t").check(MODELS["eps"])
+    CFG(2.0, interval_in="sigma").check(MODELS["eps"])
+
+
 # --- schedules ------------------------------------------------------------------------------------
 
 

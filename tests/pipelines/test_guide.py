@@ -29,7 +29,7 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 def test_without_an_active_term_it_is_the_pipeline_bit_for_bit(pipe: Any, family: str) -> None:
     call = {"guidance_scale": 3.0}
     plain = draw(pipe, family, **call)
-    terms = (SAG(0.0), PAG(2.0, interval=(1.0, 1.0)))
+    terms = (SAG(0.0), PAG(2.0, interval=(1.0, 1.0)), CFG(1.0), APG(1.0))
     assert torch.equal(guided(pipe, family, **call), plain)
     assert torch.equal(guided(pipe, family, *terms, **call), plain)
 
@@ -88,8 +88,8 @@ def test_a_cfg_term_takes_the_place_of_the_pipelines_own(pipe: Any, family: str)
         return
     ours = guided(pipe, family, CFG(3.0), guidance_scale=9.0)
     close(ours, draw(pipe, family, guidance_scale=3.0))
-    off = guided(pipe, family, CFG(1.0), guidance_scale=9.0)
-    close(off, draw(pipe, family, guidance_scale=1.0))
+    outside = guided(pipe, family, CFG(3.0, interval=(1.0, 1.0)), guidance_scale=9.0)
+    close(outside, draw(pipe, family, guidance_scale=1.0))
     with pytest.raises(ValueError, match="guidance_scale=2"):
         guided(pipe, family, APG(3.0), guidance_scale=1.0)
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import pytest
+import torch
+from omegaconf import DictConfig
 
+from sag_dit.cli.jobs import base_name, make_jobs
 from sag_dit.cli.records import Record, Result, combine, compared
+from sag_dit.cli.rows import make_rows
 
 Evaluate = Callable[..., Any]
 
@@ -41,8 +46,6 @@ def test_another_setting_can_be_the_base() -> None:
         {},
         {"fid": (1.0, 0.0)},
     ]
-    with pytest.raises(ValueError, match="against=d: expected the name of a setting, one of 'a'"):
-        compared(rows, "d")
 
 
 @pytest.mark.parametrize("seeds", [{0: 1.0}, {0: 1.0, 2: 1.0}, {0: 1.0, 1: 1.0, 2: 1.0}])
@@ -51,8 +54,35 @@ def test_other_seeds_are_not_compared(seeds: dict[int, float]) -> None:
     assert compared([base, result("other", seeds)], None)[1].change == {}
 
 
+@pytest.mark.parametrize(
+    ("seeds", "told"),
+    [
+        (1, "against=cgf: with one seed nothing is told of changes; add seeds=3"),
+        (2, "against=cgf: expected the name of a setting, one of 'unguided', 'cfg', 'sag', "),
+    ],
+)
+def test_a_base_that_cannot_be_is_refused_before_drawing(
+    draw: Evaluate, seeds: int, told: str
+) -> None:
+    outcome = draw(f"seeds={seeds}", "against=cgf")
+    assert (outcome.code, outcome.evaluations) == (1, 0)
+    assert told in outcome.err
+
+
+@pytest.mark.parametrize("against", ["CFG 1.5", "cfg"])
+def test_a_base_goes_by_its_name_and_by_its_key(
+    defaults: DictConfig, kept_references: Path, monkeypatch: pytest.MonkeyPatch, against: str
+) -> None:
+    monkeypatch.setenv("SAG_DIT_CACHE", str(kept_references))
+    config = defaults.copy()
+    config.merge_with({"ckpt": "digits", "seeds": 2, "num_images": 30})
+    jobs = make_jobs(make_rows(config, None), torch.device("cpu"))
+    assert base_name(jobs, against) == "CFG 1.5"
+    assert base_name(jobs, None) is None
+
+
 def test_the_command_tells_them(draw: Evaluate) -> None:
-    few = ("metrics=[fid,is]", "confidence.repeats=0", "seeds=2", "against=CFG 1.5")
+    few = ("metrics=[fid,is]", "confidence.repeats=0", "seeds=2", "against=cfg")
     outcome = draw("compare.cfg_sag.sag_scale=0.5", *few)
     rows = {row["name"]: row for row in outcome.results}
     base = [seed["metrics"]["fid"] for seed in rows["CFG 1.5"]["seeds"]]

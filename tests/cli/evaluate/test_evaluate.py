@@ -42,6 +42,12 @@ def test_the_table_of_a_model(draw: Evaluate) -> None:
     assert all(list(result["metrics"]) == METRICS for result in results)
     assert all(list(result["spread"]) == METRICS for result in results)
     assert len({json.dumps(result["metrics"]) for result in results}) == 5
+    assert [line for line in outcome.out.splitlines() if line.startswith("cost")] == [
+        "cost of unguided: 1 round, 1 row per image and step",
+        "cost of CFG 1.5: 1 round, 2 rows per image and step",
+        "cost of SAG 1, blur 1: 2 rounds, 2 rows per image and step",
+        "cost of CFG 1.5 + SAG 1: 2 rounds, 3 rows per image and step",
+    ]
 
     # One row by hand, without the command, Lightning or a rank.
     images = sag_dit.sample(
@@ -73,6 +79,8 @@ def test_every_number_has_its_facts_beside_it(draw: Evaluate) -> None:
     assert (facts["count"], facts["steps"], facts["sampler"]) == (30, 2, "DDIM")
     assert facts["sample_labels"] == {"classes": 10, "fewest": 3, "most": 3}
     assert facts["guidance"] == "CFG 1.5"
+    cost = {"steps": 2, "rounds_per_step": 1.0, "rows_per_step": 2.0}
+    assert facts["cost"] == {**cost, "rows_of_others_per_step": 0.0}
     assert facts["features"] == "digits"
     assert facts["features_protocol"]["resize"] == "none"
     assert len(facts["features_protocol"]["weights"]) == 64
@@ -83,6 +91,7 @@ def test_every_number_has_its_facts_beside_it(draw: Evaluate) -> None:
     for name in METRICS:
         assert float(row[name]) == result["metrics"][name]
     assert row["reference_protocol.count"] == "357"
+    assert row["cost.rows_per_step"] == "2.0"
     assert row["features_protocol.weights"] == facts["features_protocol"]["weights"]
 
 
@@ -111,11 +120,16 @@ def test_numbers_go_to_weights_and_biases(draw: Evaluate, tmp_path: Path) -> Non
 def test_what_is_measured_is_not_measured_again(draw: Evaluate) -> None:
     once = draw("cfg_scale=2.0")
     assert once.evaluations == 2 * 30 * 2
+    assert "cost: 1 round, 2 rows per image and step\n" in once.out
+    # A record of a version that told fewer facts serves as well.
+    (file,) = Path("outputs/evaluate/finished").glob("*.json")
+    record = json.loads(file.read_text())
+    del record["facts"]["cost"]
+    file.write_text(json.dumps(record))
     again = draw("cfg_scale=2", "gallery.num=1")
-    assert again.evaluations == 0
+    assert again.evaluations == 0 and "cost" not in again.out
     assert again.results == once.results
     # A file that was cut short is not taken for a result.
-    (file,) = Path("outputs/evaluate/finished").glob("*.json")
     file.write_text(file.read_text()[:100])
     broken = draw("cfg_scale=2")
     assert broken.code == 1

@@ -29,7 +29,11 @@ def test_two_ranks_measure_what_one_does(
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     two = json.loads((tmp_path / "two" / "results.json").read_text())["results"]
-    assert out.count("CFG 1.5") == 1  # rank 0 alone speaks
+    # Rank 0 alone speaks.
+    assert [line.split(":")[0] for line in out.splitlines() if "CFG 1.5" in line][:1] == [
+        "cost of CFG 1.5"
+    ]
+    assert out.count("CFG 1.5") == 2
     for mine, theirs in zip(one, two, strict=True):
         assert theirs["metrics"] == pytest.approx(mine["metrics"], rel=1e-6)
         assert theirs["identities"] == mine["identities"]

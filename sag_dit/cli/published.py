@@ -1,0 +1,79 @@
+"""Published numbers of a configuration, and in what a run differs from how they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from sag_dit.cli.values import make_terms
+from sag_dit.evaluation.expected import Expected, differing
+
+DRAWING = ("ema", "vae", "classes", "requests", "prompt", "text", "steps")
+"""Keys that determine what is drawn, beside the sampler, the guidance and the precision."""
+
+
+def expected_of(config: DictConfig) -> Expected | None:
+    """Return the published numbers of a configuration, None if it names none.
+
+    Raises:
+        ValueError: entries that are unknown or do not fit.
+    """
+    if config.expected is None:
+        return None
+    return Expected.of(OmegaConf.to_container(config.expected, resolve=True))  # type: ignore[arg-type]
+
+
+def experiment_of(expected: Expected) -> DictConfig | None:
+    """Return the configuration with the published settings, None if none is named.
+
+    Raises:
+        HydraException: there is no such experiment.
+    """
+    if expected.experiment is None:
+        return None
+    return hydra.compose("evaluate", [f"experiment={expected.experiment}"])
+
+
+def deviations(config: DictConfig, expected: Expected, facts: Mapping[str, Any]) -> list[str]:
+    """Name what differs of the protocol, and which settings the experiment has otherwise."""
+    told = expected.deviations(facts)
+    experiment = experiment_of(expected)
+    if experiment is None or config.samples is not None:
+        return told
+    stated, ours = _settings(experiment), _settings(config)
+    for part in dict.fromkeys([*stated, *ours]):
+        first, second = stated.get(part, {}), ours.get(part, {})
+        # Which sampler and terms there are, and the scales, the protocol says in a word.
+        named = part.partition(".")[0] in expected.protocol
+        if named and _kind(part, first) != _kind(part, second):
+            continue
+        known = {*expected.protocol, *([f"{part}.scale"] if named else [])}
+        told += differing(_flat(part, first, known), _flat(part, second, known))
+    return told
+
+
+def _settings(config: DictConfig) -> dict[str, dict[str, Any]]:
+    """Return what determines the images: the drawing, the sampler, and each term that is on."""
+
+    def plain(key: str) -> Any:
+        value = OmegaConf.select(config, key)
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+    drawing = {key: plain(key) for key in DRAWING}
+    drawing["trainer.precision"] = str(config.trainer.get("precision") or "32-true")
+    terms = make_terms(config.guidance)
+    active = {f"guidance.{name}" for name, term in terms.items() if not term.off}
+    return {"": drawing, "sampler": plain("sampler")} | {key: plain(key) for key in sorted(active)}
+
+
+def _kind(part: str, settings: Mapping[str, Any]) -> Any:
+    """Return what the protocol's word tells apart: samplers by class, a term by being there."""
+    return settings.get("_target_") if part == "sampler" else bool(settings)
+
+
+def _flat(part: str, settings: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    flat = {f"{part}.{key}" if part else key: value for key, value in settings.items()}
+    return {key: value for key, value in flat.items() if key not in known}

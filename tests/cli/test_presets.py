@@ -1,0 +1,51 @@
+"""The bundled models are drawn and measured with settings of their own, unless told otherwise."""
+
+from __future__ import annotations
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from sag_dit.checkpoints import zoo
+from sag_dit.cli.app import config_folder, quoted
+from sag_dit.cli.presets import SCALES, with_presets
+
+
+def test_every_bundled_model_has_them() -> None:
+    assert SCALES.keys() == set(zoo.BUNDLED)
+
+
+@pytest.mark.parametrize("model", zoo.BUNDLED)
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_they_compose(command: str, model: str) -> None:
+    arguments = with_presets(command, [f"ckpt={model}"])
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose(command, [quoted(each) for each in arguments])
+    assert config.guidance.sag.layer.startswith("blocks.")
+    assert config.guidance.sag.interval != [0.0, 1.0]
+    if command == "sample":
+        assert config.guidance.sag.scale == float(SCALES[model]["sag_scale"])
+    else:
+        # All guidance is off, so that the comparison is drawn.
+        assert config.sag_scale == 0
+        assert config.compare.sag.sag_scale == float(SCALES[model]["sag_scale"])
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "expected"),
+    [
+        ("sample", [], ["guidance=digits", "sag_scale=0.3"]),
+        ("sample", ["sag_scale=1"], ["guidance=digits", "sag_scale=1"]),
+        ("sample", ["guidance=default"], ["sag_scale=0.3", "guidance=default"]),
+        ("sample", ["ckpt=mine.pt"], ["ckpt=mine.pt"]),
+        ("sample", ["experiment=paper/dit256"], ["experiment=paper/dit256"]),
+        ("evaluate", [], []),
+        (
+            "evaluate",
+            ["-m", "ckpt=patches", "sag_scale=0,1"],
+            ["guidance=patches", "compare=patches", "-m", "ckpt=patches", "sag_scale=0,1"],
+        ),
+    ],
+)
+def test_what_is_stated_stays(command: str, arguments: list[str], expected: list[str]) -> None:
+    assert with_presets(command, arguments) == expected
+    assert with_presets(command, expected) == expected
