@@ -117,15 +117,12 @@ def show(
         table.add_column(metric.title, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(row.name, *(_cell(row, name, places(rows, name)) for name in metrics))
-    # A table is never squeezed: where the terminal is narrower its lines go on.
-    width = console.measure(table, options=console.options.update(max_width=500)).maximum
-    wide = Console(width=max(console.width, width), highlight=False)
-    wide.print(table)
+    _print_whole(console, table)
     for line in (common(results), about):
         if line:
             console.print(line, style="dim", markup=False)
     if any(result.change for result in results):
-        _show_changes(console, wide, results, metrics)
+        _show_changes(console, results, metrics)
     for warning in dict.fromkeys(text for result in results for text in result.warnings):
         console.print(f"warning: {warning}", style="yellow", markup=False)
     for result in results:
@@ -156,8 +153,14 @@ def _change_notes(result: Result, metrics: Mapping[str, Metric]) -> list[str]:
     return [f"against {result.against}: {told}"] if told else []
 
 
+def _print_whole(console: Console, table: Table) -> None:
+    """Print a table that is never squeezed: where the terminal is narrower its lines go on."""
+    width = console.measure(table, options=console.options.update(max_width=500)).maximum
+    Console(width=max(console.width, width), highlight=False).print(table)
+
+
 def _show_changes(
-    console: Console, wide: Console, results: Sequence[Result], metrics: Mapping[str, Metric]
+    console: Console, results: Sequence[Result], metrics: Mapping[str, Metric]
 ) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("change", no_wrap=True)
@@ -173,7 +176,7 @@ def _show_changes(
             table.add_row(result.name, *cells)
     against = next(result.against for result in results if result.change)
     console.print()
-    wide.print(table)
+    _print_whole(console, table)
     console.print(
         f"against {against} at the same seeds, ± standard error; within two of them it is none",
         style="dim",

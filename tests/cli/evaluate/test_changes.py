@@ -92,6 +92,7 @@ def test_the_command_tells_them(draw: Evaluate) -> None:
     assert change == pytest.approx(mean(differences))
     assert error == pytest.approx(stdev(differences) / 2**0.5)
     assert "against CFG 1.5 at the same seeds" in outcome.out
+    assert "…" not in outcome.out.rpartition("setting ")[2]
     assert f"{change:+.1f}"[:3] in outcome.out.split("against CFG 1.5")[0]
     with (outcome.folder / "results.csv").open(newline="") as lines:
         written = {row["setting"]: row for row in csv.DictReader(lines)}
