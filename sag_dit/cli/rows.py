@@ -12,11 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sag_dit.cli.app import quoted
 from sag_dit.cli.sweep import Choice, Value
-from sag_dit.cli.values import make_terms
+from sag_dit.cli.values import MEASURED, make_terms
 from sag_dit.output.charts import text_of
-
-DRAWN = 300
-"""Images drawn for a setting unless num_images says otherwise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +111,7 @@ def _seeded(rows: Sequence[Row], config: DictConfig) -> list[Row]:
             if row.source is None:
                 changed.seed = row.config.seed + number
                 if changed.num_images is None:
-                    changed.num_images = DRAWN
+                    changed.num_images = MEASURED
             seeded.append(replace(row, config=changed))
     return seeded
 

@@ -26,6 +26,8 @@ WHOLE: dict[str, tuple[int, int | None, bool]] = {
 
 SHOWN = 16
 """Images that sample.py draws unless num_images says otherwise."""
+MEASURED = 300
+"""Images that evaluate.py draws of each setting unless told how many."""
 
 
 def check_values(config: DictConfig) -> None:
@@ -55,10 +57,8 @@ def _refuse_beside_requests(config: DictConfig) -> None:
     Raises:
         ValueError: such a key is set.
     """
-    from sag_dit.cli.rows import DRAWN
-
     evaluates = "seeds" in config
-    unset = {"seeds": 1, "num_images": DRAWN if evaluates else SHOWN, "seed": 0, "classes": None}
+    unset = {"seeds": 1, "num_images": MEASURED if evaluates else SHOWN, "seed": 0, "classes": None}
     for key, default in unset.items():
         value = OmegaConf.select(config, key, default=default)
         if value != default:
