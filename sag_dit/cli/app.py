@@ -109,17 +109,14 @@ def fail(message: str) -> None:
     raise SystemExit(1)
 
 
+def leave(number: int, _: FrameType | None) -> NoReturn:
+    """Leave at a signal, through all that cleans up, with the shell's exit code for it."""
+    raise SystemExit(128 + number)
+
+
 @contextmanager
 def leaving_when_told() -> Iterator[None]:
-    """Make SIGTERM leave with exit code 143, through all that cleans up.
-
-    Lightning installs a handler of its own that only training looks at, so that prediction would go
-    on; it calls one that was there before.
-    """
-
-    def leave(number: int, _: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
+    """Make SIGTERM leave with exit code 143; training and prediction then take it over."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python allows handlers in the main thread alone.
         return

@@ -63,6 +63,7 @@ def run(config: DictConfig, choices: Sequence[Choice] | None = None) -> None:
     from sag_dit.cli.measuring import Bar, Measure
     from sag_dit.cli.records import read_record
     from sag_dit.cli.report import report
+    from sag_dit.cli.stopping import LeaveWhenTold
 
     rows = make_rows(config, choices)
     check(config, rows)
@@ -70,7 +71,7 @@ def run(config: DictConfig, choices: Sequence[Choice] | None = None) -> None:
     trainer: Trainer = instantiate(
         config.trainer,
         logger=False,
-        callbacks=[measure, bar],
+        callbacks=[measure, bar, LeaveWhenTold()],
         # Ours instead: sharding of the images, no_grad, and a bar over all ranks' images.
         use_distributed_sampler=False,
         inference_mode=False,

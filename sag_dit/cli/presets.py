@@ -19,8 +19,12 @@ def with_presets(command: str, arguments: Sequence[str]) -> list[str]:
 
     An experiment brings settings of its own, so nothing is added beside one.
     """
-    stated = dict(argument.lstrip("+").split("=", 1) for argument in arguments if "=" in argument)
-    model = stated.get("ckpt", DRAWN.get(command))
+    stated = dict(
+        argument.lstrip("+").split("=", 1)
+        for argument in arguments
+        if "=" in argument and "={" not in argument  # A mapping is merged into a choice.
+    )
+    model = stated.get("ckpt", DRAWN.get(command, "")).strip("'\"")
     if model not in SCALES or "experiment" in stated:
         return list(arguments)
     preset = {"guidance": model}

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import stdev
 from typing import Any
 
 from sag_dit.cli.sweep import Value
@@ -96,6 +96,16 @@ class Result:
     deviations: Sequence[str] = ()
 
 
+def _number(value: float | None) -> float:
+    """Return a metric as a number: JSON keeps what is not finite as null."""
+    return math.nan if value is None else value
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Return the standard deviation, not a number where a value is not finite."""
+    return stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
 def combine(name: str, axes: Mapping[str, Value], records: Mapping[str, Record]) -> Result:
     """Put the records of a setting, by identity, together."""
     all_of = list(records.values())
@@ -103,8 +113,9 @@ def combine(name: str, axes: Mapping[str, Value], records: Mapping[str, Record])
     metrics, spread = dict(first.metrics), dict(first.spread)
     facts = dict(first.facts)
     if len(all_of) > 1:
-        metrics = {key: mean(each.metrics[key] for each in all_of) for key in first.metrics}
-        spread = {key: stdev(each.metrics[key] for each in all_of) for key in first.metrics}
+        values = {key: [_number(each.metrics[key]) for each in all_of] for key in first.metrics}
+        metrics = {key: sum(each) / len(each) for key, each in values.items()}
+        spread = {key: deviation(each) for key, each in values.items()}
         facts["seed"] = [each.facts.get("seed") for each in all_of]
     return Result(
         name=name,
@@ -136,8 +147,9 @@ def _change(result: Result, base: Result) -> dict[str, Any]:
         return {}
     change = {}
     for name in result.metrics.keys() & base.metrics.keys():
-        differences = [a["metrics"][name] - b["metrics"][name] for a, b in pairs]
-        change[name] = (mean(differences), stdev(differences) / math.sqrt(len(pairs)))
+        differences = [_number(a["metrics"][name]) - _number(b["metrics"][name]) for a, b in pairs]
+        error = deviation(differences) / math.sqrt(len(pairs))
+        change[name] = (sum(differences) / len(pairs), error)
     return {"against": base.name, "change": change}
 
 

@@ -147,6 +147,7 @@ def _predict(config: DictConfig, plan: Plan, pending: list[Request]) -> bool:
     quiet_lightning()
     from lightning.pytorch import Trainer
 
+    from sag_dit.cli.stopping import LeaveWhenTold
     from sag_dit.data.requests import PendingRequests
     from sag_dit.output.progress import SampleProgress
     from sag_dit.output.ranks import RankReports
@@ -157,7 +158,7 @@ def _predict(config: DictConfig, plan: Plan, pending: list[Request]) -> bool:
     trainer: Trainer = instantiate(
         config.trainer,
         logger=False,
-        callbacks=[PredictionWriter(plan.folder), progress],
+        callbacks=[PredictionWriter(plan.folder), progress, LeaveWhenTold()],
         # Ours instead: sharding of what is pending, no_grad, and a bar over all ranks' images.
         use_distributed_sampler=False,
         inference_mode=False,

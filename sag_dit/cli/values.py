@@ -64,7 +64,8 @@ def _refuse_beside_requests(config: DictConfig) -> None:
         if value != default:
             raise ValueError(
                 f"{key}={value} beside requests={config.requests}: the file's lines say which "
-                f"images are drawn, each with a seed and a class of its own; leave {key} out"
+                f"images are drawn, each with a seed and a class of its own; leave {key} out, or "
+                f"set {key}={'null' if default is None else default} beside an experiment"
             )
 
 

@@ -96,7 +96,7 @@ class TextConditional(Denoiser):
                 f"{type(network).__name__}: expected a network of the same kind, "
                 f"{self.network_class}"
             )
-        return type(self)(network, self.process, self.kind, self.grid)
+        return type(self)(network, self.process, self.kind, self.grid, empty=self.empty)
 
     @classmethod
     def own_channels(cls, network: nn.Module) -> int:

@@ -77,7 +77,9 @@ class Autoguidance(BranchTerm):
                 raise ValueError(
                     f"the worse model's {name} is {theirs}: expected that of the model, {ours}"
                 )
-        if self.branch != "cond" and model.null(1) is not None and worse.null(1) is None:
+        # A text model's conditions, the null prompt's too, are the model's own for both.
+        own = not isinstance(model, TextConditional)
+        if own and self.branch != "cond" and model.null(1) is not None and worse.null(1) is None:
             raise ValueError(
                 f"branch={self.branch!r}: the worse model has no null condition (trained without "
                 f"label dropout), and the model has; use branch='cond'"

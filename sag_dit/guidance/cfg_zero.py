@@ -19,7 +19,8 @@ class CFGZero(Term):
     s = <v_cond, v_null> / |v_null|^2 per image. In the first ``zero_steps`` steps of the run v is 0
     instead, where a flow's first velocities are worse than none: what is taken away is the model's
     own velocity, so terms beside it still act. A step of a solver that evaluates twice is zeroed
-    whole. Steps outside the interval are not zeroed. w = 1 is off, and then no step is.
+    whole. Steps outside the interval are not zeroed; those before it count, twice for such a
+    solver. w = 1 is off, and then no step is zeroed.
 
     Published: Stable Diffusion 3.5 and FLUX one zero step, Wan 2.1 the first 4 % of the steps.
 

@@ -142,9 +142,9 @@ class ClassifierGuidance(Term):
 
     def class_names(self, model: Denoiser) -> tuple[str, ...]:
         """Return the numbers of the classifier's classes where the model itself has none."""
-        known = getattr(self.module(), "num_classes", 0)
-        if getattr(model.network, "num_classes", 1) or self.off:
+        if self.off or getattr(model.network, "num_classes", True):
             return ()
+        known = getattr(self.module(), "num_classes", 0)
         return tuple(str(number) for number in range(known))
 
     def contribution(self, ask: Question) -> Asking:

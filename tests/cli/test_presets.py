@@ -37,6 +37,16 @@ def test_they_compose(command: str, model: str) -> None:
         ("sample", ["sag_scale=1"], ["guidance=digits", "sag_scale=1"]),
         ("sample", ["guidance=default"], ["sag_scale=0.3", "guidance=default"]),
         ("sample", ["ckpt=mine.pt"], ["ckpt=mine.pt"]),
+        (
+            "sample",
+            ["ckpt='patches'", "guidance={cfg: {rescale: 0.7}}"],
+            [
+                "guidance=patches",
+                "sag_scale=0.5",
+                "ckpt='patches'",
+                "guidance={cfg: {rescale: 0.7}}",
+            ],
+        ),
         ("sample", ["experiment=paper/dit256"], ["experiment=paper/dit256"]),
         ("evaluate", [], []),
         (

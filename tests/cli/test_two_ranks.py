@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import textwrap
 import time
 from collections.abc import Callable
@@ -147,3 +148,26 @@ def test_a_rank_that_fails_fails_the_command_which_can_be_repeated(
     single = sample(*arguments, "num_images=4", "out=one").folder()
     for kind in ("images", "unguided", "maps"):
         assert contents(folder / kind) == contents(single / kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["sample.py", "evaluate.py"])
+def test_two_ranks_leave_when_they_are_told(start: Command, tmp_path: Path, script: str) -> None:
+    """SIGTERM to the command alone, in the middle of drawing; no rank may outlive it."""
+    own = ("out=two",) if script == "sample.py" else ("keep=true", "compare=none", "out=results")
+    many = ("ckpt=digits", "steps=50", "num_images=4000", "batch_size=4", *own, *TWO_RANKS)
+    process = start(*many, script=script)
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if len(list(tmp_path.rglob("images/*.png"))) >= 4:
+            break
+        time.sleep(0.05)
+    process.terminate()
+    try:
+        # The pipes end when the last process that can write to them has ended.
+        out, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 143, out + err
+    assert 4 <= len(list(tmp_path.rglob("images/*.png"))) < 4000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
@@ -79,6 +80,17 @@ def test_a_base_goes_by_its_name_and_by_its_key(
     jobs = make_jobs(make_rows(config, None), torch.device("cpu"))
     assert base_name(jobs, against) == "CFG 1.5"
     assert base_name(jobs, None) is None
+
+
+def test_what_is_no_number_is_told_as_none() -> None:
+    broken = {
+        str(seed): Record({"fid": fid}, {}, {"seed": seed})  # type: ignore[dict-item]
+        for seed, fid in ((0, 1.0), (1, None))
+    }
+    other = compared([result("plain", {0: 1.0, 1: 2.0}), combine("broken", {}, broken)], None)[1]
+    change, error = other.change["fid"]
+    assert math.isnan(change) and math.isnan(error)
+    assert math.isnan(other.spread["fid"])
 
 
 def test_the_command_tells_them(draw: Evaluate) -> None:
