@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from jaxtyping import UInt8
@@ -17,7 +17,7 @@ from sag_dit.attention import CaptureKind
 from sag_dit.checkpoints import Model
 from sag_dit.guidance import GuidedDenoiser, Term
 from sag_dit.noise import START, NoiseSource
-from sag_dit.process import Flow, Process, Step
+from sag_dit.process import Flow, Step
 from sag_dit.sampler import DDIM, EulerFlow, Sampler, SampleStep
 
 
@@ -32,11 +32,6 @@ class Request(NamedTuple):
     seed: int
     label: int
     stream: int
-
-
-def default_sampler(process: Process) -> Sampler:
-    """Return what solves a process where no sampler is asked for: Euler for a flow, else DDIM."""
-    return EulerFlow() if isinstance(process, Flow) else DDIM()
 
 
 Captures = Callable[[Step], Sequence[tuple[str, CaptureKind]]]
@@ -72,6 +67,28 @@ class Settings:
             )
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: expected 1 or more")
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        *,
+        sampler: Sampler | None = None,
+        steps: int = 50,
+        guidance: Sequence[Term] = (),
+        batch_size: int | None = None,
+    ) -> Self:
+        """Return settings whose sampler and batch size are the model's own unless they are given.
+
+        A flow is solved by Euler's method and any other process by DDIM.
+        """
+        flow = isinstance(model.denoiser.process, Flow)
+        return cls(
+            sampler=sampler or (EulerFlow() if flow else DDIM()),
+            steps=steps,
+            guidance=tuple(guidance),
+            batch_size=model.batch_size if batch_size is None else batch_size,
+        )
 
     def check(self, model: Model) -> None:
         """Refuse settings that this model cannot be sampled with, before any evaluation.
@@ -160,17 +177,14 @@ def sample(
 ) -> UInt8[Tensor, "b c h w"]:
     """Draw one image per class; image i is the same as index i of ``sample.py`` with that class.
 
-    Classes are numbers or names; without a sampler it is :func:`default_sampler`. Returns uint8
+    Classes are numbers or names; what is not given is as :meth:`Settings.of` chooses. Returns uint8
     images (b, c, h, w) on the CPU.
 
     Raises:
         ValueError: a class the model does not have, or settings it cannot be sampled with.
     """
-    settings = Settings(
-        sampler=sampler or default_sampler(model.denoiser.process),
-        steps=steps,
-        guidance=tuple(guidance),
-        batch_size=model.batch_size if batch_size is None else batch_size,
+    settings = Settings.of(
+        model, sampler=sampler, steps=steps, guidance=guidance, batch_size=batch_size
     )
     settings.check(model)
     if not classes:

@@ -12,7 +12,7 @@ from sag_dit.checkpoints import Model
 from sag_dit.cli.app import config_folder
 from sag_dit.cli.instruments import Cabinet, check_metrics, example_of
 from sag_dit.data.requests import make_requests
-from sag_dit.sampling import Settings, default_sampler
+from sag_dit.sampling import Settings
 from sag_dit.training.metrics import TrackMetrics, best_by
 
 
@@ -38,11 +38,7 @@ def trackers(config: DictConfig, model: Model, out: Path, device: torch.device) 
     if wanted.best and "fid" not in instruments.metrics:
         raise ValueError("track.best=true: the best checkpoint is chosen by fid; track it too")
     requests = make_requests(wanted.num_images, wanted.seed, None, names)
-    settings = Settings(
-        sampler=default_sampler(model.denoiser.process),
-        steps=wanted.steps,
-        batch_size=model.batch_size,
-    )
+    settings = Settings.of(model, steps=wanted.steps)
     settings.check(model)
     suite = instruments.suite(len(requests), 1, spread=False)
     callbacks: list[Callback] = [TrackMetrics(suite, requests, settings, wanted.every_n_steps)]

@@ -24,7 +24,7 @@ from sag_dit.output.attention import AttentionRecorder, Maps
 from sag_dit.output.views import ViewRecorder
 from sag_dit.output.writer import Drawn
 from sag_dit.sampler import SampleStep
-from sag_dit.sampling import Request, Settings, Watch, default_sampler, draw
+from sag_dit.sampling import Request, Settings, Watch, draw
 from sag_dit.tensors import Images, Labels
 from sag_dit.training.objective import MSE, Losses, Objective
 
@@ -79,9 +79,7 @@ class DiffusionModule(LightningModule):
             self.averaged.requires_grad_(False)
         self.objective = objective or MSE()
         self.objective.check(self.denoiser)
-        self.settings = settings or Settings(
-            sampler=default_sampler(model.denoiser.process), batch_size=model.batch_size
-        )
+        self.settings = settings or Settings.of(model)
         self.gallery = gallery
         self.maps = maps
         self.seed = seed

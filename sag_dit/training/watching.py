@@ -20,7 +20,7 @@ from torchvision.utils import make_grid
 from sag_dit.checkpoints import Model, build
 from sag_dit.files import atomic
 from sag_dit.guidance import Term
-from sag_dit.sampling import Request, Settings, default_sampler, draw, labels_of
+from sag_dit.sampling import Request, Settings, draw, labels_of
 from sag_dit.training.module import DiffusionModule
 
 BINS = 4
@@ -215,11 +215,8 @@ class Previews(Callback):
         names = model.class_names
         labels = labels_of(self._classes or list(range(min(8, len(names)))), names)
         requests = [Request(i, self._seed, label, i) for i, label in enumerate(labels)]
-        settings = Settings(
-            sampler=default_sampler(model.denoiser.process),
-            steps=self._steps,
-            guidance=self._guidance,
-            batch_size=len(requests),
+        settings = Settings.of(
+            model, steps=self._steps, guidance=self._guidance, batch_size=len(requests)
         )
         return requests, settings
 
