@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,10 +111,7 @@ def show(
 ) -> None:
     """Print the table, what it rests on, and the published numbers beside it."""
     console = Console(soft_wrap=True, highlight=False)
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("setting", no_wrap=True)
-    for metric in metrics.values():
-        table.add_column(metric.title, justify="right", no_wrap=True)
+    table = _table("setting", (metric.title for metric in metrics.values()))
     for row in rows:
         table.add_row(row.name, *(_cell(row, name, places(rows, name)) for name in metrics))
     _print_whole(console, table)
@@ -128,6 +125,15 @@ def show(
     for result in results:
         if result.expected is not None:
             _show_expected(console, result, metrics)
+
+
+def _table(first: str, titles: Iterable[str]) -> Table:
+    """Return an empty table: a column of names, and columns of numbers."""
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(first, no_wrap=True)
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
 
 
 def _cell(row: Row, name: str, decimals: int) -> str:
@@ -162,10 +168,7 @@ def _print_whole(console: Console, table: Table) -> None:
 def _show_changes(
     console: Console, results: Sequence[Result], metrics: Mapping[str, Metric]
 ) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("change", no_wrap=True)
-    for metric in metrics.values():
-        table.add_column(metric.title, justify="right", no_wrap=True)
+    table = _table("change", (metric.title for metric in metrics.values()))
     for result in results:
         texts = _changes(result, metrics)
         clear = {name for name, (d, error) in result.change.items() if abs(d) > 2 * error}
@@ -189,10 +192,7 @@ def _show_expected(console: Console, result: Result, metrics: Mapping[str, Metri
     if expected is None:
         return
     console.print(f"\n{result.name} beside {expected.source}", style="bold", markup=False)
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("", no_wrap=True)
-    for title in ("published", "here", "difference"):
-        table.add_column(title, justify="right", no_wrap=True)
+    table = _table("", ("published", "here", "difference"))
     for name, (published, measured, difference) in expected.differences(result.metrics).items():
         decimals = 2 if abs(published) >= 1 else 4
         numbers = (f"{published:g}", f"{measured:.{decimals}f}", f"{difference:+.{decimals}f}")
