@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.errors import HydraException
@@ -114,17 +114,24 @@ def leave(number: int, _: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
+def take_sigterm() -> Any:
+    """Make SIGTERM leave; return the handler before, None where Python allows no other.
+
+    That is outside of the main thread.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    return signal.signal(signal.SIGTERM, leave) if main else None
+
+
 @contextmanager
 def leaving_when_told() -> Iterator[None]:
     """Make SIGTERM leave with exit code 143; training and prediction then take it over."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python allows handlers in the main thread alone.
-        return
-    before = signal.signal(signal.SIGTERM, leave)
+    before = take_sigterm()
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def launch(config_name: str, run: Run, argv: Sequence[str] | None = None) -> None:

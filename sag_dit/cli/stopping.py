@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from typing import Any
 
 from lightning.pytorch import Callback
 
-from sag_dit.cli.app import leave
+from sag_dit.cli.app import take_sigterm
 
 
 class LeaveWhenTold(Callback):
@@ -19,6 +17,5 @@ class LeaveWhenTold(Callback):
     """
 
     def on_predict_start(self, *_: Any) -> None:
-        """Install the handler, which Python allows in the main thread alone."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, leave)
+        """Install the handler."""
+        take_sigterm()
