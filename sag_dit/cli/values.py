@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from sag_dit.cli.app import config_folder
+
 if TYPE_CHECKING:
     from sag_dit.checkpoints import Model
     from sag_dit.guidance import Term
@@ -24,8 +26,6 @@ WHOLE: dict[str, tuple[int, int | None, bool]] = {
 """Keys that take whole numbers: the least, the most, and whether null is allowed."""
 
 
-SHOWN = 16
-"""Images that sample.py draws unless num_images says otherwise."""
 MEASURED = 300
 """Images that evaluate.py draws of each setting unless told how many."""
 
@@ -57,9 +57,12 @@ def _refuse_beside_requests(config: DictConfig) -> None:
     Raises:
         ValueError: such a key is set.
     """
-    evaluates = "seeds" in config
-    unset = {"seeds": 1, "num_images": MEASURED if evaluates else SHOWN, "seed": 0, "classes": None}
-    for key, default in unset.items():
+    command = "evaluate" if "seeds" in config else "sample"
+    own: Any = OmegaConf.load(config_folder() / f"{command}.yaml")
+    if own.num_images is None:
+        own.num_images = MEASURED
+    for key in ("seeds", "num_images", "seed", "classes"):
+        default = own.get(key)
         value = OmegaConf.select(config, key, default=default)
         if value != default:
             raise ValueError(
