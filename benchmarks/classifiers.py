@@ -15,7 +15,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torchvision.transforms.v2 import functional as change
 
@@ -55,23 +55,37 @@ def recoloured(images: Tensor) -> Tensor:
     return ((x - mean) * contrast + mean + brightness).round().clamp(0, 255).to(torch.uint8)
 
 
-def train(name: str) -> SmallClassifier:
-    """Train on the training part alone."""
-    torch.manual_seed(0)
-    data: StepData = Digits(BATCH) if name == "digits" else Patches(BATCH)
-    augment = moved if name == "digits" else recoloured
-    model = SmallClassifier(name)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS[name])
-    for step, (images, labels) in zip(range(STEPS[name]), data.train_dataloader(), strict=False):
-        logits = model(augment(images)).logits
-        loss = cross_entropy(logits, labels, label_smoothing=0.1)
+def fit(
+    model: nn.Module,
+    data: StepData,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    steps: int,
+    learning_rate: float,
+) -> None:
+    """Minimise the loss of (images, labels) with AdamW over one cycle of learning rates."""
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps)
+    for step, (images, labels) in zip(range(steps), data.train_dataloader(), strict=False):
+        loss = loss_of(images, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step % 200 == 0:
             print(f"step {step}: loss {loss.item():.3f}", flush=True)
+
+
+def train(name: str) -> SmallClassifier:
+    """Train on the training part alone."""
+    torch.manual_seed(0)
+    data: StepData = Digits(BATCH) if name == "digits" else Patches(BATCH)
+    augment = moved if name == "digits" else recoloured
+    model = SmallClassifier(name)
+
+    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(model(augment(images)).logits, labels, label_smoothing=0.1)
+
+    fit(model, data, loss_of, STEPS[name], LEARNING_RATE)
     return model.eval().requires_grad_(False)
 
 

@@ -22,8 +22,10 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from benchmarks.classifiers import fit
 from sag_dit.cli import app, evaluate, train
 from sag_dit.codec import from_pixels
 from sag_dit.data.digits import Digits
@@ -75,21 +77,14 @@ def fit_classifier(path: Path) -> None:
     """Train on noisy training digits, at all times of the process, and write the weights."""
     torch.manual_seed(0)
     model, process = small_classifier(), DDPM("cosine")
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, CLASSIFIER_STEPS)
-    batches = iter(Digits(64).train_dataloader())
-    for step in range(CLASSIFIER_STEPS):
-        images, labels = next(batches)
+
+    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
         x_0 = from_pixels(images)
         level = process.level(process.time_at(torch.rand(len(x_0))))
         x_t = process.add_noise(x_0, torch.randn_like(x_0), level)
-        loss = cross_entropy(model(x_t, level.times(x_t)), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 500 == 0:
-            print(f"classifier, step {step}: loss {loss.item():.3f}", flush=True)
+        return cross_entropy(model(x_t, level.times(x_t)), labels)
+
+    fit(model, Digits(64), loss_of, CLASSIFIER_STEPS, 1e-3)
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(model.state_dict(), path)
 
