@@ -12,6 +12,7 @@ import torch
 from sag_dit.checkpoints import published
 from sag_dit.models import DiT
 from tests.checkpoints.openai import shapes
+from tests.data import making
 
 NARROW = {"model_channels": 32, "channel_mult": (1, 1, 2, 2), "attending": (1, 2, 3)}
 """Sizes of a stand-in's levels: three of four attend, as in ADM, on grids of 16, 8 and 4."""
@@ -32,17 +33,8 @@ def save_dit(path: Path, in_channels: int, input_size: int = 8) -> Path:
 
 
 def save_vae(folder: Path) -> None:
-    """Write a small autoencoder of 4 latent channels, 2 pixels a cell."""
-    from diffusers.models import AutoencoderKL
-
-    torch.manual_seed(0)
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-    ).save_pretrained(folder)
+    """Write a small autoencoder of 4 latent channels, 2 pixels a cell, scaled as the published."""
+    making.save_vae(folder, scaling_factor=0.18215, shift_factor=None)
 
 
 def save_openai(

@@ -113,18 +113,24 @@ def test_a_row_is_drawn(name: str, in_process: Command) -> None:
         assert (sag["layer"], sag.get("heads")) == (layer, None if at_128 else 4)
 
 
+@pytest.fixture
+def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``evaluate.py`` in an empty working directory, its references kept there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setenv("SAG_DIT_CACHE", str(tmp_path / "references"))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    return lambda *arguments: evaluate_command.start(arguments)
+
+
 @pytest.mark.parametrize("name", each(MEASURED))
 @pytest.mark.filterwarnings("ignore:kernel_size")
 def test_a_row_is_measured_beside_the_papers_numbers(
     name: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    evaluate: Callable[..., None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    monkeypatch.setenv("SAG_DIT_CACHE", str(tmp_path / "references"))
-    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
     expected = ROWS[name]["expected"]
     protocol = expected["protocol"]
     if name in DRAWN:
@@ -132,7 +138,7 @@ def test_a_row_is_measured_beside_the_papers_numbers(
     else:
         write_images(tmp_path / protocol["samples"], IMAGES)
         images = [f"samples={protocol['samples']}"]
-    evaluate_command.start([f"experiment=paper/{name}", "features=patches", *images])
+    evaluate(f"experiment=paper/{name}", "features=patches", *images)
     out = capsys.readouterr().out
 
     (file,) = [line for line in out.splitlines() if line.startswith("results: ")]
@@ -165,15 +171,15 @@ def test_the_check_of_the_evaluator_draws_nothing(in_process: Command) -> None:
 
 
 def test_a_reference_that_is_nowhere_is_told_with_its_address(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    evaluate: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setenv("SAG_DIT_WEIGHTS", str(tmp_path / "weights"))
-    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
     file = "VIRTUAL_lsun_cat256.npz"
     with pytest.raises(SystemExit):
-        evaluate_command.start(["ckpt=digits", f"reference={file}", "compare=none"])
+        evaluate("ckpt=digits", f"reference={file}", "compare=none")
     error = capsys.readouterr().err
     assert f"reference={file}: no such file; also looked for in {tmp_path / 'weights'}" in error
     assert f"/ref_batches/lsun/cat/{file}" in error
@@ -195,14 +201,10 @@ def test_a_model_without_classes_draws_the_classifier_s(in_process: Command) -> 
 
 
 def test_too_few_images_for_neighbours_are_refused_before_drawing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, evaluate: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    monkeypatch.setenv("SAG_DIT_CACHE", str(tmp_path / "references"))
-    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
     with pytest.raises(SystemExit):
-        evaluate_command.start(["ckpt=digits", "num_images=3", "steps=2", "compare=none"])
+        evaluate("ckpt=digits", "num_images=3", "steps=2", "compare=none")
     error = capsys.readouterr().err
     assert "3 images: precision and recall look at k=3 neighbours" in error
     assert "metrics=[fid,sfid,is]" in error
