@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help sample train-digits test lint types bench lock clean
+.PHONY: help sample train-digits test lint types bench gpu lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ types: $(READY) ## Check types
 
 bench: $(READY) ## Measure speed and memory
 	@$(RUN) -m benchmarks $(ARGS)
+
+gpu: $(READY) ## Test and measure on a GPU, in at most eight minutes
+	@$(RUN) -m benchmarks.gpu $(ARGS)
 
 lock: ## Renew constraints.txt with the newest releases that pyproject.toml allows
 	@rm -rf $(VENV)-lock

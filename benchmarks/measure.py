@@ -13,15 +13,25 @@ from torch.utils.flop_counter import FlopCounterMode
 Work = Callable[[], object]
 
 
+def synchronised() -> float:
+    """Return the time in seconds, once the GPU, if there is one, has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds(work: Work) -> float:
     """Time one call; on a GPU until its queue is empty."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = synchronised()
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return synchronised() - start
+
+
+def median_seconds(work: Work, rounds: int) -> float:
+    """Return the median time of a call, after two calls that warm up."""
+    work()
+    work()
+    return statistics.median(seconds(work) for _ in range(rounds))
 
 
 def ratio(work: Work, base: Work, rounds: int) -> tuple[float, float, float]:

@@ -36,20 +36,21 @@ from benchmarks.measure import peak_memory, seconds
 from sag_dit.checkpoints import from_denoiser
 from sag_dit.codec import IdentityCodec
 from sag_dit.denoiser import ClassConditional
-from sag_dit.models import dit
+from sag_dit.models import DiT
+from sag_dit.models.dit import SIZES
 from sag_dit.process import DDPM
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.objective import Hybrid
 from sag_dit.training.watching import LossByLevel, Speed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIZE = 32
+LATENT = 32
 Batch = tuple[Tensor, Tensor]
 
 
-def batch_of(size: int) -> Batch:
+def batch_of(size: int, latent: int = LATENT) -> Batch:
     """Return latents and labels."""
-    return torch.randn(size, 4, SIZE, SIZE), torch.randint(0, 1000, (size,))
+    return torch.randn(size, 4, latent, latent), torch.randint(0, 1000, (size,))
 
 
 def imported(folder: str, name: str) -> ModuleType:
@@ -59,6 +60,23 @@ def imported(folder: str, name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def peers_of(
+    folders: dict[str, str | None], size: str, latent: int = LATENT
+) -> dict[str, Callable[[], Callable[[Batch], None]]]:
+    """Return what builds the step of each peer whose checkout is given, all with one diffusion."""
+    given = {name: folder for name, folder in folders.items() if folder}
+    if not given:
+        return {}
+    sys.path.insert(0, next(iter(given.values())))
+    diffusion = importlib.import_module("diffusion").create_diffusion(timestep_respacing="")
+
+    def build(name: str, folder: str) -> Callable[[Batch], None]:
+        models = imported(folder, name.replace("-", "_"))
+        return peer_step(models.DiT_models[size](input_size=latent), diffusion)
+
+    return {name: partial(build, name, folder) for name, folder in given.items()}
 
 
 def peer_step(network: nn.Module, diffusion: Any) -> Callable[[Batch], None]:
@@ -86,13 +104,19 @@ def peer_step(network: nn.Module, diffusion: Any) -> Callable[[Batch], None]:
 class ByTurns(IterableDataset[Batch]):
     """Hands out batches and times, between them, our step and one of every peer."""
 
-    def __init__(self, size: int, rounds: int, peers: dict[str, Callable[[Batch], None]]) -> None:
-        self.size, self.rounds, self.peers = size, rounds, peers
+    def __init__(
+        self,
+        size: int,
+        rounds: int,
+        peers: dict[str, Callable[[Batch], None]],
+        latent: int = LATENT,
+    ) -> None:
+        self.size, self.rounds, self.peers, self.latent = size, rounds, peers, latent
         self.ours: list[float] = []
         self.theirs: dict[str, list[float]] = {name: [] for name in peers}
 
     def __iter__(self) -> Iterator[Batch]:
-        batch = batch_of(self.size)
+        batch = batch_of(self.size, self.latent)
         # The first two are for warming up, compilation included.
         for i in range(self.rounds + 2):
             times = {name: seconds(partial(step, batch)) for name, step in self.peers.items()}
@@ -106,12 +130,13 @@ class ByTurns(IterableDataset[Batch]):
                     self.theirs[name].append(seconds_taken)
 
 
-def our_trainer(rounds: int) -> Trainer:
+def our_trainer(rounds: int, precision: str = "32-true") -> Trainer:
     """Return the Trainer of ``train.py`` with what watches a step, and nothing that saves."""
     return Trainer(
         max_steps=rounds + 2,
         accelerator="auto",
         devices=1,
+        precision=precision,  # type: ignore[arg-type]
         logger=False,
         callbacks=[Speed(50), LossByLevel(50)],
         enable_checkpointing=False,
@@ -121,14 +146,19 @@ def our_trainer(rounds: int) -> Trainer:
     )
 
 
-def our_module(compiled: bool) -> DiffusionModule:
-    """Return the module that ``experiment=imagenet256`` trains, with DiT-S/2."""
-    network = dit("DiT-S/2", input_size=SIZE, learn_sigma=True)
+def our_module(
+    compiled: bool, size: dict[str, int], latent: int = LATENT, checkpointed: bool = False
+) -> DiffusionModule:
+    """Return the module that ``experiment=imagenet256`` trains, with a DiT of another size."""
+    with torch.device(DEVICE):
+        network = DiT(latent, learn_sigma=True, **size)  # type: ignore[arg-type]
+    network.checkpoint_blocks = checkpointed
     if compiled:
         network.compile_blocks()
     denoiser = ClassConditional(network, DDPM())
-    model = from_denoiser(denoiser, "DiT-S-2", codec=IdentityCodec())
-    optimizer = partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.0)
+    model = from_denoiser(denoiser, "DiT", codec=IdentityCodec())
+    fused = DEVICE == "cuda"
+    optimizer = partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.0, fused=fused)
     return DiffusionModule(model, objective=Hybrid(), optimizer=optimizer, ema_decay=0.9999).train()
 
 
@@ -137,7 +167,9 @@ def measure(
 ) -> None:
     """Print the ratios of our step's time to each peer's."""
     turns = ByTurns(size, rounds, peers)
-    our_trainer(rounds).fit(our_module(compiled), DataLoader(turns, batch_size=None))
+    our_trainer(rounds).fit(
+        our_module(compiled, SIZES["DiT-S/2"]), DataLoader(turns, batch_size=None)
+    )
     for name, theirs in turns.theirs.items():
         ratios = [peer / ours for ours, peer in zip(turns.ours, theirs, strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
@@ -160,7 +192,7 @@ def two_steps(make: Callable[[], Callable[[Batch], None]], size: int) -> None:
 def our_two_steps(size: int) -> None:
     """Do the same with ours."""
     turns = ByTurns(size, 0, {})
-    our_trainer(0).fit(our_module(False), DataLoader(turns, batch_size=None))
+    our_trainer(0).fit(our_module(False, SIZES["DiT-S/2"]), DataLoader(turns, batch_size=None))
 
 
 def main() -> None:
@@ -171,25 +203,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
-    sys.path.insert(0, options.peer)
-    diffusion = importlib.import_module("diffusion").create_diffusion(timestep_respacing="")
     folders = {"facebookresearch": options.peer, "fast-DiT": options.fast}
-
-    def peer(name: str) -> Callable[[Batch], None]:
-        models = imported(folders[name], name.replace("-", "_"))
-        return peer_step(models.DiT_models["DiT-S/2"](input_size=SIZE), diffusion)
-
-    given = [name for name, folder in folders.items() if folder]
+    peers = peers_of(folders, "DiT-S/2")
     print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads\n")
     print("| what | ratio | quartiles | target |\n|---|---|---|---|")
     for compiled in (False, True):
-        measure(compiled, options.batch, options.rounds, {name: peer(name) for name in given})
+        measure(
+            compiled, options.batch, options.rounds, {name: make() for name, make in peers.items()}
+        )
     gc.collect()
     ours = peak_memory(partial(our_two_steps, options.batch))
-    for name in given:
+    for name, make in peers.items():
         # What is freed within a measurement would count against what it allocates.
         gc.collect()
-        theirs = peak_memory(partial(two_steps, partial(peer, name), options.batch))
+        theirs = peak_memory(partial(two_steps, make, options.batch))
         print(f"| training, eager: our peak memory / {name}'s | {ours / theirs:.3f} | exact | |")
 
 

@@ -1,0 +1,146 @@
+"""What the phases measure: the published sizes, or tiny ones that show that the command works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sag_dit.checkpoints import Model, from_denoiser
+from sag_dit.codec import VAECodec
+from sag_dit.denoiser import ClassConditional
+from sag_dit.models import DiT
+from sag_dit.models.dit import SIZES
+from sag_dit.process import DDPM
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+PEAKS = {"H100": (66.9, 494.7, 989.4), "H200": (66.9, 494.7, 989.4), "A100": (19.5, 156.0, 312.0)}
+"""Dense TFLOP/s of float32, TF32 and bf16 by the data sheets (of the SXM modules)."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is."""
+
+    network: dict[str, int]
+    peer: str
+    """The peers' name of a network of that size."""
+    latent: int
+    large_latent: int
+    batches: tuple[int, ...]
+    batch: int
+    """The batch of everything that is measured at one batch only."""
+    large_batch: int
+    rounds: int
+    steps: int
+    training: dict[str, tuple[dict[str, int], int]]
+    """Sizes that are trained, each with its batch."""
+    training_rounds: int
+    product: int
+    vae: dict[str, Any]
+
+
+SD_VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
+TINY_VAE: dict[str, Any] = {
+    **SD_VAE,
+    "block_out_channels": (4, 4, 4, 4),
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+}
+TINY = {"hidden_size": 48, "depth": 2, "num_heads": 2, "patch_size": 2}
+
+FULL_SCALE = Scale(
+    network=SIZES["DiT-XL/2"],
+    peer="DiT-XL/2",
+    latent=32,
+    large_latent=64,
+    batches=(8, 32, 64),
+    batch=32,
+    large_batch=8,
+    rounds=8,
+    steps=20,
+    training={"XL/2": (SIZES["DiT-XL/2"], 32), "B/2": (SIZES["DiT-B/2"], 128)},
+    training_rounds=10,
+    product=8192,
+    vae=SD_VAE,
+)
+TINY_SCALE = Scale(
+    network=TINY,
+    peer="DiT-S/8",
+    latent=8,
+    large_latent=16,
+    batches=(1, 2),
+    batch=2,
+    large_batch=1,
+    rounds=2,
+    steps=2,
+    training={"tiny/2": (TINY, 2)},
+    training_rounds=2,
+    product=64,
+    vae=TINY_VAE,
+)
+
+
+def network(size: dict[str, int], latent: int) -> DiT:
+    """Return a DiT of 1,000 classes with random weights, none of them zero."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        made = DiT(latent, num_classes=1000, **size)  # type: ignore[arg-type]
+        for name, parameter in made.named_parameters():
+            if name != "pos_embed":
+                nn.init.normal_(parameter, std=0.02)
+    return made.eval()
+
+
+def autoencoder(scale: Scale) -> Any:
+    """Return an autoencoder of Stable Diffusion's size with random weights."""
+    from diffusers import AutoencoderKL
+
+    with torch.device(DEVICE):
+        return AutoencoderKL(latent_channels=4, sample_size=256, **scale.vae).eval()
+
+
+def model(made: DiT, vae: Any) -> Model:
+    """Return the model that ``load`` would make of these weights."""
+    codec = VAECodec(vae, sha256="random")
+    return from_denoiser(ClassConditional(made, DDPM()).eval(), "random", codec=codec)
+
+
+ARITHMETICS = ("fp32", "TF32", "bf16", "bf16 + compile")
+
+
+@contextmanager
+def arithmetic(name: str) -> Iterator[torch.dtype]:
+    """Set how float32 products are computed, and give the type of the network's weights."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
+    try:
+        yield torch.bfloat16 if name.startswith("bf16") else torch.float32
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def peak(name: str) -> float | None:
+    """Return the device's FLOP/s in an arithmetic by its data sheet, None where not known."""
+    if DEVICE == "cpu":
+        return None
+    card = torch.cuda.get_device_name()
+    column = 0 if name == "fp32" else 1 if name == "TF32" else 2
+    known = [peaks[column] for part, peaks in PEAKS.items() if part in card]
+    return known[0] * 1e12 if known else None
+
+
+def share_of_peak(flops: float, seconds: float, name: str) -> str:
+    """Return the MFU as a note, empty where the peak is not known."""
+    known = peak(name)
+    return f"MFU {flops / seconds / known:.1%}" if known else ""
