@@ -50,9 +50,9 @@ def seen(network: DiT, backend: SDPBackend, dtype: torch.dtype) -> tuple[dict[st
     ("dtype", "backend", "bound"),
     [
         (torch.float32, SDPBackend.EFFICIENT_ATTENTION, 1e-3),
-        (torch.bfloat16, SDPBackend.EFFICIENT_ATTENTION, 0.1),
-        (torch.bfloat16, SDPBackend.FLASH_ATTENTION, 0.1),
-        (torch.bfloat16, SDPBackend.CUDNN_ATTENTION, 0.1),
+        (torch.bfloat16, SDPBackend.EFFICIENT_ATTENTION, 0.2),
+        (torch.bfloat16, SDPBackend.FLASH_ATTENTION, 0.2),
+        (torch.bfloat16, SDPBackend.CUDNN_ATTENTION, 0.2),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
@@ -79,5 +79,9 @@ def test_saliency_is_that_of_the_plain_formula(
     scale = float(output.abs().max())
     outputs = float((other - output).abs().max()) / scale
     stated(f"{kind}: greatest difference of the output from MATH / its greatest", outputs, bound)
+    flipped = [float(((read[name] > 1) != (expected[name] > 1)).float().mean()) for name in later]
+    stated(
+        f"{kind}: share of SAG's mask that differs from MATH", max(flipped), max(bound / 2, 0.01)
+    )
     for name in later:
         assert expected[name].std() > 0.01, "even attention would agree whatever happens"

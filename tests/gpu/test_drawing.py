@@ -65,8 +65,12 @@ def test_compiled_blocks_give_the_same_images(device: str, stated: Stated) -> No
     pixels = [model.codec.decode(x) for model, x in ((eager, expected), (compiled, drawn))]
     stated("compiled: greatest difference in pixel values from eager", differences(*pixels)[0], 1)
 
-    again = last_x(compiled, requests(3), INTERVALS)
-    assert torch.equal(again[:3], drawn[:3])
+    start = time.perf_counter()
+    again = last_x(compiled, requests(3), INTERVALS)[:3]
+    stated("compiled: seconds of a later batch", time.perf_counter() - start)
+    # Shapes seen again may be served by the code that was compiled for any shape.
+    repeated = differences(again, drawn[:3])[0]
+    stated("compiled: greatest difference in x_0 of a later batch from the first", repeated, 2e-4)
     assert counters["stats"]["unique_graphs"] == graphs, "a second batch compiled anew"
 
 
