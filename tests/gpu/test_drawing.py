@@ -29,7 +29,7 @@ INTERVALS = replace(
         CFG(scale=1.5, interval=(0.4, 1.0)),
     ),
 )
-"""The base alone, with SAG, with both and with CFG: four sizes of batch in one run."""
+"""The base alone, with SAG, with both and with CFG: batches of one and of two times the images."""
 
 
 def test_images_agree_with_the_cpu(device: str, stated: Stated) -> None:
@@ -45,7 +45,7 @@ def test_neighbours_and_padding_do_not_change_an_image(device: str) -> None:
 
 
 def test_compiled_blocks_give_the_same_images(device: str, stated: Stated) -> None:
-    """With SAG, CFG and intervals, whose batches differ in size and whose layer runs eagerly."""
+    """With SAG, CFG and intervals, where batches differ in size and the layer read runs eagerly."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -58,16 +58,23 @@ def test_compiled_blocks_give_the_same_images(device: str, stated: Stated) -> No
     stated(
         "compiled: seconds of the first batch, compilation included", time.perf_counter() - start
     )
-    graphs = counters["stats"]["unique_graphs"]
-    assert graphs > 0, "nothing was compiled"
-    stated("compiled: recompilations for all sizes of batch", graphs - 1, 2)
+    assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     stated("compiled: greatest difference in x_0 from eager", differences(drawn, expected)[0], 2e-4)
     pixels = [model.codec.decode(x) for model, x in ((eager, expected), (compiled, drawn))]
     stated("compiled: greatest difference in pixel values from eager", differences(*pixels)[0], 1)
 
-    again = last_x(compiled, requests(3), INTERVALS)
-    assert torch.equal(again[:3], drawn[:3])
-    assert counters["stats"]["unique_graphs"] == graphs, "a second batch compiled anew"
+    start = time.perf_counter()
+    again = last_x(compiled, requests(3), INTERVALS)[:3]
+    stated("compiled: seconds of a later batch", time.perf_counter() - start)
+    # Shapes seen again may be served by the code that was compiled for any shape.
+    repeated = differences(again, drawn[:3])[0]
+    stated("compiled: greatest difference in x_0 of a later batch from the first", repeated, 2e-4)
+    graphs = counters["stats"]["unique_graphs"]
+    last_x(compiled, requests(3), replace(INTERVALS, batch_size=3))
+    last_x(compiled, requests(5), replace(INTERVALS, batch_size=5))
+    stated("compiled: recompilations for batches of 4 and 8 rows", graphs - 1, 1)
+    more = counters["stats"]["unique_graphs"] - graphs
+    stated("compiled: further recompilations for batches of 3, 6, 5 and 10 rows", more, 1)
 
 
 def test_capture_adds_little_memory(device: str, stated: Stated) -> None:

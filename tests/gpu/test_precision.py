@@ -39,7 +39,8 @@ SETTINGS = Settings(
 def predicted(device: str, folder: Path, precision: str) -> tuple[Tensor, Tensor]:
     """Draw the bundled patches as sample.py does; return x_0 and its pixels."""
     steps: list[SampleStep] = []
-    module = DiffusionModule(sag_dit.load("patches"), settings=SETTINGS, watch=steps.append)
+    model = sag_dit.load("patches")
+    module = DiffusionModule(model, settings=SETTINGS, watch=steps.append)
     trainer = Trainer(
         accelerator=device,
         devices=1,
@@ -52,13 +53,14 @@ def predicted(device: str, folder: Path, precision: str) -> tuple[Tensor, Tensor
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    (drawn,) = trainer.predict(module, datamodule=PendingRequests(requests(4), 4))
-    return steps[-1].x, drawn.images
+    trainer.predict(module, datamodule=PendingRequests(requests(4), 4), return_predictions=False)
+    assert len(steps) == SETTINGS.steps
+    return steps[-1].x, model.codec.decode(steps[-1].x)
 
 
 @pytest.mark.parametrize(
     ("name", "precision", "matmul", "most", "mean"),
-    [("bf16-mixed", "bf16-mixed", "highest", 160, 4), ("TF32", "32-true", "high", 100, 0.5)],
+    [("bf16-mixed", "bf16-mixed", "highest", 64, 2), ("TF32", "32-true", "high", 32, 0.25)],
 )
 def test_images(
     device: str,
@@ -88,12 +90,15 @@ def test_images(
 def test_losses(
     device: str, stated: Stated, tmp_path: Path, name: str, argument: str, bound: float
 ) -> None:
-    plain = train_digits(tmp_path / "plain", device, 12)
-    other = train_digits(tmp_path / "other", device, 12, argument)
-    assert len(plain) == len(other) == 12
+    steps = 60 if device == "cuda" else 12
+    plain = train_digits(tmp_path / "plain", device, steps)
+    other = train_digits(tmp_path / "other", device, steps, argument)
+    assert len(plain) == len(other) == steps
     assert plain[-1] < plain[0] and all(map(math.isfinite, other))
     apart = [abs(a / b - 1) for a, b in zip(other, plain, strict=True)]
-    stated(f"training in {name}: greatest relative difference of 12 losses", max(apart), bound)
+    drift = abs(sum(other) / sum(plain) - 1)
+    stated(f"training in {name}: greatest relative difference of {steps} losses", max(apart), bound)
+    stated(f"training in {name}: relative difference of the mean loss", drift, bound / 4)
     acts = device == "cuda" or name == "bf16-mixed"
     assert (max(apart) > 0) is acts
 
@@ -101,14 +106,14 @@ def test_losses(
 @pytest.fixture(scope="module")
 def vae(device: str) -> Any:
     """Stable Diffusion's autoencoder with random weights; on the CPU an eighth as wide."""
-    wide = (128, 256, 512, 512) if device == "cuda" else (16, 32, 64, 64)
+    wide, groups = ((128, 256, 512, 512), 32) if device == "cuda" else ((16, 32, 64, 64), 4)
     torch.manual_seed(0)
     made = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=wide,
         layers_per_block=2,
-        norm_num_groups=8,
+        norm_num_groups=groups,
         latent_channels=4,
         scaling_factor=0.18215,
     )
@@ -130,19 +135,20 @@ def test_decoding_agrees_with_the_cpu(device: str, stated: Stated, vae: Any) -> 
 
 
 def timed(function: Any, device: str) -> tuple[Tensor, float]:
-    """Return a result and its seconds, after a first call that warms up."""
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - start
+    """Return a result and the least seconds of four calls, of which the first warms up."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return function(), min(once() for _ in range(3))
 
 
 def test_decoding_in_bfloat16(device: str, stated: Stated, vae: Any) -> None:
-    """Against float32 without TF32; the codec itself stays in float32 under a trainer's bfloat16."""
+    """Against float32 without TF32; under a trainer's bfloat16 the codec itself stays as it is."""
     here, coarse = deepcopy(vae).to(device), deepcopy(vae).to(device, torch.bfloat16)
     codec, x = VAECodec(here), latents(32 if device == "cuda" else 8).to(device)
     plain, seconds = timed(partial(codec.decode, x), device)
