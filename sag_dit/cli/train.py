@@ -165,6 +165,7 @@ def make_module(config: DictConfig, model: Model) -> DiffusionModule:
         optimizer=instantiate(config.optimizer),
         schedule=instantiate(config.schedule) if config.schedule else None,
         ema_decay=config.ema.decay,
+        ema_warmup=bool(config.ema.get("warmup")),
         max_skipped=config.max_skipped,
         seed=config.seed,
     )

@@ -141,6 +141,24 @@ def held_out(hashes: Indices, labels: Indices, share: float) -> NDArray[np.bool_
     return chosen
 
 
+def balanced(chosen: Indices, labels: Indices, balance: float) -> Indices:
+    """Repeat the images of small classes: round((n_max / n)^balance) times in a class of n.
+
+    n_max is the size of the largest class: with 0 every image comes once, with 1 all classes are
+    about equally frequent.
+
+    Raises:
+        ValueError: ``balance`` is not from 0 to 1.
+    """
+    if not 0 <= balance <= 1:
+        raise ValueError(f"balance={balance}: expected 0 (every image once) to 1 (classes alike)")
+    if balance == 0:
+        return chosen
+    counts = np.bincount(labels[chosen])
+    times = np.rint((counts.max() / np.maximum(counts, 1)) ** balance).astype(np.int64)
+    return np.repeat(chosen, times[labels[chosen]])
+
+
 def workers_per_process(processes: int = 1) -> int:
     """Return how many loader processes suit each of several processes on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -190,6 +208,11 @@ class StepData(LightningDataModule, ABC):
         """Which images are held out."""
 
     @property
+    def training_images(self) -> Indices:
+        """The images of an epoch."""
+        return np.flatnonzero(~self.held_out_images)
+
+    @property
     def rank(self) -> int:
         """This process's number among all."""
         return self.trainer.global_rank if self.trainer else 0
@@ -200,7 +223,7 @@ class StepData(LightningDataModule, ABC):
         Raises:
             ValueError: the ranks cannot share the batch equally, or it exceeds the images.
         """
-        size, there = self.batch_size, int((~self.held_out_images).sum())
+        size, there = self.batch_size, len(self.training_images)
         if size % world:
             raise ValueError(
                 f"data.batch_size={size} on {world} ranks: expected a multiple of {world}, such as "
@@ -219,7 +242,7 @@ class StepData(LightningDataModule, ABC):
         first = self.trainer.fit_loop.total_batch_idx + 1 if self.trainer else 0
         return self._loader(
             TrainingBatches(
-                np.flatnonzero(~self.held_out_images),
+                self.training_images,
                 self.rank_batch_size(world),
                 self.seed,
                 flip=self.flip,
