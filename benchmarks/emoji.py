@@ -179,11 +179,13 @@ class Run:
             *WAYS[way],
             *(f"every_n_steps.validation={every}", f"every_n_steps.checkpoint={2 * every}"),
             *(f"every_n_steps.preview={2 * steps}", f"schedule.num_warmup_steps={steps // 40}"),
-            # Lightning's own clock, should the machine become slower; weights are exported then too.
+            # Should the machine become slower: the weights are exported then too.
             f"+trainer.max_time={clock(left)}",
         )
         self.note("training_seconds", took)
-        self.note("validation", [row["val/loss"] for row in read_metrics(out) if row.get("val/loss")])
+        self.note(
+            "validation", [row["val/loss"] for row in read_metrics(out) if row.get("val/loss")]
+        )
         shutil.copy(next(out.rglob("metrics.csv")), self.out / "metrics.csv")
 
     def export(self) -> Path:
@@ -241,7 +243,9 @@ def main() -> None:
     parser.add_argument("--autoencoder-seconds", type=float, default=1200)
     parser.add_argument("--seconds", type=float, default=3600, help="to train the denoiser")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--reuse", type=Path, help="an autoencoder's folder instead of training one")
+    parser.add_argument(
+        "--reuse", type=Path, help="an autoencoder's folder instead of training one"
+    )
     parser.add_argument("--tiny", action="store_true", help="see all of it work, in a minute")
     options = parser.parse_args()
     run = Run(options.out.resolve(), options.work.resolve(), options.tiny)
