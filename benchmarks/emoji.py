@@ -107,10 +107,10 @@ class Run:
         arguments = ["--out", str(folder), "--seconds", str(seconds)]
         arguments += ["--tiny"] * self.tiny
         took = self.command("-m", "benchmarks.emoji_autoencoder", *arguments)
+        self.note("autoencoder_seconds", took)
+        self.note("autoencoder", json.loads((folder / "measured.json").read_text()))
         self.pack(folder, "config.json", "diffusion_pytorch_model.safetensors", "measured.json")
         shutil.copy(folder / "reconstructions.png", self.out)
-        self.note("autoencoder", json.loads((folder / "measured.json").read_text()))
-        self.note("autoencoder_seconds", took)
 
     def latents(self) -> None:
         """Write the images to train on and to tune with, and encode them."""
