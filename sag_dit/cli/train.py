@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import signal
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from sag_dit.cli.app import launch, literal, quiet_lightning
+from sag_dit.cli.begun import go_on_as_begun, identity, run_folder
 from sag_dit.cli.values import make_terms
 
 if TYPE_CHECKING:
@@ -25,52 +24,8 @@ if TYPE_CHECKING:
     from sag_dit.training.lora import LoRA
     from sag_dit.training.module import DiffusionModule
 
-NOT_WEIGHTS = (
-    *("out", "logger", "every_n_steps", "preview", "max_steps", "compile", "max_skipped"),
-    *("track", "checkpoint_blocks", "data.workers", "trainer.enable_progress_bar"),
-)
-"""Keys that do not change what the weights are after a given number of steps."""
-
 FROM_CHECKPOINT = ("model", "process", "kind", "patch_size", "num_classes")
 """Keys of a fresh model; with ``ckpt`` they have to be null."""
-
-
-ADDED = {"ema.warmup": False, "data.balance": 0.0, "data.validation": None}
-"""Keys of later versions -> the value at which everything is as it was before there was the key."""
-
-
-def identity(config: DictConfig) -> dict[str, Any]:
-    """Return what determines the weights, as plain values."""
-    values: Any = OmegaConf.to_container(config, resolve=True)
-    without = [key for key, before in ADDED.items() if OmegaConf.select(config, key) == before]
-    for key in (*NOT_WEIGHTS, *without):
-        group, _, name = key.rpartition(".")
-        (values[group] if group else values).pop(name, None)
-    plain: dict[str, Any] = json.loads(json.dumps(values))
-    return plain
-
-
-def run_folder(config: DictConfig) -> Path:
-    """Return the run's folder: ``out``, or one named after what determines the weights."""
-    if config.out:
-        return Path(config.out)
-
-    def named(values: dict[str, Any]) -> Path:
-        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-        return Path("outputs/train") / f"{config.name}-{digest[:8]}"
-
-    values = identity(config)
-    settings = {key: value for key, value in values["ema"].items() if key != "warmup"}
-    begun = named({**values, "ema": settings})
-    return begun if begun_without_warmup(begun) else named(values)
-
-
-def begun_without_warmup(out: Path) -> bool:
-    """Whether a folder holds a run of a version that did not know ``ema.warmup``."""
-    from sag_dit.output.claim import recorded
-
-    config = recorded(out).get("config", {})
-    return "ema" in config and "warmup" not in config["ema"]
 
 
 def make_model(config: DictConfig, data: StepData) -> Model:
@@ -273,10 +228,7 @@ def run(config: DictConfig) -> None:
         )
     base = load_base(config) if config.ckpt else None
     out = run_folder(config)
-    if begun_without_warmup(out):
-        # It goes on as it began.
-        with open_dict(config.ema):
-            config.ema.pop("warmup", None)
+    go_on_as_begun(config, out)
     config.out = literal(str(out))
     torch.set_float32_matmul_precision(config.matmul)
     torch.manual_seed(config.seed)

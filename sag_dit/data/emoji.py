@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sag_dit.checkpoints import Model
-from sag_dit.data.steps import Batch, Indices, StepData, balanced, check_classes, validation_batches
+from sag_dit.data.balance import balanced
+from sag_dit.data.steps import Batch, Indices, StepData, check_classes, validation_batches
 from sag_dit.tensors import Images, Labels
 
 SIZE = 64
@@ -177,7 +178,8 @@ class EmojiData(StepData):
     @cached_property
     def held_out_images(self) -> NDArray[np.bool_]:
         """Which emoji are not to train on."""
-        return all_emoji().splits != "train"
+        held_out: NDArray[np.bool_] = all_emoji().splits != "train"
+        return held_out
 
     @cached_property
     def training_images(self) -> Indices:

@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from sag_dit.checkpoints import Model
 from sag_dit.codec import VAECodec, hash_tensors
+from sag_dit.data.balance import balanced
 from sag_dit.data.shards import Index, Rows, map_shard, read_index, verify
 from sag_dit.data.steps import (
     Batch,
     Indices,
     NamedData,
     as_it_is,
-    balanced,
     check_classes,
     validation_batches,
 )
@@ -121,7 +121,7 @@ class LatentData(NamedData):
     model is, since drawing takes far longer than copying. ``flip`` takes an image or its mirror
     image with probability 1/2; None means whatever was encoded. ``verify`` compares every shard's
     sha256 before the first step. ``balance`` repeats the images of small classes, see
-    :func:`sag_dit.data.steps.balanced`. ``validation`` is a second folder, to validate with.
+    :func:`sag_dit.data.balance.balanced`. ``validation`` is a second folder, to validate with.
 
     Raises:
         ValueError: the folder is incomplete or damaged, or a value is out of its range.

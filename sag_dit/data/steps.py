@@ -141,24 +141,6 @@ def held_out(hashes: Indices, labels: Indices, share: float) -> NDArray[np.bool_
     return chosen
 
 
-def balanced(chosen: Indices, labels: Indices, balance: float) -> Indices:
-    """Repeat the images of small classes: round((n_max / n)^balance) times in a class of n.
-
-    n_max is the size of the largest class: with 0 every image comes once, with 1 all classes are
-    about equally frequent.
-
-    Raises:
-        ValueError: ``balance`` is not from 0 to 1.
-    """
-    if not 0 <= balance <= 1:
-        raise ValueError(f"balance={balance}: expected 0 (every image once) to 1 (classes alike)")
-    if balance == 0:
-        return chosen
-    counts = np.bincount(labels[chosen])
-    times = np.rint((counts.max() / np.maximum(counts, 1)) ** balance).astype(np.int64)
-    return np.repeat(chosen, times[labels[chosen]])
-
-
 def workers_per_process(processes: int = 1) -> int:
     """Return how many loader processes suit each of several processes on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

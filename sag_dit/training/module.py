@@ -32,7 +32,7 @@ TRAINING = 3
 """Purpose of the random streams of training steps, see :func:`sag_dit.noise.generator`."""
 
 
-def warming_average(decay: float) -> Callable[[Any, Any, Tensor], None]:
+def warming_average(decay: float) -> Callable[[Any, Any, Tensor | int], None]:
     """Return an update of averaged weights whose decay grows: min(decay, (1 + n) / (10 + n)).
 
     n counts the updates before. The first decays by 2/11, the hundredth by 101/110.
@@ -41,7 +41,7 @@ def warming_average(decay: float) -> Callable[[Any, Any, Tensor], None]:
     """
 
     @torch.no_grad()
-    def update(averaged: Any, current: Any, number: Tensor) -> None:
+    def update(averaged: Any, current: Any, number: Tensor | int) -> None:
         n = float(number)
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
 
@@ -93,7 +93,7 @@ class DiffusionModule(LightningModule):
         self.denoiser = model.denoiser
         self.averaged: AveragedModel | None = None
         if ema_decay is not None:
-            average = warming_average if ema_warmup else get_ema_multi_avg_fn
+            average: Any = warming_average if ema_warmup else get_ema_multi_avg_fn
             self.averaged = AveragedModel(self.denoiser, multi_avg_fn=average(ema_decay))
             self.averaged.requires_grad_(False)
         self.objective = objective or MSE()
