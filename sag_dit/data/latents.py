@@ -10,12 +10,20 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from sag_dit.checkpoints import Model
 from sag_dit.codec import VAECodec, hash_tensors
+from sag_dit.data.balance import balanced
 from sag_dit.data.shards import Index, Rows, map_shard, read_index, verify
-from sag_dit.data.steps import Batch, Indices, NamedData, check_classes
+from sag_dit.data.steps import (
+    Batch,
+    Indices,
+    NamedData,
+    as_it_is,
+    check_classes,
+    validation_batches,
+)
 from sag_dit.noise import generator
 from sag_dit.tensors import Images, Labels
 
@@ -89,13 +97,31 @@ def sample_posterior(moments: Moments, seed: int, step: int, rank: int) -> Image
     return torch.addcmul(mean, std, z)
 
 
+def _second(folder: Path, first: Index) -> Latents:
+    """Return the latents to validate with.
+
+    Raises:
+        ValueError: they are not of the classes and the autoencoder of those to train on.
+    """
+    second = Latents(folder.expanduser(), read_index(folder.expanduser()))
+    encoder = "encoder_sha256"
+    here = (first.class_names, first.shape, first.config.get(encoder))
+    if (second.index.class_names, second.index.shape, second.index.config.get(encoder)) != here:
+        raise ValueError(
+            f"data.validation={folder}: expected latents of the same classes, shape and "
+            f"autoencoder as those of data.root"
+        )
+    return second
+
+
 class LatentData(NamedData):
     """Batches (x_0 (b, c, h, w) float32, labels) of a folder that ``encode.py`` wrote.
 
     Loader processes only copy mean and standard deviation; x_0 is drawn once the batch is where the
     model is, since drawing takes far longer than copying. ``flip`` takes an image or its mirror
     image with probability 1/2; None means whatever was encoded. ``verify`` compares every shard's
-    sha256 before the first step.
+    sha256 before the first step. ``balance`` repeats the images of small classes, see
+    :func:`sag_dit.data.balance.balanced`. ``validation`` is a second folder, to validate with.
 
     Raises:
         ValueError: the folder is incomplete or damaged, or a value is out of its range.
@@ -111,9 +137,18 @@ class LatentData(NamedData):
         held_out: float = 0.0,
         verify: bool = True,
         workers: int | None = 1,
+        balance: float = 0.0,
+        validation: str | Path | None = None,
     ) -> None:
         folder = Path(root).expanduser()
         self.index = read_index(folder)
+        if validation is not None and held_out:
+            raise ValueError(
+                f"held_out={held_out} and validation={validation}: expected one of them; either a "
+                f"share of the images or a folder of others"
+            )
+        self._validation = None if validation is None else _second(Path(validation), self.index)
+        self.balance = balance
         if flip and self.index.flips == 1:
             raise ValueError(
                 f"flip=true: {root} holds no mirror images; expected flip=false, or latents "
@@ -145,10 +180,26 @@ class LatentData(NamedData):
         """The hash of every image's name."""
         return self.dataset.names
 
+    @cached_property
+    def training_images(self) -> Indices:
+        """The images of an epoch, those of small classes repeated."""
+        return balanced(super().training_images, self.labels, self.balance)
+
+    def val_dataloader(self) -> Any:
+        """Return the held-out latents or those of the second folder in one order, if any."""
+        if self._validation is None:
+            return super().val_dataloader()
+        world = self.trainer.world_size if self.trainer else 1
+        there = np.arange(len(self._validation))
+        batches: Any = validation_batches(there, max(1, self.batch_size // world), self.rank, world)
+        return DataLoader(self._validation, batch_sampler=batches, collate_fn=as_it_is)
+
     def prepare_data(self) -> None:
         """Compare the shards with the index, once on every machine."""
         if self._verify:
             verify(self._folder, self.index.shards)
+            if self._validation is not None:
+                verify(self._validation.folder, self._validation.index.shards)
 
     def on_after_batch_transfer(
         self, batch: tuple[Moments, Labels, int], dataloader_idx: int

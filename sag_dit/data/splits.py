@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from sag_dit.data.digits import digits
+from sag_dit.data.emoji import emoji
 from sag_dit.data.patches import patches
 from sag_dit.tensors import Images, Labels
 
@@ -24,6 +25,10 @@ SPLITS: dict[str, Callable[[], tuple[Images, Labels]]] = {
     "digits:held_out": lambda: digits("held_out"),
     "digits:tune": lambda: _half_of_digits(odd=False),
     "digits:report": lambda: _half_of_digits(odd=True),
+    "emoji:train": lambda: emoji("train"),
+    "emoji:held_out": lambda: emoji("held_out"),
+    "emoji:tune": lambda: emoji("tune"),
+    "emoji:report": lambda: emoji("report"),
     "patches:held_out": lambda: patches("held_out"),
     "patches:tune": lambda: patches("tune"),
     "patches:report": lambda: patches("report"),

@@ -190,6 +190,11 @@ class StepData(LightningDataModule, ABC):
         """Which images are held out."""
 
     @property
+    def training_images(self) -> Indices:
+        """The images of an epoch."""
+        return np.flatnonzero(~self.held_out_images)
+
+    @property
     def rank(self) -> int:
         """This process's number among all."""
         return self.trainer.global_rank if self.trainer else 0
@@ -200,7 +205,7 @@ class StepData(LightningDataModule, ABC):
         Raises:
             ValueError: the ranks cannot share the batch equally, or it exceeds the images.
         """
-        size, there = self.batch_size, int((~self.held_out_images).sum())
+        size, there = self.batch_size, len(self.training_images)
         if size % world:
             raise ValueError(
                 f"data.batch_size={size} on {world} ranks: expected a multiple of {world}, such as "
@@ -219,7 +224,7 @@ class StepData(LightningDataModule, ABC):
         first = self.trainer.fit_loop.total_batch_idx + 1 if self.trainer else 0
         return self._loader(
             TrainingBatches(
-                np.flatnonzero(~self.held_out_images),
+                self.training_images,
                 self.rank_batch_size(world),
                 self.seed,
                 flip=self.flip,

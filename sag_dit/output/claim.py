@@ -23,8 +23,7 @@ def claim(folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], 
     """
     file = folder / CONFIG
     if file.exists():
-        before = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("settings", {})
-        differences = _differences(before, settings)
+        differences = _differences(recorded(folder).get("settings", {}), settings)
         if differences:
             raise ValueError(
                 f"out={folder} holds {what} of other settings:\n  "
@@ -36,6 +35,12 @@ def claim(folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], 
         temporary.write_text(
             yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8"
         )
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """Return what a folder's ``config.yaml`` says; nothing if there is none."""
+    file = folder / CONFIG
+    return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.exists() else {}
 
 
 def _flat(values: object, prefix: str = "") -> dict[str, object]:

@@ -32,6 +32,22 @@ TRAINING = 3
 """Purpose of the random streams of training steps, see :func:`sag_dit.noise.generator`."""
 
 
+def warming_average(decay: float) -> Callable[[Any, Any, Tensor | int], None]:
+    """Return an update of averaged weights whose decay grows: min(decay, (1 + n) / (10 + n)).
+
+    n counts the updates before. The first decays by 2/11, the hundredth by 101/110.
+
+    Source: TensorFlow's ExponentialMovingAverage with ``num_updates``.
+    """
+
+    @torch.no_grad()
+    def update(averaged: Any, current: Any, number: Tensor | int) -> None:
+        n = float(number)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update
+
+
 class DiffusionModule(LightningModule):
     """Trains a model's denoiser on (images, labels), and draws requests with it.
 
@@ -40,7 +56,9 @@ class DiffusionModule(LightningModule):
     of (seed, batch index, rank).
 
     With ``ema_decay`` the weights' exponential moving average is a module of its own, ``averaged``,
-    updated after every optimiser step; its first update copies, as published. It is what is
+    updated after every optimiser step; its first update copies, as published. With ``ema_warmup``
+    update n decays by min(ema_decay, (1 + n) / (10 + n)) only, so that a short run is not averaged
+    with where it began. The average is what is
     validated and drawn with, and being a module it is sharded, saved and restored like the
     denoiser, whatever the strategy and the moment.
 
@@ -59,6 +77,7 @@ class DiffusionModule(LightningModule):
         optimizer: Callable[[Iterable[Parameter]], Optimizer] | None = None,
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
         ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_skipped: int = 10,
         settings: Settings | None = None,
         gallery: int = 0,
@@ -74,8 +93,8 @@ class DiffusionModule(LightningModule):
         self.denoiser = model.denoiser
         self.averaged: AveragedModel | None = None
         if ema_decay is not None:
-            average = get_ema_multi_avg_fn(ema_decay)
-            self.averaged = AveragedModel(self.denoiser, multi_avg_fn=average)
+            average: Any = warming_average if ema_warmup else get_ema_multi_avg_fn
+            self.averaged = AveragedModel(self.denoiser, multi_avg_fn=average(ema_decay))
             self.averaged.requires_grad_(False)
         self.objective = objective or MSE()
         self.objective.check(self.denoiser)

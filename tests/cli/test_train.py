@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 Command = Callable[..., Any]
@@ -119,6 +120,30 @@ def test_the_same_command_gives_the_same_weights_elsewhere(
     assert left["model.safetensors"] == right["model.safetensors"]
     other = contents(run_folder(train("out=other", "seed=1")))
     assert other["model.safetensors"] != left["model.safetensors"]
+
+
+def forget_warmup(folder: Path) -> None:
+    """Make a run look as versions without ``ema.warmup`` left it."""
+    record = yaml.safe_load((folder / "config.yaml").read_text())
+    assert "warmup" not in record["settings"]["ema"]
+    record["config"]["ema"].pop("warmup", None)
+    (folder / "config.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
+
+
+def test_a_run_begun_before_there_was_a_warm_up_goes_on_without(
+    train: Command, contents: Contents
+) -> None:
+    whole = contents(run_folder(train("out=whole", "ema.warmup=false")))
+    begun = run_folder(train("ema.warmup=false", "max_steps=2"))
+    assert run_folder(train()) != begun
+    forget_warmup(begun)
+    # The same command as before, which did not state the key; and once more after that.
+    for steps in (3, 4):
+        assert run_folder(train(f"max_steps={steps}")) == begun
+        assert steps_of(begun) == 2 * (steps // 2)
+        forget_warmup(begun)
+    assert contents(begun)["model.safetensors"] == whole["model.safetensors"]
+    assert contents(run_folder(train()))["model.safetensors"] == whole["model.safetensors"]
 
 
 def test_misspelt_keys_and_experiments(train: Command) -> None:

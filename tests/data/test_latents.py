@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from sag_dit.checkpoints import from_denoiser
 from sag_dit.codec import VAECodec
+from sag_dit.data.balance import balanced
 from sag_dit.data.latents import LatentData, encoder_sha256, sample_posterior
 from sag_dit.data.shards import INDEX, read_index
 from sag_dit.data.steps import Batch
@@ -262,3 +264,40 @@ def test_latents_are_checked_against_the_model(tmp_path: Path, make_dit: MakeDiT
     with pytest.raises(ValueError, match="the data has 2 classes and the model 10"):
         check()
     assert read_index(root).images == 12
+
+
+def test_balance_repeats_the_small_class(tmp_path: Path) -> None:
+    root = latent_folder(tmp_path, (9,))  # five even ones, four odd ones
+    labels = LatentData(root, 2, workers=0).labels
+    assert balanced(np.arange(9), labels, 0.0).tolist() == list(range(9))
+    few = np.array([0, 1, 2, 4, 6, 8])  # five and one
+    assert np.bincount(labels[balanced(few, labels, 1.0)]).tolist() == [5, 5]
+    assert np.bincount(labels[balanced(few, labels, 0.5)]).tolist() == [5, 2]
+    with pytest.raises(ValueError, match=r"balance=2: expected 0 .* to 1"):
+        balanced(few, labels, 2)
+    shown = LatentData(root, 1, workers=0, balance=1.0, held_out=0.3)
+    every = torch.cat([labels for _, labels in batches(shown, len(shown.training_images))])
+    assert every.bincount().tolist() == np.bincount(labels[shown.training_images])[:2].tolist()
+
+
+def test_a_second_folder_is_validated_with_and_never_trained_on(tmp_path: Path) -> None:
+    first, second = latent_folder(tmp_path / "first", (8,)), latent_folder(tmp_path / "second")
+    data = LatentData(first, 4, workers=0, validation=second)
+    shown = [batch[0][:, 0, 0, 0, 0].tolist() for batch in data.val_dataloader()]
+    assert shown == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert len(data.training_images) == 8
+    data.prepare_data()
+    (second / FIRST).write_bytes(b"damaged" * 100)
+    with pytest.raises(ValueError, match=FIRST):
+        data.prepare_data()
+
+
+def test_a_second_folder_has_to_fit_the_first(tmp_path: Path) -> None:
+    first, second = latent_folder(tmp_path / "first"), latent_folder(tmp_path / "second")
+    with pytest.raises(ValueError, match=r"held_out=0\.1 and validation=.*expected one of them"):
+        LatentData(first, 4, held_out=0.1, validation=second)
+    index = json.loads((second / INDEX).read_text())
+    index["config"]["encoder_sha256"] = "another"
+    (second / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="expected latents of the same classes, shape and autoenc"):
+        LatentData(first, 4, validation=second)

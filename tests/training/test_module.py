@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 import sag_dit
@@ -22,7 +23,7 @@ from sag_dit.guidance import SAG
 from sag_dit.models import DiT
 from sag_dit.process import DDPM
 from sag_dit.sampling import Request, Settings
-from sag_dit.training.module import DiffusionModule
+from sag_dit.training.module import DiffusionModule, warming_average
 from tests.training import making
 from tests.training.making import ADAM, Losses, assert_same, fresh_model, state
 
@@ -224,3 +225,31 @@ def test_views_stop_where_guidance_does(make_dit: Callable[..., DiT]) -> None:
     settings = Settings(steps=6, guidance=(term,), batch_size=1)
     drawn = DiffusionModule(model, settings=settings, gallery=1).predict_step(requests([0]), 0)
     assert [view.index for view in drawn.views[0]] == [3, 4, 5]
+
+
+def test_a_warming_average_decays_by_one_plus_n_over_ten_plus_n() -> None:
+    network = torch.nn.Linear(1, 1, bias=False)
+    averaged = AveragedModel(network, multi_avg_fn=warming_average(0.5))
+    expected, shown = 0.0, []
+    for n in range(20):
+        value = float(n * n + 1)
+        torch.nn.init.constant_(network.weight, value)
+        averaged.update_parameters(network)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = value if n == 0 else decay * expected + (1 - decay) * value
+        shown.append((float(averaged.module.weight), expected))
+    for here, there in shown:
+        assert here == pytest.approx(there, rel=1e-5)
+
+
+def test_a_short_run_s_average_is_nearer_to_its_weights_with_warm_up(
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    distances = []
+    for warmup in (False, True):
+        torch.manual_seed(0)
+        module = DiffusionModule(fresh_model(), optimizer=ADAM, ema_decay=0.999, ema_warmup=warmup)
+        make_trainer(12).fit(module, datamodule=Digits(16))
+        raw, averaged = module.denoiser.state_dict(), module.evaluated.state_dict()
+        distances.append(sum(float((raw[k] - averaged[k]).square().sum()) for k in raw))
+    assert distances[1] < distances[0] / 2
