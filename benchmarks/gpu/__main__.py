@@ -69,8 +69,10 @@ def gpu_tests(file: Path, tiny: bool) -> None:
     if tiny:
         environment["SAG_DIT_GPU_TESTS_ON"] = "cpu"
     # The project's own pytest options are for its pinned pytest and torch.
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-o", "addopts=", "-W", "default"]
-    command += ["-rs", "-q", "--import-mode=importlib", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-o", "addopts="]
+    command += ["-o", "minversion=", "-W", "default", "--import-mode=importlib"]
+    command += ["-p", "no:cacheprovider", "-q", "-rs", "--durations=8", "--tb=short"]
+    command += ["--continue-on-collection-errors", f"--junitxml={report}"]
     code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     for line in stated.read_text("utf-8").splitlines() if stated.exists() else []:
         entry = json.loads(line)
