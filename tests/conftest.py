@@ -1,56 +1,64 @@
-"""Fixtures shared by all tests: tiny models that attend unevenly, and a repeatable hypothesis."""
+"""Fixtures shared by all tests: tiny models that attend unevenly, and a repeatable hypothesis.
+
+The process of pytest-xdist that runs no test reads this file too: torch is imported when needed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import settings
 
-from sag_dit.denoiser import ClassConditional
-from sag_dit.models import DiT
-from sag_dit.process import DDPM
+if TYPE_CHECKING:
+    from sag_dit.denoiser import ClassConditional
+    from sag_dit.models import DiT
+
+MakeDiT = Callable[..., "DiT"]
+
+# Before torch and numpy read it; the commands that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # The same examples on every machine; no database, so no folder is left behind.
 settings.register_profile("project", deadline=None, derandomize=True, database=None)
 settings.load_profile("project")
 
-MakeDiT = Callable[..., DiT]
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Share folders of tests between the cores; run what is named more closely in this process.
+
+    Each process first imports for some ten seconds and takes 1.5 GB: four at most.
+    """
+    folders = any(Path(each).is_dir() for each in config.args)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, 4) if folders else 0
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tiny tensors run faster on one thread, and sums keep their order."""
+    import torch
+
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """References that tests make do not end in the user's folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAG_DIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture
 def make_dit() -> MakeDiT:
     """Build a tiny DiT none of whose weights is zero, so that every part of it matters."""
+    from tests import small
 
-    def make(seed: int = 0, **options: object) -> DiT:
-        defaults: dict[str, object] = {
-            "input_size": 8,
-            "patch_size": 2,
-            "in_channels": 4,
-            "hidden_size": 48,
-            "depth": 3,
-            "num_heads": 4,
-            "num_classes": 10,
-            "learn_sigma": True,
-        }
-        network = DiT(**{**defaults, **options})  # type: ignore[arg-type]
-        random = torch.Generator().manual_seed(seed)
-        for name, parameter in network.named_parameters():
-            if name == "pos_embed":
-                continue
-            spread = 0.1 if parameter.ndim == 1 else 1.5 / parameter[0].numel() ** 0.5
-            values = torch.randn(parameter.shape, generator=random) * spread
-            parameter.data.copy_(values)
-        return network.eval().requires_grad_(False)
-
-    return make
+    return small.dit
 
 
 @pytest.fixture
@@ -68,10 +76,14 @@ def wide_dit(make_dit: MakeDiT) -> DiT:
 @pytest.fixture
 def denoiser(tiny_dit: DiT) -> ClassConditional:
     """The tiny DiT as a denoiser of the linear process."""
-    return ClassConditional(tiny_dit, DDPM())
+    from tests import small
+
+    return small.denoiser(tiny_dit)
 
 
 @pytest.fixture
 def wide_denoiser(wide_dit: DiT) -> ClassConditional:
     """The rectangular DiT as a denoiser of the linear process."""
-    return ClassConditional(wide_dit, DDPM())
+    from tests import small
+
+    return small.denoiser(wide_dit)

@@ -159,7 +159,7 @@ def start(tmp_path: Path) -> Start:
         return subprocess.Popen(
             [sys.executable, str(ROOT / script), *arguments],
             cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

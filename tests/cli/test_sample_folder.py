@@ -108,6 +108,12 @@ def plan_of(ckpt: Path, *overrides: str) -> Plan:
         return make_plan(compose("sample", [quoted(f"ckpt={ckpt}"), *map(quoted, overrides)]))
 
 
+@pytest.fixture(scope="module")
+def usual(tiny: Path) -> Path:
+    """The folder of the tiny model at its defaults."""
+    return plan_of(tiny).folder.path
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -127,8 +133,10 @@ def plan_of(ckpt: Path, *overrides: str) -> Plan:
         "trainer.precision=bf16-mixed",
     ],
 )
-def test_the_folder_is_named_by_what_determines_pixels(tiny: Path, override: str) -> None:
-    assert plan_of(tiny, override).folder.path != plan_of(tiny).folder.path
+def test_the_folder_is_named_by_what_determines_pixels(
+    tiny: Path, usual: Path, override: str
+) -> None:
+    assert plan_of(tiny, override).folder.path != usual
 
 
 @pytest.mark.parametrize(
@@ -145,14 +153,14 @@ def test_the_folder_is_named_by_what_determines_pixels(tiny: Path, override: str
         "guidance.cfg.channels=3",  # of a term that is off
     ],
 )
-def test_the_folder_is_not_named_by_anything_else(tiny: Path, override: str) -> None:
-    assert plan_of(tiny, override).folder.path == plan_of(tiny).folder.path
+def test_the_folder_is_not_named_by_anything_else(tiny: Path, usual: Path, override: str) -> None:
+    assert plan_of(tiny, override).folder.path == usual
 
 
 def test_the_folder_is_named_by_the_weights_not_by_where_they_lie(
-    tiny: Path, save_official: Callable[..., Path], tmp_path: Path
+    usual: Path, save_official: Callable[..., Path], tmp_path: Path
 ) -> None:
     same = save_official(tmp_path / "tiny.pt")
-    assert plan_of(same).folder.path == plan_of(tiny).folder.path
+    assert plan_of(same).folder.path == usual
     other = save_official(tmp_path / "tiny.pt", seed=1)
-    assert plan_of(other).folder.path != plan_of(tiny).folder.path
+    assert plan_of(other).folder.path != usual

@@ -42,7 +42,6 @@ def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -132,6 +131,7 @@ def test_killed_told_to_stop_and_truncated(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 20), (2, 6)])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_many_kills_at_random_moments(tmp_path: Path, ranks: int, kills: int, workers: int) -> None:
