@@ -28,6 +28,7 @@ from tests.attention.looking import (
     queries_and_keys,
     traces,
 )
+from tests.closeness import assert_near
 
 EDITS = [
     Identity("blocks.1.attn"),
@@ -52,7 +53,7 @@ def test_edits_change_their_rows_and_no_others(
     chosen = torch.zeros(4, dtype=torch.bool)
     chosen[rows] = True
     assert torch.equal(edited[~chosen], plain[~chosen])
-    torch.testing.assert_close(edited[chosen], everywhere[chosen], rtol=1e-5, atol=1e-5)
+    assert_near(edited[chosen], everywhere[chosen])
     assert ((everywhere - plain).abs().flatten(1).amax(1) > 1e-3).all()
     assert traces(tiny_dit) == []
 
@@ -66,20 +67,20 @@ def test_identity_attention_is_a_linear_map_of_the_values(tiny_dit: DiT, inputs:
         tiny_dit(*inputs)
     handle.remove()
     value = attn.qkv(seen["x"])[..., 2 * 48 :]
-    torch.testing.assert_close(seen["out"], attn.proj(value))
+    assert_near(seen["out"], attn.proj(value))
 
 
 def test_skipping_a_block_equals_a_network_without_it(tiny_dit: DiT, inputs: Inputs) -> None:
     with AttentionTap(tiny_dit, edits=[(Skip("blocks.1"), slice(0, 4))]):
         skipped = tiny_dit(*inputs)
     del tiny_dit.blocks[1]
-    torch.testing.assert_close(skipped, tiny_dit(*inputs))
+    assert_near(skipped, tiny_dit(*inputs))
 
 
 def test_an_edit_that_attends_as_before_changes_nothing(tiny_dit: DiT, inputs: Inputs) -> None:
     plain = tiny_dit(*inputs)
     with AttentionTap(tiny_dit, edits=[(Same("blocks.1.attn"), slice(1, 3))]):
-        torch.testing.assert_close(tiny_dit(*inputs), plain)
+        assert_near(tiny_dit(*inputs), plain)
 
 
 def test_captures_see_what_was_before_the_edit_of_the_same_layer(
@@ -89,7 +90,7 @@ def test_captures_see_what_was_before_the_edit_of_the_same_layer(
     edits = [(Identity("blocks.1.attn"), slice(2, 4))]
     with AttentionTap(tiny_dit, [Capture(LAYERS[1]), Capture(LAYERS[2])], edits) as tap:
         tiny_dit(*inputs)
-    torch.testing.assert_close(tap.captured["blocks.1.attn"], saliency(query, key))
+    assert_near(tap.captured["blocks.1.attn"], saliency(query, key))
     later, _ = queries_and_keys(tiny_dit, inputs, 2)
     assert tap.captured["blocks.2.attn"].shape == (4, 16) and later.shape[0] == 4
 
@@ -107,7 +108,7 @@ def test_edits_of_several_rows_and_modules_at_once(tiny_dit: DiT, inputs: Inputs
     assert torch.equal(together[0], plain[0])
     for edit, rows in edits:
         with AttentionTap(tiny_dit, edits=[(edit, rows)]):
-            torch.testing.assert_close(together[rows], tiny_dit(*inputs)[rows])
+            assert_near(together[rows], tiny_dit(*inputs)[rows])
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_two_edits_of_the_same_module_and_rows_both_act(
     with AttentionTap(tiny_dit, edits=[(edit, slice(0, 2)) for edit in edits]):
         both = tiny_dit(*inputs)
     with AttentionTap(tiny_dit, edits=[(product, slice(0, 2))]):
-        torch.testing.assert_close(both, tiny_dit(*inputs), rtol=1e-4, atol=1e-5)
+        assert_near(both, tiny_dit(*inputs))
 
 
 @dataclass(frozen=True)

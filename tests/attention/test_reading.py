@@ -24,6 +24,7 @@ from tests.attention.looking import (
     small_unet,
     traces,
 )
+from tests.closeness import assert_near
 from tests.conftest import MakeDiT
 
 
@@ -57,8 +58,8 @@ def test_rows_and_keys_of_captures(tiny_dit: DiT, inputs: Inputs) -> None:
         tiny_dit(*inputs)
     query, key = queries_and_keys(tiny_dit, inputs, 1)
     assert set(tap.captured) == {"blocks.1.attn", "last", "blocks.0.attn"}
-    torch.testing.assert_close(tap.captured["blocks.1.attn"], saliency(query, key)[1:3])
-    torch.testing.assert_close(tap.captured["last"], attention_map(query, key)[3:])
+    assert_near(tap.captured["blocks.1.attn"], saliency(query, key)[1:3])
+    assert_near(tap.captured["last"], attention_map(query, key)[3:])
     assert tap.captured["blocks.0.attn"].shape == (4, 16)
     assert capture_key("blocks.1.attn", "map") == "blocks.1.attn:map"
 
@@ -69,7 +70,7 @@ def test_tokens_of_the_layer_are_used(tiny_dit: DiT, inputs: Inputs) -> None:
         tiny_dit(*inputs)
     query, key = queries_and_keys(tiny_dit, inputs, 1)
     expected = saliency(query, key, tokens=slice(4, 16))
-    torch.testing.assert_close(tap.captured["blocks.1.attn"], expected)
+    assert_near(tap.captured["blocks.1.attn"], expected)
     assert expected.shape == (4, 12)
 
 
@@ -87,7 +88,7 @@ def test_gradients_pass_and_what_is_read_carries_none(make_dit: MakeDiT, inputs:
     plain = torch.autograd.grad(network(x, *inputs[1:]).sum(), x)[0]
     with AttentionTap(network, [Capture(LAYERS[1])], [(Same("blocks.0.attn"), slice(1, 3))]) as tap:
         tapped = torch.autograd.grad(network(x, *inputs[1:]).sum(), x)[0]
-    torch.testing.assert_close(tapped, plain)
+    assert_near(tapped, plain)
     assert not tap.captured["blocks.1.attn"].requires_grad
 
 
@@ -130,7 +131,7 @@ def test_mask_and_scale_of_the_call_are_read_and_kept(shape: tuple[int, ...]) ->
     rows = slice(1, 3)
     edits = [(Same("0"), rows)]
     with AttentionTap(network, [Capture(AttentionLayer("0", (2, 2)), rows)], edits) as tap:
-        torch.testing.assert_close(network(x), plain)
+        assert_near(network(x), plain)
     mask = network[0].mask.expand(3, 2, 4, 4)
     expected = (x @ x.mT * 0.5 + mask).softmax(-1).mean(1).sum(1)[rows]
-    torch.testing.assert_close(tap.captured["0"], expected)
+    assert_near(tap.captured["0"], expected)

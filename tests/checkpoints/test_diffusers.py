@@ -18,6 +18,7 @@ from sag_dit.codec import VAECodec
 from sag_dit.models import DiT
 from sag_dit.process import DDPM
 from tests.checkpoints.conftest import NAMES, Same, edit_json, to_diffusers
+from tests.closeness import assert_near
 from tests.conftest import MakeDiT
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -55,9 +56,7 @@ def test_diffusers_computes_the_same_once_its_two_constants_are_the_published_on
     t, y = torch.tensor([1, 400, 999]), torch.tensor([2, 10, 7])
     with torch.no_grad():
         expected = theirs.eval()(x, timestep=t, class_labels=y).sample
-        torch.testing.assert_close(
-            load(pipeline).denoiser.network(x, t, y), expected, rtol=1e-5, atol=1e-5
-        )
+        assert_near(load(pipeline).denoiser.network(x, t, y), expected)
 
 
 def test_original_file_and_its_conversion_agree(

@@ -23,6 +23,7 @@ from sag_dit.process import DDPM, Flow
 from sag_dit.sampler import EulerFlow
 from sag_dit.sampler.diffusers import DiffusersSampler
 from sag_dit.sampling import Request, Settings, sample, trajectory
+from tests.closeness import assert_near
 from tests.pipelines import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -85,7 +86,7 @@ def test_the_network_is_asked_as_its_pipeline_asks_it(family: str, saved: Saved)
     for row, cond in enumerate(conditions):
         ours = denoiser.evaluate(x_t, level.times(x_t), cond)
         expected = denoiser.unpacked(theirs[row : row + 1], TokenGrid(cells))
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+        assert_near(ours, expected, 1e-4)
 
 
 def latents_of(folder: Path, sampler: Any, guidance: tuple[Any, ...], steps: int) -> Any:
@@ -113,7 +114,7 @@ def test_flux_draws_what_its_guided_pipeline_draws(saved: Saved) -> None:
             output_type="latent",
             **call,
         ).images
-    torch.testing.assert_close(PackedText.packed(ours), theirs, rtol=1e-4, atol=1e-4)
+    assert_near(PackedText.packed(ours), theirs, 1e-4)
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "pixart", "sd3"])
@@ -139,8 +140,7 @@ def test_others_draw_what_their_guided_pipelines_draw(family: str, saved: Saved)
             ).images
     finally:
         pipe.scheduler = before
-    size = float(theirs.abs().max())
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * size)
+    assert_near(ours, theirs, 1e-4)
 
 
 def test_a_prompts_image_does_not_depend_on_other_prompts(saved: Saved) -> None:

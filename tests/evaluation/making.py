@@ -24,11 +24,13 @@ class Tiny(FeatureExtractor):
         self.protocol = {"weights": f"seed {seed}", "range": "x / 255"}
 
     def forward(self, images: Tensor) -> Features:
-        pool = (images.flatten(1).float() / 255 @ self.weight).abs()
+        # Rounded from float64, so that an image has the same features in every batch: a product in
+        # float32 depends, on some processors, on how many rows it has.
+        pool = (images.flatten(1).double() / 255 @ self.weight.double()).abs()
         return Features(
-            pool,
-            pool[:, 10:] if self.spatial else None,
-            pool @ self.head if self.logits else None,
+            pool.float(),
+            pool[:, 10:].float() if self.spatial else None,
+            (pool @ self.head.double()).float() if self.logits else None,
         )
 
 

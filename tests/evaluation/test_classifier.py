@@ -17,6 +17,7 @@ from sag_dit.data.splits import split
 from sag_dit.evaluation.classifier import KINDS, SmallClassifier, bundled_classifier, convolutions
 from sag_dit.evaluation.features import Features
 from sag_dit.evaluation.statistics import Statistics, frechet_distance
+from tests.closeness import assert_near
 
 SHA256 = {
     "digits": "6c371f48bd9be38cac91e424080824f3da611c8c7794aa2394d1645f5e889e21",
@@ -55,11 +56,11 @@ def test_features_are_few_and_those_described(name: str) -> None:
     features = model(images)
     maps = model.convolutions(images / 127.5 - 1)
     assert maps.shape == (5, 32, 4, 4)
-    torch.testing.assert_close(features.pool, maps.sum((2, 3)) / 16)
+    assert_near(features.pool, maps.sum((2, 3)) / 16)
     assert features.spatial is not None and features.logits is not None
-    torch.testing.assert_close(features.spatial.reshape(5, 2, 4, 4), maps[:, :2])
+    assert_near(features.spatial.reshape(5, 2, 4, 4), maps[:, :2])
     expected = features.pool @ model.classes.weight.T + model.classes.bias
-    torch.testing.assert_close(features.logits, expected)
+    assert_near(features.logits, expected)
     assert features.logits.shape == (5, KINDS[name].classes)
 
 
@@ -69,7 +70,7 @@ def test_an_image_has_the_same_features_in_any_batch_and_nothing_is_trained(name
     model = classifier(name)
     together = model.train()(images).pool
     alone = torch.cat([model(image[None]).pool for image in images])
-    torch.testing.assert_close(together, alone)
+    assert_near(together, alone)
     assert not together.requires_grad
 
 

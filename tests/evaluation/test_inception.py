@@ -18,6 +18,7 @@ from sag_dit.evaluation import inception
 from sag_dit.evaluation.inception import FILE, SHA256, Inception, find_weights
 from sag_dit.evaluation.reference import load_reference
 from sag_dit.evaluation.suite import Suite
+from tests.closeness import assert_near
 from tests.evaluation.making import pixels
 
 fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
@@ -96,7 +97,7 @@ def test_pool_is_torch_fidelitys(weights: Path, seen: dict[str, Tensor]) -> None
 
 def test_logits_leave_out_the_bias(network: Inception, seen: dict[str, Tensor]) -> None:
     head = network.network.get_submodule("fc")
-    torch.testing.assert_close(seen["logits"], nn.functional.linear(seen["pool"], head.weight))
+    assert_near(seen["logits"], nn.functional.linear(seen["pool"], head.weight))
     assert head.bias.abs().max() > 0.1
 
 
@@ -126,7 +127,7 @@ def test_resize_is_tensorflow_ones(seen: dict[str, Tensor]) -> None:
         part = (place - low).reshape(-1, *(1,) * (3 - axis))
         images = images.take(low, axis) * (1 - part) + images.take(high, axis) * part
     expected = (images - 128) / 128
-    np.testing.assert_allclose(seen["Conv2d_1a_3x3:in"].numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(seen["Conv2d_1a_3x3:in"].numpy(), expected, atol=5e-5)
 
 
 @pytest.mark.slow

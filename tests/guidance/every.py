@@ -84,7 +84,7 @@ def every(model: str) -> dict[str, Term]:
         "CFG": CFG(1.7),
         "CFG, rescale": CFG(1.7, rescale=0.7),
         "CFG, channels": CFG(1.7, channels=3),
-        "APG": APG(1.7, norm_threshold=2.5),
+        "APG": APG(1.7, norm_threshold=25.0),
         "SAG": SAG(0.7),
         "SAG, two layers": SAG(0.7, layer=(0, 1), quantile=0.6, blur_sigma=0.2, blur_in="grid"),
         "SAG, high frequency": SAG(0.7, mask="high_frequency"),

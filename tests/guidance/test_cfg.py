@@ -9,6 +9,7 @@ from torch import Tensor
 from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import CFG, GuidedDenoiser
 from sag_dit.process import DDPM
+from tests.closeness import assert_near
 from tests.conftest import MakeDiT
 from tests.guidance.reference import Straight, step_at
 
@@ -34,7 +35,7 @@ def test_cfg_is_null_plus_w_times_the_difference(
         # The published sampler leaves the other channels to the condition alone.
         expected[:, channels:] = cond[:, channels:]
     guided = GuidedDenoiser(denoiser, [CFG(scale, channels=channels)])(x, step, y)
-    torch.testing.assert_close(guided.eps, expected, rtol=1e-4, atol=1e-4)
+    assert_near(guided.eps, expected)
 
 
 def test_scale_0_is_the_unconditional_model(
@@ -44,7 +45,7 @@ def test_scale_0_is_the_unconditional_model(
     step = step_at(denoiser.process, 4)
     guided = GuidedDenoiser(denoiser, [CFG(0.0)])(x, step, y)
     null = denoiser(x, step.level, torch.full_like(y, 10))
-    torch.testing.assert_close(guided.v, null.v, rtol=1e-4, atol=1e-4)
+    assert_near(guided.v, null.v)
 
 
 def test_what_the_model_lacks_is_refused(denoiser: ClassConditional, make_dit: MakeDiT) -> None:

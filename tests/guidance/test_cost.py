@@ -16,6 +16,7 @@ from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import CFG, SAG, BlurGuidance, GuidedDenoiser, Question, Term
 from sag_dit.guidance.term import Asking
 from sag_dit.process import DDPM
+from tests.closeness import assert_near
 from tests.guidance.reference import counted, step_at
 
 Batch = tuple[Tensor, Tensor]
@@ -90,7 +91,7 @@ def test_batched_equals_one_by_one(
     with counted(denoiser) as seen:
         apart = GuidedDenoiser(denoiser, terms, max_rows=max_rows)(batch[0], step, batch[1])
     assert sum(seen) == sum(rows) and max(seen) <= max_rows
-    torch.testing.assert_close(together.v, apart.v, rtol=1e-3, atol=1e-4)
+    assert_near(together.v, apart.v)
 
 
 def test_a_question_answered_before_costs_nothing(denoiser: ClassConditional, batch: Batch) -> None:

@@ -13,6 +13,7 @@ from sag_dit.guidance import CFG, SAG, BlurGuidance, GuidedDenoiser, Question, T
 from sag_dit.guidance.term import Asking
 from sag_dit.noise import NoiseSource
 from sag_dit.process import DDPM
+from tests.closeness import assert_near
 from tests.conftest import MakeDiT
 from tests.guidance.reference import counted, step_at
 
@@ -38,9 +39,9 @@ def test_sums_commute_and_add_up(denoiser: ClassConditional, batch: Batch) -> No
         return GuidedDenoiser(denoiser, chosen)(batch[0], step, batch[1]).v - plain
 
     whole = added(*terms)
-    torch.testing.assert_close(whole, added(*reversed(terms)), rtol=1e-3, atol=1e-4)
+    assert_near(whole, added(*reversed(terms)))
     parts = torch.stack([added(term) for term in terms]).sum(dim=0)
-    torch.testing.assert_close(whole, parts, rtol=1e-3, atol=1e-4)
+    assert_near(whole, parts)
 
 
 def test_contributions_are_linear_in_the_scale(denoiser: ClassConditional, batch: Batch) -> None:
@@ -50,7 +51,7 @@ def test_contributions_are_linear_in_the_scale(denoiser: ClassConditional, batch
         GuidedDenoiser(denoiser, [SAG(scale)])(batch[0], step, batch[1]).v - plain
         for scale in (0.5, 1.5)
     )
-    torch.testing.assert_close(3 * once, thrice, rtol=1e-3, atol=1e-4)
+    assert_near(3 * once, thrice, scale=plain)
 
 
 def test_a_sum_of_nothing_is_the_model(denoiser: ClassConditional, batch: Batch) -> None:
@@ -73,7 +74,7 @@ def test_variance_is_that_of_the_clean_base(
     null = denoiser(batch[0], step.level, torch.full_like(batch[1], 10)).variance_fraction
     guided = GuidedDenoiser(denoiser, terms)(batch[0], step, batch[1]).variance_fraction
     assert plain is not None and null is not None and guided is not None
-    torch.testing.assert_close(guided, plain, rtol=1e-4, atol=1e-5)
+    assert_near(guided, plain)
     assert (null - plain).abs().max() > 1e-2
 
 
@@ -96,9 +97,9 @@ def test_attention_is_what_sag_has_seen(
     beside = GuidedDenoiser(denoiser, terms)(x, step, y, read)
     assert set(alone.attention) == {name}
     assert set(beside.attention) == {name, f"base/{name}"}
-    torch.testing.assert_close(alone.attention[name], degraded, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(beside.attention[name], degraded, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(beside.attention[f"base/{name}"], given, rtol=1e-4, atol=1e-4)
+    assert_near(alone.attention[name], degraded)
+    assert_near(beside.attention[name], degraded)
+    assert_near(beside.attention[f"base/{name}"], given)
     assert torch.equal(beside.v, alone.v)
 
 
@@ -111,7 +112,7 @@ def test_of_two_terms_that_read_a_layer_the_first_counts(
         GuidedDenoiser(denoiser, chosen)(batch[0], step, batch[1]).attention["blocks.1.attn"]
         for chosen in (terms[:1], terms, terms[::-1])
     )
-    torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-4)
+    assert_near(both, alone)
     assert (turned - alone).abs().max() > 1e-2
 
 
@@ -159,7 +160,7 @@ def test_a_round_without_questions_is_no_end(denoiser: ClassConditional, batch: 
     step = step_at(denoiser.process, 4)
     plain = GuidedDenoiser(denoiser)(batch[0], step, batch[1])
     guided = GuidedDenoiser(denoiser, [Mistaken(what="asks nothing")])(batch[0], step, batch[1])
-    torch.testing.assert_close(guided.v, plain.v + 1)
+    assert_near(guided.v, plain.v + 1)
 
 
 def test_noise_of_the_run_reaches_the_terms(denoiser: ClassConditional, batch: Batch) -> None:
@@ -175,7 +176,7 @@ def test_noise_of_the_run_reaches_the_terms(denoiser: ClassConditional, batch: B
     plain = GuidedDenoiser(denoiser)(batch[0], step, batch[1])
     guided = GuidedDenoiser(denoiser, [Noisy()], noise=source)(batch[0], step, batch[1])
     expected = source.normal(4, (4, 8, 8), purpose=7)
-    torch.testing.assert_close(guided.v, plain.v + expected)
+    assert_near(guided.v, plain.v + expected)
 
 
 def test_a_worse_model_is_asked_in_its_own_batch(
@@ -194,11 +195,11 @@ def test_a_worse_model_is_asked_in_its_own_batch(
     base, bad = (model(batch[0], step.level, batch[1]).v for model in (denoiser, worse))
     with counted(denoiser) as rows, counted(worse) as worse_rows:
         alone = GuidedDenoiser(denoiser, [Autoguidance()])(batch[0], step, batch[1])
-    torch.testing.assert_close(alone.v, 2 * base - bad, rtol=1e-4, atol=1e-4)
+    assert_near(alone.v, 2 * base - bad)
     assert (rows, worse_rows) == ([3], [3])
     with counted(denoiser) as rows, counted(worse) as worse_rows:
         terms = [Autoguidance(), CFG(2.0), SAG(1.0)]
         together = GuidedDenoiser(denoiser, terms)(batch[0], step, batch[1])
     assert (rows, worse_rows) == ([6, 3], [3])
     apart = GuidedDenoiser(denoiser, terms[1:])(batch[0], step, batch[1])
-    torch.testing.assert_close(together.v, apart.v + base - bad, rtol=1e-3, atol=1e-3)
+    assert_near(together.v, apart.v + base - bad)

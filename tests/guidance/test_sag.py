@@ -12,6 +12,7 @@ from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import CFG, SAG, BlurGuidance, GuidedDenoiser, Term
 from sag_dit.guidance.sag import attention_mask, fitting_kernel
 from sag_dit.process import DDPM, Flow, Process
+from tests.closeness import assert_near
 from tests.conftest import MakeDiT
 from tests.guidance.reference import Straight, blur, step_at
 
@@ -52,7 +53,7 @@ def test_sag_is_the_paper_s_form_in_eps(
     difference = straight.sag_difference(batch[0], level, batch[1], block=2, blur_sigma=1.5)
     assert difference.abs().max() > 1e-4
     # Compared as what is added, so that a wrong term cannot hide behind a large base.
-    torch.testing.assert_close(eps - plain, 0.7 * difference, rtol=1e-3, atol=2e-5)
+    assert_near(eps - plain, 0.7 * difference, scale=plain)
 
 
 @pytest.mark.parametrize("index", [1, 5, 9])
@@ -66,7 +67,7 @@ def test_sag_of_a_flow_model_combines_in_eps_too(
     eps, plain = guided(model, [SAG(scale=0.7, layer="blocks.0")], batch, index)
     difference = straight.sag_difference(batch[0], level, batch[1], block=0)
     assert difference.abs().max() > 1e-3
-    torch.testing.assert_close(eps - plain, 0.7 * difference, rtol=1e-3, atol=2e-5)
+    assert_near(eps - plain, 0.7 * difference, scale=plain)
 
 
 def test_a_flow_model_is_guided_at_pure_noise_without_dividing(
@@ -78,7 +79,7 @@ def test_a_flow_model_is_guided_at_pure_noise_without_dividing(
     assert step.level.alpha == 0
     base = GuidedDenoiser(model)(batch[0], step, batch[1])
     result = GuidedDenoiser(model, [BlurGuidance(scale=1.0)])(batch[0], step, batch[1])
-    torch.testing.assert_close(result.v - base.v, base.x_0 - blur(base.x_0, 9, 1.0))
+    assert_near(result.v - base.v, base.x_0 - blur(base.x_0, 9, 1.0))
 
 
 @pytest.mark.parametrize("flow", [False, True], ids=["vp", "flow"])
@@ -97,25 +98,25 @@ def test_guided_x_0_is_the_blurred_image_s_form(
     worse = model(x_bar, step.level, y)
     result = GuidedDenoiser(model, [BlurGuidance(scale=0.5)])(x, step, y)
     expected = base.x_0 + 0.5 * (x_0_tilde - worse.x_0)
-    torch.testing.assert_close(result.x_0, expected, rtol=1e-4, atol=1e-4)
+    assert_near(result.x_0, expected)
 
 
 def test_blur_guidance_is_sag_whose_mask_is_1(denoiser: ClassConditional, batch: Batch) -> None:
     """Saliency is never negative, so a threshold below 0 selects everything."""
     everywhere, plain = guided(denoiser, [SAG(scale=1.0, threshold=-1.0)], batch)
     blurred, _ = guided(denoiser, [BlurGuidance(scale=1.0)], batch)
-    torch.testing.assert_close(everywhere, blurred, rtol=1e-5, atol=1e-5)
+    assert_near(everywhere, blurred)
     straight = Straight(denoiser.network, denoiser.process)
     level = step_at(denoiser.process, 4).level
     difference = straight.sag_difference(batch[0], level, batch[1], block=None)
-    torch.testing.assert_close(blurred - plain, difference, rtol=1e-3, atol=2e-5)
+    assert_near(blurred - plain, difference, scale=plain)
     masked, _ = guided(denoiser, [SAG(scale=1.0)], batch)
     assert (masked - blurred).abs().max() > 1e-3
 
 
 def test_a_mask_of_0_guides_nothing(denoiser: ClassConditional, batch: Batch) -> None:
     eps, plain = guided(denoiser, [SAG(scale=1.0, threshold=16.0)], batch)
-    torch.testing.assert_close(eps, plain, rtol=1e-5, atol=1e-5)
+    assert_near(eps, plain)
 
 
 @given(
@@ -142,7 +143,7 @@ def test_guidance_fades_with_the_blur(denoiser: ClassConditional, batch: Batch) 
 def test_blur_pixel_by_pixel(size: tuple[int, int], kernel: int, sigma: float) -> None:
     x_0 = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     blurred = BlurGuidance(kernel_size=kernel, blur_sigma=sigma).blurred(x_0)
-    torch.testing.assert_close(blurred, blur(x_0, kernel, sigma))
+    assert_near(blurred, blur(x_0, kernel, sigma))
 
 
 @pytest.mark.filterwarnings("ignore:kernel_size=")
@@ -160,7 +161,7 @@ def test_kernels_shrink_to_the_largest_odd_size_that_fits(
 def test_the_published_kernel_works_on_a_small_latent() -> None:
     x_0 = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(0))
     blurred = BlurGuidance(kernel_size=31, blur_sigma=9.0).blurred(x_0)
-    torch.testing.assert_close(blurred, blur(x_0, 15, 9.0))
+    assert_near(blurred, blur(x_0, 15, 9.0))
 
 
 def test_a_reduced_kernel_is_told(denoiser: ClassConditional, batch: Batch) -> None:
@@ -183,7 +184,7 @@ def test_rectangular_grids(wide_denoiser: ClassConditional) -> None:
     straight = Straight(wide_denoiser.network, wide_denoiser.process)
     level = step_at(wide_denoiser.process, 4).level
     difference = straight.sag_difference(x, level, batch[1], block=0)
-    torch.testing.assert_close(eps - plain, difference, rtol=1e-3, atol=2e-5)
+    assert_near(eps - plain, difference, scale=plain)
 
 
 def test_the_layer_matters_and_auto_is_the_middle(denoiser: ClassConditional, batch: Batch) -> None:
@@ -223,7 +224,7 @@ def test_branch_that_sag_degrades(
     cond_eps, null_eps = straight.eps(x, level.t, y), straight.eps(x, level.t, null)  # type: ignore[arg-type]
     difference = straight.sag_difference(x, level, null if degraded == "null" else y, block=1)
     expected = null_eps + cfg_scale * (cond_eps - null_eps) + 0.5 * difference
-    torch.testing.assert_close(eps, expected, rtol=1e-3, atol=1e-4)
+    assert_near(eps, expected)
 
 
 def test_outside_cfg_s_interval_auto_degrades_the_condition(

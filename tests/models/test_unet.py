@@ -13,6 +13,7 @@ from sag_dit.denoiser import ClassConditional
 from sag_dit.models.classifier import Classifier
 from sag_dit.models.unet import UNet
 from sag_dit.process import DDPM
+from tests.closeness import assert_near
 
 FLAGS: dict[str, Any] = {
     "input_size": (8, 16),
@@ -41,7 +42,8 @@ def unet() -> UNet:
 
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(2, 1, 8, 16), torch.tensor([3, 900]), torch.tensor([1, 4])
+    x = torch.randn(2, 1, 8, 16, generator=torch.Generator().manual_seed(0))
+    return x, torch.tensor([3, 900]), torch.tensor([1, 4])
 
 
 def test_every_layer_is_captured_on_its_grid_under_both_names(
@@ -95,7 +97,7 @@ def test_labels_are_dropped_in_training_alone(batch: tuple[Tensor, Tensor, Tenso
 def test_times_are_told_scaled(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     x, t, y = batch
     scaled, plain = make(time_scale=0.25), make()
-    torch.testing.assert_close(scaled(x, 4 * t, y), plain(x, t, y))
+    assert_near(scaled(x, 4 * t, y), plain(x, t, y))
     assert not torch.allclose(scaled(x, t, y), plain(x, t, y))
 
 
@@ -115,7 +117,7 @@ def test_half_precision_answers_like_full(batch: tuple[Tensor, Tensor, Tensor]) 
     rough = ClassConditional(make(), DDPM()).bfloat16()
     answer = rough(x, level, y)
     assert answer.v.dtype == torch.float32
-    torch.testing.assert_close(answer.eps, exact(x, level, y).eps, rtol=0.1, atol=0.2)
+    assert_near(answer.eps, exact(x, level, y).eps, 0.05)
 
 
 def test_recomputed_blocks_give_the_same_gradients(batch: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -126,7 +128,7 @@ def test_recomputed_blocks_give_the_same_gradients(batch: tuple[Tensor, Tensor, 
         assert network.checkpoint_blocks is recompute
         network(*batch).square().sum().backward()
         gradients.append(network.conv_in.weight.grad)
-    torch.testing.assert_close(*gradients)
+    assert_near(*gradients)
 
 
 @pytest.mark.parametrize(

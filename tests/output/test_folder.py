@@ -239,8 +239,9 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def test_writer_writes_the_image_last(folder: SampleFolder, written: list[Path]) -> None:
-    images = torch.randint(0, 256, (2, 3, 8, 6), dtype=torch.uint8)
-    twin = torch.randint(0, 256, (3, 8, 6), dtype=torch.uint8)
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 8, 6), dtype=torch.uint8, generator=random)
+    twin = torch.randint(0, 256, (3, 8, 6), dtype=torch.uint8, generator=random)
     drawn = Drawn(requests(2), images, twins={0: twin}, views={0: tuple(views()), 1: ()})
     PredictionWriter(folder).write(drawn)
     # An image says that its request is done, so its views and twin have to be there before.

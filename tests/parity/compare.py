@@ -10,10 +10,10 @@ def error(ours: Tensor, golden: Tensor) -> float:
     """How far ours is from a golden, relative to it; infinite if shapes differ or it is not finite.
 
     Float64 tables and masks are compared number by number. A float32 result is compared as a whole,
-    ||ours - golden|| / ||golden||, or by a tenth of its largest single difference over the golden's
-    root mean square, if that is more: where x_0 is clamped at the noisy end, the few numbers
-    within the bounds carry the rounding of x_t / alpha, which differs between processors. The
-    states of a trajectory grow, so each is measured by its own size.
+    ||ours - golden|| / ||golden||, or by a twentieth of its largest single difference over the
+    golden's root mean square, if that is more: where x_0 is clamped at the noisy end, the few
+    numbers within the bounds carry the rounding of x_t / alpha, which differs between processors.
+    The states of a trajectory grow, so each is measured by its own size.
     """
     if ours.shape != golden.shape or not ours.isfinite().all():
         return float("inf")
@@ -27,7 +27,7 @@ def error(ours: Tensor, golden: Tensor) -> float:
     size = golden.square().mean(dim=1).sqrt()
     whole = difference.square().mean(dim=1).sqrt() / size
     worst = difference.abs().amax(dim=1) / size
-    return float(torch.maximum(whole, worst / 10).max())
+    return float(torch.maximum(whole, worst / 20).max())
 
 
 def tolerance(golden: Tensor) -> float:

@@ -30,6 +30,7 @@ from sag_dit.guidance import (
     Term,
 )
 from sag_dit.pipelines import guide
+from tests.closeness import assert_near
 from tests.pipelines import tiny
 from tests.pipelines.test_traces import network_of, traces
 from tests.pipelines.tiny import draw
@@ -131,8 +132,7 @@ def test_every_method_guides_every_family(pipe: Any, family: str, method: str) -
         assert changed.isfinite().all()
         assert float((changed - plain).abs().mean()) > 1e-3 * float(plain.abs().mean()), term
     apart = guided(pipe, family, terms[-1], max_rows=1)
-    atol = 1e-4 * float(changed.abs().max())
-    torch.testing.assert_close(apart, changed, rtol=1e-4, atol=atol)
+    assert_near(apart, changed, 1e-4)
     assert traces(pipe) == before
     with counted(pipe) as rows:
         off = guided(pipe, family, replace(terms[0], scale=terms[0].neutral))
@@ -140,7 +140,7 @@ def test_every_method_guides_every_family(pipe: Any, family: str, method: str) -
     assert torch.equal(off, plain)
     if terms[0].from_null:
         other = guided(pipe, family, terms[-1], guidance_scale=9.0)
-        torch.testing.assert_close(other, changed, rtol=1e-4, atol=atol)
+        assert_near(other, changed, 1e-4)
 
 
 @pytest.mark.parametrize(("family", "method"), REFUSED, indirect=["family"])
@@ -173,7 +173,7 @@ def test_autoguidance_extrapolates_from_the_worse_pipeline() -> None:
     pipe.transformer = worse("sd3")
     expected = draw(pipe, "sd3", **call)
     assert float((expected - plain).abs().mean()) > 0.01
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert_near(found, expected, 1e-4)
 
 
 @pytest.mark.parametrize("block", ["transformer_blocks.0", "single_transformer_blocks.0"])
@@ -202,4 +202,4 @@ def test_as_many_words_as_patches_are_told_apart(pipe: Any, family: str, block: 
     finally:
         setattr(network, kind, blocks)
     assert float((without - plain).abs().max()) > 1e-2
-    torch.testing.assert_close(found, 2 * plain - without, rtol=1e-4, atol=1e-4)
+    assert_near(found, 2 * plain - without, 1e-4)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sag_dit.guidance import APG, CFG, PAG, SAG, Term
 from sag_dit.pipelines import guide
+from tests.closeness import assert_near
 from tests.pipelines import tiny
 from tests.pipelines.tiny import draw
 
@@ -23,7 +24,7 @@ def guided(pipe: Any, family: str, *terms: Term, **call: Any) -> Tensor:
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+    assert_near(ours, theirs, 1e-4)
 
 
 def test_without_an_active_term_it_is_the_pipeline_bit_for_bit(pipe: Any, family: str) -> None:
@@ -62,7 +63,7 @@ def test_the_pipelines_own_cfg_carries_the_guidance_unchanged(pipe: Any, family:
     with_cfg = one_step(pipe, family, *terms, **own) - one_step(pipe, family, **own)
     without = one_step(pipe, family, *terms, **off) - one_step(pipe, family, **off)
     assert float(with_cfg.abs().max()) > 1e-3
-    torch.testing.assert_close(with_cfg[:1], without, rtol=1e-3, atol=1e-4 * float(without.max()))
+    assert_near(with_cfg[:1], without, 1e-3)
 
 
 def test_beside_cfg_sag_degrades_the_null_prompts_prediction(pipe: Any, family: str) -> None:
@@ -78,7 +79,7 @@ def test_beside_cfg_sag_degrades_the_null_prompts_prediction(pipe: Any, family: 
         pipe, family, prompt=null, **off
     )
     assert float(alone.abs().max()) > 1e-3
-    torch.testing.assert_close(beside[:1], alone, rtol=1e-3, atol=1e-3 * float(alone.abs().max()))
+    assert_near(beside[:1], alone, 1e-3)
 
 
 def test_a_cfg_term_takes_the_place_of_the_pipelines_own(pipe: Any, family: str) -> None:

@@ -9,11 +9,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from sag_dit.process import Flow, NoiseLevel
 from sag_dit.process.flow import shifted
 
 SCALES = [1.0, 1000.0]
+
+
+def normal(*shape: int) -> Tensor:
+    random = torch.Generator().manual_seed(0)
+    return torch.randn(shape, dtype=torch.float64, generator=random)
 
 
 @given(u=st.floats(0, 1), scale=st.sampled_from([1.0, 2.5, 1000.0]))
@@ -52,7 +58,7 @@ def test_levels_keep_the_type_of_their_times() -> None:
 
 def test_the_velocity_is_eps_minus_x_0_and_where_the_line_leads() -> None:
     process = Flow()
-    x_0, eps = torch.randn(2, 1, 3, 4, 4, dtype=torch.float64)
+    x_0, eps = normal(2, 1, 3, 4, 4)
     v = process.target(x_0, eps, process.level(0.4), "v")
     assert torch.equal(v, eps - x_0)
     here, there = (process.add_noise(x_0, eps, process.level(t)) for t in (0.4, 0.5))
@@ -63,7 +69,7 @@ def test_the_velocity_is_eps_minus_x_0_and_where_the_line_leads() -> None:
 def test_v_is_read_at_both_ends_without_dividing(t: float) -> None:
     process = Flow()
     level = process.level(t)
-    x_0, eps = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64)
+    x_0, eps = normal(2, 2, 3, 4, 4)
     x_t = process.add_noise(x_0, eps, level)
     prediction = process.predict(x_t, level, eps - x_0, "v")
     torch.testing.assert_close(prediction.x_0, x_0)

@@ -10,6 +10,7 @@ from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import CFG, SAG, GuidedDenoiser, Term
 from sag_dit.noise import START, NoiseSource
 from sag_dit.sampler import DDIM, Ancestral, Sampler
+from tests.closeness import assert_near, places_are_alike
 
 Asked = tuple[int, int, int]
 """Seed, index and label of one image."""
@@ -41,10 +42,19 @@ def drawn(
 def test_place_and_neighbours_change_no_bit(
     denoiser: ClassConditional, sampler: Sampler, terms: list[Term]
 ) -> None:
+    """Where the processor has it that a place changes bits, these are the last ones."""
     first = drawn(denoiser, sampler, terms, [(0, 0, 1), (0, 1, 2), (0, 2, 3), (7, 3, 4)])
     other = drawn(denoiser, sampler, terms, [(9, 9, 9), (7, 3, 4), (0, 0, 1), (0, 1, 5)])
+    x, y = torch.ones(1, *denoiser.latent_shape).cumsum(-1).sin(), torch.tensor([1])
+    alike = all(
+        places_are_alike(denoiser.network, x, torch.tensor([500]), y, rows=rows) for rows in (4, 8)
+    )
     for asked in ((0, 0, 1), (7, 3, 4)):
-        assert torch.equal(first[asked], other[asked])
+        assert_near(first[asked], other[asked])
+        assert torch.equal(first[asked], other[asked]) or not alike
+    beside = drawn(denoiser, sampler, terms, [(0, 0, 1), (9, 9, 9), (0, 1, 5), (7, 3, 4)])
+    for asked in ((0, 0, 1), (7, 3, 4)):
+        assert torch.equal(first[asked], beside[asked])
     assert not torch.equal(first[0, 1, 2], other[0, 1, 5])
 
 
@@ -56,7 +66,7 @@ def test_batch_size_changes_rounding_only(denoiser: ClassConditional, terms: lis
         for start in range(0, 6, size):
             apart = drawn(denoiser, DDIM(), terms, asked[start : start + size])
             for key, image in apart.items():
-                torch.testing.assert_close(image, together[key], rtol=1e-3, atol=1e-3)
+                assert_near(image, together[key])
 
 
 def test_guidance_changes_the_image_and_nothing_global(denoiser: ClassConditional) -> None:

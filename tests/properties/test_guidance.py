@@ -15,6 +15,7 @@ from torch import Tensor
 from sag_dit.guidance import CFG, SAG, SEG, CFGZero, GuidedDenoiser, Term, cost_of
 from sag_dit.process import Flow, Step
 from sag_dit.sampler import DDIM, EulerFlow, Sampler
+from tests.closeness import assert_near
 from tests.guidance.every import CELLS, METHODS, MODELS, NOISE, batch, every, guided
 from tests.guidance.reference import counted, step_at
 
@@ -50,7 +51,8 @@ def test_every_method_changes_v_and_stays_finite(model: str, name: str) -> None:
         if idle(name, step):
             assert torch.equal(v, before)
         else:
-            assert (change > 1e-6 * before.abs().amax()).all()
+            # More than rounding alone.
+            assert (change > 4e-6 * before.abs().amax()).all()
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -81,8 +83,7 @@ def test_all_at_once_equal_one_by_one(model: str) -> None:
         with counted(denoiser) as rows_apart:
             apart = guided(denoiser, terms, step, max_rows=3).v
         assert len(rows) == 2 and sum(rows) == sum(rows_apart) and set(rows_apart) == {3}
-        scale = together.abs().amax().item()
-        torch.testing.assert_close(together, apart, rtol=1e-3, atol=2e-5 * scale)
+        assert_near(together, apart, 1e-4)
 
 
 @given(
@@ -104,9 +105,8 @@ def test_terms_commute_and_add_up(names: list[str], index: int, random: object) 
     before = plain("eps", index)
     whole = guided(denoiser, terms, step).v
     parts = before + sum(guided(denoiser, [term], step).v - before for term in terms)
-    atol = 1e-4 * max(1.0, whole.abs().amax().item())
-    torch.testing.assert_close(guided(denoiser, shuffled, step).v, whole, rtol=1e-3, atol=atol)
-    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=atol)
+    assert_near(guided(denoiser, shuffled, step).v, whole, 1e-4)
+    assert_near(parts, whole, 1e-4)
 
 
 @given(order=st.permutations([0, 1, 2]), name=st.sampled_from(METHODS))
@@ -117,7 +117,7 @@ def test_the_order_of_the_images_does_not_matter(order: list[int], name: str) ->
     term = every(model)[name]
     v = guided(MODELS[model], [term], step).v
     permuted = guided(MODELS[model], [term], step, order=order).v
-    torch.testing.assert_close(permuted, v[order], rtol=1e-4, atol=1e-5)
+    assert_near(permuted, v[order])
 
 
 @given(
@@ -135,13 +135,8 @@ def test_a_schedule_scales_the_scale_s_excess_over_off(
     term = replace(every(model)[name], scale=every(model)[name].neutral + scale)
     weighted = replace(term, schedule=lambda p: weight)
     scaled = replace(term, scale=term.neutral + weight * scale)
-    atol = 1e-5 * max(1.0, abs(weight * scale))
-    torch.testing.assert_close(
-        guided(MODELS[model], [weighted], step).v,
-        guided(MODELS[model], [scaled], step).v,
-        rtol=1e-3,
-        atol=atol,
-    )
+    found = guided(MODELS[model], [weighted], step).v
+    assert_near(found, guided(MODELS[model], [scaled], step).v)
 
 
 @given(
@@ -194,8 +189,7 @@ def test_what_says_nothing_changes_nothing(model: str) -> None:
             SAG(1.0, blur_sigma=0.01),
             SEG(1.0, blur_sigma=0.01),
         ]
-        atol = 1e-5 * before.abs().amax().item()
-        torch.testing.assert_close(guided(denoiser, nothing, step).v, before, rtol=1e-4, atol=atol)
+        assert_near(guided(denoiser, nothing, step).v, before)
 
 
 def test_zero_init_comes_to_0() -> None:

@@ -115,7 +115,7 @@ def test_a_flow_may_start_below_pure_noise() -> None:
 
 @pytest.mark.parametrize("process", [DDPM(), Flow()], ids=str)
 def test_a_score_is_read_as_the_noise_that_it_is(process: DDPM | Flow) -> None:
-    x_t, eps = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
+    x_t, eps = torch.randn(2, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     level: NoiseLevel = process.level(0.6 if isinstance(process, Flow) else 400)
     by_eps = process.predict(x_t, level, eps, "eps")
     by_score = process.predict(x_t, level, -eps / level.sigma, "score")

@@ -58,9 +58,10 @@ def test_merged_weights_compute_what_adapters_do(
     network, lora = make_dit(), LoRA(rank=4, alpha=alpha)
     plain = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     layers = add_adapters(network, lora)
+    random = torch.Generator().manual_seed(0)
     for name, parameter in network.named_parameters():
         if ".lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=0.1, generator=random)
     state = merged(network.state_dict(), lora.description)
     changed = {name for name in plain if not torch.equal(state[name], plain[name])}
     assert changed == {f"{name}.weight" for name in layers}

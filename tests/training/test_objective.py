@@ -139,7 +139,8 @@ def module(denoiser: ClassConditional, objective: Objective | None) -> Diffusion
 def test_the_module_minimises_its_objective(
     denoiser: ClassConditional, objective: Objective | None
 ) -> None:
-    images = torch.randint(0, 256, (3, 4, 8, 8), dtype=torch.uint8)
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (3, 4, 8, 8), dtype=torch.uint8, generator=random)
     y = torch.tensor([1, 2, 3])
     torch.manual_seed(1)
     built = module(denoiser, objective)
