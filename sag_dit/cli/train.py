@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import signal
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from sag_dit.cli.app import launch, literal, quiet_lightning
+from sag_dit.cli.run_identity import identity, run_folder
 from sag_dit.cli.values import make_terms
 
 if TYPE_CHECKING:
@@ -25,32 +24,8 @@ if TYPE_CHECKING:
     from sag_dit.training.lora import LoRA
     from sag_dit.training.module import DiffusionModule
 
-NOT_WEIGHTS = (
-    *("out", "logger", "every_n_steps", "preview", "max_steps", "compile", "max_skipped"),
-    *("track", "checkpoint_blocks", "data.workers", "trainer.enable_progress_bar"),
-)
-"""Keys that do not change what the weights are after a given number of steps."""
-
 FROM_CHECKPOINT = ("model", "process", "kind", "patch_size", "num_classes")
 """Keys of a fresh model; with ``ckpt`` they have to be null."""
-
-
-def identity(config: DictConfig) -> dict[str, Any]:
-    """Return what determines the weights, as plain values."""
-    values: Any = OmegaConf.to_container(config, resolve=True)
-    for key in NOT_WEIGHTS:
-        group, _, name = key.rpartition(".")
-        (values[group] if group else values).pop(name, None)
-    plain: dict[str, Any] = json.loads(json.dumps(values))
-    return plain
-
-
-def run_folder(config: DictConfig) -> Path:
-    """Return the run's folder: ``out``, or one named after what determines the weights."""
-    if config.out:
-        return Path(config.out)
-    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
-    return Path("outputs/train") / f"{config.name}-{digest[:8]}"
 
 
 def make_model(config: DictConfig, data: StepData) -> Model:

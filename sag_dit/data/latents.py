@@ -101,6 +101,9 @@ class LatentData(NamedData):
         ValueError: the folder is incomplete or damaged, or a value is out of its range.
     """
 
+    key = "latents"
+    former = ("sag_dit.data.latents.LatentData",)
+
     def __init__(
         self,
         root: str | Path,
