@@ -54,9 +54,6 @@ class TextConditional(Denoiser):
         shared: its arguments that are never one row per image.
     """
 
-    key = "text_conditional"
-    former = ("sag_dit.denoiser.text_conditional.TextConditional",)
-
     network_class: ClassVar[str]
     x_name: ClassVar[str] = "hidden_states"
     time_unit: ClassVar[float] = 1.0

@@ -34,7 +34,7 @@ DRAWN = {
     "flow": (*DRAW, "ckpt={line}", "cfgzero_scale=1.5", "sag_scale=0.5", "sampler=heun_flow"),
     "classified": (
         *DRAW,
-        "classifier_scale=0.5",
+        "classifier_scale=0.001",
         "guidance.classifier.classifier={{_target_: brightness.Brightness}}",
     ),
 }

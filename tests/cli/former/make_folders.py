@@ -26,7 +26,15 @@ from hydra import compose, initialize_config_dir
 from sag_dit.cli import evaluate, sample, train
 from sag_dit.cli.app import config_folder, launch, quoted
 
-KEPT = ("config.yaml", "*.png", "*.npz", "*.ckpt", "*.safetensors", "config.json", "[0-9a-f]*.json")
+KEPT = (
+    "config.yaml",
+    "[0-9]*.png",
+    "*.npz",
+    "*.ckpt",
+    "*.safetensors",
+    "config.json",
+    "[0-9a-f]*.json",
+)
 """What is needed to go on: no page, no table."""
 
 
@@ -73,20 +81,26 @@ def make() -> None:
     Path("names.json").write_text(json.dumps(names(runs), indent=1) + "\n")
 
 
+def pack(file: Path) -> None:
+    """Put what is needed of the working directory into a zip."""
+    kept = {each for name in KEPT for each in Path("outputs").rglob(name)}
+    with zipfile.ZipFile(file, "w") as packed:
+        for each in sorted({*kept, Path("places.json")}):
+            entry = zipfile.ZipInfo(each.as_posix())
+            packed.writestr(entry, each.read_bytes(), zipfile.ZIP_DEFLATED)
+
+
 def main(target: Path) -> None:
     """Write both files to ``target``."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = ["make_folders.py"]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SAG_DIT_CACHE"] = f"{folder}/cache"
-        sys.argv = ["make_folders.py"]
         os.chdir(folder)
         make()
         target.mkdir(parents=True, exist_ok=True)
         shutil.copy("names.json", target)
-        files = {each for kept in KEPT for each in Path("outputs").rglob(kept)}
-        with zipfile.ZipFile(target / "former.zip", "w", zipfile.ZIP_DEFLATED) as packed:
-            for file in sorted({*files, Path("places.json")}):
-                packed.writestr(zipfile.ZipInfo(file.as_posix()), file.read_bytes(), zipfile.ZIP_DEFLATED)
+        pack(target / "former.zip")
 
 
 if __name__ == "__main__":
