@@ -25,7 +25,7 @@ from sag_dit.cli.sample import make_plan
 from sag_dit.denoiser import ClassConditional
 from tests.cli.conftest import Command
 from tests.cli.former.commands import DRAWN, FOUR, FOUR_METRICS, NAMED, ONE_ROW, SWEPT, TRAINED
-from tests.test_identity import MOVABLE, moved
+from tests.identity.families import MOVABLE, moved
 
 HERE = Path(__file__).parent
 FINISHED = Path("outputs/evaluate/finished")
