@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from abc import ABC
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
 from types import MappingProxyType
@@ -53,19 +54,55 @@ def name_of(thing: Any, otherwise: str | None = None) -> Name:
     That is its own ``key``, since a subclass is another thing, or else ``otherwise``, by default
     where its code lies.
 
+    Raises:
+        ValueError: another class of its kind has the same key, such as the one it is a copy of.
+
     Example:
         >>> class Sharpen:
         ...     key = "sharpen"
         >>> name_of(Sharpen)
         'sharpen'
     """
-    own = getattr(thing, "__dict__", {})
-    key = own.get("key")
+    key, former = _own(thing)
+    if key is None:
+        return Name(otherwise or _path(thing))
+    _refuse_twins(thing, {key, *former})
+    return Name(key, former)
+
+
+def _own(thing: Any) -> tuple[str | None, tuple[str, ...]]:
+    """Return the key and the former names that a class states itself."""
+    stated = getattr(thing, "__dict__", {})
+    key, former = stated.get("key"), stated.get("former")
+    if not isinstance(key, str):
+        return None, ()
     # The default of a field that happens to be called key is an attribute of the class as well.
-    options = {each.name for each in fields(thing)} if is_dataclass(thing) else set()
-    if isinstance(key, str) and "key" not in options:
-        return Name(key, own.get("former", ()))
-    return Name(otherwise or f"{thing.__module__}.{thing.__qualname__}")
+    if is_dataclass(thing) and "key" in {each.name for each in fields(thing)}:
+        return None, ()
+    return key, former if isinstance(former, tuple) else ()
+
+
+def _path(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def _refuse_twins(thing: Any, names: Set[str]) -> None:
+    """Refuse names that another class of the kind has too: their runs would share a folder."""
+    kinds = [base for base in getattr(thing, "__mro__", ()) if base not in (ABC, object)]
+    seen = set(kinds)
+    while kinds:
+        new = set(type.__subclasses__(kinds.pop())) - seen
+        seen |= new
+        kinds += new
+    for other in seen - {thing}:
+        key, former = _own(other)
+        shared = names & {key, *former}
+        # A class that was made anew, as notebooks do, is the same.
+        if shared and _path(other) != _path(thing):
+            raise ValueError(
+                f"{_path(thing)} and {_path(other)} are both called {min(shared)}, so that their "
+                f"runs could not be told apart: give a copy a key of its own and no former names"
+            )
 
 
 def later(thing: Any) -> dict[str, Any]:

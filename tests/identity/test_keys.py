@@ -74,6 +74,27 @@ def test_a_subclass_is_another_method(denoiser: ClassConditional) -> None:
     assert Solver().identity()["name"] == "Solver"
 
 
+@pytest.mark.parametrize(("name", "value"), [("key", "sag"), ("former", SAG.former)])
+def test_a_copy_has_to_be_called_something_else(
+    denoiser: ClassConditional, monkeypatch: pytest.MonkeyPatch, name: str, value: object
+) -> None:
+    """Or else the images of the original would stand for those of the copy."""
+
+    class Copy(SAG):
+        pass
+
+    monkeypatch.setattr(Copy, "key", "mine", raising=False)
+    monkeypatch.setattr(Copy, "former", ("before.Copy",), raising=False)
+    assert Copy(1.0).identity(denoiser)["term"] == "mine"
+    with monkeypatch.context() as changed:
+        changed.setattr(Copy, name, value)
+        with pytest.raises(ValueError, match=r"Copy and sag_dit.guidance.sag.SAG are both called"):
+            Copy(1.0).identity(denoiser)
+        # A notebook makes a class anew, in the same module and under the same name.
+        Copy.__module__, Copy.__qualname__ = SAG.__module__, SAG.__qualname__
+        Copy(1.0).identity(denoiser)
+
+
 def test_a_field_that_is_called_key_is_no_key(denoiser: ClassConditional) -> None:
     @dataclass(frozen=True)
     class Keyed(PAG):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sag_dit.cli.sample import Pixels
 from sag_dit.data.digits import Digits
 from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import CFG
-from sag_dit.identity import LATER, digest, later, name_of, settings, written
+from sag_dit.identity import LATER, later, name_of, settings, written
 from sag_dit.models import DiT
 from sag_dit.sampler import DDIM
 from tests.identity.families import FAMILIES
@@ -63,38 +64,39 @@ def test_an_option_that_is_added_is_marked_as_later() -> None:
                 assert found["later"][option] == default, f"{name}.{option}"
 
 
-@dataclass(frozen=True)
-class GrownCFG(CFG):
-    """What CFG may once be."""
+@pytest.fixture
+def come_later(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, str], None]:
+    """Mark a field as if runs had been made without it."""
 
-    key = CFG.key
-    former = CFG.former
+    def mark(kind: type, name: str) -> None:
+        (found,) = (each for each in fields(kind) if each.name == name)  # type: ignore[arg-type]
+        monkeypatch.setattr(found, "metadata", LATER)
 
-    _: KW_ONLY
-    phase: float = field(default=0.0, metadata=LATER)
-    parts: tuple[int, ...] = field(default_factory=lambda: (1, 2), metadata=LATER)
-
-
-@dataclass(frozen=True)
-class GrownDDIM(DDIM):
-    """What DDIM may once be."""
-
-    key = DDIM.key
-    former = DDIM.former
-
-    churn: float = field(default=0.0, metadata=LATER)
+    return mark
 
 
-def test_an_option_of_a_method_tells_of_itself_where_it_is_not_at_its_default(
-    denoiser: ClassConditional,
+def test_an_option_of_a_method_is_told_where_it_is_not_at_its_default(
+    denoiser: ClassConditional, come_later: Callable[[type, str], None]
 ) -> None:
-    first = CFG(2.0).identity(denoiser)
-    assert GrownCFG(2.0).identity(denoiser) == first
-    assert GrownCFG(2.0, parts=(1, 2)).identity(denoiser) == first
-    for grown in (GrownCFG(2.0, phase=0.1), GrownCFG(2.0, parts=(2,))):
-        assert digest(grown.identity(denoiser)) != digest(first)
-    assert GrownDDIM().identity() == DDIM().identity()
-    assert GrownDDIM(churn=0.1).identity() == {"name": "ddim", "eta": 0.0, "churn": 0.1}
+    before, solver = CFG(2.0).identity(denoiser), DDIM().identity()
+    come_later(CFG, "channels")
+    come_later(CFG, "interval")
+    come_later(DDIM, "eta")
+    after = CFG(2.0).identity(denoiser)
+    assert before == after | {"channels": None, "interval": [0.0, 1.0]}
+    assert CFG(2.0, channels=3).identity(denoiser) == after | {"channels": 3}
+    assert CFG(2.0, interval=(0.1, 1.0)).identity(denoiser) == after | {"interval": [0.1, 1.0]}
+    assert DDIM().identity() == {"name": "ddim"}
+    assert DDIM(eta=0.5).identity() == solver | {"eta": 0.5}
+
+
+def test_an_option_whose_default_is_made_is_left_out_as_well() -> None:
+    @dataclass(frozen=True)
+    class Listed:
+        parts: list[int] = field(default_factory=lambda: [1, 2], metadata=LATER)
+
+    assert settings(Listed()) == settings(Listed([1, 2])) == {}
+    assert settings(Listed([2])) == {"parts": [2]}
 
 
 def test_what_is_added_to_pixels_or_to_a_protocol_is_left_out_at_its_default() -> None:

@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_dir
 
 from sag_dit.cli import evaluate, records
 from sag_dit.cli.app import config_folder, quoted
+from sag_dit.cli.instruments import Instruments
 from sag_dit.cli.jobs import make_jobs
 from sag_dit.cli.rows import make_rows
 from sag_dit.cli.run_identity import run_folder
@@ -199,9 +200,18 @@ def test_a_metric_that_came_later_is_measured_alone(
 ) -> None:
     """As if recall had not been there when the folder was made."""
     monkeypatch.setattr(records, "FIRST_METRICS", frozenset(FOUR))
+    asked = []
+    suite = Instruments.suite
+
+    def noting(instruments: Instruments, *arguments: Any) -> Any:
+        asked.append(instruments.metrics)
+        return suite(instruments, *arguments)
+
+    monkeypatch.setattr(Instruments, "suite", noting)
     before = state(FINISHED)
     (whole,) = measure(*ONE_ROW)
     assert measure.rows == 20 * 2 * 2
+    assert asked == [("recall",)]
     (identity,) = whole["identities"]
     after = state(FINISHED)
     first = json.loads(before[f"{identity}.json"][0])
@@ -218,6 +228,23 @@ def test_a_metric_that_came_later_is_measured_alone(
     assert (measure.rows, again["metrics"]) == (0, whole["metrics"])
     (four,) = measure(*FOUR_METRICS)
     assert (measure.rows, four["metrics"]) == (0, first["metrics"])
+    assert len(asked) == 1
+
+
+def test_settings_of_one_record_measure_each_metric_once(
+    measure: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "FIRST_METRICS", frozenset({"fid"}))
+    results = measure("-m", *ONE_ROW, "metrics=[fid,recall],[recall,fid],[fid],[fid,precision]")
+    assert [list(result["metrics"]) for result in results] == [
+        ["fid", "recall"],
+        ["recall", "fid"],
+        ["fid"],
+        ["fid", "precision"],
+    ]
+    assert len({result["identities"][0] for result in results}) == 1
+    assert len({result["metrics"]["fid"] for result in results}) == 1
+    assert measure.rows == 2 * 20 * 2 * 2
 
 
 # --- names ----------------------------------------------------------------------------------------
