@@ -41,6 +41,13 @@ class Protocol:
     split_size: int
 
 
+@dataclass(frozen=True)
+class Confidence:
+    """How ± is told; what is added to it has to be ``LATER``."""
+
+    repeats: int
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """A row with what it takes to measure it: a plan to draw, or images on disk."""
@@ -176,7 +183,7 @@ def _job(
         {
             **determining,
             "measure": measure,
-            "confidence": _plain(OmegaConf.to_container(row.config.confidence)),
+            "confidence": settings(Confidence(row.config.confidence.repeats)),
         },
         instruments.metrics,
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sag_dit.cli.encode import Encoding
-from sag_dit.cli.jobs import Protocol
+from sag_dit.cli.jobs import Confidence, Protocol
 from sag_dit.cli.sample import Pixels
 from sag_dit.data.digits import Digits
 from sag_dit.data.images import ImageFolderData
@@ -40,7 +40,7 @@ FAMILIES: dict[str, list[type]] = {
     "denoiser": [ClassConditional],
     "network": [DiT, UNet, Classifier],
     "data": [Digits, ImageFolderData, LatentData, Patches],
-    "command": [Pixels, Protocol, Encoding],
+    "command": [Pixels, Protocol, Confidence, Encoding],
 }
 
 
