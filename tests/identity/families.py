@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sag_dit.checkpoints.config import PROCESSES
 from sag_dit.cli.encode import Encoding
 from sag_dit.cli.jobs import Confidence, Protocol
 from sag_dit.cli.sample import Pixels
@@ -18,16 +19,15 @@ from sag_dit.guidance import Term
 from sag_dit.models import DiT
 from sag_dit.models.classifier import Classifier
 from sag_dit.models.unet import UNet
-from sag_dit.process import Process
 from sag_dit.sampler import Sampler
 from sag_dit.sampler.diffusers import DiffusersSampler
 from sag_dit.training.objective import Objective
 
 
 def subclasses(base: type) -> Iterator[type]:
-    """Every class of the package below one."""
+    """Every public class of the package below one."""
     for each in base.__subclasses__():
-        if each.__module__.startswith("sag_dit."):
+        if each.__module__.startswith("sag_dit.") and not each.__name__.startswith("_"):
             yield each
         yield from subclasses(each)
 
@@ -36,7 +36,7 @@ FAMILIES: dict[str, list[type]] = {
     "guidance": list(subclasses(Term)),
     "sampler": list(subclasses(Sampler)),
     "objective": list(subclasses(Objective)),
-    "process": [each for each in subclasses(Process) if each.__name__ != "StridedDDPM"],
+    "process": list(PROCESSES.values()),
     "denoiser": [ClassConditional],
     "network": [DiT, UNet, Classifier],
     "data": [Digits, ImageFolderData, LatentData, Patches],
