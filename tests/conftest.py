@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 MakeDiT = Callable[..., "DiT"]
 
-# Before torch and numpy read it; the commands that tests start inherit it.
-os.environ["OMP_NUM_THREADS"] = "1"
+# Tiny tensors run faster on one thread. Set before torch and numpy read it, and inherited by the
+# commands that tests start; OMP_NUM_THREADS=2 make test shows that nothing depends on it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The same examples on every machine; no database, so no folder is left behind.
 settings.register_profile("project", deadline=None, derandomize=True, database=None)
@@ -38,11 +39,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Tiny tensors run faster on one thread, and sums keep their order."""
+def threads() -> None:
+    """Give torch as many threads as the commands that tests start."""
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session", autouse=True)

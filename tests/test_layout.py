@@ -18,7 +18,7 @@ LONGEST_FILE = 300
 
 # Later groups see earlier ones, never the other way round. Members of one group are strangers.
 ORDER: tuple[frozenset[str], ...] = (
-    frozenset({"tensors", "files"}),
+    frozenset({"tensors", "files", "identity"}),
     frozenset({"process"}),
     frozenset({"noise", "sampler", "attention"}),
     frozenset({"models"}),

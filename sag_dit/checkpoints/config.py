@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_args
 
 from sag_dit.denoiser import ClassConditional
+from sag_dit.identity import later, settings, without_later
 from sag_dit.models import DiT
 from sag_dit.process import DDPM, Flow, Process
 from sag_dit.process.base import OutputKind
@@ -50,9 +51,11 @@ def describe(denoiser: ClassConditional) -> dict[str, Any]:
         raise ValueError(
             f"process={type(process).__name__}: expected DDPM or Flow, which a config can name"
         )
+    arguments = _arguments(network) if isinstance(network, DiT) else network.arguments
+    # What came later is told where it is not the default, so that runs of a model keep their names.
     return {
-        "model": _arguments(network) if isinstance(network, DiT) else dict(network.arguments),
-        "process": _settings(process),
+        "model": without_later(arguments, type(network)),
+        "process": settings(process),
         "kind": denoiser.kind,
         "x_0_range": None if denoiser.x_0_range is None else list(denoiser.x_0_range),
         "class_names": list(denoiser.class_names),
@@ -76,17 +79,6 @@ def _arguments(network: DiT) -> dict[str, Any]:
         "num_classes": network.num_classes,
         "learn_sigma": network.learn_sigma,
     }
-
-
-def _settings(process: DDPM | Flow) -> dict[str, Any]:
-    """Return a process's settings; ``start``, which came later, only where it is not the default.
-
-    So the config of a model, from which its run folders have their names, stays what it was.
-    """
-    settings = asdict(process)
-    if settings.get("start") == 1.0:
-        del settings["start"]
-    return settings
 
 
 def mlp_ratio(hidden_size: int, mlp_size: int) -> float:
@@ -128,7 +120,8 @@ def build_network(model: Mapping[str, Any]) -> DiT | UNet:
         known = tuple(inspect.signature(UNet.__init__).parameters)[1:]
         _check_keys(where, model, required=("input_size",), known=known)
         return UNet(**model)
-    _check_keys(where, model, required=MODEL_KEYS, known=MODEL_KEYS)
+    required = tuple(key for key in MODEL_KEYS if key not in later(DiT))
+    _check_keys(where, model, required=required, known=MODEL_KEYS)
     size = model["input_size"]
     return DiT(**{**model, "input_size": size if isinstance(size, int) else tuple(size)})
 

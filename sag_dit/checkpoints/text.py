@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +20,7 @@ from sag_dit.denoiser import ClassConditional
 from sag_dit.denoiser.prompts import ENCODE, Wording
 from sag_dit.denoiser.text_conditional import TokenGrid
 from sag_dit.denoiser.text_layouts import layout_of
+from sag_dit.identity import settings
 from sag_dit.process import DDPM, Flow, Process
 from sag_dit.process.base import OutputKind
 from sag_dit.process.ddpm import BETAS
@@ -109,12 +109,14 @@ def load_text(
         prompts=prompts,
         encoder=_Encoder(folder, name, part, wording),
     )
+    # Later elsewhere, but always told here.
+    start = {"start": process.start} if isinstance(process, Flow) else {}
     described = {
         "pipeline": name,
         "network": {key: value for key, value in config.items() if not key.startswith("_")},
-        "process": asdict(cast(Any, process)),
+        "process": {**settings(process), **start},
         "kind": kind,
-        "wording": asdict(wording),
+        "wording": settings(wording),
         "codec": codec.config(),
     }
     return Model(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import shutil
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sag_dit.cli.app import launch, quiet_lightning
 from sag_dit.codec import VAECodec, read_vae_config
+from sag_dit.identity import LATER, digest, settings
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -23,6 +25,25 @@ if TYPE_CHECKING:
 
 NOTE_EVERY = 1.0
 """Seconds between a rank's notes of how far it is."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What determines latents; what is added to it has to be ``LATER``."""
+
+    images: int
+    images_sha256: str
+    size: int
+    upright: bool
+    flip: bool
+    dtype: str
+    rows: int
+    slice_size: int
+    encoder_sha256: str
+    scaling_factor: float
+    shift_factor: float | None = field(default=None, metadata=LATER)
+    latents_mean: Sequence[float] | None = field(default=None, metadata=LATER)
+    latents_std: Sequence[float] | None = field(default=None, metadata=LATER)
 
 
 def make_plan(config: DictConfig) -> Plan:
@@ -63,24 +84,24 @@ def make_plan(config: DictConfig) -> Plan:
     listing = hashlib.sha256()
     for number, name in enumerate(files.names):
         listing.update(f"{name} {files.path(number).stat().st_size}\n".encode())
-    settings: dict[str, Any] = {
-        "images": len(files),
-        "images_sha256": listing.hexdigest(),
-        "size": config.data.size,
-        "upright": config.data.upright,
-        "flip": config.flip,
-        "dtype": config.dtype,
-        "rows": config.rows,
-        "slice_size": config.slice_size,
-        "encoder_sha256": encoder_sha256(codec),
-        **{key: value for key, value in codec.settings.items() if value is not None},
-    }
-    settings = json.loads(json.dumps(settings))
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    identity = settings(
+        Encoding(
+            images=len(files),
+            images_sha256=listing.hexdigest(),
+            size=config.data.size,
+            upright=config.data.upright,
+            flip=config.flip,
+            dtype=config.dtype,
+            rows=config.rows,
+            slice_size=config.slice_size,
+            encoder_sha256=encoder_sha256(codec),
+            **codec.settings,
+        )
+    )
     name = re.sub(r"[^\w.+-]+", "-", files.root.resolve().name)
     named = Path(config.vae).expanduser()
     index = Index(
-        config=settings,
+        config=identity,
         vae=str(named.absolute() if named.exists() else config.vae),
         class_names=files.class_names,
         shape=(codec.latent_channels, side, side),
@@ -89,7 +110,7 @@ def make_plan(config: DictConfig) -> Plan:
         counts=(0,) * len(files.class_names),
         shards=(),
     )
-    folder = LatentFolder(Path(config.out or f"outputs/latents/{name}-{digest[:8]}"))
+    folder = LatentFolder(Path(config.out or f"outputs/latents/{name}-{digest(identity)[:8]}"))
     return Plan(crops, codec, folder, index, config.rows)
 
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,14 +87,15 @@ def run(config: DictConfig, choices: Sequence[Choice] | None = None) -> None:
     finished = Path(config.finished)
     # Known before any rank writes, so that all ranks measure the same.
     records = {job.identity: read_record(finished, job.identity) for job in jobs}
-    pending = list({job.identity: job for job in jobs if records[job.identity] is None}.values())
+    pending = _pending(jobs, records)
     if trainer.is_global_zero:
         for line in costs(pending):
             print(line)
     try:
         for number, job in enumerate(pending, start=1):
             bar.begin(f"{job.name} ({number} of {len(pending)})", job.count)
-            records[job.identity] = measured(trainer, measure, bar, job, finished)
+            so_far = records[job.identity]
+            records[job.identity] = measured(trainer, measure, bar, job, finished, so_far)
     except BaseException:
         bar.stop()
         # Ranks that Lightning has started would go on without this process, holding their devices.
@@ -105,6 +107,19 @@ def run(config: DictConfig, choices: Sequence[Choice] | None = None) -> None:
         out = config.out or f"outputs/evaluate/{_name(jobs)}"
         config.out = literal(str(out))
         report(config, jobs, known, Path(out), finished, swept=choices is not None)
+
+
+def _pending(jobs: Sequence[Job], records: Mapping[str, Record | None]) -> list[Job]:
+    """Return what is still to be measured; of settings of one identity each metric once."""
+    found = []
+    asked: dict[str, set[str]] = {}
+    for job in jobs:
+        earlier = asked.setdefault(job.identity, set())
+        lacking = [name for name in job.lacking(records[job.identity]) if name not in earlier]
+        if lacking:
+            found.append(job)
+        earlier.update(lacking)
+    return found
 
 
 def costs(jobs: Sequence[Job]) -> list[str]:
@@ -125,16 +140,27 @@ def _name(jobs: Sequence[Job]) -> str:
     return re.sub(r"[^\w.+-]+", "-", f"{name}-{digest}")
 
 
-def measured(trainer: Trainer, measure: Measure, bar: Bar, job: Job, finished: Path) -> Record:
-    """Draw or read one set of images on all ranks, and keep its numbers."""
+def measured(
+    trainer: Trainer,
+    measure: Measure,
+    bar: Bar,
+    job: Job,
+    finished: Path,
+    known: Record | None = None,
+) -> Record:
+    """Draw or read one set of images on all ranks, and keep its numbers.
+
+    Of metrics some may be ``known``, which is then completed with the others.
+    """
     from sag_dit.cli.records import Record, write_record
 
     config = job.row.config
     since = time.monotonic()
     repeats = config.confidence.repeats
-    suite = job.instruments.suite(job.count, job.period, repeats > 0)
+    lacking = replace(job.instruments, metrics=job.lacking(known))
+    suite = lacking.suite(job.count, job.period, repeats > 0)
     suite.to(trainer.strategy.root_device)
-    measure.begin(suite, finished / job.identity, config.gallery.num)
+    measure.begin(suite, finished / job.identity, 0 if known else config.gallery.num)
     module, data = _module_and_data(job, bar)
     trainer.predict(module, datamodule=data, return_predictions=False)
     # Every rank takes part in these, in this order.
@@ -142,6 +168,7 @@ def measured(trainer: Trainer, measure: Measure, bar: Bar, job: Job, finished: P
     warnings = suite.warnings()
     spread = _spread(suite, repeats, warnings)
     record = Record(metrics, spread, dict(job.facts), warnings, time.monotonic() - since)
+    record = known.completed(record) if known else record
     if trainer.is_global_zero:
         if job.plan is not None and config.keep:
             from sag_dit.output.finish import write_manifest

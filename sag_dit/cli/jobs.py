@@ -16,15 +16,36 @@ from sag_dit import __version__
 from sag_dit.checkpoints import Model
 from sag_dit.checkpoints.zoo import VAES
 from sag_dit.cli.instruments import NEIGHBOUR, SPLIT_SIZE, Cabinet, Instruments, example_of
-from sag_dit.cli.records import identity_of
+from sag_dit.cli.records import Record, identity_of
 from sag_dit.cli.rows import Row, guidance_text, name_rows
 from sag_dit.cli.sample import Plan, make_plan
 from sag_dit.evaluation.image_set import ImageSet
 from sag_dit.evaluation.images import open_images
 from sag_dit.guidance import Cost, cost_of
+from sag_dit.identity import hashed, settings
 
 MODEL_KEYS = ("ckpt", "ema", "vae", "prompt", "requests", "classes", "text")
 """Keys that decide which model is loaded; settings that agree in them share it."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What images are measured with; what is added to it has to be ``LATER``."""
+
+    features: str
+    features_protocol: Mapping[str, Any]
+    reference: str
+    reference_protocol: Mapping[str, Any]
+    reference_statistics_sha256: str
+    k: int
+    split_size: int
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """How ± is told; what is added to it has to be ``LATER``."""
+
+    repeats: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +66,11 @@ class Job:
     def count(self) -> int:
         """How many images are measured."""
         return self.facts["count"]  # type: ignore[no-any-return]
+
+    def lacking(self, record: Record | None) -> tuple[str, ...]:
+        """Return the metrics that are still to be measured."""
+        known = record.metrics if record else {}
+        return tuple(name for name in self.instruments.metrics if name not in known)
 
 
 def make_jobs(rows: Sequence[Row], device: torch.device) -> list[Job]:
@@ -142,22 +168,24 @@ def _job(
         raise TypeError("a row is drawn or on disk")
     _refuse_few(facts["count"], instruments.metrics)
     reference = _plain(instruments.reference.protocol)
-    measure: dict[str, Any] = {
-        "features": instruments.extractor.name,
-        "features_protocol": reference.pop("network"),
-        "reference": reference.pop("reference"),
-        "reference_protocol": reference,
-        "reference_statistics_sha256": instruments.reference_sha256,
-        "k": NEIGHBOUR,
-        "split_size": SPLIT_SIZE,
-    }
+    measure = settings(
+        Protocol(
+            features=instruments.extractor.name,
+            features_protocol=reference.pop("network"),
+            reference=reference.pop("reference"),
+            reference_protocol=reference,
+            reference_statistics_sha256=instruments.reference_sha256,
+            k=NEIGHBOUR,
+            split_size=SPLIT_SIZE,
+        )
+    )
     identity = identity_of(
         {
             **determining,
             "measure": measure,
-            "metrics": sorted(instruments.metrics),
-            "confidence": _plain(OmegaConf.to_container(row.config.confidence)),
-        }
+            "confidence": settings(Confidence(row.config.confidence.repeats)),
+        },
+        instruments.metrics,
     )
     if cost is not None:
         facts["cost"] = cost.plain()
@@ -179,7 +207,8 @@ def _refuse_few(count: int, metrics: Sequence[str]) -> None:
 def _drawn(config: DictConfig, plan: Plan) -> tuple[dict[str, Any], dict[str, Any], int]:
     labels = [request.label for request in plan.requests]
     counts = Counter(labels).values()
-    pixels, vae = plan.pixels, plan.model.vae
+    # Under the names that numbers have been kept and shown with.
+    pixels, vae = hashed(plan.pixels), plan.model.vae
     rule = pixels["request"].get("classes", "as in the file of requests")
     facts = {
         "count": len(labels),
@@ -198,7 +227,7 @@ def _drawn(config: DictConfig, plan: Plan) -> tuple[dict[str, Any], dict[str, An
     }
     in_turn = config.requests is None and rule != "random"
     period = (len(rule) if isinstance(rule, list) else len(counts)) if in_turn else 1
-    return facts, {"pixels": dict(pixels), "count": len(labels)}, period
+    return facts, {"pixels": pixels, "count": len(labels)}, period
 
 
 def _stored(images: ImageSet) -> tuple[dict[str, Any], dict[str, Any], int]:

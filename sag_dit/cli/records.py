@@ -19,6 +19,11 @@ from sag_dit.output.charts import Metric
 
 LAYOUT = 1
 """Changes when a number kept under an identity would come out differently, or be kept otherwise."""
+FIRST_METRICS = frozenset({"fid", "sfid", "is", "precision", "recall"})
+"""Metrics whose choice is part of a record's name.
+
+Those that came later are not: a record that lacks one of them is completed and keeps its name.
+"""
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,32 @@ class Record:
     warnings: Sequence[str] = ()
     seconds: float = 0.0
 
+    def of(self, metrics: Iterable[str]) -> Record:
+        """Return the record of these metrics alone, in this order."""
+        wanted = tuple(metrics)
+        return replace(
+            self,
+            metrics={name: self.metrics[name] for name in wanted},
+            spread={name: self.spread[name] for name in wanted if name in self.spread},
+        )
 
-def identity_of(determining: Mapping[str, Any]) -> str:
+    def completed(self, further: Record) -> Record:
+        """Return the record with metrics that were measured later; what is known stays."""
+        return Record(
+            metrics={**further.metrics, **self.metrics},
+            spread={**further.spread, **self.spread},
+            facts={**further.facts, **self.facts},
+            warnings=list(dict.fromkeys((*self.warnings, *further.warnings))),
+            seconds=self.seconds + further.seconds,
+        )
+
+
+def identity_of(determining: Mapping[str, Any], metrics: Iterable[str]) -> str:
     """Return the name under which numbers are kept: a hash of all that determines them."""
-    text = json.dumps(_canonical({**determining, "layout": LAYOUT}), sort_keys=True)
+    named = sorted(FIRST_METRICS.intersection(metrics))
+    text = json.dumps(
+        _canonical({**determining, "metrics": named, "layout": LAYOUT}), sort_keys=True
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

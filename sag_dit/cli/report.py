@@ -73,7 +73,7 @@ def _results(jobs: Sequence[Job], records: Mapping[str, Record]) -> list[Result]
         first = own[0]
         named = {}
         for job in own:
-            record = records[job.identity]
+            record = records[job.identity].of(job.instruments.metrics)
             # What was measured before may lack facts that are told today.
             named[job.identity] = replace(record, facts={**job.facts, **record.facts})
         result = combine(first.name, first.row.axes, named)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +17,31 @@ from sag_dit.cli.app import launch, literal, quiet_lightning
 from sag_dit.cli.models import load_model
 from sag_dit.cli.presets import with_presets
 from sag_dit.cli.values import check_values, make_maps, make_terms
+from sag_dit.identity import digest, written
+from sag_dit.identity import settings as identity_of
 
 if TYPE_CHECKING:
     from sag_dit.checkpoints import Model
     from sag_dit.output.attention import Maps
     from sag_dit.output.folder import SampleFolder
     from sag_dit.sampling import Request, Settings
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What determines the pixels of a run; what is added to it has to be ``LATER``."""
+
+    model: str
+    weights_sha256: str
+    network: Mapping[str, Any]
+    codec: Mapping[str, Any]
+    sampler: Mapping[str, Any]
+    steps: int
+    guidance: Mapping[str, Any]
+    request: Mapping[str, Any]
+    batch_size: int
+    max_rows: int | None
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -35,7 +53,7 @@ class Plan:
     requests: list[Request]
     folder: SampleFolder
     pixels: Mapping[str, Any]
-    """What determines the pixels; the folder's identity."""
+    """The folder's identity: :class:`Pixels` as plain values."""
     maps: Maps | None = None
     """Which attention to keep of the gallery's images."""
 
@@ -86,24 +104,23 @@ def make_plan(config: DictConfig, model: Model | None = None) -> Plan:
         rule = {"seed": config.seed, "classes": "all" if classes is None else classes}
         if OmegaConf.select(config, "prompt") is not None:
             rule = {"seed": config.seed, "prompt": config.prompt}
-    pixels = {
-        "model": model.name,
-        "weights_sha256": model.sha256,
-        "network": model.config,
-        "codec": model.codec.config(),
-        "sampler": {"name": type(sampler).__name__, **asdict(sampler)},
-        "steps": config.steps,
-        "guidance": {
-            name: term.identity(model.denoiser) for name, term in guidance.items() if not term.off
-        },
-        "request": rule,
-        "batch_size": settings.batch_size,
-        "max_rows": settings.max_rows,
-        "precision": str(config.trainer.get("precision") or "32-true"),
-    }
-    pixels = json.loads(json.dumps(pixels))
-    digest = hashlib.sha256(json.dumps(pixels, sort_keys=True).encode()).hexdigest()
-    path = Path(config.out or f"outputs/sample/{model.name}-{digest[:8]}")
+    active = {name: term for name, term in guidance.items() if not term.off}
+    pixels = identity_of(
+        Pixels(
+            model=model.name,
+            weights_sha256=model.sha256,
+            network=model.config,
+            codec=model.codec.config(),
+            sampler=sampler.identity(),
+            steps=config.steps,
+            guidance={name: term.identity(model.denoiser) for name, term in active.items()},
+            request=rule,
+            batch_size=settings.batch_size,
+            max_rows=settings.max_rows,
+            precision=str(config.trainer.get("precision") or "32-true"),
+        )
+    )
+    path = Path(config.out or f"outputs/sample/{model.name}-{digest(pixels)[:8]}")
     maps = make_maps(config, model, config.steps, settings.guidance) if config.maps else None
     return Plan(model, settings, requests, SampleFolder(path), pixels, maps)
 
@@ -210,13 +227,14 @@ def _finish(config: DictConfig, plan: Plan) -> None:
     if not shown:
         return
     entries = gallery_entries(plan.folder, shown, names)
+    pixels = written(plan.pixels)
     shown_settings = {
-        key: plan.pixels[key] for key in ("model", "sampler", "steps", "guidance", "request")
+        key: pixels[key] for key in ("model", "sampler", "steps", "guidance", "request")
     }
     page = write_gallery(plan.folder.path, entries, shown_settings, f"sag_dit: {plan.model.name}")
     logger = instantiate(config.logger) if config.logger else None
     if logger is not None:
-        log_gallery(logger, entries, plan.pixels)
+        log_gallery(logger, entries, pixels)
         logger.finalize("success")
     print(f"gallery: {page.resolve()}")
 

@@ -62,6 +62,9 @@ class Digits(StepData):
         ValueError: ``classes`` are not different digits.
     """
 
+    key = "digits"
+    former = ("sag_dit.data.digits.Digits",)
+
     channels = 1
 
     def __init__(

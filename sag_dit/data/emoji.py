@@ -156,6 +156,8 @@ class EmojiData(StepData):
         ValueError: Pillow cannot read the bundled file, or a value is out of its range.
     """
 
+    key = "emoji"
+
     channels = 3
 
     def __init__(

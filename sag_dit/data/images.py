@@ -163,6 +163,9 @@ class ImageFolderData(NamedData):
         ValueError: the folder holds no usable images, or a value is out of its range.
     """
 
+    key = "folder"
+    former = ("sag_dit.data.images.ImageFolderData",)
+
     def __init__(
         self,
         root: str | Path,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -126,6 +127,10 @@ class LatentData(NamedData):
     Raises:
         ValueError: the folder is incomplete or damaged, or a value is out of its range.
     """
+
+    key = "latents"
+    former = ("sag_dit.data.latents.LatentData",)
+    later: ClassVar[Mapping[str, object]] = {"balance": 0.0, "validation": None}
 
     def __init__(
         self,

@@ -154,6 +154,9 @@ class Patches(StepData):
         ValueError: the photographs are not there, or a value is out of its range.
     """
 
+    key = "patches"
+    former = ("sag_dit.data.patches.Patches",)
+
     class_names = CLASS_NAMES
     channels = 3
 

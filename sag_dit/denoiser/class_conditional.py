@@ -26,6 +26,9 @@ class ClassConditional(Denoiser):
     classes, which counts as one.
     """
 
+    key = "class_conditional"
+    former = ("sag_dit.denoiser.class_conditional.ClassConditional",)
+
     network: DiT | UNet
 
     def __init__(

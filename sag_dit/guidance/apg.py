@@ -35,6 +35,9 @@ class APG(Term):
         ValueError: r is negative, beta is not in (-1, 1), or the model has no null condition.
     """
 
+    key = "apg"
+    former = ("sag_dit.guidance.apg.APG",)
+
     neutral: ClassVar[float] = 1.0
     from_null: ClassVar[bool] = True
 

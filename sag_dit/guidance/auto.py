@@ -12,8 +12,8 @@ from torch import nn
 from sag_dit.checkpoints import load_denoiser
 from sag_dit.denoiser import Denoiser
 from sag_dit.denoiser.text_conditional import TextConditional
-from sag_dit.guidance.identity import weights
 from sag_dit.guidance.term import Asking, BranchTerm, Question
+from sag_dit.identity import weights
 
 loaded = cache(load_denoiser)
 """Once for a run, not once for a batch."""
@@ -37,6 +37,9 @@ class Autoguidance(BranchTerm):
         ValueError: not exactly one of ``worse`` and ``ckpt`` is given, or the worse model is of
             another kind, without the null condition that it would be asked for, or the very same.
     """
+
+    key = "auto"
+    former = ("sag_dit.guidance.auto.Autoguidance",)
 
     neutral: ClassVar[float] = 1.0
 

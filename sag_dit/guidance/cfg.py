@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 from sag_dit.denoiser import Denoiser
-from sag_dit.guidance.identity import LATER
 from sag_dit.guidance.term import Asking, Question, Term
+from sag_dit.identity import LATER
 from sag_dit.process import Prediction
 from sag_dit.tensors import Images
 
@@ -63,6 +63,9 @@ class CFG(Term):
         ValueError: ``channels`` is not positive, ``rescale`` is not in [0, 1], or the model has
             fewer channels or no null condition.
     """
+
+    key = "cfg"
+    former = ("sag_dit.guidance.cfg.CFG",)
 
     neutral: ClassVar[float] = 1.0
     from_null: ClassVar[bool] = True

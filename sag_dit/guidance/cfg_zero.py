@@ -31,6 +31,9 @@ class CFGZero(Term):
             only; or the model is no flow or has no null condition.
     """
 
+    key = "cfgzero"
+    former = ("sag_dit.guidance.cfg_zero.CFGZero",)
+
     neutral: ClassVar[float] = 1.0
     from_null: ClassVar[bool] = True
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sag_dit.checkpoints import load_classifier
 from sag_dit.denoiser import ClassConditional, Denoiser
 from sag_dit.denoiser.text_conditional import TextConditional
-from sag_dit.guidance.identity import weights
 from sag_dit.guidance.term import Asking, Question, Term
+from sag_dit.identity import weights
 from sag_dit.process import DDPM, NoiseLevel, Prediction, Step
 from sag_dit.process.ddpm import CLEAN, Posterior
 from sag_dit.sampler import Ancestral, Sampler
@@ -82,6 +82,9 @@ class ClassifierGuidance(Term):
         ValueError: there is no classifier, the model has no classes, the form is unknown, or it is
             ``mean`` for a process without one.
     """
+
+    key = "classifier"
+    former = ("sag_dit.guidance.classifier.ClassifierGuidance",)
 
     clamped: ClassVar[bool] = False
 

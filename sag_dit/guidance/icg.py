@@ -28,6 +28,9 @@ class ICG(Term):
         ValueError: the model is not one of several classes.
     """
 
+    key = "icg"
+    former = ("sag_dit.guidance.icg.ICG",)
+
     neutral: ClassVar[float] = 1.0
 
     def check(self, model: Denoiser) -> None:

@@ -42,6 +42,9 @@ class PAG(Perturbed):
     Source: equations 16 and 17 of the paper.
     """
 
+    key = "pag"
+    former = ("sag_dit.guidance.pag.PAG",)
+
     def edits(self, layers: Sequence[AttentionLayer], ask: Question) -> tuple[Edit, ...]:
         """Make the attention of every layer the identity."""
         return tuple(IdentityAttention(layer.name, layer.span) for layer in layers)

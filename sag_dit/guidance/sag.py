@@ -16,7 +16,6 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from sag_dit.attention import AttentionLayer, capture_key
 from sag_dit.denoiser import Denoiser
-from sag_dit.guidance.identity import LATER
 from sag_dit.guidance.masks import (
     MASKS,
     PURPOSE,
@@ -29,6 +28,7 @@ from sag_dit.guidance.masks import (
 )
 from sag_dit.guidance.perturbed import Layer, checked_layers, layers_of
 from sag_dit.guidance.term import Asking, Branch, BranchName, BranchTerm, Question
+from sag_dit.identity import LATER
 from sag_dit.process import Prediction
 from sag_dit.tensors import Images, Mask, Scalar
 
@@ -65,6 +65,9 @@ class BlurGuidance(BranchTerm):
 
     Source: Hong et al. 2023, section 4.2.
     """
+
+    key = "blur"
+    former = ("sag_dit.guidance.sag.BlurGuidance",)
 
     _: KW_ONLY
     branch: BranchName = "auto"
@@ -153,6 +156,9 @@ class SAG(BlurGuidance):
         ValueError: the mask is unknown, ``quantile`` is not in [0, 1) or is beside a threshold, or
             a layer does not exist.
     """
+
+    key = "sag"
+    former = ("sag_dit.guidance.sag.SAG",)
 
     _: KW_ONLY
     layer: Layer | Sequence[Layer] = "auto"

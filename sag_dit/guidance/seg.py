@@ -66,6 +66,9 @@ class SEG(Perturbed):
         ValueError: ``blur_sigma`` is not above 0, or the model lacks a layer or null condition.
     """
 
+    key = "seg"
+    former = ("sag_dit.guidance.seg.SEG",)
+
     unbounded: ClassVar[tuple[str, ...]] = ("blur_sigma",)
 
     _: KW_ONLY

@@ -31,6 +31,9 @@ class SLG(Perturbed):
     arXiv 2411.18664) is the same for video.
     """
 
+    key = "slg"
+    former = ("sag_dit.guidance.slg.SLG",)
+
     def edits(self, layers: Sequence[AttentionLayer], ask: Question) -> tuple[Edit, ...]:
         """Skip the block of every layer."""
         return tuple(Skip(block_of(ask.base.model, layer)) for layer in layers)

@@ -18,7 +18,6 @@ from sag_dit.attention import CaptureKind, Edit
 from sag_dit.denoiser import Denoiser
 from sag_dit.denoiser.base import Condition
 from sag_dit.guidance.fields import check_number
-from sag_dit.guidance.identity import LATER, plain
 from sag_dit.guidance.when import (
     RAMPS,
     Bound,
@@ -29,6 +28,7 @@ from sag_dit.guidance.when import (
     check_times,
     weight_of,
 )
+from sag_dit.identity import LATER, name_of, settings
 from sag_dit.noise import NoiseSource
 from sag_dit.process import Prediction, Step
 from sag_dit.sampler import Sampler
@@ -163,6 +163,10 @@ class Term(ABC):
     interval_in: Unit = field(default="progress", metadata=LATER)
     schedule: Schedule = field(default="constant", metadata=LATER)
 
+    key: ClassVar[str]
+    """What the identity of a run calls the method, wherever its code lies: no other one's key."""
+    former: ClassVar[tuple[str, ...]]
+    """What runs called it before it had a key; a method that is new has none."""
     neutral: ClassVar[float] = 0.0
     """The scale at which the method does nothing."""
     from_null: ClassVar[bool] = False
@@ -210,7 +214,7 @@ class Term(ABC):
 
     def identity(self, model: Denoiser) -> dict[str, Any]:
         """Return the term as plain values, everything that its contribution depends on."""
-        return plain(self)
+        return {"term": name_of(type(self)), **settings(self)}
 
     @abstractmethod
     def contribution(self, ask: Question) -> Asking:

@@ -48,6 +48,9 @@ class TPG(Perturbed):
         ValueError: the model lacks a layer or the null condition, or has no block around a layer.
     """
 
+    key = "tpg"
+    former = ("sag_dit.guidance.tpg.TPG",)
+
     def check(self, model: Denoiser) -> None:
         """Refuse layers that are no part of a transformer block, as in the UNets of ADM."""
         super().check(model)

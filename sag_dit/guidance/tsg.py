@@ -45,6 +45,9 @@ class TSG(BranchTerm):
         ValueError: ``noise`` or ``depth`` is not positive, or the model is not a DiT.
     """
 
+    key = "tsg"
+    former = ("sag_dit.guidance.tsg.TSG",)
+
     neutral: ClassVar[float] = 1.0
 
     _: KW_ONLY

@@ -28,6 +28,9 @@ class Classifier(nn.Module):
         ValueError: sizes that do not fit each other.
     """
 
+    key = "adm_classifier"
+    former = ("sag_dit.models.classifier.Classifier",)
+
     def __init__(
         self,
         input_size: int | Sequence[int] = 64,

@@ -95,6 +95,9 @@ class DiT(nn.Module):
             ``num_heads`` or 4.
     """
 
+    key = "dit"
+    former = ("sag_dit.models.dit.DiT",)
+
     def __init__(
         self,
         input_size: int | tuple[int, int] = 32,

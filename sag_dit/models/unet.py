@@ -61,6 +61,9 @@ class UNet(UNet2DModel):  # type: ignore[misc]  # diffusers' classes are untyped
             ``num_head_channels``.
     """
 
+    key = "unet"
+    former = ("sag_dit.models.unet.UNet",)
+
     def __init__(
         self,
         input_size: int | Sequence[int] = 64,

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from sag_dit.files import atomic
+from sag_dit.identity import agree, written
 
 CONFIG = "config.yaml"
 
@@ -16,7 +17,8 @@ CONFIG = "config.yaml"
 def claim(folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], what: str) -> None:
     """Make a folder belong to ``settings``, or find that it does.
 
-    ``settings`` determines the results, ``config`` is the whole configuration; both are written.
+    ``settings``, an identity, determines the results; ``config`` is the whole configuration; both
+    are written. A folder whose settings have former names of what has a key now is recognised.
 
     Raises:
         ValueError: the folder holds results of other settings; the differences are named.
@@ -31,7 +33,7 @@ def claim(folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], 
                 + "\nChoose another out, leave out unset, or repeat the former settings"
             )
     with atomic(file) as temporary:
-        record = {"settings": dict(settings), "config": dict(config)}
+        record = {"settings": written(settings), "config": dict(config)}
         temporary.write_text(
             yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8"
         )
@@ -57,5 +59,5 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     return [
         f"{key}: there {old.get(key, 'not set')}, now {new.get(key, 'not set')}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        if not agree(old.get(key), new.get(key))
     ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from sag_dit.identity import LATER
 from sag_dit.process.base import NoiseLevel, Process
 from sag_dit.tensors import Scalar
 
@@ -37,7 +38,7 @@ class Flow(Process):
 
     time_scale: float = 1.0
     shift: float = 1.0
-    start: float = 1.0
+    start: float = field(default=1.0, metadata=LATER)
 
     # A line has no smallest step: the bound only catches a number that was mistyped.
     max_steps = 10_000

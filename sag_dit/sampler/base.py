@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
+from sag_dit.identity import name_of, without_later
 from sag_dit.noise import NoiseSource
 from sag_dit.process import DDPM, Prediction, Process, Step
 from sag_dit.tensors import Images
@@ -29,6 +31,16 @@ class SampleStep:
 
 class Sampler(ABC):
     """Solves the reverse process on a grid of a given number of steps."""
+
+    key: ClassVar[str]
+    """What the identity of a run calls the sampler, wherever its code lies: no other one's key."""
+    former: ClassVar[tuple[str, ...]]
+    """What runs called it before it had a key; a sampler that is new has none."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return the sampler as plain values, everything that its steps depend on."""
+        name = name_of(type(self), otherwise=type(self).__name__)
+        return {"name": name, **without_later(asdict(self), type(self))}  # type: ignore[call-overload]
 
     def check(self, process: Process, num_steps: int) -> None:
         """Refuse a process or a number of steps this sampler cannot take, before anything is drawn.

@@ -26,6 +26,9 @@ class DDIM(Sampler):
         ValueError: eta is not in [0, 1].
     """
 
+    key = "ddim"
+    former = ("DDIM",)
+
     eta: float = 0.0
 
     def __post_init__(self) -> None:

@@ -29,6 +29,9 @@ class Ancestral(Sampler):
     Source: Ho et al. 2020, algorithm 2; Nichol & Dhariwal 2021, equation 15.
     """
 
+    key = "ddpm"
+    former = ("Ancestral",)
+
     variance: Variance = "auto"
 
     def __post_init__(self) -> None:

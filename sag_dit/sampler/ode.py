@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from sag_dit.noise import NoiseSource
 from sag_dit.process import Flow, NoiseLevel, Process, Step
@@ -40,8 +39,6 @@ class FlowSampler(Sampler):
     :class:`sag_dit.process.Flow`); None leaves the process's.
     """
 
-    name: ClassVar[str]
-
     shift: float | None = None
 
     def __post_init__(self) -> None:
@@ -54,7 +51,7 @@ class FlowSampler(Sampler):
 
     def flow(self, process: Process) -> Flow:
         """Return the process with this sampler's grid, or refuse it."""
-        flow = require_flow(process, self.name)
+        flow = require_flow(process, self.key)
         return flow if self.shift is None else replace(flow, shift=self.shift)
 
 
@@ -67,7 +64,8 @@ class EulerFlow(FlowSampler):
     Source: Liu et al. 2023 (rectified flow), section 2.
     """
 
-    name: ClassVar[str] = "euler_flow"
+    key = "euler_flow"
+    former = ("EulerFlow",)
 
     def steps(
         self,
@@ -96,7 +94,8 @@ class HeunFlow(FlowSampler):
     Source: Karras et al. 2022, algorithm 1.
     """
 
-    name: ClassVar[str] = "heun_flow"
+    key = "heun_flow"
+    former = ("HeunFlow",)
 
     def steps(
         self,

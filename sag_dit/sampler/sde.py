@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 from sag_dit.noise import NoiseSource
 from sag_dit.process import NoiseLevel, Process, Step
@@ -33,7 +33,8 @@ class EulerMaruyama(FlowSampler):
         ValueError: an unknown ``diffusion``, a negative ``norm``, or a ``last_step`` not in (0, 1).
     """
 
-    name: ClassVar[str] = "sde_flow"
+    key = "sde_flow"
+    former = ("EulerMaruyama",)
 
     diffusion: Diffusion = "sigma"
     norm: float = 1.0

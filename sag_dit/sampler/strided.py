@@ -47,6 +47,9 @@ class StridedDDIM(DDIM):
     Source: Song et al. 2021, section D.2; guided-diffusion, respace.py.
     """
 
+    key = "ddim_strided"
+    former = ("StridedDDIM",)
+
     def check(self, process: Process, num_steps: int) -> None:
         """Refuse what DDIM refuses, and numbers of steps without a stride."""
         super().check(process, num_steps)

@@ -12,6 +12,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
     sharded by data would then be trained on each rank alone, without a word.
     """
 
+    key = "fsdp"
+    former = ("sag_dit.training.sharding.FullyShardedStrategy",)
+
     def setup_environment(self) -> None:
         """Set the mesh up as (all ranks, 1)."""
         self._data_parallel_size = self.num_nodes * self.num_processes

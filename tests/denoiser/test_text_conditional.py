@@ -153,6 +153,17 @@ def test_a_prompts_image_does_not_depend_on_other_prompts(saved: Saved) -> None:
     assert one.config == many.config
 
 
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_what_determines_a_model_has_all_settings_that_it_had_first(
+    family: str, saved: Saved
+) -> None:
+    config = load_text(saved(family)[1], ["a corgi"], size=SIZE).config
+    betas, flow = {"schedule", "num_timesteps"}, {"time_scale", "shift", "start"}
+    assert config["process"].keys() == (betas if family == "sd" else flow)
+    told = {"size", "cells", "negative", "max_length", "guidance", "tells_size"}
+    assert config["wording"].keys() == told
+
+
 def test_what_a_folder_is_is_read_from_it(saved: Saved, tmp_path: Path) -> None:
     _, folder = saved("sd")
     assert is_text(folder)

@@ -148,7 +148,7 @@ def test_options_added_later_do_not_rename_the_runs_made_before_them() -> None:
     """The identities of 0.1: new fields stand in it only where they are not at their default."""
     denoiser = MODELS["eps"]
     assert SAG(1.0).identity(denoiser) == {
-        "term": "sag_dit.guidance.sag.SAG",
+        "term": "sag",
         "scale": 1.0,
         "interval": [0.0, 1.0],
         "branch": "auto",

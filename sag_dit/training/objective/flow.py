@@ -38,6 +38,12 @@ class FlowMatching(Objective):
         ValueError: unknown ``times``, or a ``mean`` or ``std`` that no distribution has.
     """
 
+    key = "flow"
+    former = (
+        "sag_dit.training.objective.FlowMatching",
+        "sag_dit.training.objective.flow.FlowMatching",
+    )
+
     times: Times = "uniform"
     mean: float = 0.0
     std: float = 1.0

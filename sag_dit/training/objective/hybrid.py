@@ -92,6 +92,9 @@ class Hybrid(Objective):
         ValueError: ``vlb_weight`` is not a finite number of 0 or more.
     """
 
+    key = "dit"
+    former = ("sag_dit.training.objective.Hybrid", "sag_dit.training.objective.hybrid.Hybrid")
+
     vlb_weight: float = 1.0
 
     def __post_init__(self) -> None:

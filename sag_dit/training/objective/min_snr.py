@@ -58,6 +58,9 @@ class MinSNR(Objective):
         ValueError: gamma is not a finite number above 0.
     """
 
+    key = "min_snr"
+    former = ("sag_dit.training.objective.MinSNR", "sag_dit.training.objective.min_snr.MinSNR")
+
     gamma: float = 5.0
 
     def __post_init__(self) -> None:

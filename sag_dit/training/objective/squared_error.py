@@ -37,6 +37,9 @@ class MSE(Objective):
     Source: Ho et al. 2020, equation 14; for v, Salimans & Ho 2022, section 4.
     """
 
+    key = "mse"
+    former = ("sag_dit.training.objective.MSE", "sag_dit.training.objective.squared_error.MSE")
+
     def losses(
         self, denoiser: Denoiser, x_0: Images, cond: Condition, level: NoiseLevel, eps: Images
     ) -> Losses:

@@ -1,0 +1,200 @@
+"""Identities: what determines the results of a run, as plain values to write, hash and compare.
+
+The folder of a run is named after its identity, and a folder that holds another one is refused. So
+an identity stays what it is while code changes around it, by two rules:
+
+- A class stands in it by its ``key``, not by the module in which it lies. Classes that have been
+  named by their module, before there were keys, hold those names as ``former``: hashes are taken
+  with them, so that folders keep their names, and folders that have them written are recognised.
+- An option that is added to a class is marked :data:`LATER`, and left out at its default.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import MISSING, fields, is_dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+LATER: Mapping[str, Any] = MappingProxyType({"later": True})
+"""Metadata of a dataclass field that runs were made without: ``field(default=0, metadata=LATER)``.
+
+At its default, which has to mean what those runs did, it is left out of identities. A class that is
+no dataclass lists such arguments with these values in a class attribute,
+``later = {"workers": 0}``.
+"""
+
+
+class Name(str):
+    """What an identity calls a class: its key.
+
+    ``former`` holds the names that identities had for the same class before it had a key; the first
+    is the one that they are hashed with.
+    """
+
+    former: tuple[str, ...]
+
+    def __new__(cls, key: str, former: Sequence[str] = ()) -> Self:
+        """Return the key as a string that knows its former names."""
+        name = super().__new__(cls, key)
+        name.former = tuple(former)
+        return name
+
+
+def name_of(thing: Any, otherwise: str | None = None) -> Name:
+    """Return what identities call a class or a function.
+
+    That is its own ``key``, since a subclass is another thing, or else ``otherwise``, by default
+    where its code lies.
+
+    Raises:
+        ValueError: another class of its kind has the same key, such as the one it is a copy of.
+
+    Example:
+        >>> class Sharpen:
+        ...     key = "sharpen"
+        >>> name_of(Sharpen)
+        'sharpen'
+    """
+    key, former = _own(thing)
+    if key is None:
+        return Name(otherwise or _path(thing))
+    _refuse_twins(thing, {key, *former})
+    return Name(key, former)
+
+
+def _own(thing: Any) -> tuple[str | None, tuple[str, ...]]:
+    """Return the key and the former names that a class states itself."""
+    stated = getattr(thing, "__dict__", {})
+    key, former = stated.get("key"), stated.get("former")
+    if not isinstance(key, str):
+        return None, ()
+    # The default of a field that happens to be called key is an attribute of the class as well.
+    if is_dataclass(thing) and "key" in {each.name for each in fields(thing)}:
+        return None, ()
+    return key, former if isinstance(former, tuple) else ()
+
+
+def _path(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def _refuse_twins(thing: Any, names: Set[str]) -> None:
+    """Refuse names that another class of the kind has too: their runs would share a folder."""
+    kinds = [base for base in getattr(thing, "__mro__", ()) if base not in (ABC, object)]
+    seen = set(kinds)
+    while kinds:
+        new = set(type.__subclasses__(kinds.pop())) - seen
+        seen |= new
+        kinds += new
+    for other in seen - {thing}:
+        key, former = _own(other)
+        shared = names & {key, *former}
+        # A class that was made anew, as notebooks do, is the same.
+        if shared and _path(other) != _path(thing):
+            raise ValueError(
+                f"{_path(thing)} and {_path(other)} are both called {min(shared)}, so that their "
+                f"runs could not be told apart: give a copy a key of its own and no former names"
+            )
+
+
+def later(thing: Any) -> dict[str, Any]:
+    """Return the options of a class that runs were made without, each with its default."""
+    listed = getattr(thing, "later", None)
+    found = {}
+    if isinstance(listed, Mapping):
+        found = {name: plain(value) for name, value in listed.items()}
+    for each in fields(thing) if is_dataclass(thing) else ():
+        if each.metadata.get("later"):
+            made = each.default if each.default_factory is MISSING else each.default_factory()
+            found[each.name] = plain(made)
+    return found
+
+
+def without_later(values: Mapping[str, Any], thing: Any) -> dict[str, Any]:
+    """Return the options of a class without those that came later and are at their default."""
+    came_later = later(thing)
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in came_later or plain(value) != came_later[name]
+    }
+
+
+def settings(thing: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass as plain values, without those that came later."""
+    values = {each.name: plain(getattr(thing, each.name)) for each in fields(thing)}
+    return without_later(values, type(thing))
+
+
+def weights(module: nn.Module) -> dict[str, str]:
+    """Return a module as its class and the sha256 of its weights by name."""
+    sha = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        sha.update(name.encode())
+        sha.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data)
+    return {"module": name_of(type(module)), "weights_sha256": sha.hexdigest()}
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON would read it back, but for names, which stay :class:`Name`."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return [plain(each) for each in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, nn.Module):
+        return weights(value)
+    if isinstance(value, partial):
+        return [plain(value.func), plain(value.args), plain(value.keywords)]
+    if isinstance(value, type) or hasattr(value, "__qualname__"):
+        return name_of(value)
+    return repr(value)
+
+
+def written(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity as it is written: names are their keys."""
+    values: dict[str, Any] = json.loads(json.dumps(identity))
+    return values
+
+
+def hashed(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity as it is hashed: names are the first that runs knew."""
+    return written(_first_names(identity))
+
+
+def digest(identity: Mapping[str, Any]) -> str:
+    """Return the sha256 of an identity, in hexadecimal digits."""
+    text = json.dumps(hashed(identity), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def agree(before: Any, now: Any) -> bool:
+    """Return whether a value that was written means the same as one of an identity now."""
+    if isinstance(now, Name):
+        return before == now or before in now.former
+    if isinstance(now, Mapping):
+        same = isinstance(before, Mapping) and before.keys() == now.keys()
+        return same and all(agree(before[key], value) for key, value in now.items())
+    if isinstance(now, (list, tuple)):
+        same = isinstance(before, (list, tuple)) and len(before) == len(now)
+        return same and all(map(agree, before, now))
+    return bool(before == now)
+
+
+def _first_names(value: Any) -> Any:
+    if isinstance(value, Name):
+        return value.former[0] if value.former else str(value)
+    if isinstance(value, Mapping):
+        return {key: _first_names(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_first_names(each) for each in value]
+    return value
