@@ -9,7 +9,8 @@ the machine is; the faster way trains as many steps as fit into what is left of 
 that the learning rate ends at zero in time. Every phase copies its result to ``--out`` at once:
 
 - ``autoencoder.tar`` (a folder of diffusers), ``reconstructions.png``
-- ``denoiser.tar`` (a folder that ``ckpt=`` takes, beside ``autoencoder/``), ``samples.png``
+- ``denoiser.tar`` (a folder that ``ckpt=`` takes, with ``vae=``), ``samples.png``
+- ``denoiser-STEP.tar`` of an earlier step, if the held-out loss was lower there
 - ``metrics.csv`` (losses by step), ``report.json`` (settings, times, speeds)
 """
 
@@ -32,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.utils import make_grid
 
 import sag_dit
+from sag_dit.checkpoints import write_safetensors
 from sag_dit.checkpoints.files import METADATA_KEY
 from sag_dit.data.emoji import write_images
 from sag_dit.guidance import CFG, PAG, SAG
@@ -43,7 +45,7 @@ WAYS = {"compiled": ["compile=true", BF16], "eager": []} if ON_GPU else {"eager"
 """Name -> arguments of ``train.py``, to be timed against each other; eager is float32 and TF32."""
 
 PROBE_STEPS = 160
-PROBE_LIMIT = 90.0
+PROBE_LIMIT = 60.0
 """Seconds after which a way that does not get going is given up."""
 
 MARGIN = 0.94
@@ -172,12 +174,12 @@ class Run:
         steps = max(20, counts[way])
         self.note("steps", {"way": way, "steps": steps})
         out = self.work / "run"
-        every = max(1, steps // 4)
+        every = max(1, steps // 8)
         took = self.train(
             out,
             steps,
             *WAYS[way],
-            *(f"every_n_steps.validation={every}", f"every_n_steps.checkpoint={2 * every}"),
+            *(f"every_n_steps.validation={every}", f"every_n_steps.checkpoint={4 * every}"),
             *(f"every_n_steps.preview={2 * steps}", f"schedule.num_warmup_steps={steps // 40}"),
             # Should the machine become slower: the weights are exported then too.
             f"+trainer.max_time={clock(left)}",
@@ -188,9 +190,22 @@ class Run:
         )
         shutil.copy(next(out.rglob("metrics.csv")), self.out / "metrics.csv")
 
-    def export(self) -> Path:
+    def export_best(self) -> None:
+        """Write the checkpoint of the lowest loss on the emoji to tune with, unless it is late."""
+        steps = {
+            file: int(file.stem.rpartition("-")[2])
+            for file in (self.work / "run" / "checkpoints").glob("best-*.ckpt")
+        }
+        self.note("best_steps", list(steps.values()))
+        for file, step in steps.items():
+            if step < 0.85 * self.report["steps"]["steps"]:
+                model = sag_dit.load(file, vae=str(self.work / "autoencoder"))
+                write_safetensors(self.work / "best", model.denoiser)
+                self.export(self.work / "best", f"denoiser-{step}")
+
+    def export(self, run: Path, name: str) -> Path:
         """Write the averaged weights in half precision, and return their folder."""
-        run, folder = self.work / "run", self.work / "denoiser"
+        folder = self.work / name
         folder.mkdir(exist_ok=True)
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
         text = json.dumps(config, indent=2) + "\n"
@@ -257,7 +272,8 @@ def main() -> None:
         run.autoencoder(options.autoencoder_seconds)
     run.latents()
     run.denoiser(options.seconds, options.ways)
-    run.samples(run.export())
+    run.samples(run.export(run.work / "run", "denoiser"))
+    run.export_best()
 
 
 if __name__ == "__main__":

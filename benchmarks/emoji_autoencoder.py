@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1200, help="of training")
     parser.add_argument("--steps", type=int, help="instead of seconds")
     parser.add_argument("--batch", type=int, help="images in a step; 64 on a GPU, else 16")
-    parser.add_argument("--rate", type=float, default=2e-3, help="greatest learning rate")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="greatest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="a very small network")
     options = parser.parse_args()

@@ -132,8 +132,8 @@ def test_loggers(command: str, name: str, tmp_path: Path, monkeypatch: pytest.Mo
         assert logger.save_dir is None or Path(logger.save_dir) == tmp_path
 
 
-# finetune needs a checkpoint: tests/cli/test_finetune.py.
-@pytest.mark.parametrize("name", [name for name in choices("experiment") if name != "finetune"])
+# finetune needs a checkpoint, emoji its latents: tests/cli has a test of each.
+@pytest.mark.parametrize("name", sorted({*choices("experiment")} - {"finetune", "emoji"}))
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_experiments(name: str, tmp_path: Path) -> None:
     """With eight small photos where a recipe wants images, and in pixels."""
@@ -164,6 +164,7 @@ def test_the_imagenet_recipe_is_the_published_one() -> None:
     assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-4, 0)
     assert list(config.optimizer.betas) == [0.9, 0.999]
     assert (config.data.batch_size, config.ema.decay, config.max_steps) == (256, 0.9999, 7_000_000)
+    assert not config.ema.warmup
     assert (config.model.depth, config.model.hidden_size, config.patch_size) == (28, 1152, 2)
     assert (config.model.class_dropout_prob, config.model.learn_sigma) == (0.1, True)
     assert config.objective["_target_"].endswith("Hybrid")

@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from sag_dit.checkpoints import from_denoiser
 from sag_dit.codec import VAECodec
-from sag_dit.data.balance import balanced
 from sag_dit.data.latents import LatentData, encoder_sha256, sample_posterior
 from sag_dit.data.shards import INDEX, read_index
 from sag_dit.data.steps import Batch
@@ -264,20 +262,6 @@ def test_latents_are_checked_against_the_model(tmp_path: Path, make_dit: MakeDiT
     with pytest.raises(ValueError, match="the data has 2 classes and the model 10"):
         check()
     assert read_index(root).images == 12
-
-
-def test_balance_repeats_the_small_class(tmp_path: Path) -> None:
-    root = latent_folder(tmp_path, (9,))  # five even ones, four odd ones
-    labels = LatentData(root, 2, workers=0).labels
-    assert balanced(np.arange(9), labels, 0.0).tolist() == list(range(9))
-    few = np.array([0, 1, 2, 4, 6, 8])  # five and one
-    assert np.bincount(labels[balanced(few, labels, 1.0)]).tolist() == [5, 5]
-    assert np.bincount(labels[balanced(few, labels, 0.5)]).tolist() == [5, 2]
-    with pytest.raises(ValueError, match=r"balance=2: expected 0 .* to 1"):
-        balanced(few, labels, 2)
-    shown = LatentData(root, 1, workers=0, balance=1.0, held_out=0.3)
-    every = torch.cat([labels for _, labels in batches(shown, len(shown.training_images))])
-    assert every.bincount().tolist() == np.bincount(labels[shown.training_images])[:2].tolist()
 
 
 def test_a_second_folder_is_validated_with_and_never_trained_on(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_a_warming_average_decays_by_one_plus_n_over_ten_plus_n() -> None:
         averaged.update_parameters(network)
         decay = min(0.5, (1 + n) / (10 + n))
         expected = value if n == 0 else decay * expected + (1 - decay) * value
-        shown.append((float(averaged.module.weight), expected))
+        shown.append((averaged.module.weight.item(), expected))
     for here, there in shown:
         assert here == pytest.approx(there, rel=1e-5)
 
