@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from sag_dit.cli.app import launch, literal, quiet_lightning
-from sag_dit.cli.values import make_terms
+from sag_dit.cli.values import check_logger, make_terms
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
@@ -250,6 +250,7 @@ def run(config: DictConfig) -> None:
         raise ValueError(
             "ckpt is not set: expected what to fine-tune, such as ckpt=DiT-XL-2 or a run's folder"
         )
+    check_logger(config.logger)
     base = load_base(config) if config.ckpt else None
     out = run_folder(config)
     config.out = literal(str(out))
