@@ -21,6 +21,7 @@ from sag_dit.cli.app import fail, launch, literal, quiet_lightning
 from sag_dit.cli.presets import with_presets
 from sag_dit.cli.rows import Row, make_rows
 from sag_dit.cli.sweep import Choice, expand
+from sag_dit.cli.values import check_logger
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -43,6 +44,7 @@ def check(config: DictConfig, rows: Sequence[Row]) -> None:
     from sag_dit.cli.instruments import check_metrics
     from sag_dit.cli.published import expected_of, experiment_of
 
+    check_logger(config.logger)
     for row in rows:
         check_metrics(row.config.metrics)
         if row.config.trainer != config.trainer:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from sag_dit.cli.app import launch, literal, quiet_lightning
 from sag_dit.cli.models import load_model
 from sag_dit.cli.presets import with_presets
-from sag_dit.cli.values import check_values, make_maps, make_terms
+from sag_dit.cli.values import check_logger, check_values, make_maps, make_terms
 from sag_dit.identity import digest, written
 from sag_dit.identity import settings as identity_of
 
@@ -129,6 +129,7 @@ def run(config: DictConfig) -> None:
     """Draw what is missing; rank 0 then checks that all is there and writes what shows it."""
     from sag_dit.guidance import cost_of
 
+    check_logger(config.logger)
     plan = make_plan(config)
     config.out = literal(str(plan.folder.path))
     how = plan.settings

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sag_dit.cli.app import launch, literal, quiet_lightning
 from sag_dit.cli.run_identity import go_on_as_begun, identity, run_folder
-from sag_dit.cli.values import make_terms
+from sag_dit.cli.values import check_logger, make_terms
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
@@ -226,6 +226,7 @@ def run(config: DictConfig) -> None:
         raise ValueError(
             "ckpt is not set: expected what to fine-tune, such as ckpt=DiT-XL-2 or a run's folder"
         )
+    check_logger(config.logger)
     base = load_base(config) if config.ckpt else None
     out = run_folder(config)
     go_on_as_begun(config, out)

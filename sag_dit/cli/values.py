@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
@@ -25,6 +26,8 @@ WHOLE: dict[str, tuple[int, int | None, bool]] = {
 }
 """Keys that take whole numbers: the least, the most, and whether null is allowed."""
 
+LIBRARIES = {"WandbLogger": ("wandb",), "TensorBoardLogger": ("tensorboard", "tensorboardX")}
+"""What the loggers that are not ours need, one of each."""
 
 MEASURED = 300
 """Images that evaluate.py draws of each setting unless told how many."""
@@ -49,6 +52,22 @@ def check_values(config: DictConfig) -> None:
             )
     if OmegaConf.select(config, "requests") is not None:
         _refuse_beside_requests(config)
+
+
+def check_logger(logger: DictConfig | None) -> None:
+    """Refuse a logger whose library is not installed, before there is anything to log.
+
+    Raises:
+        ValueError: the library is missing; how to install it is told.
+    """
+    if logger is None or "_target_" not in logger:
+        return
+    needed = LIBRARIES.get(str(logger["_target_"]).rpartition(".")[2], ())
+    if needed and not any(find_spec(library) for library in needed):
+        raise ValueError(
+            f"logger: {logger['_target_']} needs {needed[0]}, which is not installed; "
+            f"pip install {needed[0]}, or choose logger=csv or logger=none"
+        )
 
 
 def _refuse_beside_requests(config: DictConfig) -> None:

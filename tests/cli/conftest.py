@@ -205,6 +205,7 @@ def contents() -> Callable[[Path], dict[str, str]]:
 @pytest.fixture
 def wandb_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Weights & Biases without a network, an account or a word on the terminal."""
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
@@ -212,6 +213,4 @@ def wandb_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
     # Pictures of a table wait here for their upload.
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staged"))
     yield
-    import wandb
-
     wandb.finish()

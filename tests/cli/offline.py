@@ -7,9 +7,10 @@ import json
 import struct
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from wandb.proto.wandb_internal_pb2 import Record
+if TYPE_CHECKING:
+    from wandb.proto.wandb_internal_pb2 import Record
 
 
 def staged_tables(folder: Path) -> list[tuple[dict[str, Any], dict[str, Path]]]:
@@ -29,6 +30,8 @@ def records(run: Path) -> list[Record]:
     After 7 bytes of its own come records in parts: checksum (4 bytes), length (2), kind (1: whole,
     2 to 4: first to last part) and content; no part's head crosses a border of 32 KiB.
     """
+    from wandb.proto.wandb_internal_pb2 import Record
+
     (file,) = run.glob("*.wandb")
     deadline, found = time.monotonic() + 60, [Record()]
     # It is written for a moment longer than ``finish`` takes.
