@@ -11,8 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+
+import sag_dit
+from tests.closeness import places_are_alike
 
 Command = Callable[..., Any]
 Contents = Callable[[Path], dict[str, str]]
@@ -135,16 +139,23 @@ def test_more_images_later_keep_the_earlier_ones(sample: Command, contents: Cont
 
 
 def test_deleted_images_and_twins_are_drawn_again_the_same(
-    sample: Command, contents: Contents
+    sample: Command, contents: Contents, tiny: Path
 ) -> None:
+    """Where the processor has it that a place changes last bits, a pixel may be one level off."""
     folder = sample("num_images=6").folder()
     before = contents(folder)
     # Other neighbours, another place in the batch: 1 was second and becomes first, 4 second.
-    for name in ("images/000001.png", "images/000004.png", "unguided/000005.png"):
-        (folder / name).unlink()
+    gone = [folder / f for f in ("images/000001.png", "images/000004.png", "unguided/000005.png")]
+    seen = [pixels(file).astype(int) for file in gone]
+    for file in gone:
+        file.unlink()
     again = sample("num_images=6")
     assert 0 < again.evaluations < 3 * 2 * (4 * 2 + 4)
-    assert contents(folder) == before
+    assert max(np.abs(pixels(f) - was).max() for f, was in zip(gone, seen, strict=True)) <= 1
+    network = sag_dit.load(tiny).denoiser.network
+    x = torch.ones(1, 3, 8, 8).cumsum(-1).sin()
+    if places_are_alike(network, x, torch.tensor([500]), torch.tensor([1]), rows=2):
+        assert contents(folder) == before
 
 
 @pytest.mark.parametrize("num_images", [1, 5])

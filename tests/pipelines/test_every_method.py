@@ -43,7 +43,10 @@ CALL = {"guidance_scale": 3.0}
 @cache
 def worse(family: str) -> nn.Module:
     """Another network of the family."""
-    return tiny.uneven(network_of(tiny.BUILD[family]()), seed=9)  # type: ignore[no-any-return]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(9)
+        network = network_of(tiny.BUILD[family]())
+    return tiny.uneven(network, seed=9)  # type: ignore[no-any-return]
 
 
 METHODS: Mapping[str, Callable[[str], tuple[Term, ...]]] = {
