@@ -34,7 +34,7 @@ def gap(ours: Tensor, theirs: Tensor, peer: str, rows: Rows) -> None:
         ValueError: so far that timing them means nothing.
     """
     found = float((ours.float() - theirs.float()).abs().max() / ours.float().abs().max())
-    rows.add(f"largest difference of outputs, ours and {peer}'s", "fp32", found)
+    rows.add(f"largest difference of outputs, ours and {peer}", "fp32", found)
     if not found <= LARGEST_GAP[peer]:
         raise ValueError(f"{peer}'s output differs by {found:.1e}: timing it means nothing")
 
@@ -65,7 +65,7 @@ def passes(
                 else contextlib.nullcontext()
             )
             with arithmetic("TF32"), cast:
-                what = f"a pass: our time / {peer}'s"
+                what = f"a pass: our time / {peer}"
                 side_by_side(
                     partial(made, *asked),
                     partial(theirs, *asked),
@@ -116,7 +116,7 @@ def facebook(scale: Scale, rows: Rows, folder: str) -> None:
             pass
 
     with arithmetic("TF32"):
-        what = f"CFG, {steps} ancestral steps, latents: our time / facebookresearch's"
+        what = f"CFG, {steps} ancestral steps, latents: our time / facebookresearch"
         side_by_side(our_loop, their_loop, 3, what, f"TF32, batch {batch}", rows)
 
 
@@ -166,7 +166,7 @@ def diffusers(scale: Scale, rows: Rows) -> None:
         )
 
     with arithmetic("TF32"):
-        what = f"CFG, {scale.steps} DDIM steps, decoded: our time / DiTPipeline's"
+        what = f"CFG, {scale.steps} DDIM steps, decoded: our time / DiTPipeline"
         ours = partial(draw, drawn, requests, settings)
         side_by_side(ours, their_images, 3, what, f"TF32, batch {batch}", rows)
 
