@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -25,3 +26,8 @@ Scalar: TypeAlias = float | Tensor
 def per_image(values: Float[Tensor, "b"], images: Images) -> Tensor:
     """Reshape one value per image so that it broadcasts over the image's channels and pixels."""
     return values.reshape(-1, *(1,) * (images.ndim - 1))
+
+
+def home_of_doubles(device: torch.device) -> torch.device:
+    """Return where float64 is kept beside a device: there, or on the CPU, as MPS has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device

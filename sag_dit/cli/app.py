@@ -31,6 +31,9 @@ FREE_TEXT = (
 QUOTATION = re.compile(r"""(['"])(\\.|(?!\1|\\).)*\1""", re.DOTALL)
 """A value that the user has quoted for Hydra."""
 
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
+"""The signal that ends a process whatever it does; Windows knows one alone, which does."""
+
 Run = Callable[[DictConfig], None]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from sag_dit.cli.app import fail, launch, literal, quiet_lightning
+from sag_dit.cli.app import KILL, fail, launch, literal, quiet_lightning
 from sag_dit.cli.presets import with_presets
 from sag_dit.cli.rows import Row, make_rows
 from sag_dit.cli.sweep import Choice, expand
@@ -102,7 +101,7 @@ def run(config: DictConfig, choices: Sequence[Choice] | None = None) -> None:
         bar.stop()
         # Ranks that Lightning has started would go on without this process, holding their devices.
         if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(signal.SIGKILL)
+            trainer.strategy.launcher.kill(KILL)
         raise
     if trainer.is_global_zero:
         known = {key: record for key, record in records.items() if record is not None}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from sag_dit.cli.app import launch, literal, quiet_lightning
+from sag_dit.cli.app import KILL, launch, literal, quiet_lightning
 from sag_dit.cli.models import load_model
 from sag_dit.cli.presets import with_presets
 from sag_dit.cli.values import check_logger, check_values, make_maps, make_terms
@@ -207,7 +206,7 @@ def _predict(config: DictConfig, plan: Plan, pending: list[Request]) -> bool:
     except BaseException:
         # Ranks that Lightning has started would go on without this process, holding their devices.
         if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(signal.SIGKILL)
+            trainer.strategy.launcher.kill(KILL)
         raise
     reports.clear()
     return True

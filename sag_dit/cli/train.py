@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from sag_dit.cli.app import launch, literal, quiet_lightning
+from sag_dit.cli.app import KILL, launch, literal, quiet_lightning
 from sag_dit.cli.run_identity import go_on_as_begun, identity, run_folder
 from sag_dit.cli.values import check_logger, make_terms
 
@@ -259,7 +258,7 @@ def run(config: DictConfig) -> None:
     except BaseException:
         # Ranks that Lightning has started would wait for this one, holding their devices.
         if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(signal.SIGKILL)
+            trainer.strategy.launcher.kill(KILL)
         raise
     if trainer.is_global_zero:
         print(f"run: {out.resolve()}")

@@ -25,6 +25,7 @@ from sag_dit.evaluation.npz import read_statistics
 from sag_dit.evaluation.numerics import exact
 from sag_dit.evaluation.statistics import Statistics
 from sag_dit.files import atomic
+from sag_dit.tensors import home_of_doubles
 
 ADM_SAMPLES = 50_000
 """Numbers published against ADM's reference files are of so many samples."""
@@ -163,7 +164,7 @@ def _make(images: ImageSet, extractor: FeatureExtractor, batch_size: int, featur
     extractor = extractor.eval()
     count = min(features, len(images))
     kept = torch.arange(count) * len(images) // max(1, count)
-    home = torch.device("cpu") if device.type == "mps" else device
+    home = home_of_doubles(device)
     pool, spatial = Moments().to(home), Moments().to(home)
     vectors, place = [], 0
     for batch, _ in images.read(batch_size):

@@ -21,7 +21,7 @@ from sag_dit.evaluation.numerics import exact
 from sag_dit.evaluation.reference import Reference
 from sag_dit.evaluation.statistics import Statistics
 from sag_dit.evaluation.subsets import Groups, halves
-from sag_dit.tensors import Labels
+from sag_dit.tensors import Labels, home_of_doubles
 
 METRICS = ("fid", "sfid", "is", "precision", "recall")
 SMALL = 256
@@ -115,8 +115,8 @@ class Suite:
 
     def _each(self) -> list[Metric]:
         metrics = [self._images, *self._metrics.values()]
-        # MPS has no float64, and no ranks that would have to meet there.
-        home = torch.device("cpu") if self.device.type == "mps" else self.device
+        # Where that is the CPU, there are no ranks that would have to meet on the device.
+        home = home_of_doubles(self.device)
         return [metric.to(home) for metric in metrics]
 
     def update(self, images: UInt8[Tensor, "b c h w"], indices: Labels) -> None:

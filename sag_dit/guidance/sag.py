@@ -30,7 +30,7 @@ from sag_dit.guidance.perturbed import Layer, checked_layers, layers_of
 from sag_dit.guidance.term import Asking, Branch, BranchName, BranchTerm, Question
 from sag_dit.identity import LATER
 from sag_dit.process import Prediction
-from sag_dit.tensors import Images, Mask, Scalar
+from sag_dit.tensors import Images, Mask, Scalar, home_of_doubles
 
 
 def fitting_kernel(kernel_size: int, size: tuple[int, int]) -> int:
@@ -226,7 +226,9 @@ class SAG(BlurGuidance):
         """Return what saliency (b, h, w) must exceed: psi, or each image's quantile, (b, 1, 1)."""
         if self.quantile is None:
             return self.threshold
-        return torch.quantile(saliency.flatten(1), self.quantile, dim=1)[:, None, None]
+        # Newer torch interpolates in float64.
+        values = saliency.flatten(1).to(home_of_doubles(saliency.device))
+        return torch.quantile(values, self.quantile, dim=1)[:, None, None].to(saliency.device)
 
     def attended(
         self, attention: Mapping[str, Tensor], model: Denoiser

@@ -66,7 +66,8 @@ class LabelEmbedder(nn.Module):
 def sincos_positions(width: int, grid: tuple[int, int]) -> Float[Tensor, "n d"]:
     """Return fixed 2-D positions: half the width tells the column, half the row; sines first.
 
-    Frequencies 10000^(-i / (width / 4)), computed in float64, row-major over the (h, w) grid.
+    Frequencies 10000^(-i / (width / 4)), computed in float64 on the CPU, since not every device has
+    float64; row-major over the (h, w) grid. The result is on the device of the context.
     Source: facebookresearch/DiT, models.py (after MAE).
 
     Raises:
@@ -75,14 +76,14 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Float[Tensor, "n d"]:
     if width % 4:
         raise ValueError(f"hidden_size={width}: expected a multiple of 4 for 2-D positions")
     rows, columns = torch.meshgrid(
-        torch.arange(grid[0], dtype=torch.float64),
-        torch.arange(grid[1], dtype=torch.float64),
+        torch.arange(grid[0], dtype=torch.float64, device="cpu"),
+        torch.arange(grid[1], dtype=torch.float64, device="cpu"),
         indexing="ij",
     )
     quarter = width // 4
-    frequency = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    frequency = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
     parts = []
     for position in (columns, rows):
         angle = position.reshape(-1, 1) * frequency
         parts += [angle.sin(), angle.cos()]
-    return torch.cat(parts, dim=1).float()
+    return torch.cat(parts, dim=1).float().to(torch.get_default_device())

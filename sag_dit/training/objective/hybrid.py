@@ -52,7 +52,8 @@ def decoder_nll(x_0: Images, mean: Images, log_variance: Images) -> Images:
 def posterior_table(process: DDPM) -> Float[Tensor, "4 t"]:
     """Return q(x_{t-1} | x_t, x_0) for every t: of_x_0, of_x_t, log_lower, log_upper; float64."""
     q = Posterior.of(process.grid(process.num_timesteps))
-    table = torch.tensor([q.of_x_0, q.of_x_t, q.log_lower, q.log_upper], dtype=torch.float64)
+    rows = [q.of_x_0, q.of_x_t, q.log_lower, q.log_upper]
+    table = torch.tensor(rows, dtype=torch.float64, device="cpu")
     return table.flip(1)
 
 
@@ -68,7 +69,8 @@ def bound(
     Source: Ho et al. 2020, equations 5 and 6; Nichol & Dhariwal 2021, equation 15.
     """
     t = torch.as_tensor(level.t).long()
-    table = posterior_table(process).to(t.device)[:, t].float()
+    # float32 before the device: not every device has float64.
+    table = posterior_table(process).float().to(t.device)[:, t]
     of_x_0, of_x_t, lower, upper = (per_image(row, x_t) for row in table)
     true_mean = of_x_0 * x_0 + of_x_t * x_t
     mean = of_x_0 * believed + of_x_t * x_t
