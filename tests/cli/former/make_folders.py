@@ -60,6 +60,7 @@ def names(runs: dict[str, str]) -> dict[str, list[object]]:
             rows = make_rows(compose("evaluate", [*arguments]), None)
             jobs = make_jobs(rows, torch.device("cpu"))
             found["evaluate"].append([job.identity for job in jobs])
+            found["reference"] = [jobs[0].instruments.reference_sha256]
     return found
 
 
