@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sag_dit.evaluation.features import FeatureExtractor, Features
 from sag_dit.evaluation.reference import Reference, load_reference
+from sag_dit.tensors import home_of_doubles
 
 
 class Tiny(FeatureExtractor):
@@ -26,11 +27,14 @@ class Tiny(FeatureExtractor):
     def forward(self, images: Tensor) -> Features:
         # Rounded from float64, so that an image has the same features in every batch: a product in
         # float32 depends, on some processors, on how many rows it has.
-        pool = (images.flatten(1).double() / 255 @ self.weight.double()).abs()
+        home = home_of_doubles(images.device)
+        pixels, weight, head = (
+            each.to(home).double() for each in (images.flatten(1), self.weight, self.head)
+        )
+        pool = (pixels / 255 @ weight).abs()
+        shown, logits = pool.float().to(images.device), (pool @ head).float().to(images.device)
         return Features(
-            pool.float(),
-            pool[:, 10:].float() if self.spatial else None,
-            (pool @ self.head.double()).float() if self.logits else None,
+            shown, shown[:, 10:] if self.spatial else None, logits if self.logits else None
         )
 
 
