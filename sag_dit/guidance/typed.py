@@ -5,6 +5,7 @@ from sag_dit.guidance.auto import Autoguidance as Autoguidance
 from sag_dit.guidance.cfg import CFG as CFG
 from sag_dit.guidance.cfg_zero import CFGZero as CFGZero
 from sag_dit.guidance.classifier import ClassifierGuidance as ClassifierGuidance
+from sag_dit.guidance.fdg import FDG as FDG
 from sag_dit.guidance.icg import ICG as ICG
 from sag_dit.guidance.pag import PAG as PAG
 from sag_dit.guidance.sag import SAG as SAG
