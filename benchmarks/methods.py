@@ -1,6 +1,9 @@
-"""Write the tables of methods and backbones: ``python -m benchmarks.methods``.
+"""Write what follows from the methods: ``python -m benchmarks.methods``.
 
-They stand in docs/guidance.md and, without links, in README.md. Each cell names the test that
+That is the tables of keys, methods and backbones, the classes for type checkers and, for a method
+that is new, what its identity tells.
+
+The tables stand in docs/guidance.md and, without links, in README.md. Each cell names the test that
 proves it, of a dash the one that proves the refusal; tests/guidance/test_table.py sees that they
 exist, that they run what the cell says, and that the pages are as this script writes them.
 """
@@ -8,32 +11,48 @@ exist, that they run what the cell says, and that the pages are as this script w
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TypeAlias
+
+from sag_dit import guidance
+from sag_dit.guidance import Term
+from sag_dit.identity import later
+from sag_dit.methods import methods
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "guidance.md"
 BEGIN = "<!-- python -m benchmarks.methods -->"
+BEGIN_KEYS = "<!-- python -m benchmarks.methods: keys -->"
 END = "<!-- end -->"
 
-METHODS: Mapping[str, str] = {
-    "SAG": "`SAG`",
-    "SAG's other masks": "`SAG(mask=...)`",
-    "blur guidance": "`BlurGuidance`",
-    "CFG": "`CFG`",
-    "CFG, rescaled": "`CFG(rescale=...)`",
-    "APG": "`APG`",
-    "CFG-Zero*": "`CFGZero`",
-    "ICG": "`ICG`",
-    "PAG": "`PAG`",
-    "SEG": "`SEG`",
-    "SLG": "`SLG`",
-    "TPG": "`TPG`",
-    "TSG": "`TSG`",
-    "autoguidance": "`Autoguidance`",
-    "classifier guidance": "`ClassifierGuidance`",
-}
+
+def classes() -> list[type[Term]]:
+    """Return the methods' classes: SAG's file first, the others by title."""
+    found = [getattr(guidance, method.name) for method in methods()]
+    return sorted(found, key=lambda each: (not issubclass(each, guidance.BlurGuidance), each.title))
+
+
+def setting(kind: type[Term], strength: float, **objects: object) -> Term:
+    """Return a method's example so far from off; ``objects`` are such as a worse model.
+
+    Only those are given to a method that it has fields for.
+    """
+    known = {field.name for field in fields(kind)}
+    given = {name: value for name, value in objects.items() if name in known}
+    return kind(kind.neutral + strength, **{**kind.example, **given})
+
+
+def _rows() -> Iterator[tuple[str, str, type[Term]]]:
+    for each in classes():
+        yield each.title, f"`{each.__name__}`", each
+        yield from ((name, f"`{made}`", each) for name, made in each.variants.items())
+
+
+ROWS: Mapping[str, type[Term]] = {title: kind for title, _, kind in _rows()}
+METHODS: Mapping[str, str] = {title: made for title, made, _ in _rows()}
 
 Proofs: TypeAlias = Mapping[str, Mapping[str, str]]
 """For each backbone and method the test that proves it: file::function, below tests/."""
@@ -56,7 +75,7 @@ NO_PIPELINE = "pipelines/test_every_method.py::test_what_cannot_guide_a_family_i
 
 # What a method has in common on all kinds of output: it acts, is finite at both ends of the
 # process, and is the same in one batch or one by one. A formula is proven where one is named.
-COMMON = {method: EVERY for method in METHODS if method != "CFG-Zero*"}
+COMMON = {title: EVERY for title, kind in ROWS.items() if "flow" not in kind.needs}
 
 NETWORKS: Proofs = {
     "DiT, eps": {
@@ -91,6 +110,7 @@ NETWORKS: Proofs = {
         "blur guidance": "guidance/test_sag.py::test_guided_x_0_is_the_blurred_image_s_form",
         "CFG, rescaled": NULL + "test_rescale_is_of_what_the_network_puts_out",
         "APG": NULL + "test_apg_is_the_paper_s_in_x_0",
+        **{title: EVERY for title, kind in ROWS.items() if "flow" in kind.needs},
         "CFG-Zero*": NULL + "test_cfg_zero_scales_the_null_velocity_and_zeroes_the_first_steps",
         **dict.fromkeys(("PAG", "SEG", "SLG"), EDITED),
         "TSG": PERTURBED + "test_tsg_perturbs_the_time_embedding_of_the_first_blocks",
@@ -98,17 +118,23 @@ NETWORKS: Proofs = {
         "classifier guidance": SCORE,
     },
     "UNet, eps": {
-        **{method: EVERY_UNET for method in METHODS if method not in ("CFG-Zero*", "TPG", "TSG")},
+        **{
+            title: EVERY_UNET
+            for title, kind in ROWS.items()
+            if not kind.needs & {"flow", "blocks", "dit"}
+        },
         "SAG": UNET_PARITY,
         "classifier guidance": UNET_PARITY,
     },
 }
 
-IN_EVERY = (
-    *("SAG", "SAG's other masks", "blur guidance"),
-    *("PAG", "SEG", "SLG", "TPG", "autoguidance"),
+IN_EVERY = tuple(
+    title
+    for title, kind in ROWS.items()
+    if not kind.from_null and not kind.needs & {"flow", "dit", "classes"}
 )
-WITH_NULL = ("CFG", "CFG, rescaled", "APG")
+WITH_NULL = tuple(title for title, kind in ROWS.items() if kind.from_null and not kind.needs)
+OF_FLOWS = tuple(title for title, kind in ROWS.items() if "flow" in kind.needs)
 
 PIPELINES: Proofs = {
     "SD 1, 2": {
@@ -124,7 +150,7 @@ PIPELINES: Proofs = {
         "PAG": PAG_PARITY,
     },
     "SD3": {
-        **dict.fromkeys((*IN_EVERY, *WITH_NULL, "CFG-Zero*"), EVERY_PIPELINE),
+        **dict.fromkeys((*IN_EVERY, *WITH_NULL, *OF_FLOWS), EVERY_PIPELINE),
         "CFG": OWN_CFG,
         "PAG": PAG_PARITY,
     },
@@ -140,16 +166,18 @@ REASONS = (
     "The method needs classes; `sag_dit.load` reads a `DiTPipeline`'s folder as a DiT with them.",
 )
 FLOWS, BLOCKS, OWN_DIT, APART, CLASSES = range(1, len(REASONS) + 1)
+WHY = {"flow": FLOWS, "blocks": BLOCKS, "dit": OWN_DIT, "classes": CLASSES}
 
 
 def refused(backbone: str, method: str) -> tuple[str, int]:
     """Return the test that a method without proof is refused, and the number of the reason."""
-    if backbone == "FLUX" and method in (*WITH_NULL, "CFG-Zero*"):
+    kind = ROWS[method]
+    if backbone == "FLUX" and kind.from_null:
         return NO_PIPELINE, APART
-    reasons = {"CFG-Zero*": FLOWS, "TPG": BLOCKS, "TSG": OWN_DIT}
+    reason = next(number for need, number in WHY.items() if need in kind.needs)
     if backbone.startswith("DiT, "):
-        return NO_FLOW, reasons[method]
-    return NO_UNET if backbone in NETWORKS else NO_PIPELINE, reasons.get(method, CLASSES)
+        return NO_FLOW, reason
+    return NO_UNET if backbone in NETWORKS else NO_PIPELINE, reason
 
 
 def link(mark: str, proof: str) -> str:
@@ -201,18 +229,57 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-def page(text: str, content: str) -> str:
+def keys() -> str:
+    """Return the table of the keys at the command line."""
+    lines = [
+        "| key at the command line | class | prediction | off | source |",
+        "|---|---|---|---|---|",
+    ]
+    for each in classes():
+        off = f"{each.neutral:g}"
+        lines.append(
+            f"| `{each.key}_scale` | `{each.__name__}` | {each.does} | {off} | {each.source} |"
+        )
+    return "\n".join(lines)
+
+
+def typed() -> str:
+    """Return the module that tells type checkers the methods' classes."""
+    order = sorted(methods(), key=lambda each: (each.module, not each.name.isupper(), each.name))
+    lines = [f"from {each.module} import {each.name} as {each.name}" for each in order]
+    head = "The methods' classes by name, for type checkers: written by"
+    return "\n".join([f'"""{head} ``python -m benchmarks.methods``."""', "", *lines, ""])
+
+
+def record(text: str) -> str:
+    """Return the record of identities with the methods that it lacks; what stands there stays."""
+    start = '  "guidance": {\n'
+    for each in classes():
+        if each.key in json.loads(text)["guidance"]:
+            continue
+        came_later = later(each)
+        names = [field.name for field in fields(each) if field.name not in came_later]
+        entry = json.dumps({"options": names, "later": came_later})
+        text = text.replace(start, f'{start}    "{each.key}": {entry},\n', 1)
+    return text
+
+
+def page(text: str, content: str, begin: str = BEGIN) -> str:
     """Return a page with what stands between the marks written anew."""
-    before, _, rest = text.partition(BEGIN)
+    before, _, rest = text.partition(begin)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
+    return f"{before}{begin}\n\n{content}\n\n{END}{after}"
 
 
 def pages() -> dict[Path, str]:
-    """Return the pages that show the tables, as they should be."""
-    contents = {PAGE: tables(), ROOT / "README.md": overview()}
+    """Return the files that follow from the methods, as they should be."""
+    readme, identities = ROOT / "README.md", ROOT / "tests" / "identity" / "identities.json"
+    text = page(readme.read_text(encoding="utf-8"), overview())
     return {
-        file: page(file.read_text(encoding="utf-8"), content) for file, content in contents.items()
+        PAGE: page(PAGE.read_text(encoding="utf-8"), tables()),
+        readme: page(text, keys(), BEGIN_KEYS),
+        ROOT / "sag_dit" / "guidance" / "typed.py": typed(),
+        identities: record(identities.read_text(encoding="utf-8")),
     }
 
 

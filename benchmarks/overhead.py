@@ -15,24 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import ratio
+from benchmarks.methods import classes, setting
 from sag_dit.denoiser import ClassConditional
-from sag_dit.guidance import (
-    APG,
-    CFG,
-    ICG,
-    PAG,
-    SAG,
-    SEG,
-    SLG,
-    TPG,
-    TSG,
-    Autoguidance,
-    BlurGuidance,
-    CFGZero,
-    ClassifierGuidance,
-    GuidedDenoiser,
-    Term,
-)
+from sag_dit.guidance import GuidedDenoiser
 from sag_dit.models import DiT
 from sag_dit.noise import NoiseSource
 from sag_dit.process import Flow, Step
@@ -99,21 +84,7 @@ def main() -> None:
     strong, weak = (network(depth, options.width, options.size) for depth in (options.depth, 1))
     model, worse = (ClassConditional(each, Flow(), kind="v") for each in (strong, weak))
     classifier = Classifier(4).to(DEVICE).requires_grad_(False)
-    terms: list[Term] = [
-        CFG(1.5),
-        CFGZero(1.5, zero_steps=0),
-        APG(1.5),
-        SAG(0.5),
-        BlurGuidance(0.5),
-        PAG(0.5),
-        SEG(0.5),
-        SLG(0.5),
-        TPG(0.5),
-        TSG(1.5),
-        ICG(1.5),
-        Autoguidance(1.5, worse=worse),
-        ClassifierGuidance(0.5, classifier=classifier),
-    ]
+    terms = [setting(each, 0.5, worse=worse, classifier=classifier) for each in classes()]
     sets = {type(term).__name__: [term] for term in terms} | {"all of them": terms}
     x = torch.randn(options.batch, 4, options.size, options.size, device=DEVICE)
     y = torch.zeros(options.batch, dtype=torch.long, device=DEVICE)

@@ -12,39 +12,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sag_dit.checkpoints import Model, load, load_text
-    from sag_dit.guidance import (
-        APG,
-        CFG,
-        ICG,
-        PAG,
-        SAG,
-        SEG,
-        SLG,
-        TPG,
-        TSG,
-        Autoguidance,
-        BlurGuidance,
-        CFGZero,
-        ClassifierGuidance,
-    )
-    from sag_dit.pipelines import guide
-    from sag_dit.sampling import sample
+    from sag_dit.checkpoints import Model as Model
+    from sag_dit.checkpoints import load as load
+    from sag_dit.checkpoints import load_text as load_text
+    from sag_dit.guidance.typed import *  # noqa: F403
+    from sag_dit.pipelines import guide as guide
+    from sag_dit.sampling import sample as sample
 
 _HOME = {
-    "APG": "sag_dit.guidance",
-    "CFG": "sag_dit.guidance",
-    "ICG": "sag_dit.guidance",
-    "PAG": "sag_dit.guidance",
-    "SAG": "sag_dit.guidance",
-    "SEG": "sag_dit.guidance",
-    "SLG": "sag_dit.guidance",
-    "TPG": "sag_dit.guidance",
-    "TSG": "sag_dit.guidance",
-    "Autoguidance": "sag_dit.guidance",
-    "BlurGuidance": "sag_dit.guidance",
-    "CFGZero": "sag_dit.guidance",
-    "ClassifierGuidance": "sag_dit.guidance",
     "Model": "sag_dit.checkpoints",
     "guide": "sag_dit.pipelines",
     "load": "sag_dit.checkpoints",
@@ -53,33 +28,26 @@ _HOME = {
 }
 
 __version__ = "0.1.0"
-__all__ = [
-    "APG",
-    "CFG",
-    "ICG",
-    "PAG",
-    "SAG",
-    "SEG",
-    "SLG",
-    "TPG",
-    "TSG",
-    "Autoguidance",
-    "BlurGuidance",
-    "CFGZero",
-    "ClassifierGuidance",
-    "Model",
-    "guide",
-    "load",
-    "load_text",
-    "sample",
-]
+
+
+def _homes() -> dict[str, str]:
+    """Return the module of each public name: the guidance methods and what stands above."""
+    from sag_dit.methods import methods
+
+    return {**{method.name: "sag_dit.guidance" for method in methods()}, **_HOME}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    if name == "__all__":
+        return sorted(_homes())
+    home = _HOME.get(name)
+    if home is None and name.startswith("_"):
         raise AttributeError(f"module 'sag_dit' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    home = home or _homes().get(name)
+    if home is None:
+        raise AttributeError(f"module 'sag_dit' has no attribute {name!r}")
+    return getattr(import_module(home), name)
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*sorted(_homes()), "__version__"]

@@ -17,9 +17,12 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from sag_dit.methods import entries, scales
 
 FREE_TEXT = (
     *("ckpt", "out", "requests", "vae", "data.root", "prompt", "text.negative"),
@@ -38,7 +41,13 @@ Run = Callable[[DictConfig], None]
 
 
 def config_folder() -> Path:
-    """Return the folder of configurations: inside an installed wheel, else beside the package."""
+    """Return the folder of configurations: inside an installed wheel, else beside the package.
+
+    Hydra is told what stands in no file, since it follows from the guidance methods.
+    """
+    store = ConfigStore.instance()
+    store.store(name="scales", node=scales())
+    store.store(group="guidance", name="methods", node=entries())
     package = Path(__file__).resolve().parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 
-from sag_dit.denoiser import Denoiser
-from sag_dit.guidance.cfg import check_null
 from sag_dit.guidance.term import Asking, Question, Term
 from sag_dit.tensors import Images
 
@@ -37,6 +36,10 @@ class APG(Term):
 
     key = "apg"
     former = ("sag_dit.guidance.apg.APG",)
+    title = "APG"
+    does = "CFG without what oversaturates"
+    source = "Sadat et al. 2025"
+    example = MappingProxyType({"norm_threshold": 25.0})
 
     neutral: ClassVar[float] = 1.0
     from_null: ClassVar[bool] = True
@@ -52,11 +55,6 @@ class APG(Term):
             raise ValueError(f"norm_threshold={self.norm_threshold}: expected 0 (off) or more")
         if not -1 < self.momentum < 1:
             raise ValueError(f"momentum={self.momentum}: expected a number between -1 and 1")
-
-    def check(self, model: Denoiser) -> None:
-        """Refuse a model without a null condition."""
-        super().check(model)
-        check_null(self, model)
 
     def contribution(self, ask: Question) -> Asking:
         """Return the update of x_0 as one of v: -1 / sigma of it."""

@@ -40,6 +40,10 @@ class Autoguidance(BranchTerm):
 
     key = "auto"
     former = ("sag_dit.guidance.auto.Autoguidance",)
+    title = "autoguidance"
+    does = "away from a worse checkpoint"
+    source = "Karras et al. 2024"
+    needs = frozenset({"worse"})
 
     neutral: ClassVar[float] = 1.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, field, replace
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -31,20 +32,6 @@ def rescaled(guided: Prediction, cond: Prediction, model: Denoiser, phi: float) 
     return model.process.predict(guided.x_t, guided.level, mixed, kind)
 
 
-def check_null(term: Term, model: Denoiser) -> None:
-    """Refuse a model without a null condition.
-
-    Raises:
-        ValueError: the model was trained without label dropout.
-    """
-    if model.null(1) is None:
-        name = type(term).__name__.lower()
-        raise ValueError(
-            f"{name}_scale={term.scale}: this model has no null condition (trained without label "
-            f"dropout), so classifier-free guidance is impossible; set {name}_scale=1"
-        )
-
-
 @dataclass(frozen=True)
 class CFG(Term):
     """Classifier-free guidance: pred = null + w (cond - null), so w = 1 is off.
@@ -66,6 +53,10 @@ class CFG(Term):
 
     key = "cfg"
     former = ("sag_dit.guidance.cfg.CFG",)
+    title = "CFG"
+    does = "null + w (cond - null); also rescaled, or on some channels"
+    source = "Ho & Salimans 2022"
+    variants = MappingProxyType({"CFG, rescaled": "CFG(rescale=...)"})
 
     neutral: ClassVar[float] = 1.0
     from_null: ClassVar[bool] = True
@@ -84,7 +75,6 @@ class CFG(Term):
     def check(self, model: Denoiser) -> None:
         """Refuse a model without a null condition or with fewer channels than guided."""
         super().check(model)
-        check_null(self, model)
         if self.channels is not None and self.channels > model.latent_shape[0]:
             raise ValueError(
                 f"channels={self.channels}: the model has {model.latent_shape[0]} channels"

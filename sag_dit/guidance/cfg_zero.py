@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 from sag_dit.denoiser import Denoiser
 from sag_dit.guidance.apg import inner
-from sag_dit.guidance.cfg import check_null
 from sag_dit.guidance.term import Asking, Question, Term
 from sag_dit.process import Flow
 
@@ -33,6 +33,11 @@ class CFGZero(Term):
 
     key = "cfgzero"
     former = ("sag_dit.guidance.cfg_zero.CFGZero",)
+    title = "CFG-Zero*"
+    does = "CFG for flows, whose null velocity is scaled to fit"
+    source = "Fan et al. 2025"
+    needs = frozenset({"flow"})
+    example = MappingProxyType({"zero_steps": 0})
 
     neutral: ClassVar[float] = 1.0
     from_null: ClassVar[bool] = True
@@ -53,7 +58,6 @@ class CFGZero(Term):
     def check(self, model: Denoiser) -> None:
         """Refuse a model that is no flow, or has no null condition."""
         super().check(model)
-        check_null(self, model)
         if not isinstance(model.process, Flow):
             raise ValueError(
                 f"cfgzero_scale={self.scale}: CFG-Zero* guides flow models, and this model's "
@@ -61,7 +65,7 @@ class CFGZero(Term):
             )
 
     def contribution(self, ask: Question) -> Asking:
-        """Return (w - 1) (v_cond - s v_null) + (s - 1) ... as v_guided - v_cond."""
+        """Return v_guided - v_cond = (w - 1) (v_cond - s v_null)."""
         cond, null = yield ask.base, ask.required_null()
         step, begun = ask.step, ask.memory.get("begun", ask.step.index)
         # A second evaluation of a step stands at the level where the step ends.

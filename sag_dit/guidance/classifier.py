@@ -85,6 +85,10 @@ class ClassifierGuidance(Term):
 
     key = "classifier"
     former = ("sag_dit.guidance.classifier.ClassifierGuidance",)
+    title = "classifier guidance"
+    does = "along a classifier's gradient"
+    source = "Dhariwal & Nichol 2021"
+    needs = frozenset({"classes", "classifier"})
 
     clamped: ClassVar[bool] = False
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 
 from sag_dit.attention import capture_key
 from sag_dit.denoiser import Denoiser
+from sag_dit.denoiser.base import Condition
+from sag_dit.denoiser.text_conditional import TextConditional
 from sag_dit.guidance.guided import GuidedDenoiser, Key
 from sag_dit.guidance.term import Branch, Term
 from sag_dit.noise import NoiseSource
@@ -52,8 +55,19 @@ def _spread(counts: Sequence[int]) -> str:
     return f"{sum(counts) / len(counts):.4g} (at most {max(counts)})"
 
 
-_COND = object()
-"""A condition of which nobody asks what it is."""
+def some_condition(model: Denoiser) -> Condition:
+    """Return a condition that terms may look at: the first class, or a text model's null prompt.
+
+    A text model that knows no null prompt is asked with its first one; within a pipeline, which
+    brings its prompts later, with None.
+    """
+    if not isinstance(model, TextConditional):
+        return model.conditions([0])
+    null = model.null(1)
+    if null is not None:
+        # As a copy, since two questions about one condition are asked once.
+        return copy(null)
+    return model.conditions([0]) if model.class_names else None
 
 
 class _Counting(GuidedDenoiser):
@@ -62,11 +76,12 @@ class _Counting(GuidedDenoiser):
     def __init__(self, model: Denoiser, terms: Sequence[Term], noise: NoiseSource) -> None:
         super().__init__(model, terms, noise=noise)
         self.counts: list[list[int]] = []
+        self.cond = some_condition(model)
 
     def asked(self, x_t: Images, step: Step) -> Prediction:
         """Count one evaluation of the sampler."""
         self.counts.append([0, 0, 0])
-        return self(x_t, step, _COND)
+        return self(x_t, step, self.cond)
 
     def _evaluate(self, branches: Sequence[Branch], step: Step) -> dict[Key, Prediction]:
         own = sum(branch.model is self.model for branch in branches)

@@ -30,6 +30,10 @@ class ICG(Term):
 
     key = "icg"
     former = ("sag_dit.guidance.icg.ICG",)
+    title = "ICG"
+    does = "away from a random class"
+    source = "Sadat et al. 2024"
+    needs = frozenset({"classes"})
 
     neutral: ClassVar[float] = 1.0
 

@@ -44,6 +44,9 @@ class PAG(Perturbed):
 
     key = "pag"
     former = ("sag_dit.guidance.pag.PAG",)
+    title = "PAG"
+    does = "away from attention to oneself alone"
+    source = "Ahn et al. 2024"
 
     def edits(self, layers: Sequence[AttentionLayer], ask: Question) -> tuple[Edit, ...]:
         """Make the attention of every layer the identity."""

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -68,6 +69,9 @@ class BlurGuidance(BranchTerm):
 
     key = "blur"
     former = ("sag_dit.guidance.sag.BlurGuidance",)
+    title = "blur guidance"
+    does = "pred + s (pred - blurred): as SAG, blurred everywhere"
+    source = "Hong et al. 2023, section 4.2"
 
     _: KW_ONLY
     branch: BranchName = "auto"
@@ -159,6 +163,10 @@ class SAG(BlurGuidance):
 
     key = "sag"
     former = ("sag_dit.guidance.sag.SAG",)
+    title = "SAG"
+    does = "pred + s (pred - degraded): blurs where self-attention looks"
+    source = "Hong et al. 2023"
+    variants = MappingProxyType({"SAG's other masks": "SAG(mask=...)"})
 
     _: KW_ONLY
     layer: Layer | Sequence[Layer] = "auto"

@@ -68,6 +68,9 @@ class SEG(Perturbed):
 
     key = "seg"
     former = ("sag_dit.guidance.seg.SEG",)
+    title = "SEG"
+    does = "away from blurred attention"
+    source = "Hong 2024"
 
     unbounded: ClassVar[tuple[str, ...]] = ("blur_sigma",)
 

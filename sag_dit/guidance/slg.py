@@ -33,6 +33,9 @@ class SLG(Perturbed):
 
     key = "slg"
     former = ("sag_dit.guidance.slg.SLG",)
+    title = "SLG"
+    does = "away from skipped blocks"
+    source = "Stability AI 2024"
 
     def edits(self, layers: Sequence[AttentionLayer], ask: Question) -> tuple[Edit, ...]:
         """Skip the block of every layer."""

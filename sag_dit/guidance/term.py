@@ -8,9 +8,10 @@ the x_t of the base, its scale applied. The runner in ``guided.py`` steps all me
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal, TypeAlias
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 from torch import Tensor
 
@@ -35,6 +36,9 @@ from sag_dit.sampler import Sampler
 from sag_dit.tensors import Images
 
 BranchName = Literal["auto", "cond", "null"]
+Need = Literal["classes", "flow", "blocks", "dit", "worse", "classifier"]
+"""A model of several classes, one that puts out a flow, one of transformer blocks, one whose time
+embedding is known; a second model, a classifier of noisy images."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +143,8 @@ Asking: TypeAlias = Generator[tuple[Branch, ...], tuple[Prediction, ...], Tensor
 class Term(ABC):
     """One guidance method; its contribution is multiplied by ``schedule`` at every step.
 
-    ``scale`` means what the method's paper means by it; at ``neutral`` the term is off.
+    ``scale`` means what the method's paper means by it; at ``neutral`` the term is off, as is one
+    of several ``strengths`` where all are.
     ``interval``, in the unit ``interval_in``, says where it acts. In ``progress`` it is the
     half-open share [start, stop) of the run, 0 being pure noise. In ``t``, the network's time, or
     ``sigma``, the ratio sigma / alpha of noise to image, it is (low, high]; None leaves a side
@@ -167,10 +172,24 @@ class Term(ABC):
     """What the identity of a run calls the method, wherever its code lies: no other one's key."""
     former: ClassVar[tuple[str, ...]]
     """What runs called it before it had a key; a method that is new has none."""
+    title: ClassVar[str]
+    """What tables call the method."""
+    does: ClassVar[str]
+    """What it does to the prediction, in a few words."""
+    source: ClassVar[str]
+    """Authors and year."""
     neutral: ClassVar[float] = 0.0
     """The scale at which the method does nothing."""
+    strengths: ClassVar[tuple[str, ...]] = ("scale",)
+    """The fields that are all ``neutral`` where the method is off."""
     from_null: ClassVar[bool] = False
     """Whether the term guides away from the null condition, as CFG does: see Question.branch."""
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """What it needs of the model beside a null condition, and of the user."""
+    example: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Settings beside the scale with which tests run the method."""
+    variants: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Further rows of the tables: what they call a setting, and how it is made."""
     clamped: ClassVar[bool] = True
     """Whether a sampler that clamps x_0 clamps what the term contributes with it."""
     unbounded: ClassVar[tuple[str, ...]] = ()
@@ -188,8 +207,12 @@ class Term(ABC):
 
     @property
     def off(self) -> bool:
-        """Whether the term's scale makes it contribute nothing."""
-        return self.scale == self.neutral
+        """Whether the term's strengths make it contribute nothing."""
+        return all(getattr(self, name) == self.neutral for name in self.strengths)
+
+    def switched_off(self) -> Self:
+        """Return the term with all of its strengths neutral."""
+        return replace(self, **dict.fromkeys(self.strengths, self.neutral))  # type: ignore[arg-type]
 
     def weight(self, step: Step) -> float:
         """Return what the contribution is multiplied by at this step."""
@@ -204,6 +227,12 @@ class Term(ABC):
         """Refuse a model this term cannot guide, before anything is evaluated."""
         if self.interval_in == "t":
             check_times(self.interval, model.process)
+        if self.from_null and model.null(1) is None:
+            name = f"{type(self).__name__.lower()}_scale"
+            raise ValueError(
+                f"{name}={self.scale}: this model has no null condition (trained without label "
+                f"dropout), so classifier-free guidance is impossible; set {name}=1"
+            )
 
     def check_sampler(self, sampler: Sampler) -> None:  # noqa: B027 - most terms suit all
         """Refuse a sampler that this term cannot guide, before anything is evaluated."""

@@ -50,6 +50,10 @@ class TPG(Perturbed):
 
     key = "tpg"
     former = ("sag_dit.guidance.tpg.TPG",)
+    title = "TPG"
+    does = "away from shuffled tokens"
+    source = "Rajabi et al. 2025"
+    needs = frozenset({"blocks"})
 
     def check(self, model: Denoiser) -> None:
         """Refuse layers that are no part of a transformer block, as in the UNets of ADM."""

@@ -47,6 +47,10 @@ class TSG(BranchTerm):
 
     key = "tsg"
     former = ("sag_dit.guidance.tsg.TSG",)
+    title = "TSG"
+    does = "away from a wrong time"
+    source = "Sadat et al. 2024"
+    needs = frozenset({"dit"})
 
     neutral: ClassVar[float] = 1.0
 

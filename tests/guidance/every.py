@@ -7,24 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from benchmarks.methods import classes, setting
 from sag_dit.denoiser import ClassConditional
-from sag_dit.guidance import (
-    APG,
-    CFG,
-    ICG,
-    PAG,
-    SAG,
-    SEG,
-    SLG,
-    TPG,
-    TSG,
-    Autoguidance,
-    BlurGuidance,
-    CFGZero,
-    ClassifierGuidance,
-    GuidedDenoiser,
-    Term,
-)
+from sag_dit.guidance import CFG, SAG, SEG, ClassifierGuidance, GuidedDenoiser, Term
 from sag_dit.models import DiT
 from sag_dit.noise import NoiseSource
 from sag_dit.process import DDPM, Flow, Prediction, Process, Step
@@ -80,31 +65,25 @@ WORSE = {
 
 def every(model: str) -> dict[str, Term]:
     """All methods that guide a model of ``MODELS``, on."""
-    terms: dict[str, Term] = {
-        "CFG": CFG(1.7),
-        "CFG, rescale": CFG(1.7, rescale=0.7),
+    objects = {"worse": WORSE[model], "classifier": Classifier()}
+    flow = isinstance(MODELS[model].process, Flow)
+    # A gradient of a classifier is small beside a prediction.
+    terms = {
+        kind.title: setting(kind, 7.0 if "classifier" in kind.needs else 0.7, **objects)
+        for kind in classes()
+        if flow or "flow" not in kind.needs
+    }
+    terms |= {
+        "CFG, rescaled": CFG(1.7, rescale=0.7),
         "CFG, channels": CFG(1.7, channels=3),
-        "APG": APG(1.7, norm_threshold=25.0),
-        "SAG": SAG(0.7),
         "SAG, two layers": SAG(0.7, layer=(0, 1), quantile=0.6, blur_sigma=0.2, blur_in="grid"),
         "SAG, high frequency": SAG(0.7, mask="high_frequency"),
         "SAG, random": SAG(0.7, mask="random"),
         "SAG, square": SAG(0.7, mask="square"),
         "SAG, global": SAG(0.7, mask="global"),
-        "blur": BlurGuidance(0.7),
-        "PAG": PAG(0.7),
-        "SEG": SEG(0.7),
         "SEG, finite": SEG(0.7, blur_sigma=0.8),
-        "SLG": SLG(0.7),
-        "TPG": TPG(0.7),
-        "TSG": TSG(1.7),
-        "ICG": ICG(1.7),
-        "autoguidance": Autoguidance(1.7, worse=WORSE[model]),
-        "classifier": ClassifierGuidance(7.0, classifier=Classifier()),
     }
-    if isinstance(MODELS[model].process, Flow):
-        terms["CFG-Zero*"] = CFGZero(1.7, zero_steps=0)
-    else:
+    if not flow:
         terms["classifier, mean"] = ClassifierGuidance(7.0, classifier=Classifier(), form="mean")
     return terms
 

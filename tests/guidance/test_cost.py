@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sag_dit.denoiser import ClassConditional
-from sag_dit.guidance import CFG, SAG, BlurGuidance, GuidedDenoiser, Question, Term
+from sag_dit.guidance import CFG, SAG, BlurGuidance, GuidedDenoiser, Question, Term, cost_of
 from sag_dit.guidance.term import Asking
 from sag_dit.process import DDPM
+from sag_dit.sampler import DDIM
 from tests.closeness import assert_near
 from tests.guidance.reference import counted, step_at
 
@@ -177,3 +178,18 @@ def test_every_term_changes_v(
     plain = GuidedDenoiser(denoiser)(batch[0], step, batch[1])
     guided = GuidedDenoiser(denoiser, [term])(batch[0], step, batch[1])
     assert ((guided.v - plain.v).abs().flatten(1).amax(1) > 1e-4).all()
+
+
+@dataclass(frozen=True)
+class Curious(Term):
+    """Asks once more for the images whose class is below the scale."""
+
+    def contribution(self, ask: Question) -> Asking:
+        again = ask.base.at(ask.base.x_t + (ask.base.cond < self.scale)[:, None, None, None])
+        base, other = yield ask.base, again
+        return self.scale * (base.v - other.v)
+
+
+def test_a_method_may_look_at_the_condition(denoiser: ClassConditional) -> None:
+    cost = cost_of(denoiser, [Curious(2.0)], DDIM(), 3)
+    assert (cost.rounds, cost.rows, cost.others) == ((1, 1, 1), (2, 2, 2), (0, 0, 0))

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import fields
 
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+import sag_dit
 from benchmarks import methods
 from sag_dit import guidance
-from sag_dit.guidance import CFGZero, GuidedDenoiser
+from sag_dit import methods as index
+from sag_dit.cli.app import config_folder
+from sag_dit.guidance import CFGZero, GuidedDenoiser, Term
+from sag_dit.identity import plain
 from tests.guidance import test_unet_methods as unet
 from tests.guidance.every import CELLS, MODELS
 from tests.pipelines import test_every_method as pipelines
@@ -20,9 +28,6 @@ PIPELINES = {
     "DiT": "dit",
 }
 VARIANTS = {
-    "CFG, rescale": "CFG, rescaled",
-    "blur": "blur guidance",
-    "classifier": "classifier guidance",
     **{f"SAG, {mask}": "SAG's other masks" for mask in ("high frequency", "random", "square")},
 }
 """What tests of every method call a row of the table, where it is called otherwise."""
@@ -60,7 +65,7 @@ def test_a_cell_of_a_pipeline_is_what_the_tests_of_every_method_run() -> None:
 @pytest.mark.parametrize("backbone", [name for name in methods.NETWORKS if name[:3] == "DiT"])
 def test_a_dash_of_a_dit_is_a_refusal(backbone: str) -> None:
     missing = methods.METHODS.keys() - methods.NETWORKS[backbone].keys()
-    assert missing == (set() if "flow" in backbone else {"CFG-Zero*"})
+    assert missing == (set() if "flow" in backbone else set(methods.OF_FLOWS))
     if missing:
         with pytest.raises(ValueError, match="guides flow models"):
             GuidedDenoiser(MODELS[backbone.removeprefix("DiT, ")], [CFGZero(2.0)])
@@ -71,12 +76,35 @@ def test_the_pages_are_as_the_script_writes_them() -> None:
         assert file.read_text(encoding="utf-8") == text, "run python -m benchmarks.methods"
 
 
-def test_every_method_has_a_row() -> None:
-    named = {name.strip("`").partition("(")[0] for name in methods.METHODS.values()}
-    terms = {
-        name
-        for name in guidance.__all__
-        if isinstance(getattr(guidance, name), type)
-        and issubclass(getattr(guidance, name), guidance.Term)
-    }
-    assert terms - named == {"Term", "BranchTerm", "Perturbed"}
+def test_the_index_says_what_the_classes_say() -> None:
+    """It reads them without importing them."""
+    kinds = {getattr(guidance, name) for name in guidance.__all__}
+    terms = {each for each in kinds if isinstance(each, type) and issubclass(each, guidance.Term)}
+    assert terms - set(methods.classes()) == {Term, guidance.BranchTerm, guidance.Perturbed}
+    for each in index.methods():
+        kind = getattr(guidance, each.name)
+        assert (each.key, each.module) == (kind.key, kind.__module__)
+        defaults = {field.name: plain(field.default) for field in fields(kind) if field.init}
+        assert each.neutral == kind.neutral
+        assert {**defaults, **each.settings} == defaults
+        assert defaults.keys() - each.settings.keys() <= {"scale", "worse"}
+
+
+def test_public_names_are_the_methods() -> None:
+    for each in index.methods():
+        assert getattr(sag_dit, each.name) is getattr(guidance, each.name)
+        assert each.name in sag_dit.__all__ and each.name in dir(sag_dit)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        sag_dit.Nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_every_method_has_its_keys_at_the_command_line(command: str) -> None:
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose(command, ["sag_scale=0"])
+    assert config.guidance.keys() == {each.key for each in index.methods()}
+    for name, node in config.guidance.items():
+        kind = getattr(guidance, node._target_.rpartition(".")[2])
+        term = instantiate(node, _convert_="all")
+        assert type(term) is kind and term == kind(kind.neutral), name
+        assert config[f"{name}_scale"] == kind.neutral

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 
+from benchmarks.methods import classes, setting
 from sag_dit.denoiser import ClassConditional
-from sag_dit.guidance import APG, CFG, ICG, TPG, TSG, Autoguidance, CFGZero, GuidedDenoiser, Term
+from sag_dit.guidance import APG, CFG, ICG, Autoguidance, GuidedDenoiser, Term
 from sag_dit.models.unet import UNet
 from sag_dit.process import DDPM, Prediction
 from tests.closeness import assert_near
@@ -38,14 +38,20 @@ def small_unet(seed: int = 0, **options: int | float) -> ClassConditional:
 
 
 UNET = small_unet()
+NEEDED: dict[str, str] = {
+    "blocks": "stands among convolutions, and token perturbation.*tpg_scale=0",
+    "dit": "guides DiT models only.*tsg_scale=1",
+    "flow": "guides flow models.*DDPM",
+}
+"""What a UNet lacks, and how a method that needs it refuses."""
 TERMS: dict[str, Term] = {
-    name: term for name, term in every("eps").items() if not isinstance(term, TPG | TSG)
+    name: term for name, term in every("eps").items() if not term.needs & NEEDED.keys()
 }
 TERMS["autoguidance"] = Autoguidance(1.7, worse=small_unet(9))
 REFUSED: dict[str, tuple[Term, str]] = {
-    "TPG": (TPG(0.7), "stands among convolutions, and token perturbation.*tpg_scale=0"),
-    "TSG": (TSG(1.7), "guides DiT models only.*tsg_scale=1"),
-    "CFG-Zero*": (CFGZero(1.7), "guides flow models.*DDPM"),
+    kind.title: (setting(kind, 0.7), NEEDED[need])
+    for kind in classes()
+    for need in kind.needs & NEEDED.keys()
 }
 
 
@@ -62,7 +68,7 @@ def test_every_method_guides_a_unet(name: str) -> None:
     for index in (0, 9):
         step, plain = step_at(UNET.process, index), plain_at(index)
         with counted(UNET) as rows:
-            off = guided(UNET, [replace(term, scale=term.neutral)], step)
+            off = guided(UNET, [term.switched_off()], step)
         assert rows == [3] and torch.equal(off.v, plain.v)
         found = guided(UNET, [term], step)
         assert found.v.isfinite().all()

@@ -5,30 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sag_dit.guidance import (
-    APG,
-    CFG,
-    ICG,
-    PAG,
-    SAG,
-    SEG,
-    SLG,
-    TPG,
-    TSG,
-    Autoguidance,
-    BlurGuidance,
-    CFGZero,
-    ClassifierGuidance,
-    Term,
-)
+from benchmarks.methods import ROWS, classes, setting
+from sag_dit.guidance import CFG, SAG, SEG, SLG, TPG, Autoguidance, CFGZero, Term
 from sag_dit.pipelines import guide
 from tests.closeness import assert_near
 from tests.pipelines import tiny
@@ -49,39 +34,51 @@ def worse(family: str) -> nn.Module:
     return tiny.uneven(network, seed=9)  # type: ignore[no-any-return]
 
 
-METHODS: Mapping[str, Callable[[str], tuple[Term, ...]]] = {
-    "SAG": lambda _: (SAG(0.5),),
-    "SAG's other masks": lambda _: tuple(
+VARIANTS: Mapping[str, tuple[Term, ...]] = {
+    "SAG's other masks": tuple(
         SAG(0.5, mask=mask) for mask in ("global", "square", "high_frequency", "random")
     ),
-    "blur guidance": lambda _: (BlurGuidance(0.5),),
-    "CFG": lambda _: (CFG(1.7),),
-    "CFG, rescaled": lambda _: (CFG(3.0, rescale=0.7),),
-    "APG": lambda _: (APG(3.0),),
-    "CFG-Zero*": lambda _: (CFGZero(3.0, zero_steps=0), CFGZero(3.0)),
-    "ICG": lambda _: (ICG(1.7),),
-    "PAG": lambda _: (PAG(1.0),),
-    "SEG": lambda _: (SEG(1.0), SEG(1.0, blur_sigma=0.8)),
-    "SLG": lambda _: (SLG(1.0),),
-    "TPG": lambda _: (TPG(1.0),),
-    "TSG": lambda _: (TSG(1.7),),
-    "autoguidance": lambda family: (Autoguidance(1.7, worse=worse(family)),),
-    "classifier guidance": lambda _: (ClassifierGuidance(1.0, classifier=nn.Flatten()),),
+    "CFG, rescaled": (CFG(3.0, rescale=0.7),),
+}
+FURTHER: Mapping[str, tuple[Term, ...]] = {
+    "CFG-Zero*": (CFGZero(3.0),),
+    "SEG": (SEG(1.0, blur_sigma=0.8),),
+}
+"""Settings beside a method's own example."""
+
+
+def method(kind: type[Term], family: str) -> tuple[Term, ...]:
+    own = setting(kind, 1.0, worse=worse(family), classifier=nn.Flatten())
+    return (own, *FURTHER.get(kind.title, ()))
+
+
+METHODS: Mapping[str, Callable[[str], tuple[Term, ...]]] = {
+    **{kind.title: partial(method, kind) for kind in classes()},
+    **{name: lambda _, terms=terms: terms for name, terms in VARIANTS.items()},
 }
 
-LABELS = "needs a model of two or more classes; set icg_scale=1"
-FLOWS = "CFG-Zero.* guides flow models"
-APART = "asks for the null prompt in a call of its own"
+FLOWS = {"sd3", "flux"}
+CANNOT = {
+    "flow": "guides flow models",
+    "dit": "guides DiT models only",
+    "classes": "classes",
+}
+"""What a method says that needs it of a pipeline that lacks it."""
+
+
+def refusal(family: str, kind: type[Term]) -> str | None:
+    """What is said of a method in a family, None where it guides."""
+    if family == "flux" and kind.from_null:
+        return "asks for the null prompt in a call of its own"
+    has = {"blocks", "worse", "classifier", *(("flow",) if family in FLOWS else ())}
+    return next((said for need, said in CANNOT.items() if need in kind.needs - has), None)
+
+
 REFUSED: dict[tuple[str, str], str] = {
-    **dict.fromkeys(((family, "ICG") for family in tiny.BUILD), LABELS),
-    **dict.fromkeys(((family, "TSG") for family in tiny.BUILD), "guides DiT models only"),
-    **dict.fromkeys(
-        ((family, "classifier guidance") for family in tiny.BUILD), "a classifier knows classes"
-    ),
-    **dict.fromkeys(((family, "CFG-Zero*") for family in ("sd", "sdxl", "pixart", "dit")), FLOWS),
-    **dict.fromkeys(
-        (("flux", name) for name in ("CFG", "CFG, rescaled", "APG", "CFG-Zero*")), APART
-    ),
+    (family, name): message
+    for family in tiny.BUILD
+    for name, kind in ROWS.items()
+    if (message := refusal(family, kind)) is not None
 }
 CELLS = [
     (family, name) for family in tiny.BUILD for name in METHODS if (family, name) not in REFUSED
@@ -138,7 +135,7 @@ def test_every_method_guides_every_family(pipe: Any, family: str, method: str) -
     assert_near(apart, changed, 1e-4)
     assert traces(pipe) == before
     with counted(pipe) as rows:
-        off = guided(pipe, family, replace(terms[0], scale=terms[0].neutral))
+        off = guided(pipe, family, terms[0].switched_off())
     assert rows == own_rows
     assert torch.equal(off, plain)
     if terms[0].from_null:

@@ -59,7 +59,7 @@ def test_every_method_changes_v_and_stays_finite(model: str, name: str) -> None:
 def test_off_costs_no_forward_and_changes_no_bit(name: str) -> None:
     model = first_of(name)
     denoiser, term = MODELS[model], every(model)[name]
-    off = replace(term, scale=term.neutral)
+    off = term.switched_off()
     assert off.off and not term.off
     step = step_at(denoiser.process, 4)
     with counted(denoiser) as rows:
