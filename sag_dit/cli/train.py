@@ -160,19 +160,13 @@ def make_trainer(config: DictConfig, out: Path) -> Trainer:
     """Build Lightning's Trainer with what watches, saves and stops a run; loggers come later.
 
     Raises:
-        ValueError: an interval or the number of batches in a step is not positive.
+        ValueError: a term of the previews is none.
     """
     from sag_dit.training.resume import AtomicCheckpointIO, LastCheckpoints, best_checkpoint
     from sag_dit.training.watching import LossByLevel, Previews, Progress, Speed
 
     classes: Any = OmegaConf.to_object(config.preview.classes) if config.preview.classes else None
     every: Mapping[str, Any] = config.every_n_steps
-    for name, steps in every.items():
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"every_n_steps.{name}={steps}: expected 1 or more steps")
-    accumulated = config.trainer.accumulate_grad_batches
-    if not isinstance(accumulated, int) or accumulated < 1:
-        raise ValueError(f"trainer.accumulate_grad_batches={accumulated}: expected 1 or more")
     callbacks: list[Callback] = [
         Speed(every["log"]),
         LossByLevel(every["log"]),
@@ -197,7 +191,7 @@ def make_trainer(config: DictConfig, out: Path) -> Trainer:
         plugins=[AtomicCheckpointIO()],
         log_every_n_steps=every["log"],
         # Lightning counts batches here.
-        val_check_interval=every["validation"] * accumulated,
+        val_check_interval=every["validation"] * config.trainer.accumulate_grad_batches,
         check_val_every_n_epoch=None,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
