@@ -47,7 +47,6 @@ def check(config: DictConfig, rows: Sequence[Row]) -> None:
 
     check_logger(config.logger)
     for row in rows:
-        schema.check("evaluate", row.config)
         check_metrics(row.config.metrics)
         if row.config.trainer != config.trainer:
             raise ValueError("-m: the trainer cannot differ between settings; run them one by one")
@@ -60,6 +59,10 @@ def check(config: DictConfig, rows: Sequence[Row]) -> None:
 
 def run(config: DictConfig, choices: Sequence[Choice] | None = None) -> None:
     """Measure what has not been measured yet; rank 0 then writes and shows all results."""
+    schema.check("evaluate", config)
+    rows = make_rows(config, choices)
+    for row in rows:
+        schema.check("evaluate", row.config)
     quiet_lightning()
     from sag_dit.cli.jobs import base_name, make_jobs
     from sag_dit.cli.measuring import Bar, Measure
@@ -67,8 +70,6 @@ def run(config: DictConfig, choices: Sequence[Choice] | None = None) -> None:
     from sag_dit.cli.report import report
     from sag_dit.cli.stopping import LeaveWhenTold
 
-    schema.check("evaluate", config)
-    rows = make_rows(config, choices)
     check(config, rows)
     measure, bar = Measure(), Bar()
     trainer: Trainer = instantiate(

@@ -204,6 +204,17 @@ def make_trainer(config: DictConfig, out: Path) -> Trainer:
 
 def run(config: DictConfig) -> None:
     """Train, and export the weights that are to be sampled with."""
+    if OmegaConf.is_missing(config, "name") or OmegaConf.is_missing(config, "max_steps"):
+        fresh = "experiment=digits or experiment=folder data.root=photos/"
+        tuned = f"experiment=finetune ckpt={config.ckpt}"
+        raise ValueError(
+            f"name and max_steps are not set: choose what to train, such as "
+            f"{fresh if config.ckpt is None else tuned}"
+        )
+    if config.ckpt is None and config.model is None:
+        raise ValueError(
+            "ckpt is not set: expected what to fine-tune, such as ckpt=DiT-XL-2 or a run's folder"
+        )
     quiet_lightning()
     import torch
 
@@ -211,15 +222,6 @@ def run(config: DictConfig) -> None:
     from sag_dit.output.claim import claim
     from sag_dit.training.resume import export, newest_checkpoint
 
-    if OmegaConf.is_missing(config, "name") or OmegaConf.is_missing(config, "max_steps"):
-        raise ValueError(
-            "name and max_steps are not set: choose what to train, such as experiment=digits or "
-            "experiment=folder data.root=photos/"
-        )
-    if config.ckpt is None and config.model is None:
-        raise ValueError(
-            "ckpt is not set: expected what to fine-tune, such as ckpt=DiT-XL-2 or a run's folder"
-        )
     check_logger(config.logger)
     base = load_base(config) if config.ckpt else None
     out = run_folder(config)
