@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from abc import ABC
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 LATER: Mapping[str, Any] = MappingProxyType({"later": True})
 """Metadata of a dataclass field that runs were made without: ``field(default=0, metadata=LATER)``.
@@ -136,6 +137,8 @@ def settings(thing: Any) -> dict[str, Any]:
 
 def weights(module: nn.Module) -> dict[str, str]:
     """Return a module as its class and the sha256 of its weights by name."""
+    import torch
+
     sha = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         sha.update(name.encode())
@@ -151,7 +154,8 @@ def plain(value: Any) -> Any:
         return [plain(each) for each in value]
     if isinstance(value, Mapping):
         return {str(key): plain(each) for key, each in value.items()}
-    if isinstance(value, nn.Module):
+    # Where torch is not imported, nothing is a module of it.
+    if "torch" in sys.modules and isinstance(value, sys.modules["torch"].nn.Module):
         return weights(value)
     if isinstance(value, partial):
         return [plain(value.func), plain(value.args), plain(value.keywords)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import re
@@ -10,26 +9,21 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import hydra
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sag_dit.methods import entries, scales
-
-FREE_TEXT = (
-    *("ckpt", "out", "requests", "vae", "data.root", "prompt", "text.negative"),
-    *("samples", "reference", "against", "finished", "features.weights"),
-    *("guidance.auto.ckpt", "guidance.classifier.classifier"),
-)
-"""Keys whose values may hold anything, so that Hydra's grammar must not read them."""
+from sag_dit.cli.help import help_text
+from sag_dit.cli.schema import check, free_text
+from sag_dit.cli.typed import MULTIRUN, check_added, check_arguments, nearest, split
+from sag_dit.cli.typed import config_folder as config_folder
 
 QUOTATION = re.compile(r"""(['"])(\\.|(?!\1|\\).)*\1""", re.DOTALL)
 """A value that the user has quoted for Hydra."""
@@ -40,19 +34,6 @@ KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 Run = Callable[[DictConfig], None]
 
 
-def config_folder() -> Path:
-    """Return the folder of configurations: inside an installed wheel, else beside the package.
-
-    Hydra is told what stands in no file, since it follows from the guidance methods.
-    """
-    store = ConfigStore.instance()
-    store.store(name="scales", node=scales())
-    store.store(group="guidance", name="methods", node=entries())
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
-
-
 def quoted(argument: str) -> str:
     """Quote the value of a free-text ``key=value`` for Hydra; other arguments stay as they are.
 
@@ -60,7 +41,7 @@ def quoted(argument: str) -> str:
     ``_target_`` are left alone.
     """
     key, separator, value = argument.partition("=")
-    if not separator or key.lstrip("+") not in FREE_TEXT or value in ("", "null"):
+    if not separator or key.lstrip("+") not in free_text() or value in ("", "null"):
         return argument
     if QUOTATION.fullmatch(value) or (key == "samples" and value.startswith("[")):
         return argument
@@ -77,12 +58,6 @@ def literal(value: str) -> str:
     return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a sentence that names the closest known keys, or nothing if none is close."""
-    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
-    return f"\nDid you mean {' or '.join(matches)}?" if matches else ""
-
-
 def _keys(config: object, prefix: str = "") -> list[str]:
     if not isinstance(config, Mapping):
         return []
@@ -93,7 +68,7 @@ def _keys(config: object, prefix: str = "") -> list[str]:
 
 
 def _explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str:
-    """Return Hydra's own message, with the nearest keys where a key is unknown."""
+    """Return Hydra's own message, or where a key is unknown ours with the nearest keys."""
     message = str(error)
     unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", message)
     if unknown is None:
@@ -103,7 +78,16 @@ def _explain(error: Exception, config_name: str, arguments: Sequence[str]) -> st
         # With the user's choices of groups, since they bring keys of their own.
         groups = [each for each in arguments if (config_folder() / each.partition("=")[0]).is_dir()]
         config = OmegaConf.to_container(hydra.compose(config_name, groups), resolve=False)
-    return message + nearest(key, _keys(config))
+    return f"{key}: no such key{nearest(key, _keys(config))}"
+
+
+def _told(error: Exception) -> str:
+    """Return what went wrong, without Hydra's words for the call in which it did."""
+    cause = error.__cause__
+    where = re.search(r"\nfull_key: (.+)$", str(error))
+    if isinstance(error, InstantiationException) and where and isinstance(cause, ValueError):
+        return f"{where[1]}: {cause}"
+    return str(error)
 
 
 def quiet_lightning() -> None:
@@ -115,7 +99,7 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", module=r"lightning\..*")
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Print an error on one screen and leave with exit code 1."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(1)
@@ -156,24 +140,41 @@ def launch(config_name: str, run: Run, argv: Sequence[str] | None = None) -> Non
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Hydra swallows exceptions unless told to show them; they are ours to explain.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        keys, flags = split(arguments)
+        if {"--help", "-h"} & set(flags):
+            print(help_text(config_name, next((key for key in keys if "=" not in key), None)))
+            return
+        keys = check_arguments(config_name, keys, flags)
+    except ValueError as error:
+        fail(str(error))
 
     def job(config: DictConfig) -> None:
-        # Other ranks are started with the arguments as the user wrote them.
-        sys.argv[:] = [original[0], *arguments]
+        # Other ranks are started with the arguments as the user wrote them; in a sweep, with those
+        # of this setting.
+        swept = any(flag in MULTIRUN for flag in flags)
+        own = HydraConfig.get().overrides.task if swept else arguments
+        sys.argv[:] = [original[0], *own]
         try:
+            check(
+                config_name,
+                config,
+                dict(key.lstrip("+").split("=", 1) for key in keys if "=" in key),
+            )
+            check_added(config_name, config, keys)
             run(config)
         except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
             if os.environ.get("SAG_DIT_DEBUG"):
                 raise
-            fail(str(error))
+            fail(_told(error))
 
-    sys.argv[1:] = [quoted(argument) for argument in arguments]
+    sys.argv[1:] = [*flags, *(quoted(key) for key in keys)]
     try:
         with leaving_when_told():
             hydra.main(
                 config_path=str(config_folder()), config_name=config_name, version_base="1.3"
             )(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        fail(_explain(error, config_name, arguments))
+        fail(_explain(error, config_name, keys))
     finally:
         sys.argv[:] = original

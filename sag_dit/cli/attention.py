@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sag_dit.cli.app import launch
 from sag_dit.cli.models import load_model
-from sag_dit.cli.values import check_values, make_maps
+from sag_dit.cli.values import make_maps
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -57,7 +57,14 @@ def run(config: DictConfig) -> None:
     from sag_dit.output.attention import AttentionRecorder, write_arrays, write_sheet
     from sag_dit.sampling import Request, Settings, draw, labels_of
 
-    check_values(config)
+    device = str(config.device)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device={device}: it cannot be used here: {reason}") from error
     sampler = instantiate(config.sampler)
     if config.prompt is not None and config.classes is not None:
         raise ValueError("classes: a text model draws its prompt; leave out either")
@@ -66,9 +73,6 @@ def run(config: DictConfig) -> None:
     wanted: Any = [0] if config.classes is None else OmegaConf.to_object(config.classes)
     labels = labels_of(wanted, model.class_names)
     maps = make_maps(config, model, config.steps)
-    device = str(config.device)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     model.denoiser.to(device)
     model.codec.to(device)
     out = Path(config.out or f"outputs/attention/{model.name}")

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from sag_dit.cli.app import launch, quiet_lightning
-from sag_dit.codec import VAECodec, read_vae_config
 from sag_dit.identity import LATER, digest, settings
 
 if TYPE_CHECKING:
@@ -55,21 +54,18 @@ def make_plan(config: DictConfig) -> Plan:
     from sag_dit.checkpoints import zoo
     from sag_dit.cli.encoding import Plan
     from sag_dit.cli.latent_folder import LatentFolder
+    from sag_dit.codec import VAECodec, read_vae_config
     from sag_dit.data.crop import latent_size
     from sag_dit.data.folder import find_images
     from sag_dit.data.images import Crops
     from sag_dit.data.latents import encoder_sha256
-    from sag_dit.data.shards import DTYPES, Index
+    from sag_dit.data.shards import Index
 
     if config.vae is None:
         raise ValueError(
             "vae=null: expected an autoencoder (ema, mse, a folder or a hub repository); a pixel "
             "model needs no encoding, train it on the images: data=folder data.root=..."
         )
-    if config.dtype not in DTYPES:
-        raise ValueError(f"dtype={config.dtype}: expected one of {', '.join(DTYPES)}")
-    if config.rows < 1:
-        raise ValueError(f"rows={config.rows}: expected 1 or more images per shard")
     files = find_images(config.data.root)
     vae = zoo.locate_vae(config.vae)
     codec = VAECodec(vae, slice_size=config.slice_size)

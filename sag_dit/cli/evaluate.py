@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from sag_dit.cli import schema
 from sag_dit.cli.app import KILL, fail, launch, literal, quiet_lightning
 from sag_dit.cli.presets import with_presets
 from sag_dit.cli.rows import Row, make_rows
@@ -51,15 +52,16 @@ def check(config: DictConfig, rows: Sequence[Row]) -> None:
         expected = expected_of(row.config)
         if expected is not None:
             experiment_of(expected)
-        repeats = row.config.confidence.repeats
-        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats == 1 or repeats < 0:
-            raise ValueError(f"confidence.repeats={repeats}: expected 0, or 2 or more")
         if row.config.keep and row.source is not None:
             raise ValueError("keep=true: images on disk are kept already; leave it out")
 
 
 def run(config: DictConfig, choices: Sequence[Choice] | None = None) -> None:
     """Measure what has not been measured yet; rank 0 then writes and shows all results."""
+    schema.check("evaluate", config)
+    rows = make_rows(config, choices)
+    for row in rows:
+        schema.check("evaluate", row.config)
     quiet_lightning()
     from sag_dit.cli.jobs import base_name, make_jobs
     from sag_dit.cli.measuring import Bar, Measure
@@ -67,7 +69,6 @@ def run(config: DictConfig, choices: Sequence[Choice] | None = None) -> None:
     from sag_dit.cli.report import report
     from sag_dit.cli.stopping import LeaveWhenTold
 
-    rows = make_rows(config, choices)
     check(config, rows)
     measure, bar = Measure(), Bar()
     trainer: Trainer = instantiate(

@@ -55,8 +55,6 @@ def run(config: DictConfig) -> None:
 
     layout = str(config.format)
     check_layout(layout)
-    if config.ema not in (True, False):
-        raise ValueError(f"ema={config.ema}: expected true or false")
     if config.out is not None:
         check_out(str(config.out))
     model = load(str(config.ckpt), ema=config.ema, vae=config.vae)

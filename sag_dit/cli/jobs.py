@@ -19,12 +19,13 @@ from sag_dit.cli.instruments import NEIGHBOUR, SPLIT_SIZE, Cabinet, Instruments,
 from sag_dit.cli.records import Record, identity_of
 from sag_dit.cli.rows import Row, guidance_text, name_rows
 from sag_dit.cli.sample import Plan, make_plan
+from sag_dit.cli.schema import determining
 from sag_dit.evaluation.image_set import ImageSet
 from sag_dit.evaluation.images import open_images
 from sag_dit.guidance import Cost, cost_of
 from sag_dit.identity import hashed, settings
 
-MODEL_KEYS = ("ckpt", "ema", "vae", "prompt", "requests", "classes", "text")
+MODEL_KEYS = determining("evaluate", "model")
 """Keys that decide which model is loaded; settings that agree in them share it."""
 
 

@@ -29,16 +29,13 @@ def load_model(config: DictConfig) -> Model:
         return load(config.ckpt, ema=config.ema, vae=config.vae)
     if not config.ema:
         raise ValueError("ema=false: a text model's folder holds one set of weights")
-    size = OmegaConf.select(config, "text.size")
-    whole = size is None or (len(size) == 2 and all(type(side) is int for side in size))
-    if not whole:
-        raise ValueError(f"text.size={size}: expected [height, width] in pixels, or null")
+    size = config.text.size
     return load_text(
         config.ckpt,
         prompts_in(config.requests) if prompt is None else [str(prompt)],
         negative_prompt=str(OmegaConf.select(config, "text.negative") or ""),
         size=None if size is None else (size[0], size[1]),
-        guidance=_number(config, "text.guidance"),
+        guidance=None if config.text.guidance is None else float(config.text.guidance),
         vae=config.vae,
     )
 
@@ -59,17 +56,3 @@ def _refuse_text(config: DictConfig) -> None:
                 f"text.{name}={value}: ckpt={config.ckpt} is asked with classes, and text is for "
                 f"models that are asked with prompt or requests; leave it out"
             )
-
-
-def _number(config: DictConfig, key: str) -> float | None:
-    """Return a number, or null.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    value = OmegaConf.select(config, key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{key}={value}: expected a number, or null for the model's default")
-    return float(value)

@@ -100,8 +100,6 @@ def _compared(config: DictConfig) -> list[Row]:
 
 def _seeded(rows: Sequence[Row], config: DictConfig) -> list[Row]:
     seeds = config.seeds
-    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
-        raise ValueError(f"seeds={seeds}: expected a whole number, 1 or more")
     if seeds > 1 and config.samples is not None:
         raise ValueError(f"seeds={seeds}: images on disk have theirs; leave it out")
     seeded = []

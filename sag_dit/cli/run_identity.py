@@ -9,21 +9,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from sag_dit.cli.schema import determining, later_keys
 from sag_dit.identity import Name, digest, name_of, plain, without_later
 from sag_dit.output.claim import recorded
-
-NOT_WEIGHTS = (
-    *("out", "logger", "every_n_steps", "preview", "max_steps", "compile", "max_skipped"),
-    *("track", "checkpoint_blocks", "data.workers", "trainer.enable_progress_bar"),
-)
-"""Keys that do not change what the weights are after a given number of steps."""
-
-LATER_KEYS: Mapping[str, Any] = {"ema.warmup": False}
-"""Keys that runs were made without, and the values that mean what those runs did.
-
-With such a value a key is left out of the identity, so that folders keep their names and runs go
-on. Of the arguments of a ``_target_`` its class tells itself, see :data:`sag_dit.identity.LATER`.
-"""
 
 ANY = object()
 """Stands for whatever value a key has."""
@@ -32,9 +20,9 @@ ANY = object()
 def identity(config: DictConfig) -> dict[str, Any]:
     """Return what determines the weights, as plain values."""
     values: Any = OmegaConf.to_container(config, resolve=True)
-    for key in NOT_WEIGHTS:
+    for key in determining("train", "nothing"):
         _drop(values, key)
-    for key, value in LATER_KEYS.items():
+    for key, value in later_keys("train").items():
         _drop(values, key, value)
     named: dict[str, Any] = _named(plain(values))
     return named

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from sag_dit.cli.app import KILL, launch, literal, quiet_lightning
 from sag_dit.cli.models import load_model
 from sag_dit.cli.presets import with_presets
-from sag_dit.cli.values import check_logger, check_values, make_maps, make_terms
+from sag_dit.cli.values import check_logger, check_requests, make_maps, make_terms
 from sag_dit.identity import digest, written
 from sag_dit.identity import settings as identity_of
 
@@ -72,7 +72,7 @@ def make_plan(config: DictConfig, model: Model | None = None) -> Plan:
     from sag_dit.output.folder import SampleFolder
     from sag_dit.sampling import Settings
 
-    check_values(config)
+    check_requests(config)
     if config.maps and config.gallery.num == 0:
         raise ValueError(
             "maps=true keeps the attention of the gallery's images, and gallery.num=0 leaves none; "

@@ -159,19 +159,13 @@ def make_trainer(config: DictConfig, out: Path) -> Trainer:
     """Build Lightning's Trainer with what watches, saves and stops a run; loggers come later.
 
     Raises:
-        ValueError: an interval or the number of batches in a step is not positive.
+        ValueError: a term of the previews is none.
     """
     from sag_dit.training.resume import AtomicCheckpointIO, LastCheckpoints, best_checkpoint
     from sag_dit.training.watching import LossByLevel, Previews, Progress, Speed
 
     classes: Any = OmegaConf.to_object(config.preview.classes) if config.preview.classes else None
     every: Mapping[str, Any] = config.every_n_steps
-    for name, steps in every.items():
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"every_n_steps.{name}={steps}: expected 1 or more steps")
-    accumulated = config.trainer.accumulate_grad_batches
-    if not isinstance(accumulated, int) or accumulated < 1:
-        raise ValueError(f"trainer.accumulate_grad_batches={accumulated}: expected 1 or more")
     callbacks: list[Callback] = [
         Speed(every["log"]),
         LossByLevel(every["log"]),
@@ -196,7 +190,7 @@ def make_trainer(config: DictConfig, out: Path) -> Trainer:
         plugins=[AtomicCheckpointIO()],
         log_every_n_steps=every["log"],
         # Lightning counts batches here.
-        val_check_interval=every["validation"] * accumulated,
+        val_check_interval=every["validation"] * config.trainer.accumulate_grad_batches,
         check_val_every_n_epoch=None,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
@@ -209,6 +203,17 @@ def make_trainer(config: DictConfig, out: Path) -> Trainer:
 
 def run(config: DictConfig) -> None:
     """Train, and export the weights that are to be sampled with."""
+    if OmegaConf.is_missing(config, "name") or OmegaConf.is_missing(config, "max_steps"):
+        fresh = "experiment=digits or experiment=folder data.root=photos/"
+        tuned = f"experiment=finetune ckpt={config.ckpt}"
+        raise ValueError(
+            f"name and max_steps are not set: choose what to train, such as "
+            f"{fresh if config.ckpt is None else tuned}"
+        )
+    if config.ckpt is None and config.model is None:
+        raise ValueError(
+            "ckpt is not set: expected what to fine-tune, such as ckpt=DiT-XL-2 or a run's folder"
+        )
     quiet_lightning()
     import torch
 
@@ -216,15 +221,6 @@ def run(config: DictConfig) -> None:
     from sag_dit.output.claim import claim
     from sag_dit.training.resume import export, newest_checkpoint
 
-    if OmegaConf.is_missing(config, "name") or OmegaConf.is_missing(config, "max_steps"):
-        raise ValueError(
-            "name and max_steps are not set: choose what to train, such as experiment=digits or "
-            "experiment=folder data.root=photos/"
-        )
-    if config.ckpt is None and config.model is None:
-        raise ValueError(
-            "ckpt is not set: expected what to fine-tune, such as ckpt=DiT-XL-2 or a run's folder"
-        )
     check_logger(config.logger)
     base = load_base(config) if config.ckpt else None
     out = run_folder(config)

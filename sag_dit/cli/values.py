@@ -16,42 +16,11 @@ if TYPE_CHECKING:
     from sag_dit.guidance import Term
     from sag_dit.output.attention import Maps
 
-WHOLE: dict[str, tuple[int, int | None, bool]] = {
-    "steps": (1, None, False),
-    "num_images": (1, None, False),
-    "seed": (0, 2**64 - 1, False),
-    "batch_size": (1, None, True),
-    "max_rows": (1, None, True),
-    "gallery.num": (0, None, False),
-}
-"""Keys that take whole numbers: the least, the most, and whether null is allowed."""
-
 LIBRARIES = {"WandbLogger": ("wandb",), "TensorBoardLogger": ("tensorboard", "tensorboardX")}
 """What the loggers that are not ours need, one of each."""
 
 MEASURED = 300
 """Images that evaluate.py draws of each setting unless told how many."""
-
-
-def check_values(config: DictConfig) -> None:
-    """Refuse numbers that cannot be meant, and keys that a file of requests takes the place of.
-
-    Raises:
-        ValueError: the key, its value and what was expected.
-    """
-    for key, (least, most, optional) in WHOLE.items():
-        # A configuration that lacks the key has nothing to check.
-        value: Any = OmegaConf.select(config, key, default=least)
-        if value is None and optional:
-            continue
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or value < least or (most is not None and value > most):
-            bounds = f"{least} or more" if most is None else f"{least} to 2^64 - 1"
-            raise ValueError(
-                f"{key}={value}: expected a whole number, {bounds}{', or null' * optional}"
-            )
-    if OmegaConf.select(config, "requests") is not None:
-        _refuse_beside_requests(config)
 
 
 def check_logger(logger: DictConfig | None) -> None:
@@ -70,12 +39,14 @@ def check_logger(logger: DictConfig | None) -> None:
         )
 
 
-def _refuse_beside_requests(config: DictConfig) -> None:
+def check_requests(config: DictConfig) -> None:
     """Refuse keys that choose images where a file of requests does; at their defaults they rest.
 
     Raises:
         ValueError: such a key is set.
     """
+    if config.requests is None:
+        return
     command = "evaluate" if "seeds" in config else "sample"
     own: Any = OmegaConf.load(config_folder() / f"{command}.yaml")
     if own.num_images is None:
@@ -130,12 +101,6 @@ def make_maps(config: DictConfig, model: Model, steps: int, guidance: Iterable[T
 
     wanted: Any = OmegaConf.to_container(config.attention, resolve=True)
     layers, show, query = wanted["layers"], wanted["show"], wanted["query"]
-    if not isinstance(layers, list):
-        raise ValueError(f"attention.layers={layers}: expected a list of layers, or [all]")
-    if not isinstance(show, (int, list)):
-        raise ValueError(f"attention.show={show}: expected how many steps, or a list of numbers")
-    if query is not None and not (isinstance(query, list) and len(query) == 2):
-        raise ValueError(f"attention.query={query}: expected [down, across], or null")
     limit = next((term for term in guidance if isinstance(term, SAG) and not term.off), SAG())
     if wanted["threshold"] is not None:
         limit = SAG(threshold=float(wanted["threshold"]))

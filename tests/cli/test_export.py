@@ -99,8 +99,8 @@ def test_ema_chooses_the_weights(capsys: pytest.CaptureFixture[str], here: Path,
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["format=onnx"], "format=onnx: expected dit, diffusers, safetensors"),
-        (["format=null"], "format=None: expected dit"),
+        (["format=onnx"], "format=onnx: expected one of safetensors, dit"),
+        (["format=null"], "format=null: expected one of safetensors"),
         (["ema=perhaps"], "ema=perhaps: expected true or false"),
         (["ema=false"], "holds one set of weights"),
         (["ckpt=digts"], "did you mean digits"),

@@ -58,8 +58,11 @@ SETTINGS = {
         "a multiple of 2, such as 6",
     ),
     "num_classes=3": ("the data has 2 classes and the model 3",),
-    "ema.decay=1": ("ema.decay=1", "expected 0 to less than 1"),
-    "every_n_steps.checkpoint=0": ("every_n_steps.checkpoint=0", "expected 1 or more"),
+    "ema.decay=1": ("ema.decay=1", "expected a number, 0 to less than 1"),
+    "every_n_steps.checkpoint=0": (
+        "every_n_steps.checkpoint=0",
+        "expected a whole number, 1 or more",
+    ),
     "objective=flow": ("Flow",),
     "trainer.precision=31": ("31", "32-true"),
     "trainer.accumulate_grad_batches=0": ("accumulate_grad_batches", "0"),

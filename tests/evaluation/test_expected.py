@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from sag_dit.checkpoints import zoo
 from sag_dit.cli.app import config_folder
@@ -178,9 +176,9 @@ def expected_of(config: Any) -> Expected:
 
 def test_evaluate_has_the_keys_of_sample() -> None:
     """So that whatever determines pixels there can be set here."""
-    folder = Path(config_folder())
-    sample, evaluate = (OmegaConf.load(folder / f"{name}.yaml") for name in ("sample", "evaluate"))
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        sample, evaluate = compose("sample"), compose("evaluate")
     assert set(sample) - {"npz", "maps", "attention"} <= set(evaluate)
-    for key in sample:
-        if str(key).endswith("_scale") and key != "sag_scale":
-            assert sample[key] == evaluate[key]
+    scales = {str(key) for key in sample if str(key).endswith("_scale")} - {"sag_scale"}
+    assert scales
+    assert {key: sample[key] for key in scales} == {key: evaluate[key] for key in scales}

@@ -136,7 +136,8 @@ def test_a_key_of_training_is_left_out_of_the_identity_at_its_default(
 ) -> None:
     before = run_identity.identity(config)
     folder = run_identity.run_folder(config)
-    monkeypatch.setattr(run_identity, "LATER_KEYS", {"ema.start": 0, "lora.dora": False})
+    came_later = {"ema.start": 0, "lora.dora": False}
+    monkeypatch.setattr(run_identity, "later_keys", lambda command: came_later)
     monkeypatch.setattr(Digits, "later", {"invert": False}, raising=False)
     for arguments, same in (
         ({"ema": {"start": 0}}, True),

@@ -1,0 +1,65 @@
+"""``--help``: a command with all its keys, or one of its groups."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal, get_args, get_origin
+
+import hydra
+from omegaconf import OmegaConf
+
+from sag_dit.cli.keys import COMMANDS
+from sag_dit.cli.keys.key import mapping_of, parts, walk
+from sag_dit.cli.schema import shown
+from sag_dit.cli.typed import choices, config_folder, experiments, groups
+
+
+def help_text(command: str, topic: str | None = None) -> str:
+    """Return what ``--help`` prints: the command, or one of its groups."""
+    if topic is not None:
+        return _group_help(topic)
+    found = COMMANDS[command]
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = hydra.compose(command)
+    own = groups(command)
+    lines = [inspect.cleandoc(found.__doc__ or ""), "", *getattr(found, "examples", ()), ""]
+    for path, hint, told in walk(found):
+        inner = mapping_of(hint)
+        if path.split(".")[0] in own or inner is not None:
+            continue
+        missing = OmegaConf.is_missing(config, path) if "." not in path else False
+        default = "needed" if missing else shown(OmegaConf.select(config, path))
+        lines.append(f"{path:24} {_kind(hint):14} {default:12} {told.help}".rstrip())
+    lines += ["", "groups (GROUP=CHOICE; --help GROUP shows what a choice holds):"]
+    for group in own:
+        listed = experiments(command) if group == "experiment" else choices(group)
+        lines.append(f"{group:12} {', '.join(listed)}")
+    return "\n".join(lines)
+
+
+def _group_help(group: str) -> str:
+    """Return the choices of a group, and what its default or first choice holds.
+
+    Raises:
+        ValueError: there is no such group.
+    """
+    listed = choices(group) if (config_folder() / group).is_dir() else []
+    if not listed:
+        raise ValueError(f"--help {group}: no such group")
+    first = "default" if "default" in listed else listed[0]
+    text = (config_folder() / group / f"{first}.yaml").read_text()
+    head = f"{group}: {', '.join(listed)}"
+    return f"{head}\n\n{group}={first}; change a key as {group}.KEY=VALUE\n{text}"
+
+
+def _kind(hint: Any) -> str:
+    """Return a type in a word."""
+    kinds: list[str] = []
+    for kind in parts(hint):
+        if get_origin(kind) is Literal:
+            kinds += get_args(kind)
+        elif kind is type(None) or kind is Any:
+            kinds.append("null" if kind is not Any else "any")
+        else:
+            kinds.append("list" if get_origin(kind) is list else kind.__name__)
+    return "|".join(kinds)

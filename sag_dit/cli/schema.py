@@ -1,0 +1,191 @@
+"""A composed configuration against its command's schema, before anything heavy is imported.
+
+The schemas lie in ``cli/keys``: a dataclass for each command. A nested dataclass is a mapping; one
+that is ``Open`` takes further keys, which are those of its ``_target_``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+
+from sag_dit.cli.keys import COMMANDS
+from sag_dit.cli.keys.key import UNSET, Determines, Key, Open, keys_of, mapping_of, parts, walk
+
+
+def shown(value: Any) -> str:
+    """Return a value as one types it."""
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(shown, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {shown(each)}' for name, each in value.items())}}}"
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
+
+
+def check(command: str, config: DictConfig, typed: Mapping[str, str] | None = None) -> None:
+    """Refuse what a command cannot mean; whole floats become whole numbers.
+
+    ``typed`` holds values as the user wrote them, for the message.
+
+    Raises:
+        ValueError: a key that there is not, or a value of another type or out of bounds.
+    """
+    _check(COMMANDS[command], config, "", typed or {})
+
+
+def _check(schema: type, config: DictConfig, prefix: str, typed: Mapping[str, str]) -> None:
+    known, is_open = keys_of(schema), issubclass(schema, Open)
+    for name in map(str, config):
+        if name not in known and not is_open and name != "hydra":
+            raise ValueError(f"{prefix}{name}: no such key")
+        if name not in known:
+            _refuse_nan(f"{prefix}{name}", config, name, typed)
+    nested = []
+    for name, (hint, told) in known.items():
+        path = f"{prefix}{name}"
+        if OmegaConf.is_missing(config, name):
+            continue
+        if name not in config:
+            if is_open or told.absent:
+                continue
+            if type(None) in parts(hint):
+                with open_dict(config):
+                    config[name] = None
+                continue
+            raise ValueError(f"{path}=null: expected {wanted(hint, told, path)}")
+        value = config[name]
+        inner = mapping_of(hint)
+        if inner is not None and isinstance(value, DictConfig):
+            nested.append((inner, value, f"{path}."))
+            continue
+        fits, plain = fit(value, hint, told)
+        if not fits:
+            text = typed.get(path, shown(value))
+            raise ValueError(f"{path}={text}: expected {wanted(hint, told, path)}")
+        if plain is not value and not OmegaConf.is_interpolation(config, name):
+            config[name] = plain
+    for inner, value, start in nested:
+        _check(inner, value, start, typed)
+
+
+def _refuse_nan(path: str, config: DictConfig, name: str, typed: Mapping[str, str]) -> None:
+    if OmegaConf.is_missing(config, name):
+        return
+    value = config[name]
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError(f"{path}={typed.get(path, 'nan')}: expected a number, which NaN is not")
+    if isinstance(value, DictConfig):
+        for each in map(str, value):
+            _refuse_nan(f"{path}.{each}", value, each, typed)
+
+
+def fit(value: Any, hint: Any, told: Key) -> tuple[bool, Any]:
+    """Return whether a value is of a type and within bounds, and the value as it is used."""
+    for kind in parts(hint):
+        fits, plain = _fit(value, kind, told)
+        if fits:
+            return True, plain
+    return False, value
+
+
+def _fit(value: Any, kind: Any, told: Key) -> tuple[bool, Any]:
+    if kind is Any:
+        return True, value
+    if kind is None or kind is type(None):
+        return value is None, value
+    if kind is bool:
+        return isinstance(value, bool), value
+    if kind is int or kind is float:
+        return _fit_number(value, kind, told)
+    if kind is str:
+        if not isinstance(value, str) or (told.folder and Path(value).resolve() == Path("/")):
+            return False, value
+        return not told.pattern or re.fullmatch(told.pattern, value) is not None, value
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind), value
+    if get_origin(kind) is list:
+        if not isinstance(value, (list, ListConfig)):
+            return False, value
+        counted = told.length is None or len(value) == told.length
+        return counted and all(fit(each, get_args(kind)[0], told)[0] for each in value), value
+    return False, value
+
+
+def _fit_number(value: Any, kind: type, told: Key) -> tuple[bool, Any]:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return False, value
+    if kind is int and isinstance(value, float):
+        if told.exact or not value.is_integer():
+            return False, value
+        value = int(value)
+    least, most, below = told.least, told.most, told.below
+    within = (least is None or value >= least) and (most is None or value <= most)
+    return within and (below is None or value < below) and value not in told.refused, value
+
+
+def wanted(hint: Any, told: Key, path: str = "") -> str:
+    """Return what a key takes, in words."""
+    if told.expected:
+        return told.expected
+    return ", or ".join(dict.fromkeys(_wanted(kind, told, path) for kind in parts(hint)))
+
+
+def _wanted(kind: Any, told: Key, path: str) -> str:
+    if kind is type(None) or kind is None:
+        return "null"
+    if kind is bool:
+        return "true or false"
+    if kind is int or kind is float:
+        return f"a{' whole' * (kind is int)} number{_bounds(told)}"
+    if kind is str:
+        return "a folder of its own" if told.folder else "text"
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    if get_origin(kind) is list:
+        (inner,) = get_args(kind)
+        names = {int: "whole numbers", float: "numbers", str: "names"}
+        return f"a list of {' or '.join(names[each] for each in parts(inner))}"
+    inside = mapping_of(kind)
+    first = next(iter(keys_of(inside)), None) if inside is not None else None
+    return f"a mapping, such as {path}.{first}=..." if first and path else "a mapping"
+
+
+def _bounds(told: Key) -> str:
+    least = "" if told.least is None else f"{told.least:,}"
+    if told.below is not None:
+        return f", {least} to less than {told.below:,}"
+    if told.most is not None:
+        return f", {least} to {'2^64 - 1' if told.most == 2**64 - 1 else f'{told.most:,}'}"
+    return f", {least} or more" if least else ""
+
+
+@cache
+def free_text() -> frozenset[str]:
+    """Return the keys of all commands whose values may hold anything."""
+    found = (each for schema in COMMANDS.values() for each in walk(schema))
+    return frozenset(path for path, _, told in found if told.text)
+
+
+def determining(command: str, *what: Determines) -> tuple[str, ...]:
+    """Return the keys of a command that determine any of ``what``, by their paths."""
+    return tuple(path for path, _, told in walk(COMMANDS[command]) if told.determines in what)
+
+
+def later_keys(command: str) -> dict[str, Any]:
+    """Return the keys that runs were made without, with the values that mean what those did.
+
+    With such a value a key is left out of the identity, so that folders keep their names and runs
+    go on. What a ``_target_`` takes its class tells itself, see :data:`sag_dit.identity.LATER`.
+    """
+    found = walk(COMMANDS[command])
+    return {path: told.later for path, _, told in found if told.later is not UNSET}

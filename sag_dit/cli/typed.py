@@ -1,0 +1,274 @@
+"""The command line before Hydra reads it: flags in order, habits of other programs, choices."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from pkgutil import resolve_name
+from typing import Any
+
+import yaml
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from sag_dit.cli.keys import COMMANDS
+from sag_dit.cli.keys.key import Open, keys_of, mapping_of, parts, walk
+from sag_dit.methods import entries, scales
+
+MULTIRUN = ("-m", "--multirun")
+OTHER_CONFIGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
+
+
+def config_folder() -> Path:
+    """Return the folder of configurations: inside an installed wheel, else beside the package.
+
+    Hydra is told what stands in no file, since it follows from the guidance methods.
+    """
+    store = ConfigStore.instance()
+    store.store(name="scales", node=scales())
+    store.store(group="guidance", name="methods", node=entries())
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the keys and the flags of a command line, each flag followed by its value.
+
+    Hydra itself takes keys only before its flags, or only after them.
+
+    Raises:
+        ValueError: a flag that Hydra has not.
+    """
+    options = get_args_parser()._option_string_actions
+    keys: list[str] = []
+    flags: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("-") or re.match(r"-[\d.]", argument):
+            keys.append(argument)
+            continue
+        name, separator, value = argument.partition("=")
+        action = options.get(name)
+        if action is None:
+            raise _not_a_flag(name, value or next(iter(rest), ""))
+        flags.append(argument)
+        # nargs is 0 for a switch, "?" where one of the choices may follow, None for one value.
+        follows = action.nargs is None or (
+            action.nargs == "?" and rest[:1] and rest[0] in (action.choices or ())
+        )
+        if follows and not separator and rest:
+            flags.append(rest.pop(0))
+    return keys, flags
+
+
+def _not_a_flag(flag: str, value: str) -> ValueError:
+    name = flag.lstrip("-").replace("-", "_")
+    value = "..." if not value or value.startswith("-") or "=" in value else value
+    return ValueError(f"{flag}: keys are written without dashes, {name}={value}; see --help")
+
+
+def check_arguments(command: str, arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Return the arguments for Hydra; refuse what it would misread.
+
+    Raises:
+        ValueError: a key or a choice that there is not, or a habit of another program.
+    """
+    swept = any(flag in MULTIRUN for flag in flags)
+    others = any(flag.partition("=")[0] in OTHER_CONFIGS for flag in flags)
+    kept = []
+    for place, argument in enumerate(arguments):
+        name, separator, value = argument.lstrip("+").partition("=")
+        if argument.startswith("~"):
+            kept.append(argument)
+            continue
+        if not separator or not name:
+            _refuse_spaces(arguments, place)
+        if (config_folder() / name).is_dir():
+            chosen = argument if others or swept else _choice(command, argument, name, value)
+            kept += [chosen] if chosen else []
+            continue
+        hint = known(command, name)
+        if hint is None and not others:
+            raise ValueError(f"{argument}: no such key{did_you_mean(command, name)}")
+        if (
+            not swept
+            and hint is not None
+            and _is_number(hint)
+            and re.fullmatch(r"-?\d+,\d+", value)
+        ):
+            point = value.replace(",", ".")
+            raise ValueError(
+                f"{argument}: expected one number; write {name}={point} with a point, or try "
+                f"several with -m"
+            )
+        kept.append(argument)
+    return kept
+
+
+def _refuse_spaces(arguments: Sequence[str], place: int) -> None:
+    around = [*arguments[max(place - 1, 0) : place + 3]]
+    joined = "".join(around)
+    pieces = " ".join(around)
+    if "=" in joined and any(each.endswith("=") or each.startswith("=") for each in around):
+        found = re.search(r"([\w.+]+)=([^=]*)", joined)
+        remedy = found[0] if found else joined
+        raise ValueError(f"{pieces}: write {remedy} without spaces")
+    raise ValueError(f"{arguments[place]}: expected KEY=VALUE, such as steps=20; see --help")
+
+
+def _is_number(hint: Any) -> bool:
+    return all(kind in (int, float, type(None)) for kind in parts(hint))
+
+
+def choices(group: str) -> list[str]:
+    """Return the choices of a group."""
+    folder = config_folder() / group
+    return sorted(
+        path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")
+    )
+
+
+def groups(command: str) -> list[str]:
+    """Return the groups of configurations that a command takes."""
+    stated = yaml.safe_load((config_folder() / f"{command}.yaml").read_text())["defaults"]
+    names = (next(iter(each)) for each in stated if isinstance(each, dict))
+    return [name for name in names if "override" not in name]
+
+
+def experiments(command: str) -> list[str]:
+    """Return the experiments of a command: those that state nothing that it has not."""
+    own = {*groups(command), *keys_of(COMMANDS[command])}
+    return [name for name in choices("experiment") if _stated(name) <= own]
+
+
+def _stated(experiment: str) -> set[str]:
+    """Return the groups and keys that an experiment states, with those of what it builds on."""
+    values = yaml.safe_load((config_folder() / "experiment" / f"{experiment}.yaml").read_text())
+    found = set(values) - {"defaults"}
+    for each in values.get("defaults", []):
+        if isinstance(each, dict):
+            found |= {name.removeprefix("override ").strip("/") for name in each}
+        elif each != "_self_":
+            found |= _stated(str(PurePosixPath(experiment).parent / each))
+    return found
+
+
+def _choice(command: str, argument: str, group: str, value: str) -> str | None:
+    """Return the argument for Hydra, None to leave it out: ``GROUP=null`` is the empty choice.
+
+    Raises:
+        ValueError: the command has no such group, or the group no such choice.
+    """
+    if group not in groups(command):
+        takers = [f"{name}.py" for name in COMMANDS if group in groups(name)]
+        takes = f"{' and '.join(takers) or 'no command'} take{'s' * (len(takers) < 2)}"
+        raise ValueError(
+            f"{argument}: {takes} {group}=...; {command}.py takes {', '.join(groups(command))}"
+        )
+    found = experiments(command) if group == "experiment" else choices(group)
+    if value == "null":
+        if group == "experiment":
+            return None
+        empty = [each for each in found if _is_empty(group, each)]
+        if empty:
+            return f"{group}={empty[0]}"
+    name = value.strip("'\"")
+    if name in found or value[:1] in ("[", "{"):
+        return argument
+    others = [each for each in choices(group) if each == name]
+    told = f"{argument}: that experiment is for another command; " if others else f"{argument}: "
+    close = difflib.get_close_matches(name.lower(), found, n=3, cutoff=0.4)
+    if value == "null":
+        close = []
+    raise ValueError(
+        f"{told}expected one of {', '.join(found)}"
+        + (f"\nDid you mean {' or '.join(close)}?" if close else "")
+    )
+
+
+def _is_empty(group: str, choice: str) -> bool:
+    return not yaml.safe_load((config_folder() / group / f"{choice}.yaml").read_text())
+
+
+def known(command: str, path: str) -> Any:
+    """Return the type of a key, ``Any`` for what stands in an open mapping, None for no key."""
+    if path.partition(".")[0] == "hydra" or any(sign in path for sign in "@:/"):
+        return Any
+    inside: type = COMMANDS[command]
+    names = path.split(".")
+    for place, name in enumerate(names):
+        found = keys_of(inside).get(name)
+        if found is None:
+            return Any if issubclass(inside, Open) else None
+        if place == len(names) - 1:
+            return found[0]
+        inner = mapping_of(found[0])
+        if inner is None:
+            return None
+        inside = inner
+    return None
+
+
+def did_you_mean(command: str, path: str) -> str:
+    """Return a hint of what an unknown key may mean, nothing where none is close."""
+    found = COMMANDS[command]
+    habit = getattr(found, "habits", {}).get(path)
+    if habit:
+        return f"; {habit}"
+    paths = [each for each, *_ in walk(found)]
+    words = {word: each for each, _, told in walk(found) for word in told.words}
+    last = path.rpartition(".")[2]
+    same = [each for each in paths if each.rpartition(".")[2] == last]
+    if path in words or same:
+        return f"; did you mean {words[path] if path in words else ' or '.join(same)}?"
+    names = {each: each for each in paths} | words
+    close = difflib.get_close_matches(path, names, n=3, cutoff=0.6)
+    meant = dict.fromkeys(names[each] for each in close)
+    return f"\nDid you mean {' or '.join(meant)}?" if meant else ""
+
+
+def check_added(command: str, config: DictConfig, arguments: Sequence[str]) -> None:
+    """Refuse keys that ``+`` adds to an open mapping whose target does not take them.
+
+    Raises:
+        ValueError: the key, and those that are close.
+    """
+    for argument in arguments:
+        path = argument.partition("=")[0].lstrip("+")
+        parent, _, name = path.rpartition(".")
+        node = OmegaConf.select(config, parent) if argument.startswith("+") and parent else None
+        if not isinstance(node, DictConfig):
+            continue
+        targets = [str(node["_target_"])] if "_target_" in node else _asked(command, parent)
+        takes: set[str] = set()
+        for target in targets:
+            try:
+                parameters = inspect.signature(resolve_name(target)).parameters.values()
+            except (ImportError, AttributeError, ValueError, TypeError):
+                return  # It is told when it is made.
+            takes |= {each.name for each in parameters}
+            if any(each.kind is each.VAR_KEYWORD for each in parameters):
+                takes.add(name)
+        if targets and name not in takes and not name.startswith("_"):
+            named = f"{' and '.join(targets)} take{'s' * (len(targets) == 1)}"
+            raise ValueError(f"{argument}: {named} no {name}{nearest(name, takes)}")
+
+
+def _asked(command: str, path: str) -> list[str]:
+    inside: type | None = COMMANDS[command]
+    for name in path.split("."):
+        found = keys_of(inside).get(name) if inside is not None else None
+        inside = mapping_of(found[0]) if found is not None else None
+    return list(getattr(inside, "asks", ()))
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return a sentence that names the closest names, or nothing if none is close."""
+    matches = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.6)
+    return f"\nDid you mean {' or '.join(matches)}?" if matches else ""

@@ -1,0 +1,291 @@
+"""What the schema of each command refuses, hints at, and tells in ``--help``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from sag_dit.cli import schema, typed
+from sag_dit.cli.app import config_folder, launch
+from sag_dit.cli.keys import COMMANDS
+from sag_dit.cli.keys.key import keys_of
+from sag_dit.cli.presets import with_presets
+from tests.cli.conftest import ROOT
+
+COMMON = ("trainer=null", "trainer.devices=100000", "trainer.num_nodes=0", "experiment=3")
+DRAWN = (
+    *("sampler=null", "classes=nan", "classes=1.0", "classes=[1.5]", "classes=true", "steps=null"),
+    *("steps=nan", "seed=-1", "text.size=[32]", "text.guidance=high", "ema=abc", "out=/"),
+)
+GUIDED = (
+    *("guidance=null", "size=S", "experiment=digits", "batch_size=1e9", "batch_size=0", "n=4"),
+    *("sag_scale=nan", "sag_scale=inf", "sag_scale=1,0", "sag_scale=", "cfg_scale=null"),
+    *("guidance.seg.blur_sigma=nan", "gallery=null", "gallery=3", "gallery.num=-1"),
+    *("+sag_scal=1.0", "+num_heads=4", "++text.sise=[8,8]", "max_rows=0"),
+)
+REFUSED: dict[str, tuple[str, ...]] = {
+    "sample": (
+        *(*COMMON, *DRAWN, *GUIDED),
+        *(
+            "npz=abc",
+            "maps=null",
+            "attention.show=[0.5]",
+            "attention.query=[0.5]",
+            "num_images=1.5",
+        ),
+    ),
+    "evaluate": (
+        *(*COMMON, *DRAWN, *GUIDED),
+        *("seeds=0", "confidence.repeats=1", "keep=abc", "plots=null", "num_images=0"),
+    ),
+    "train": (
+        *(*COMMON, "compile=abc", "matmul=abc", "name=null", "out=/", "experiment=paper/adm128"),
+        *("max_steps=-1", "max_steps=nan", "max_steps=1.5", "max_steps=true", "max_steps=0"),
+        *("model.hidden_size=0", "model.depth=-1", "model.num_heads=nan", "patch_size=0"),
+        *("resolution=-8", "num_classes=0", "model.class_dropout_prob=nan", "kind=x"),
+        *("model.class_dropout_prob=-1", "model.class_dropout_prob=2", "optimizer.lr=inf"),
+        *("optimizer.lr=nan", "optimizer.lr=-1", "optimizer.weight_decay=inf", "preview.steps=0"),
+        *("+lora.alpha=inf", "+lora.rank=100000", "process.num_timesteps=1e8", "ema.decay=1"),
+        *("+optimiser.lr=3", "every_n_steps.log=0", "preview.classes=[0.5]", "data.batch_size=0"),
+        *("process=null", "sampler=ddim", "data=null", "size=null"),
+    ),
+    "encode": ("dtype=abc", "rows=0", "slice_size=1e9", "flip=3", "data.size=0", "out=/", "vea=x"),
+    "export": ("format=null", "ema=abc", "out=/", "formt=dit", "steps=3"),
+    "attention": (
+        *DRAWN,
+        "device=tpu0",
+        "attention.show=[0.5]",
+        "attention.layers=3",
+        "sag_scale=1",
+    ),
+}
+HINTS = {
+    "sample": {
+        "guidance_scale=3": "cfg_scale",
+        "cfg=3": "cfg_scale",
+        "num_inference_steps=3": "steps",
+        "checkpoint=x": "ckpt",
+        "n=4": "num_images",
+        "sampler=DDIM": "ddim",
+        "sampler=dpm": "kdpm2",
+        "resume=true": "repeat the command",
+        "--sag_scale 1.0": "sag_scale=1.0",
+        "--sag-scale=1.0": "sag_scale=1.0",
+        "sag_scale = 1.0": "write sag_scale=1.0 without spaces",
+        "sag_scale= 1.0": "write sag_scale=1.0 without spaces",
+        "sag_scale=1,0": "sag_scale=1.0 with a point",
+        "size=S": "train.py takes size",
+    },
+    "train": {
+        "lr=3": "optimizer.lr",
+        "learning_rate=3": "optimizer.lr",
+        "+optimiser.lr=3": "optimizer.lr",
+        "epochs=3": "max_steps",
+        "resume=true": "repeat the same command",
+        "class_dropout_prob=nan": "model.class_dropout_prob",
+        "weight_decay=inf": "optimizer.weight_decay",
+    },
+    "evaluate": {"num_samples=9": "num_images"},
+    "encode": {"resolution=9": "data.size"},
+    "export": {"layout=dit": "format"},
+    "attention": {"checkpoint=x": "ckpt"},
+}
+
+
+def never(_: DictConfig) -> None:
+    """Stand in for a command that must not be reached."""
+    raise AssertionError("the command was run")
+
+
+def error_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str
+) -> str:
+    """Return what a command says that refuses its arguments."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    with pytest.raises(SystemExit) as stop:
+        launch(name, never, arguments)
+    assert stop.value.code == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and "Traceback" not in told
+    assert len(told.splitlines()) <= 2, "one sentence, and what may be meant"
+    return told
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [(name, each) for name, found in REFUSED.items() for each in found]
+)
+def test_a_value_that_cannot_be_meant_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, argument: str
+) -> None:
+    # What is needed besides, so that nothing else is wrong.
+    needed = {"train": ["experiment=digits"], "encode": ["data.root=x"]}.get(name, [])
+    needed = [] if argument.startswith("experiment") else needed
+    told = error_of(capsys, monkeypatch, name, *needed, argument)
+    assert argument.lstrip("+") in told.replace("error: +", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "hint"),
+    [(name, line, hint) for name, found in HINTS.items() for line, hint in found.items()],
+)
+def test_habits_of_other_programs_get_a_hint(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    line: str,
+    hint: str,
+) -> None:
+    assert hint in error_of(capsys, monkeypatch, name, *line.split(" "))
+
+
+def composed(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> list[DictConfig]:
+    """Return the configurations that a command is run with."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    found: list[DictConfig] = []
+    launch(name, found.append, arguments)
+    return found
+
+
+def test_whole_floats_are_whole_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    (config,) = composed(monkeypatch, "train", "experiment=digits", "max_steps=1e6")
+    assert config.max_steps == 1_000_000 and type(config.max_steps) is int
+    # A number that need not be whole keeps what it is, and so does the name of the run's folder.
+    (config,) = composed(monkeypatch, "train", "experiment=digits", "optimizer.lr=1")
+    assert type(config.optimizer.lr) is int
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "key"),
+    [
+        ("sample", "logger=null", "logger"),
+        ("evaluate", "compare=null", "compare"),
+        ("train", "schedule=null", "schedule"),
+        ("train", "logger=null", "logger"),
+        ("train", "track=null", "track"),
+        ("sample", "experiment=null", "experiment"),
+    ],
+)
+def test_a_group_of_null_is_none_where_none_has_a_meaning(
+    monkeypatch: pytest.MonkeyPatch, name: str, argument: str, key: str
+) -> None:
+    (config,) = composed(monkeypatch, name, argument)
+    assert not config.get(key)
+
+
+def test_flags_work_anywhere(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for line in ("--cfg job steps=20", "steps=20 --cfg=job", "steps=20 --cfg job seed=1"):
+        assert composed(monkeypatch, "sample", *with_presets("sample", line.split())) == []
+        assert "steps: 20" in capsys.readouterr().out
+    swept = with_presets("sample", ["-m", "sag_scale=0,1", "steps=2"])
+    found = composed(monkeypatch, "sample", *swept)
+    assert [(each.sag_scale, each.steps) for each in found] == [(0, 2), (1, 2)]
+
+
+def test_ranks_of_a_sweep_are_started_with_one_setting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    seen = []
+    launch("sample", lambda _: seen.append(list(sys.argv)), ["seed=0,1", "-m", "out=a=b"])
+    assert seen == [["sample.py", f"seed={seed}", "out='a=b'"] for seed in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "told"),
+    [
+        ("sample", "+guidance.sag.scael=1", "Did you mean scale"),
+        ("sample", "+sampler.etha=1", "Did you mean eta"),
+        ("train", "+optimizer.learn=1", "torch.optim.AdamW takes no learn"),
+    ],
+)
+def test_keys_added_to_an_open_mapping_are_those_of_its_target(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    argument: str,
+    told: str,
+) -> None:
+    assert told in error_of(capsys, monkeypatch, name, argument)
+
+
+def test_what_is_open_by_design_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = "+guidance.mine={_target_: sag_dit.guidance.SAG, scale: 2}"
+    (config,) = composed(monkeypatch, "sample", mine, "++guidance.sag.blur_in=grid")
+    assert config.guidance.mine.scale == 2
+    (config,) = composed(monkeypatch, "train", "experiment=digits", "+trainer.max_time=00:01:00:00")
+    assert config.trainer.max_time == "00:01:00:00"
+
+
+def every_configuration() -> list[tuple[str, str]]:
+    """List every choice of every group, with a command that takes it."""
+    return [
+        (name, f"{group}={choice}")
+        for group in ("experiment", *sorted(takers()))
+        for name in (("evaluate", "train") if group == "experiment" else takers()[group][:1])
+        for choice in (typed.experiments(name) if group == "experiment" else typed.choices(group))
+    ]
+
+
+def takers() -> dict[str, list[str]]:
+    """Return the commands that take each group, but for experiments."""
+    found: dict[str, list[str]] = {}
+    for name in COMMANDS:
+        for group in set(typed.groups(name)) - {"experiment"}:
+            found.setdefault(group, []).append(name)
+    return found
+
+
+@pytest.mark.parametrize(("name", "argument"), every_configuration())
+def test_every_choice_of_every_group_passes(name: str, argument: str) -> None:
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose(name, [argument, *(["max_steps=3"] if name == "train" else [])])
+    before: Any = OmegaConf.to_container(config)
+    schema.check(name, config)
+    after: Any = OmegaConf.to_container(config)
+    # What a choice left out is null.
+    assert after == {**dict.fromkeys(after), **before}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_key_of_the_configuration_is_declared(name: str) -> None:
+    """Declared keys stand in the YAML, or come with an experiment or a group."""
+    written = yaml.safe_load((config_folder() / f"{name}.yaml").read_text())
+    declared = keys_of(COMMANDS[name])
+    groups = set(typed.groups(name))
+    assert set(written) - {"defaults", "hydra"} <= set(declared)
+    missing = {key for key, (_, told) in declared.items() if key not in written and not told.absent}
+    assert missing <= groups
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_refusal_imports_nothing_heavy(name: str) -> None:
+    code = f"""
+import json, sys, time
+from sag_dit.cli.{name} import main
+sys.argv = ["{name}.py", "out=/", "data.root=x"][: 3 if "{name}" == "encode" else 2]
+try:
+    main()
+except SystemExit as stop:
+    heavy = [each for each in ("torch", "lightning", "timm", "diffusers") if each in sys.modules]
+    print(json.dumps([stop.code, heavy, time.process_time()]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    exit_code, heavy, seconds = json.loads(done.stdout)
+    assert (exit_code, heavy) == (1, [])
+    assert seconds < 2, "CPU, Python and Hydra's start included"
+    assert "out=/: expected a folder of its own" in done.stderr
