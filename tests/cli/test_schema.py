@@ -18,6 +18,7 @@ from sag_dit.cli.app import config_folder, launch
 from sag_dit.cli.keys import COMMANDS
 from sag_dit.cli.keys.key import keys_of
 from sag_dit.cli.presets import with_presets
+from sag_dit.methods import scales
 from tests.cli.conftest import ROOT
 
 COMMON = ("trainer=null", "trainer.devices=100000", "trainer.num_nodes=0", "experiment=3")
@@ -261,13 +262,13 @@ def test_every_choice_of_every_group_passes(name: str, argument: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_key_of_the_configuration_is_declared(name: str) -> None:
-    """Declared keys stand in the YAML, or come with an experiment or a group."""
+    """Declared keys stand in the YAML, or come with an experiment, a group or a method."""
     written = yaml.safe_load((config_folder() / f"{name}.yaml").read_text())
     declared = keys_of(COMMANDS[name])
     groups = set(typed.groups(name))
     assert set(written) - {"defaults", "hydra"} <= set(declared)
     missing = {key for key, (_, told) in declared.items() if key not in written and not told.absent}
-    assert missing <= groups
+    assert missing <= groups | set(scales())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
