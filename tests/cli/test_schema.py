@@ -274,19 +274,17 @@ def test_every_key_of_the_configuration_is_declared(name: str) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_refusal_imports_nothing_heavy(name: str) -> None:
     code = f"""
-import json, sys, time
+import json, sys
 from sag_dit.cli.{name} import main
 sys.argv = ["{name}.py", "out=/", "data.root=x"][: 3 if "{name}" == "encode" else 2]
 try:
     main()
 except SystemExit as stop:
     heavy = [each for each in ("torch", "lightning", "timm", "diffusers") if each in sys.modules]
-    print(json.dumps([stop.code, heavy, time.process_time()]))
+    print(json.dumps([stop.code, heavy]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    exit_code, heavy, seconds = json.loads(done.stdout)
-    assert (exit_code, heavy) == (1, [])
-    assert seconds < 2, "CPU, Python and Hydra's start included"
+    assert json.loads(done.stdout) == [1, []]
     assert "out=/: expected a folder of its own" in done.stderr
