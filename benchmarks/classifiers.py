@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as change
 from sag_dit.data.digits import Digits
 from sag_dit.data.patches import Patches
 from sag_dit.data.splits import split
-from sag_dit.data.steps import StepData
+from sag_dit.data.training_batches import StepData
 from sag_dit.evaluation.classifier import SmallClassifier, bundled_classifier
 from sag_dit.evaluation.statistics import Statistics, frechet_distance
 

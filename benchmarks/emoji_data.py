@@ -27,7 +27,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from sag_dit.data.emoji import COLUMNS, FILE, SIZE, write_images
-from sag_dit.data.steps import name_hash
+from sag_dit.data.training_batches import name_hash
 
 CLASSES = {
     "happy face": "face-smiling face-affection face-tongue face-hat face-glasses",

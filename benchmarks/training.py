@@ -39,9 +39,9 @@ from sag_dit.denoiser import ClassConditional
 from sag_dit.models import DiT
 from sag_dit.models.dit import SIZES
 from sag_dit.process import DDPM
+from sag_dit.training.callbacks import LossByLevel, Speed
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.objective import Hybrid
-from sag_dit.training.watching import LossByLevel, Speed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LATENT = 32

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sag_dit.cli import app
-from sag_dit.data.steps import workers_per_process
+from sag_dit.data.training_batches import workers_per_process
 
 PACKAGE = Path(__file__).resolve().parents[1] / "sag_dit"
 # Not on macOS, or not on Windows.

@@ -14,7 +14,7 @@ from benchmarks.gpu.rows import Rows
 from benchmarks.gpu.sizes import DEVICE, Scale, arithmetic, share_of_peak
 from benchmarks.measure import seconds
 from benchmarks.training import Batch, ByTurns, batch_of, our_module, our_trainer, peers_of
-from sag_dit.training.watching import training_flops
+from sag_dit.training.callbacks import training_flops
 
 
 def ours(

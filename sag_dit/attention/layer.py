@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sag_dit.attention.rows import Rows
+from sag_dit.attention.block_io import Rows
 
 CaptureKind = Literal["saliency", "map"]
 Span = tuple[int | None, int | None]

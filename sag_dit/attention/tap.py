@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sag_dit.attention.block_io import IMAGE, Rows, first_input, paired, rows_of, with_rows
 from sag_dit.attention.edits import (
     Attend,
     AttentionEdit,
@@ -29,7 +30,6 @@ from sag_dit.attention.edits import (
     both,
 )
 from sag_dit.attention.layer import Capture
-from sag_dit.attention.rows import IMAGE, Rows, first_input, paired, rows_of, with_rows
 from sag_dit.attention.saliency import attention_map, regrouped, saliency
 
 

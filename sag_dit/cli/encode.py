@@ -152,7 +152,7 @@ def run(config: DictConfig) -> None:
 
     from sag_dit.cli.encoding import encode_share
     from sag_dit.data.images import CHECKED_UP_FRONT
-    from sag_dit.data.steps import workers_per_process
+    from sag_dit.data.training_batches import workers_per_process
     from sag_dit.output.ranks import RankReports
 
     plan = make_plan(config)

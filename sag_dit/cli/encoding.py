@@ -14,7 +14,7 @@ from sag_dit.cli.latent_folder import LatentFolder
 from sag_dit.codec import Pixels, VAECodec
 from sag_dit.data.images import Crops
 from sag_dit.data.shards import DTYPES, Index, pack
-from sag_dit.data.steps import as_it_is, name_hash
+from sag_dit.data.training_batches import as_it_is, name_hash
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
     from sag_dit.checkpoints import Model
-    from sag_dit.data.steps import StepData
+    from sag_dit.data.training_batches import StepData
     from sag_dit.training.lora import LoRA
     from sag_dit.training.module import DiffusionModule
 
@@ -161,8 +161,8 @@ def make_trainer(config: DictConfig, out: Path) -> Trainer:
     Raises:
         ValueError: a term of the previews is none.
     """
+    from sag_dit.training.callbacks import LossByLevel, Previews, Progress, Speed
     from sag_dit.training.resume import AtomicCheckpointIO, LastCheckpoints, best_checkpoint
-    from sag_dit.training.watching import LossByLevel, Previews, Progress, Speed
 
     classes: Any = OmegaConf.to_object(config.preview.classes) if config.preview.classes else None
     every: Mapping[str, Any] = config.every_n_steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sag_dit.data.steps import Indices
+from sag_dit.data.training_batches import Indices
 
 
 def balanced(chosen: Indices, labels: Indices, balance: float) -> Indices:

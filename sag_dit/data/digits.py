@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from sag_dit.checkpoints import Model
-from sag_dit.data.steps import Batch, StepData, validation_batches
+from sag_dit.data.training_batches import Batch, StepData, validation_batches
 from sag_dit.tensors import Images, Labels
 
 CLASS_NAMES = tuple(str(digit) for digit in range(10))

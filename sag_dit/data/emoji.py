@@ -26,7 +26,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from sag_dit.checkpoints import Model
 from sag_dit.data.balance import balanced
-from sag_dit.data.steps import Batch, Indices, StepData, check_classes, validation_batches
+from sag_dit.data.training_batches import (
+    Batch,
+    Indices,
+    StepData,
+    check_classes,
+    validation_batches,
+)
 from sag_dit.tensors import Images, Labels
 
 SIZE = 64

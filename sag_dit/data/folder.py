@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sag_dit.data.steps import Indices
+from sag_dit.data.training_batches import Indices
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 

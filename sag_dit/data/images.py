@@ -23,7 +23,7 @@ from sag_dit.data.crop import (
     read_crop,
 )
 from sag_dit.data.folder import ImageFiles, find_images
-from sag_dit.data.steps import Batch, Indices, NamedData, check_classes, name_hash
+from sag_dit.data.training_batches import Batch, Indices, NamedData, check_classes, name_hash
 
 CHECKED_UP_FRONT = 20_000
 """Headers of at most so many images are read before the first step; that takes seconds."""

@@ -17,7 +17,7 @@ from sag_dit.checkpoints import Model
 from sag_dit.codec import VAECodec, hash_tensors
 from sag_dit.data.balance import balanced
 from sag_dit.data.shards import Index, Rows, map_shard, read_index, verify
-from sag_dit.data.steps import (
+from sag_dit.data.training_batches import (
     Batch,
     Indices,
     NamedData,

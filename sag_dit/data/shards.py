@@ -24,7 +24,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sag_dit.data.steps import Indices
+from sag_dit.data.training_batches import Indices
 from sag_dit.tensors import Labels
 
 FORMAT = 1

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sag_dit.attention import AttentionEdit, AttentionLayer, Capture, Edit
 from sag_dit.denoiser.base import Denoiser
-from sag_dit.denoiser.inputs import Inputs
+from sag_dit.denoiser.conditioning import Inputs
 from sag_dit.process import NoiseLevel, Prediction, Process
 from sag_dit.process.base import OutputKind
 from sag_dit.tensors import Images

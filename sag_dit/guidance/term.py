@@ -18,8 +18,7 @@ from torch import Tensor
 from sag_dit.attention import CaptureKind, Edit
 from sag_dit.denoiser import Denoiser
 from sag_dit.denoiser.base import Condition
-from sag_dit.guidance.fields import check_number
-from sag_dit.guidance.when import (
+from sag_dit.guidance.schedule import (
     RAMPS,
     Bound,
     Schedule,
@@ -29,6 +28,7 @@ from sag_dit.guidance.when import (
     check_times,
     weight_of,
 )
+from sag_dit.guidance.validation import check_number
 from sag_dit.identity import LATER, name_of, settings
 from sag_dit.noise import NoiseSource
 from sag_dit.process import Prediction, Step

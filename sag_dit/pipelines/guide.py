@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sag_dit.denoiser.text_layouts import layout_of
 from sag_dit.guidance import Term
 from sag_dit.pipelines.families import Family, family_of, network_of, uses_cfg
-from sag_dit.pipelines.levels import check_scheduler
 from sag_dit.pipelines.run import Run
+from sag_dit.pipelines.scheduler_levels import check_scheduler
 
 P = TypeVar("P")
 

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sag_dit.denoiser.inputs import Inputs
+from sag_dit.denoiser.conditioning import Inputs
 from sag_dit.denoiser.text_conditional import TextConditional, TokenGrid
 from sag_dit.guidance import GuidedDenoiser, Question, Term
 from sag_dit.guidance.term import Asking
 from sag_dit.noise import NoiseSource
-from sag_dit.pipelines import levels
+from sag_dit.pipelines import scheduler_levels
 from sag_dit.pipelines.families import OwnCFG
 from sag_dit.process import NoiseLevel, Prediction, Step
 from sag_dit.tensors import Images
@@ -134,9 +134,9 @@ class Run:
         """Find out where the scheduler is."""
         scheduler = self.pipe.scheduler
         if not self._grid:
-            self._grid = levels.levels(scheduler)
+            self._grid = scheduler_levels.levels(scheduler)
         told = float(t.flatten()[0] if isinstance(t, Tensor) else t) * self.layout.time_unit
-        index = levels.index_of(scheduler, told, self._index)
+        index = scheduler_levels.index_of(scheduler, told, self._index)
         if self._index is None:
             self._begin = index
         self._index = index
@@ -186,8 +186,8 @@ class Run:
         scheduler = self.pipe.scheduler
         denoiser = self.layout(
             self.network,
-            levels.process_of(scheduler),
-            levels.kind_of(scheduler),
+            scheduler_levels.process_of(scheduler),
+            scheduler_levels.kind_of(scheduler),
             grid,
             dtype,
             null,
@@ -215,7 +215,7 @@ class Run:
 
     def _raw(self, prediction: Prediction) -> Tensor:
         """Turn a prediction into what the network puts out, its variance channels unchanged."""
-        kind = levels.kind_of(self.pipe.scheduler)
+        kind = scheduler_levels.kind_of(self.pipe.scheduler)
         output = {"eps": prediction.eps, "v": prediction.v, "x_0": prediction.x_0}[kind]
         if prediction.variance_fraction is not None:
             output = torch.cat([output, 2 * prediction.variance_fraction - 1], dim=1)

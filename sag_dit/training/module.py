@@ -21,7 +21,7 @@ from sag_dit.codec import VAECodec
 from sag_dit.denoiser import ClassConditional, Denoiser
 from sag_dit.noise import generator
 from sag_dit.output.attention import AttentionRecorder, Maps
-from sag_dit.output.views import ViewRecorder
+from sag_dit.output.sag_trace import ViewRecorder
 from sag_dit.output.writer import Drawn
 from sag_dit.sampler import SampleStep
 from sag_dit.sampling import Request, Settings, Watch, draw

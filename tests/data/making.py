@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from sag_dit.data.shards import INDEX, Index, Shard, pack
-from sag_dit.data.steps import name_hash
+from sag_dit.data.training_batches import name_hash
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sag_dit.data.steps import TrainingBatches
+from sag_dit.data.training_batches import TrainingBatches
 
 
 def batches(items: int, batch_size: int, seed: int, **options: int) -> TrainingBatches:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sag_dit.data.images import ImageFolderData
-from sag_dit.data.steps import HASH_RANGE, held_out, name_hash, validation_batches
+from sag_dit.data.training_batches import HASH_RANGE, held_out, name_hash, validation_batches
 from tests.data.making import image_folder, picture, same, trainer
 
 

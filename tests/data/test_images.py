@@ -17,7 +17,7 @@ from sag_dit.codec import IdentityCodec, VAECodec
 from sag_dit.data.crop import UnreadableImageError, read_crop
 from sag_dit.data.folder import find_images
 from sag_dit.data.images import Crops, ImageFolderData
-from sag_dit.data.steps import Batch
+from sag_dit.data.training_batches import Batch
 from sag_dit.denoiser import ClassConditional
 from sag_dit.process import DDPM
 from tests.conftest import MakeDiT

@@ -19,7 +19,7 @@ from sag_dit.checkpoints import from_denoiser
 from sag_dit.codec import VAECodec
 from sag_dit.data.latents import LatentData, encoder_sha256, sample_posterior
 from sag_dit.data.shards import INDEX, read_index
-from sag_dit.data.steps import Batch
+from sag_dit.data.training_batches import Batch
 from sag_dit.denoiser import ClassConditional
 from sag_dit.process import DDPM
 from tests.conftest import MakeDiT

@@ -20,7 +20,7 @@ from sag_dit.codec import IdentityCodec, VAECodec
 from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import SAG, GuidedDenoiser, Term
 from sag_dit.output.attention import AttentionRecorder, Maps
-from sag_dit.output.views import ViewRecorder
+from sag_dit.output.sag_trace import ViewRecorder
 from sag_dit.process import DDPM, Flow
 from sag_dit.sampler import Sampler, SampleStep
 from sag_dit.sampling import Request, Settings, draw

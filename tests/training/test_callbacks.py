@@ -21,10 +21,10 @@ from sag_dit.guidance import CFG
 from sag_dit.models import dit
 from sag_dit.process import DDPM
 from sag_dit.sampling import Request, Settings, draw
-from sag_dit.training import watching
+from sag_dit.training import callbacks
+from sag_dit.training.callbacks import BINS, LossByLevel, Previews, Progress, Speed, training_flops
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.resume import LastCheckpoints, newest_checkpoint
-from sag_dit.training.watching import BINS, LossByLevel, Previews, Progress, Speed, training_flops
 from tests.training.making import ADAM, fresh_model, make_trainer
 
 
@@ -56,7 +56,7 @@ def test_operations_of_training_are_three_times_the_published_forward() -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Replace the time by what is set."""
     now = [100.0]
-    monkeypatch.setattr(watching.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
     return now
 
 
@@ -68,7 +68,9 @@ def test_speed_and_share_of_the_peak(
 ) -> None:
     now = clock(monkeypatch)
     asked = []
-    monkeypatch.setattr(watching, "get_available_flops", lambda *args: asked.append(args) or 10**12)
+    monkeypatch.setattr(
+        callbacks, "get_available_flops", lambda *args: asked.append(args) or 10**12
+    )
     trained = module()
     logged: dict[str, float] = {}
     watched = SimpleNamespace(
@@ -79,7 +81,7 @@ def test_speed_and_share_of_the_peak(
         precision=precision, world_size=4, global_step=0, fit_loop=SimpleNamespace(epoch_loop=loop)
     )
     speed = Speed(every_n_steps=2)
-    monkeypatch.setattr(watching, "DiffusionModule", SimpleNamespace)
+    monkeypatch.setattr(callbacks, "DiffusionModule", SimpleNamespace)
     watched.model = trained.model
     speed.on_train_start(trainer, watched)
     assert asked == [(torch.device("cuda"), getattr(torch, dtype))]

@@ -253,7 +253,7 @@ def test_a_method_of_one_s_own_needs_a_contribution_only() -> None:
     torch.testing.assert_close(asking(x, step, y).v, base + 0.5 * base**3)
     assert Powered(0.0).off
     assert Powered(0.5).identity(denoiser) == {
-        "term": "tests.guidance.test_when.Powered",
+        "term": "tests.guidance.test_schedule.Powered",
         "scale": 0.5,
         "interval": [0.0, 1.0],
         "power": 2,
