@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sag_dit import __version__
 from sag_dit.checkpoints import Model
-from sag_dit.checkpoints.zoo import VAES
+from sag_dit.checkpoints.zoo import vae_repository
 from sag_dit.cli.instruments import NEIGHBOUR, SPLIT_SIZE, Cabinet, Instruments, example_of
 from sag_dit.cli.records import Record, identity_of
 from sag_dit.cli.rows import Row, guidance_text, name_rows
@@ -215,7 +215,7 @@ def _drawn(config: DictConfig, plan: Plan) -> tuple[dict[str, Any], dict[str, An
         "count": len(labels),
         "model": plan.model.name,
         "weights_sha256": plan.model.sha256,
-        "vae": None if vae is None else Path(VAES.get(vae, vae)).name,
+        "vae": None if vae is None else Path(vae_repository(vae)).name,
         "sampler": pixels["sampler"]["name"],
         "steps": pixels["steps"],
         "guidance": guidance_text(pixels["guidance"]) or "none",

@@ -108,18 +108,20 @@ def adapt_model(config: DictConfig, base: Model, data: StepData) -> tuple[Model,
     Raises:
         ValueError: the data does not fit, or a pattern to freeze or to adapt matches nothing.
     """
-    from sag_dit.training.finetune import TABLE, adapt, freeze, report
+    from sag_dit.models import families
+    from sag_dit.training.finetune import adapt, freeze, report
     from sag_dit.training.lora import add_adapters
 
     adapted = adapt(base, config.name, data.class_names, config.resolution)
-    network = adapted.model.denoiser.network
+    network = adapted.model.class_conditional.network
     frozen = freeze(network, config.get("freeze") or ())
     lora = lora_settings(config)
     if lora is None:
         return adapted.model, report(base, adapted)
     layers = add_adapters(network, lora, frozen)
     # New classes have no rows but those that are learned now.
-    network.get_parameter(TABLE).requires_grad_(TABLE in adapted.remade and TABLE not in frozen)
+    table = families()[network.key].label_table
+    network.get_parameter(table).requires_grad_(table in adapted.remade and table not in frozen)
     return replace(adapted.model, lora=lora.description), report(base, adapted, layers)
 
 
@@ -129,13 +131,13 @@ def make_module(config: DictConfig, model: Model) -> DiffusionModule:
     from sag_dit.training.module import DiffusionModule
 
     wanted = config.get("objective")
-    model.denoiser.train()
-    model.denoiser.network.checkpoint_blocks = config.checkpoint_blocks
+    denoiser = model.class_conditional.train()
+    denoiser.network.checkpoint_blocks = config.checkpoint_blocks
     if config.compile:
-        model.denoiser.network.compile_blocks()
+        denoiser.network.compile_blocks()
     return DiffusionModule(
         model,
-        objective=instantiate(wanted) if wanted else default_objective(model.denoiser),
+        objective=instantiate(wanted) if wanted else default_objective(denoiser),
         optimizer=instantiate(config.optimizer),
         schedule=instantiate(config.schedule) if config.schedule else None,
         ema_decay=config.ema.decay,

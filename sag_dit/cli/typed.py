@@ -265,7 +265,7 @@ def _asked(command: str, path: str) -> list[str]:
     for name in path.split("."):
         found = keys_of(inside).get(name) if inside is not None else None
         inside = mapping_of(found[0]) if found is not None else None
-    return list(getattr(inside, "asks", ()))
+    return list(inside.asked()) if inside is not None and issubclass(inside, Open) else []
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

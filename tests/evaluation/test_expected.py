@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from sag_dit.checkpoints import zoo
+from sag_dit import catalogue
 from sag_dit.cli.app import config_folder
 from sag_dit.cli.published import expected_of as read
 from sag_dit.cli.values import make_terms
@@ -138,7 +138,7 @@ def test_rows_of_the_sag_paper_set_what_it_says(name: str) -> None:
         assert compose("sample", [f"experiment=paper/{name}"]).guidance == config.guidance
         expected = expected_of(config)
     assert expected.protocol["count"] is None
-    assert config.ckpt in zoo.ZOO
+    assert config.ckpt in catalogue.entries("model")
     assert isinstance(instantiated(config.sampler), Ancestral)
     active = {type(term): term for term in make_terms(config.guidance).values() if not term.off}
     scale = float(name.partition("_sag")[2] or 0)
@@ -155,7 +155,7 @@ def test_rows_of_the_sag_paper_set_what_it_says(name: str) -> None:
         guidance = active[ClassifierGuidance]
         assert isinstance(guidance, ClassifierGuidance)
         assert (guidance.scale, guidance.form) == (0.5, "mean")
-        assert guidance.classifier in zoo.CLASSIFIERS
+        assert guidance.classifier in catalogue.entries("classifier")
     assert tuple(expected.metrics.values()) == SAG_ROWS[name]
 
 

@@ -45,6 +45,11 @@ class Open:
     asks: ClassVar[tuple[str, ...]] = ()
     """Whose arguments further keys are, where no ``_target_`` tells."""
 
+    @classmethod
+    def asked(cls) -> tuple[str, ...]:
+        """Return whose arguments further keys are."""
+        return cls.asks
+
 
 @dataclass
 class AnyKeys(Open):

@@ -19,9 +19,9 @@ class Process(Open):
 
 @dataclass
 class Network(Open):
-    """Arguments of DiT, or of UNet; null is what the other one takes."""
+    """Arguments of a network; null is what another one takes."""
 
-    asks: ClassVar[tuple[str, ...]] = ("sag_dit.models.DiT", "sag_dit.models.unet.UNet")
+    family: Annotated[str | None, Key("null: DiT or UNet", determines="weights")]
     hidden_size: Annotated[int | None, Key("width of a token", least=1, determines="weights")]
     depth: Annotated[int | None, Key("blocks", least=1, determines="weights")]
     num_heads: Annotated[int | None, Key("heads of attention", least=1, determines="weights")]
@@ -32,6 +32,14 @@ class Network(Open):
     class_dropout_prob: Annotated[
         float | None, Key("share of labels made null", least=0, most=1, determines="weights")
     ]
+
+    @classmethod
+    def asked(cls) -> tuple[str, ...]:
+        """Return the network of every family."""
+        from sag_dit.models import families
+
+        networks = (each.network() for each in families().values())
+        return tuple(f"{each.__module__}.{each.__qualname__}" for each in networks)
 
 
 @dataclass
