@@ -16,7 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from sag_dit.cli.keys import COMMANDS
-from sag_dit.cli.keys.key import Open, keys_of, mapping_of, parts, walk
+from sag_dit.cli.keys.key import AnyKeys, Open, keys_of, mapping_of, parts, walk
 from sag_dit.methods import entries, scales
 
 MULTIRUN = ("-m", "--multirun")
@@ -245,8 +245,11 @@ def check_added(command: str, config: DictConfig, arguments: Sequence[str]) -> N
         node = OmegaConf.select(config, parent) if argument.startswith("+") and parent else None
         if not isinstance(node, DictConfig):
             continue
-        targets = [str(node["_target_"])] if "_target_" in node else _asked(command, parent)
-        takes: set[str] = set()
+        targets, takes = [str(node.get("_target_"))], set[str]()
+        if "_target_" not in node:
+            inside = _inside(command, parent) or AnyKeys
+            targets = list(inside.asked()) if issubclass(inside, Open) else []
+            takes = set(keys_of(inside))
         for target in targets:
             try:
                 parameters = inspect.signature(resolve_name(target)).parameters.values()
@@ -260,12 +263,13 @@ def check_added(command: str, config: DictConfig, arguments: Sequence[str]) -> N
             raise ValueError(f"{argument}: {named} no {name}{nearest(name, takes)}")
 
 
-def _asked(command: str, path: str) -> list[str]:
+def _inside(command: str, path: str) -> type | None:
+    """Return the schema of the mapping at a path, None where none is declared."""
     inside: type | None = COMMANDS[command]
     for name in path.split("."):
         found = keys_of(inside).get(name) if inside is not None else None
         inside = mapping_of(found[0]) if found is not None else None
-    return list(inside.asked()) if inside is not None and issubclass(inside, Open) else []
+    return inside
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -270,12 +270,17 @@ def register(family: type[Family]) -> type[Family]:
 
 
 def families() -> Mapping[str, Family]:
-    """Return all families by their keys: one for each folder beside this file, and further ones."""
+    """Return all families by their keys: one for each folder beside this file, and further ones.
+
+    Example:
+        >>> [families()[key].noun for key in ("dit", "unet")]
+        ['a DiT', 'a UNet']
+    """
     here = __name__.rpartition(".")[0]
     for each in iter_modules([str(Path(__file__).parent)]):
         if each.ispkg:
             import_module(f"{here}.{each.name}.adapter")
-    return _KNOWN
+    return dict(sorted(_KNOWN.items()))
 
 
 def family_of(
@@ -289,7 +294,10 @@ def family_of(
     known = families()
     name = model.get(FAMILY, FIRST)
     if name not in known:
-        raise ValueError(f"model.{FAMILY}={name!r}: expected one of {', '.join(known)}")
+        raise ValueError(
+            f"model.{FAMILY}={name!r}: expected one of {', '.join(known)}; a family from outside "
+            f"of sag_dit is known once the module that registers it is imported"
+        )
     described = (each for each in known.values() if each.describes(model))
     recognised = (each for each in known.values() if each.recognises(state))
     return next(described, None) or next(recognised, known[FIRST])

@@ -21,7 +21,7 @@ class Process(Open):
 class Network(Open):
     """Arguments of a network; null is what another one takes."""
 
-    family: Annotated[str | None, Key("null: DiT or UNet", determines="weights")]
+    family: Annotated[str | None, Key("null: DiT or UNet", determines="weights", absent=True)]
     hidden_size: Annotated[int | None, Key("width of a token", least=1, determines="weights")]
     depth: Annotated[int | None, Key("blocks", least=1, determines="weights")]
     num_heads: Annotated[int | None, Key("heads of attention", least=1, determines="weights")]
