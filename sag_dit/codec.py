@@ -64,7 +64,12 @@ class Codec(ABC):
 
 
 class IdentityCodec(Codec):
-    """For pixel models: x_0 is the image, in [-1, 1]."""
+    """For pixel models: x_0 is the image, in [-1, 1].
+
+    Example:
+        >>> IdentityCodec().decode(torch.tensor([[[[-1.0, 0.0, 1.0]]]]))
+        tensor([[[[  0, 128, 255]]]], dtype=torch.uint8)
+    """
 
     factor = 1
 
@@ -94,6 +99,12 @@ class VAECodec(Codec):
 
     Raises:
         ValueError: ``slice_size`` is below 1, or the folder holds no AutoencoderKL.
+
+    Example:
+        >>> from diffusers import AutoencoderKL
+        >>> codec = VAECodec(AutoencoderKL(block_out_channels=(32,), latent_channels=4))
+        >>> codec.encode(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape
+        torch.Size([1, 4, 8, 8])
     """
 
     def __init__(

@@ -27,6 +27,7 @@ def model_card(
     ``has_autoencoder`` tells whether the export holds it; ``usage`` are the lines on how to use
     the export, ``notes`` what to mind; ``weights`` tells averaged ("ema") from raw ("raw") ones.
     """
+    # What the table and the config show.
     description = model.description
     config: dict[str, Any] = {key: description[key] for key in ("model", "process", "kind")}
     config["x_0_range"] = description["x_0_range"]
@@ -35,6 +36,7 @@ def model_card(
     more = f", ... ({len(names)} in all)" if len(names) > SHOWN_CLASSES else ""
     network = model.class_conditional.network
     parameters = sum(parameter.numel() for parameter in network.parameters())
+    # The card, from the source of the weights to their use.
     lines = [
         f"# Model card: {model.name}",
         "",

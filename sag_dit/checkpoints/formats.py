@@ -121,6 +121,7 @@ def _read_lightning(
     Ours holds the average as a module ``averaged`` beside ``denoiser``. With Lightning's callback
     the state_dict is the average, and the raw weights are in ``current_model_state``.
     """
+    # Which set of weights is where.
     state = value["state_dict"]
     beside_raw = any(name.startswith(AVERAGED) for name in state)
     if ema and not beside_raw and "current_model_state" not in value:
@@ -133,6 +134,7 @@ def _read_lightning(
         }
     elif not ema:
         state = value.get("current_model_state", state)
+    # Its config, and adapters that were trained beside the weights.
     stated = value.get("hyper_parameters")
     if not isinstance(stated, Mapping) or not isinstance(stated.get("model"), Mapping):
         stated = beside

@@ -95,6 +95,7 @@ def from_denoiser(
     Raises:
         ValueError: a latent model without a codec.
     """
+    # Pixels need no autoencoder, latents do.
     channels = denoiser.latent_shape[0]
     if codec is None:
         if channels not in (1, 3):
@@ -103,6 +104,7 @@ def from_denoiser(
                 f"VAECodec(AutoencoderKL.from_pretrained(...))"
             )
         codec = IdentityCodec()
+    # What determines its results, which the identity of a run holds.
     config = {**describe(denoiser), "weights": weights, "codec": codec.config()}
     del config["class_names"]  # names determine no pixel
     return Model(

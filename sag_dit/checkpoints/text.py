@@ -65,6 +65,7 @@ def load_text(
         ValueError: it is no text model, a part of it is missing or not known, the size does not
             fit, no prompt is given, or a guidance that the model was not distilled from.
     """
+    # What can be refused without the weights.
     found = zoo.locate(ckpt)
     name = _pipeline(found.path)
     if name is None or name not in ENCODE:
@@ -74,6 +75,7 @@ def load_text(
         )
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"prompts={list(prompts)}: expected at least one prompt, as text")
+    # The pipeline's parts: its autoencoder and its network, in the layout of its tokens.
     folder = found.path if Path(ckpt).exists() else hub.whole(str(ckpt))
     index = files.read_json(folder / "model_index.json")
     part = "unet" if "unet" in index else "transformer"
@@ -85,6 +87,7 @@ def load_text(
     layout = layout_of(network)
     size = size or _own_size(config, codec.factor, name)
     cells = _cells(size, codec.factor, int(config.get("patch_size") or 1), name)
+    # What the prompts are told beside their words.
     distilled = bool(config.get("guidance_embeds"))
     if guidance is not None and not distilled:
         raise ValueError(
@@ -99,6 +102,7 @@ def load_text(
         guidance=DISTILLED if distilled and guidance is None else guidance,
         tells_size=bool(getattr(network, "use_additional_conditions", False)),
     )
+    # The denoiser, whose encoders are loaded when a prompt is asked for.
     process, kind = read_scheduler(folder / "scheduler" / "scheduler_config.json", cells)
     denoiser = layout(
         network,
@@ -236,6 +240,7 @@ def read_scheduler(path: Path, cells: tuple[int, int]) -> tuple[Process, OutputK
     Raises:
         ValueError: the betas or the prediction type are not known.
     """
+    # A flow states where it puts its steps, perhaps by the size of the image.
     config = files.read_json(path)
     steps = int(config.get("num_train_timesteps", 1000))
     if str(config.get("_class_name")).startswith("FlowMatch"):
@@ -243,6 +248,7 @@ def read_scheduler(path: Path, cells: tuple[int, int]) -> tuple[Process, OutputK
         if config.get("use_dynamic_shifting"):
             shift = math.exp(_shift(config, cells[0] * cells[1] // 4))
         return Flow(time_scale=steps, shift=shift), "v"
+    # A DDPM is known by its betas.
     first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
     stated = {
         "linear": np.linspace(first, last, steps),

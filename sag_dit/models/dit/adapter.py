@@ -257,6 +257,7 @@ def grid_of(positions: Tensor, path: Path) -> tuple[int, int]:
     Raises:
         ValueError: they are of no rectangle, and n is not a square.
     """
+    # All rectangles of as many tokens are compared with the published table.
     count, width = positions.shape
     root = math.isqrt(count)
     rectangles = [(h, count // h) for h in range(1, count + 1) if count % h == 0]
@@ -266,6 +267,7 @@ def grid_of(positions: Tensor, path: Path) -> tuple[int, int]:
             expected = sincos_positions(width, grid)
             if torch.allclose(positions.float(), expected, rtol=0, atol=POSITION_TOLERANCE):
                 return grid
+    # Other positions do not tell: a square is the best guess, where there is one.
     if root * root != count:
         raise ValueError(
             f"{path}: pos_embed holds {count} positions that are those of no rectangle; state "
@@ -293,9 +295,11 @@ def head_count(hidden: int, depth: int, path: Path) -> int:
         ValueError: none of them divides the width.
     """
     remedy = f'state {{"model": {{"num_heads": N}}}} in {path.with_suffix(".json").name} beside it'
+    # A published size is known by its width and depth.
     sizes = {(size["hidden_size"], size["depth"]): size["num_heads"] for size in SIZES.values()}
     if (hidden, depth) in sizes:
         return sizes[hidden, depth]
+    # Else the width suggests a number, which is a guess and said to be one.
     by_width = {width: heads for (width, _), heads in sizes.items()}
     guesses = [hidden // width for width in HEAD_WIDTHS if hidden % width == 0]
     if hidden not in by_width and not guesses:

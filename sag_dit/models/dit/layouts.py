@@ -55,7 +55,10 @@ POSITIONS = ("pos_embed", "pos_embed.pos_embed")
 
 
 class OfficialFile(Layout):
-    """facebookresearch/DiT's flat state dict, with a config.json beside it that sag_dit reads."""
+    """facebookresearch/DiT's flat state dict, with a config.json beside it that sag_dit reads.
+
+    ``python export.py ckpt=digits format=dit`` writes it.
+    """
 
     program = "facebookresearch/DiT"
     weights = "model.pt"
@@ -110,7 +113,10 @@ class OfficialFile(Layout):
 
 
 class DiffusersFolder(Layout):
-    """The folder of diffusers' DiTPipeline."""
+    """The folder of diffusers' DiTPipeline.
+
+    ``python export.py ckpt=DiT-XL-2 format=diffusers`` writes it.
+    """
 
     program = "diffusers' DiTPipeline"
     has_autoencoder = True
@@ -118,6 +124,7 @@ class DiffusersFolder(Layout):
     def obstacles(self, source: Source) -> list[str]:
         """Return why DiTPipeline could not hold this model; nothing if it can."""
         network, config, settings = source.network, source.config, source.autoencoder
+        # What has to be computed of the weights and the autoencoder.
         block: Any = network.blocks[0]
         hidden, mlp = int(network.pos_embed.shape[-1]), int(block.mlp.fc1.out_features)
         positions = sincos_positions(hidden, network.grid)
@@ -125,6 +132,7 @@ class DiffusersFolder(Layout):
         shifted = [
             name for name in ("shift_factor", "latents_mean", "latents_std") if settings.get(name)
         ]
+        # Each of these is fixed in DiTPipeline's code.
         reasons = (
             (not settings, "a pixel model, where it decodes latents with an AutoencoderKL"),
             (not has_null_row(source), "no null class (its label table has no row for it)"),

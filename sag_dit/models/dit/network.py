@@ -118,6 +118,7 @@ class DiT(nn.Module):
         learn_sigma: bool = True,
     ) -> None:
         super().__init__()
+        # Sizes that fit each other.
         height, width = (input_size,) * 2 if isinstance(input_size, int) else tuple(input_size)
         if height % patch_size or width % patch_size:
             raise ValueError(
@@ -127,6 +128,7 @@ class DiT(nn.Module):
             raise ValueError(
                 f"hidden_size={hidden_size}: expected a multiple of num_heads={num_heads}"
             )
+        # What all else asks of a network.
         self.input_size = (height, width)
         self.grid = (height // patch_size, width // patch_size)
         self.patch_size = patch_size
@@ -137,6 +139,7 @@ class DiT(nn.Module):
         self.checkpoint_blocks = False
         """Whether the backward pass computes each block anew instead of keeping its activations."""
 
+        # Parameters, under the published names.
         self.x_embedder = PatchEmbed((height, width), patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)

@@ -26,6 +26,12 @@ class Classifier(nn.Module):
 
     Raises:
         ValueError: sizes that do not fit each other.
+
+    Example:
+        >>> import torch
+        >>> classifier = Classifier(16, 3, 32, 1, (1, 2), (8,), num_head_channels=16, num_classes=5)
+        >>> classifier(torch.zeros(1, 3, 16, 16), torch.tensor([500])).shape
+        torch.Size([1, 5])
     """
 
     key = "adm_classifier"
@@ -45,6 +51,7 @@ class Classifier(nn.Module):
         num_classes: int = 1000,
     ) -> None:
         super().__init__()
+        # Sizes of the levels, checked as a UNet's.
         shape = Shape(
             pair(input_size),
             model_channels,
@@ -65,6 +72,7 @@ class Classifier(nn.Module):
             "resnet_time_scale_shift": "scale_shift" if scale_shift_norm else "default",
             "attention_head_dim": num_head_channels,
         }
+        # The encoder of such a UNet.
         self.time_proj, self.time_embedding = time_embedding(model_channels)
         self.conv_in = nn.Conv2d(in_channels, shape.widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
@@ -83,6 +91,7 @@ class Classifier(nn.Module):
             )
         )
         self.mid_block = UNetMidBlock2D(in_channels=last, attn_groups=GROUPS, **common)
+        # Where a UNet would go up again, all places are pooled by attention.
         self.conv_norm_out = nn.GroupNorm(GROUPS, last)
         self.conv_act = nn.SiLU()
         self.pool = AttentionPool2d(

@@ -59,6 +59,11 @@ class UNet(UNet2DModel):  # type: ignore[misc]  # diffusers' classes are untyped
     Raises:
         ValueError: sizes that do not fit each other, or not exactly one of ``num_heads`` and
             ``num_head_channels``.
+
+    Example:
+        >>> network = UNet(16, 3, 32, 1, (1, 2), (8,), num_heads=4, learn_sigma=False)
+        >>> network(torch.zeros(1, 3, 16, 16), torch.tensor([500]), torch.tensor([0])).shape
+        torch.Size([1, 3, 16, 16])
     """
 
     key = "unet"
@@ -82,6 +87,7 @@ class UNet(UNet2DModel):  # type: ignore[misc]  # diffusers' classes are untyped
         dropout: float = 0.0,
         time_scale: float = 1.0,
     ) -> None:
+        # Sizes of the levels, checked.
         shape = Shape(
             pair(input_size),
             model_channels,
@@ -90,6 +96,7 @@ class UNet(UNet2DModel):  # type: ignore[misc]  # diffusers' classes are untyped
             num_heads,
             num_head_channels,
         )
+        # The network as diffusers builds it from such sizes.
         levels = len(shape.widths)
         resampling = "resnet" if resblock_updown else "conv"
         super().__init__(
@@ -112,8 +119,10 @@ class UNet(UNet2DModel):  # type: ignore[misc]  # diffusers' classes are untyped
             resnet_time_scale_shift="scale_shift" if scale_shift_norm else "default",
             num_class_embeds=num_classes + (class_dropout_prob > 0) if num_classes else None,
         )
+        # Where diffusers cannot say what was published: the heads, and the width of the time.
         split_heads(self, num_heads)
         self.time_proj, self.time_embedding = time_embedding(model_channels)
+        # What all else asks of a network.
         self.arguments: dict[str, Any] = {
             "input_size": shape.size[0] if shape.size[0] == shape.size[1] else list(shape.size),
             "in_channels": in_channels,

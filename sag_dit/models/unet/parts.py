@@ -68,6 +68,11 @@ class Shape:
 
     Raises:
         ValueError: sizes that do not fit each other.
+
+    Example:
+        >>> shape = Shape((16, 16), 32, (1, 2), (8,), num_heads=4, num_head_channels=None)
+        >>> shape.widths, shape.grids, shape.attending
+        ((32, 64), ((16, 16), (8, 8)), (False, True))
     """
 
     size: tuple[int, int]
@@ -78,18 +83,21 @@ class Shape:
     num_head_channels: int | None
 
     def __post_init__(self) -> None:
+        # The image can be halved as often as there are levels.
         factor = 2 ** (len(self.channel_mult) - 1)
         if self.size[0] % factor or self.size[1] % factor:
             raise ValueError(
                 f"input_size={self.size}: expected multiples of {factor}, since each of the "
                 f"{len(self.channel_mult)} levels halves the one before"
             )
+        # Every normalisation splits its channels into groups.
         odd = [width for width in self.widths if width % GROUPS or width == 0]
         if odd:
             raise ValueError(
                 f"model_channels={self.model_channels}, channel_mult={self.channel_mult}: "
                 f"expected widths that are multiples of {GROUPS}, found {odd[0]}"
             )
+        # A level that is to attend exists, and its width is a whole number of heads.
         heights = [height for height, _ in self.grids]
         absent = [side for side in self.attention_resolutions if side not in heights]
         if absent:
