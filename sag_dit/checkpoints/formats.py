@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 
 from sag_dit.checkpoints import files
 from sag_dit.checkpoints.lora import merged
+from sag_dit.checkpoints.schedulers import read_scheduler
 from sag_dit.denoiser.prompts import ENCODE
+from sag_dit.identity import settings
 from sag_dit.models.family import State, WeightsFile, families, family_of
 
 
@@ -164,7 +165,10 @@ def _read_pipeline(path: Path, ema: bool) -> Checkpoint:
     _single_set(path, ema)
     labels = index.get("id2label") or {}
     scheduler = path / "scheduler" / "scheduler_config.json"
-    stated = _from_scheduler(scheduler) if scheduler.is_file() else {}
+    stated: dict[str, Any] = {}
+    if scheduler.is_file():
+        process, kind = read_scheduler(scheduler)
+        stated = {"process": settings(process), "kind": kind}
     vae = path / "vae"
     return _read_transformer(path / "transformer", vae if vae.is_dir() else None, stated, labels)
 
@@ -188,33 +192,6 @@ def _read_transformer(
     classes = range(model["num_classes"])
     names = [labels.get(str(i), str(i)) for i in classes] if labels else []
     return Checkpoint(state, weights, {**stated, "model": model, "class_names": names}, vae)
-
-
-def _from_scheduler(path: Path) -> dict[str, Any]:
-    """Return the process and kind that a diffusers scheduler's config states."""
-    config = files.read_json(path)
-    steps = config.get("num_train_timesteps", 1000)
-    schedule = config.get("beta_schedule", "linear")
-    betas = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    names = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
-    kinds = {"epsilon": "eps", "v_prediction": "v", "sample": "x_0"}
-    kind = config.get("prediction_type", "epsilon")
-    scaled = all(
-        math.isclose(beta, published * 1000 / steps)
-        for beta, published in zip(betas, (1e-4, 0.02), strict=True)
-    )
-    changed = config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr")
-    known = schedule in names and kind in kinds and not changed
-    if not known or (schedule == "linear" and not scaled):
-        raise ValueError(
-            f"{path}: beta_schedule={schedule!r} from {betas[0]} to {betas[1]} in {steps} steps, "
-            f"prediction_type={kind!r}; expected linear from 1e-4 to 0.02 (at 1000 steps) or "
-            f"squaredcos_cap_v2, neither trained nor rescaled, and one of {', '.join(kinds)}"
-        )
-    return {
-        "process": {"schedule": names[schedule], "num_timesteps": steps},
-        "kind": kinds[kind],
-    }
 
 
 def config_beside(path: Path) -> dict[str, Any]:

@@ -35,8 +35,7 @@ def snapshot(repository: str, folders: tuple[str, ...]) -> Path:
         needed = needed_files((file.rfilename for file in info.siblings or ()), folders)
         return Path(snapshot_download(repository, allow_patterns=needed))
     except Exception as error:  # the hub's client changes its HTTP library, and so the types
-        reason = str(error).strip().split("\n")[0][:200]
-        raise NotDownloadedError(f"{type(error).__name__}: {reason}") from error
+        raise NotDownloadedError(_reason(error)) from error
 
 
 def cached(repository: str, folders: tuple[str, ...]) -> Path | None:
@@ -61,11 +60,14 @@ def whole(repository: str) -> Path:
     try:
         return Path(DiffusionPipeline.download(repository))
     except Exception as error:  # the hub's client changes its HTTP library, and so the types
-        reason = str(error).strip().split("\n")[0][:200]
         raise ValueError(
             f"{repository}: not all of this pipeline is in the hub's cache, and it could not be "
-            f"downloaded ({type(error).__name__}: {reason})"
+            f"downloaded ({_reason(error)})"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: " + str(error).strip().split("\n")[0][:200]
 
 
 def needed_files(names: Iterable[str], folders: tuple[str, ...]) -> list[str]:

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from sag_dit.checkpoints import files, hub, zoo
 from sag_dit.checkpoints.loading import find_codec
 from sag_dit.checkpoints.model import Model, plain_name
+from sag_dit.checkpoints.schedulers import read_scheduler
 from sag_dit.codec import VAECodec
 from sag_dit.denoiser.prompts import ENCODE, Wording
 from sag_dit.denoiser.text_conditional import TokenGrid
 from sag_dit.denoiser.text_layouts import layout_of
 from sag_dit.identity import settings
-from sag_dit.process import DDPM, Flow, Process
-from sag_dit.process.base import OutputKind
-from sag_dit.process.ddpm import BETAS
+from sag_dit.process import Flow
 
 BATCH_SIZE = 4
 MAX_LENGTH = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300, "FluxPipeline": 512}
 """Text tokens of a T5, as the pipelines have them; 256 elsewhere."""
 DISTILLED = 3.5
 """What FLUX dev is told of guidance unless asked otherwise, as in its pipeline."""
-KINDS: dict[str, OutputKind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x_0"}
 
 
 def is_text(ckpt: str | Path) -> bool:
@@ -232,51 +228,6 @@ def _cells(size: tuple[int, int], factor: int, patch: int, name: str) -> tuple[i
     if any(side < unit or side % unit for side in size):
         raise ValueError(f"size={list(size)}: expected multiples of {unit}, [height, width]")
     return size[0] // factor, size[1] // factor
-
-
-def read_scheduler(path: Path, cells: tuple[int, int]) -> tuple[Process, OutputKind]:
-    """Return the process and kind that a scheduler's config states, for an image of so many cells.
-
-    Raises:
-        ValueError: the betas or the prediction type are not known.
-    """
-    # A flow states where it puts its steps, perhaps by the size of the image.
-    config = files.read_json(path)
-    steps = int(config.get("num_train_timesteps", 1000))
-    if str(config.get("_class_name")).startswith("FlowMatch"):
-        shift = float(config.get("shift", 1.0))
-        if config.get("use_dynamic_shifting"):
-            shift = math.exp(_shift(config, cells[0] * cells[1] // 4))
-        return Flow(time_scale=steps, shift=shift), "v"
-    # A DDPM is known by its betas.
-    first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    stated = {
-        "linear": np.linspace(first, last, steps),
-        "scaled_linear": np.linspace(first**0.5, last**0.5, steps) ** 2,
-        "squaredcos_cap_v2": BETAS["cosine"](steps),
-    }.get(config.get("beta_schedule", "linear"))
-    changed = config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr")
-    names = [
-        name
-        for name, betas in BETAS.items()
-        if stated is not None and not changed and np.allclose(stated, betas(steps))
-    ]
-    kind = KINDS.get(config.get("prediction_type", "epsilon"))
-    if not names or kind is None:
-        raise ValueError(
-            f"{path}: {config.get('beta_schedule')} betas from {first} to {last} in {steps} steps, "
-            f"prediction_type={config.get('prediction_type')!r}; expected the betas of DDPM "
-            f"(linear), Stable Diffusion (scaled_linear) or IDDPM (squaredcos_cap_v2), neither "
-            f"trained nor rescaled, and one of {', '.join(KINDS)}"
-        )
-    return DDPM(cast(Any, names[0]), steps), kind
-
-
-def _shift(config: dict[str, Any], tokens: int) -> float:
-    """Return FLUX's mu, linear in the number of tokens."""
-    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return float(low + (high - low) * (tokens - few) / (many - few))
 
 
 def _weights(folder: Path, part: str) -> tuple[Path, ...]:

@@ -135,6 +135,8 @@ class Family(ABC):
             ``export.py format=...`` takes.
         pipeline: diffusers' name of the pipeline whose folders are read, empty if none is.
         diffusers: diffusers' name of the network within it.
+        told_by: the argument that tells a config of this family which names none, as those of
+            DiT and UNet do, which are older than the word.
         label_table: the parameter with a row for each class, empty if it is not fine-tuned.
         fixed: parameters that are never trained.
 
@@ -156,6 +158,7 @@ class Family(ABC):
     layouts: ClassVar[Mapping[str, Layout]] = MappingProxyType({})
     pipeline: ClassVar[str] = ""
     diffusers: ClassVar[str] = ""
+    told_by: ClassVar[str] = ""
     label_table: ClassVar[str] = ""
     fixed: ClassVar[tuple[str, ...]] = ()
 
@@ -167,11 +170,11 @@ class Family(ABC):
 
     def describes(self, model: Mapping[str, Any]) -> bool:
         """Whether these arguments, a config's ``model``, are those of this family."""
-        return bool(model.get(FAMILY) == self.key)
+        return bool(model.get(FAMILY, self.key if self.told_by in model else None) == self.key)
 
     def arguments(self, network: Network) -> dict[str, Any]:
         """Return a config's ``model``: what builds a network anew."""
-        return {FAMILY: self.key, **network.arguments}
+        return {**({} if self.told_by else {FAMILY: self.key}), **network.arguments}
 
     def required(self) -> list[str]:
         """Return the arguments that a config has to state."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sag_dit.checkpoints import hub, is_text, load, load_text
-from sag_dit.checkpoints.text import read_scheduler
+from sag_dit.checkpoints.schedulers import read_scheduler
 from sag_dit.denoiser.conditioning import Inputs
 from sag_dit.denoiser.text_layouts import PackedText, TokenGrid
 from sag_dit.guidance import CFG, PAG, SAG

@@ -24,7 +24,7 @@ from sag_dit.catalogue import entries
 from sag_dit.identity import later
 from sag_dit.models.dit import sit
 from sag_dit.models.dit.embeddings import POSITION_TOLERANCE, sincos_positions
-from sag_dit.models.dit.layouts import DiffusersFolder, OfficialFile, from_diffusers
+from sag_dit.models.dit.layouts import DiffusersFolder, OfficialFile, renamed_from_diffusers
 from sag_dit.models.dit.network import SIZES, DiT, mlp_ratio
 from sag_dit.models.family import (
     Family,
@@ -33,7 +33,6 @@ from sag_dit.models.family import (
     WeightsFile,
     register,
 )
-from sag_dit.models.network import Network
 
 log = logging.getLogger(__name__)
 
@@ -71,20 +70,13 @@ class DiTFamily(Family):
     layouts = MappingProxyType({"dit": OfficialFile(), "diffusers": DiffusersFolder()})
     pipeline = "DiTPipeline"
     diffusers = "DiTTransformer2DModel"
+    told_by = "hidden_size"
     label_table = TABLE
     fixed = (POSITIONS,)
 
     def network(self) -> type[DiT]:
         """Return DiT."""
         return DiT
-
-    def describes(self, model: Mapping[str, Any]) -> bool:
-        """Whether arguments are those of a DiT, which are stored without a family."""
-        return "family" not in model and "hidden_size" in model
-
-    def arguments(self, network: Network) -> dict[str, Any]:
-        """Return the arguments of a DiT."""
-        return dict(network.arguments)
 
     def required(self) -> list[str]:
         """Return all arguments that there have been from the beginning."""
@@ -133,8 +125,40 @@ class DiTFamily(Family):
     def from_diffusers(
         self, state: State, config: Mapping[str, Any], path: Path
     ) -> tuple[State, dict[str, Any]]:
-        """Return the weights and arguments of diffusers' DiTTransformer2DModel."""
-        return from_diffusers(state, config, path)
+        """Return the weights and arguments of a DiT that diffusers saved.
+
+        diffusers itself divides the time's frequencies by 127 instead of 128 and adds 1e-5 instead
+        of 1e-6 in a norm; the published weights were trained with the latter of each, which our
+        network has.
+
+        Raises:
+            ValueError: it has what no DiT has, or weights that differ from block to block.
+        """
+        # Options of diffusers' class that would make it another network.
+        expected = {"attention_bias": True, "activation_fn": "gelu-approximate"}
+        strange = [key for key, value in expected.items() if config.get(key, value) != value]
+        if strange:
+            raise ValueError(f"{path}: {strange[0]}={config[strange[0]]!r}, which no DiT has")
+        # What a config leaves out has the default of diffusers' class.
+        heads = config.get("num_attention_heads", 16)
+        hidden = heads * config.get("attention_head_dim", 72)
+        channels, patch = config.get("in_channels", 4), config.get("patch_size", 2)
+        size, depth = config.get("sample_size", 32), config.get("num_layers", 28)
+        try:
+            renamed = renamed_from_diffusers(state, depth)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        renamed["pos_embed"] = sincos_positions(hidden, (size // patch, size // patch))[None]
+        return renamed, {
+            "input_size": size,
+            "patch_size": patch,
+            "in_channels": channels,
+            "hidden_size": hidden,
+            "depth": depth,
+            "num_heads": heads,
+            "num_classes": config.get("num_embeds_ada_norm", 1000),
+            "learn_sigma": (config.get("out_channels") or channels) == 2 * channels,
+        }
 
     def refit(self, before: Any, after: Any, names: Sequence[str], now: Sequence[str]) -> Refitted:
         """Give the new classes their rows of the label table, and the new grid its positions.

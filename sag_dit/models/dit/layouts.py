@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -259,67 +260,39 @@ def has_null_row(source: Source) -> bool:
     return bool(len(network.y_embedder.embedding_table.weight) > network.num_classes)
 
 
+def shared_names(depth: int) -> Iterator[tuple[str, str]]:
+    """Yield our name and diffusers' of each tensor that both hold as it is."""
+    for part in ("weight", "bias"):
+        for ours, theirs in MODEL.items():
+            yield f"{ours}.{part}", f"{theirs}.{part}"
+        for i, (ours, theirs) in product(range(depth), BLOCK.items()):
+            yield f"blocks.{i}.{ours}.{part}", f"transformer_blocks.{i}.{theirs}.{part}"
+
+
+def joined_names(depth: int) -> Iterator[tuple[str, list[str]]]:
+    """Yield our name of each block's queries, keys and values, and diffusers' three."""
+    for i, part in product(range(depth), ("weight", "bias")):
+        yield f"blocks.{i}.attn.qkv.{part}", [f"transformer_blocks.{i}.{n}.{part}" for n in QKV]
+
+
+def copied_names(depth: int) -> Iterator[tuple[str, str]]:
+    """Yield our name and diffusers' of each tensor of which every block of theirs has a copy."""
+    for i, (ours, theirs) in product(range(depth), EMBEDDERS.items()):
+        yield ours, f"transformer_blocks.{i}.norm1.emb.{theirs}"
+
+
 def to_diffusers(state: State, depth: int) -> State:
-    """Rename an official state to diffusers' parameters, the inverse of ``from_diffusers``.
+    """Rename an official state to diffusers' parameters, the inverse of the function below.
 
     The table of positions is left out: diffusers computes it. The embedders are copied into every
     block.
     """
-    named: dict[str, Tensor] = {}
-    for part in ("weight", "bias"):
-        for ours, theirs in MODEL.items():
-            named[f"{theirs}.{part}"] = state[f"{ours}.{part}"]
-        for i in range(depth):
-            block = f"transformer_blocks.{i}"
-            for ours, theirs in BLOCK.items():
-                named[f"{block}.{theirs}.{part}"] = state[f"blocks.{i}.{ours}.{part}"]
-            parts = state[f"blocks.{i}.attn.qkv.{part}"].chunk(3)
-            for theirs, tensor in zip(QKV, parts, strict=True):
-                named[f"{block}.{theirs}.{part}"] = tensor.contiguous()
-    for i in range(depth):
-        for ours, theirs in EMBEDDERS.items():
-            # Copies, for safetensors refuses tensors that share their memory.
-            named[f"transformer_blocks.{i}.norm1.emb.{theirs}"] = state[ours].clone()
-    return named
-
-
-def from_diffusers(
-    state: State, config: Mapping[str, Any], path: Path
-) -> tuple[State, dict[str, Any]]:
-    """Return the weights and arguments of a DiT that diffusers saved.
-
-    diffusers itself divides the time's frequencies by 127 instead of 128 and adds 1e-5 instead of
-    1e-6 in a norm; the published weights were trained with the latter of each, which our network
-    has.
-
-    Raises:
-        ValueError: it has what no DiT has, or weights that differ from block to block.
-    """
-    # Options of diffusers' class that would make it another network.
-    expected = {"attention_bias": True, "activation_fn": "gelu-approximate"}
-    strange = [key for key, value in expected.items() if config.get(key, value) != value]
-    if strange:
-        raise ValueError(f"{path}: {strange[0]}={config[strange[0]]!r}, which no DiT has")
-    # What a config leaves out has the default of diffusers' class.
-    heads = config.get("num_attention_heads", 16)
-    hidden = heads * config.get("attention_head_dim", 72)
-    channels, patch = config.get("in_channels", 4), config.get("patch_size", 2)
-    size, depth = config.get("sample_size", 32), config.get("num_layers", 28)
-    try:
-        renamed = renamed_from_diffusers(state, depth)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    renamed["pos_embed"] = sincos_positions(hidden, (size // patch, size // patch))[None]
-    return renamed, {
-        "input_size": size,
-        "patch_size": patch,
-        "in_channels": channels,
-        "hidden_size": hidden,
-        "depth": depth,
-        "num_heads": heads,
-        "num_classes": config.get("num_embeds_ada_norm", 1000),
-        "learn_sigma": (config.get("out_channels") or channels) == 2 * channels,
-    }
+    named = {theirs: state[ours] for ours, theirs in shared_names(depth)}
+    for ours, three in joined_names(depth):
+        chunks = (chunk.contiguous() for chunk in state[ours].chunk(3))
+        named |= dict(zip(three, chunks, strict=True))
+    # Copies, for safetensors refuses tensors that share their memory.
+    return named | {theirs: state[ours].clone() for ours, theirs in copied_names(depth)}
 
 
 def renamed_from_diffusers(state: Mapping[str, Tensor], depth: int) -> State:
@@ -332,33 +305,15 @@ def renamed_from_diffusers(state: Mapping[str, Tensor], depth: int) -> State:
         ValueError: the blocks' copies of the embedders differ, which no DiT can express.
     """
     left = {name: tensor for name, tensor in state.items() if name not in POSITIONS}
-    renamed: State = {}
-
-    def move(ours: str, theirs: str) -> None:
-        if theirs in left:
-            renamed[ours] = left.pop(theirs)
-
-    # What there is once, then the blocks.
-    for ours, theirs in MODEL.items():
-        for part in ("weight", "bias"):
-            move(f"{ours}.{part}", f"{theirs}.{part}")
-    for i in range(depth):
-        block = f"transformer_blocks.{i}"
-        for part in ("weight", "bias"):
-            for ours, theirs in BLOCK.items():
-                move(f"blocks.{i}.{ours}.{part}", f"{block}.{theirs}.{part}")
-            names = [f"{block}.{name}.{part}" for name in QKV]
-            if all(name in left for name in names):
-                joined = torch.cat([left.pop(name) for name in names])
-                renamed[f"blocks.{i}.attn.qkv.{part}"] = joined
-        # Every block has its copy of the embedders, which have to be one.
-        for ours, theirs in EMBEDDERS.items():
-            copy = left.pop(f"{block}.norm1.emb.{theirs}", None)
-            if copy is None:
-                continue
-            if not torch.equal(renamed.setdefault(ours, copy), copy):
-                raise ValueError(
-                    f"{block}.norm1.emb.{theirs} differs from the first block's; expected the one "
-                    f"embedder of a DiT, repeated in every block"
-                )
+    renamed = {ours: left.pop(theirs) for ours, theirs in shared_names(depth) if theirs in left}
+    for ours, three in joined_names(depth):
+        if all(name in left for name in three):
+            renamed[ours] = torch.cat([left.pop(name) for name in three])
+    for ours, theirs in copied_names(depth):
+        copy = left.pop(theirs, None)
+        if copy is not None and not torch.equal(renamed.setdefault(ours, copy), copy):
+            raise ValueError(
+                f"{theirs} differs from the first block's; expected the one embedder of a DiT, "
+                f"repeated in every block"
+            )
     return {**renamed, **left}

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from sag_dit.models.family import Family, State, WeightsFile, register
-from sag_dit.models.network import Network
 from sag_dit.models.unet import keys, published
 from sag_dit.models.unet.parts import decoder_parts, encoder_parts
 from sag_dit.models.unet.published import Sizes, Variant
@@ -46,19 +45,13 @@ class UNetFamily(Family):
     noun = "a UNet"
     source = "openai/guided-diffusion or openai/improved-diffusion, here under diffusers' names"
 
+    told_by = "model_channels"
+
     def network(self) -> type[UNet]:
         """Return UNet."""
         from sag_dit.models.unet.network import UNet
 
         return UNet
-
-    def describes(self, model: Mapping[str, Any]) -> bool:
-        """Whether arguments are those of a UNet, which are stored without a family."""
-        return "model_channels" in model
-
-    def arguments(self, network: Network) -> dict[str, Any]:
-        """Return the arguments of a UNet."""
-        return dict(network.arguments)
 
     def required(self) -> list[str]:
         """Return the size of the images; all else has the value that is usual."""
