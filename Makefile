@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help sample train-digits test lint types bench gpu lock clean
+.PHONY: help sample train-digits test lint types bench gpu fuzz lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ bench: $(READY) ## Measure speed and memory
 
 gpu: $(READY) ## Test and measure on a GPU, in at most eight minutes
 	@$(RUN) -m benchmarks.gpu $(ARGS)
+
+fuzz: $(READY) ## Give every loader damaged and hostile files: ARGS="--cases 100000"
+	@$(RUN) -m benchmarks.fuzz $(ARGS)
 
 lock: ## Renew constraints.txt with the newest releases that pyproject.toml allows
 	@rm -rf $(VENV)-lock

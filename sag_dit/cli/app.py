@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sag_dit.cli.help import help_text
+from sag_dit.cli.orphans import end_with_parent
 from sag_dit.cli.schema import check, free_text
 from sag_dit.cli.typed import MULTIRUN, check_added, check_arguments, nearest, split
 from sag_dit.cli.typed import config_folder as config_folder
@@ -136,6 +137,7 @@ def launch(config_name: str, run: Run, argv: Sequence[str] | None = None) -> Non
     Misuse is a ValueError, an OSError or one of Hydra's own errors. Anything else is our mistake
     and keeps its traceback.
     """
+    end_with_parent()
     original = list(sys.argv)
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Hydra swallows exceptions unless told to show them; they are ours to explain.

@@ -119,6 +119,16 @@ class TextConditional(Denoiser):
         return TokenGrid((x.shape[-2], x.shape[-1]))
 
     @classmethod
+    def corrected(
+        cls, network: nn.Module, arguments: Mapping[str, Any], cfg: bool
+    ) -> Mapping[str, Any]:
+        """Return a call's arguments as this network needs them, which a pipeline may not know.
+
+        ``cfg`` says whether the second half of the rows is the null condition's, or the first.
+        """
+        return arguments
+
+    @classmethod
     @abstractmethod
     def find_layers(cls, network: nn.Module, grid: TokenGrid) -> Iterator[AttentionLayer]:
         """Yield the network's self-attention layers in the order of depth."""

@@ -76,6 +76,28 @@ class DiTLabels(PixArtText):
 
     network_class = "DiTTransformer2DModel"
 
+    @classmethod
+    def corrected(
+        cls, network: nn.Module, arguments: Mapping[str, Any], cfg: bool
+    ) -> Mapping[str, Any]:
+        """Return the arguments with the network's own null class, which follows its classes.
+
+        ``DiTPipeline`` asks for class 1000 in the second half of the rows, as ImageNet's models
+        want it.
+
+        Raises:
+            ValueError: a class that the network does not have.
+        """
+        transformer: Any = network
+        classes = int(transformer.config.num_embeds_ada_norm)
+        labels: Tensor = arguments["class_labels"].clone()
+        if cfg:
+            labels[len(labels) // 2 :] = classes
+        wrong = labels[(labels < 0) | (labels > classes)].tolist()
+        if wrong:
+            raise ValueError(f"class {wrong[0]} does not exist: expected 0 to {classes - 1}")
+        return {**arguments, "class_labels": labels}
+
 
 class JointText(TextConditional):
     """Stable Diffusion 3: image and text in one sequence, the image's tokens first.

@@ -42,9 +42,9 @@ class FolderImages(ImageSet):
         self.size = size
         self.protocol = {"crop": None if size is None else f"ADM's centre crop to {size} pixels"}
         stems = [Path(name).stem for name in self._files.names]
-        numbers = [int(stem) for stem in stems if stem.isdecimal()]
-        by_name = len(set(numbers)) == len(stems) and len(self._files.class_names) == 1
-        self._indices = torch.tensor(numbers if by_name else range(len(stems)))
+        # Only a manifest makes a number in a name a place: elsewhere it may be anything.
+        own = all(stem.isdecimal() and int(stem) in self._sampled for stem in stems)
+        self._indices = torch.tensor([int(stem) for stem in stems] if own else range(len(stems)))
 
     def __len__(self) -> int:
         return len(self._files)
@@ -55,23 +55,35 @@ class FolderImages(ImageSet):
         if len(self._files.class_names) > 1:
             labels: list[int] = self._files.labels.tolist()
             return labels
-        if not self._manifest.is_file():
-            return None
-        rows = [json.loads(row) for row in self._manifest.read_text(encoding="utf-8").splitlines()]
-        known = {int(row["index"]): int(row["label"]) for row in rows}
         indices = self._indices.tolist()
-        return [known[i] for i in indices] if known.keys() >= set(indices) else None
+        return [self._sampled[i] for i in indices] if self._sampled.keys() >= set(indices) else None
+
+    @cached_property
+    def _sampled(self) -> dict[int, int]:
+        """The class of every image by its index, as a sample folder's manifest says."""
+        if not self._manifest.is_file():
+            return {}
+        rows = [json.loads(row) for row in self._manifest.read_text(encoding="utf-8").splitlines()]
+        return {int(row["index"]): int(row["label"]) for row in rows}
 
     @cached_property
     def _channels(self) -> int:
-        with Image.open(self._files.path(0)) as image:
-            return 1 if image.mode in GREY else 3
+        """3 where any image is in colour, whichever comes first, else 1; headers alone are read."""
+
+        def grey(place: int) -> bool:
+            try:
+                with Image.open(self._files.path(place)) as image:
+                    return image.mode in GREY
+            except OSError:
+                return True  # It is refused by name when its turn comes.
+
+        return 1 if all(map(grey, range(len(self)))) else 3
 
     def read(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[ImageBatch]:
         """Yield (images, indices); files are decoded by several threads.
 
         Raises:
-            ValueError: a file cannot be decoded, or images differ in size or in colour.
+            ValueError: a file cannot be decoded, or images differ in size.
         """
         own = share(len(self), rank, world)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -101,11 +113,6 @@ class FolderImages(ImageSet):
             return read_crop(path, self.size, self._channels)
         try:
             with Image.open(path) as image:
-                if self._channels == 1 and image.mode not in GREY:
-                    raise ValueError(
-                        f"{path} is in colour but the first image, {self._files.names[0]}, is "
-                        f"grey: expected either"
-                    )
                 turned = ImageOps.exif_transpose(image).convert(MODES[self._channels])
         except OSError as error:
             raise ValueError(f"{path} cannot be decoded ({error}); remove it") from None

@@ -24,8 +24,8 @@ Source: TypeAlias = "str | Path | tuple[Tensor, Tensor] | Dataset[Any]"
 def open_images(source: Source, *, size: int | None = None) -> ImageSet:
     """Open a set of images; ``size`` crops the images of a folder to squares as ADM does.
 
-    A folder is one of ``sample.py``, class folders, or any flat folder. Where all names in a flat
-    folder are numbers they are the indices.
+    A folder is one of ``sample.py``, whose manifest tells each image's index, or class folders, or
+    any flat folder: there the order of the names does.
 
     Raises:
         ValueError: the source is no such set.

@@ -1,4 +1,4 @@
-"""How ranks tell each other on disk that they have finished or failed.
+"""How ranks tell each other on disk that they are alive, have finished or have failed.
 
 A collective at the end would hang for as long as the slowest rank needs, or for ever after a
 failure, and Lightning lets rank 0 end well when another rank has not. Files cannot hang.
@@ -6,19 +6,51 @@ failure, and Lightning lets rank 0 end well when another rank has not. Files can
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
 
 from sag_dit.files import atomic
 
 PATIENCE = 1800.0
-"""Seconds without a sign of life of the other ranks after which rank 0 stops waiting."""
+"""Seconds in which nothing gets done, although all ranks are alive, after which rank 0 gives up."""
+BEAT = 3.0
+"""Seconds between two heartbeats of a rank."""
+SILENCE = 45.0
+"""Seconds without a heartbeat after which a rank is taken to be lost, with its machine perhaps."""
+
+
+@dataclass
+class _Heard:
+    """The last heartbeat that was read of a rank, and when it was a new one, by our own clock."""
+
+    beat: str
+    since: float
+
+    def listen(self, file: Path) -> float:
+        """Read the heartbeat again; return for how many seconds it has been the same."""
+        beat = file.read_text(encoding="utf-8") if file.exists() else ""
+        now = time.monotonic()
+        # An empty file is one that is being written.
+        if beat and beat != self.beat:
+            self.beat, self.since = beat, now
+        return now - self.since
+
+    @property
+    def host(self) -> str:
+        """The machine that the rank runs on, as far as it was told."""
+        return self.beat.partition(" ")[2] or "a machine that has not reported"
 
 
 class RankReports:
-    """One small file per rank under ``folder/ranks``: ``ok``, or what went wrong."""
+    """A few small files per rank under ``folder/ranks``: how it ended, and that it is alive.
+
+    Times are compared with the reader's own clock alone, so that machines may disagree about it.
+    """
 
     def __init__(self, folder: Path, rank: int, world: int) -> None:
         self._folder, self._rank, self._world = folder / "ranks", rank, world
@@ -26,51 +58,92 @@ class RankReports:
     def _file(self, rank: int) -> Path:
         return self._folder / f"{rank:04d}.txt"
 
+    def _alive(self, rank: int) -> Path:
+        return self._folder / f"{rank:04d}.alive"
+
     @contextmanager
-    def reporting(self) -> Iterator[None]:
-        """Report how the work within ends. An error is reported and goes on."""
+    def reporting(self, beat: float = BEAT) -> Iterator[None]:
+        """Tell every ``beat`` seconds that the work within goes on, and at its end how it ended.
+
+        An error is reported and goes on.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
         self._file(self._rank).unlink(missing_ok=True)
+        ended = Event()
+        heart = Thread(target=self._beat, args=(ended, beat), daemon=True)
+        heart.start()
         try:
             yield
         except BaseException as error:
             self._write(f"{type(error).__name__}: {error}")
             raise
+        finally:
+            ended.set()
+            heart.join()
         self._write("ok")
+
+    def _beat(self, ended: Event, seconds: float) -> None:
+        number = 0
+        while True:
+            try:
+                # Written in place: network file systems show a reopened file as it is, but may show
+                # a renamed one late.
+                text = f"{number} {socket.gethostname()}"
+                self._alive(self._rank).write_text(text, encoding="utf-8")
+            except OSError:
+                pass  # A disk that fails is told by what is written there.
+            number += 1
+            if ended.wait(seconds):
+                return
 
     def _write(self, text: str) -> None:
         with atomic(self._file(self._rank)) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
-    def wait(self, sign_of_life: Callable[[], object], patience: float = PATIENCE) -> None:
-        """Wait until every rank has reported; ``sign_of_life`` changes while any is working.
+    def wait(
+        self,
+        sign_of_life: Callable[[], object],
+        patience: float = PATIENCE,
+        silence: float = SILENCE,
+    ) -> None:
+        """Wait until every rank has reported; ``sign_of_life`` changes while any gets work done.
 
         Raises:
-            ValueError: a rank failed, or none has shown a sign of life for ``patience`` seconds.
+            ValueError: a rank failed, one has had no heartbeat for ``silence`` seconds, or nothing
+                got done for ``patience`` seconds.
         """
         last, since = sign_of_life(), time.monotonic()
-        waiting = set(range(self._world))
-        while waiting:
-            for rank in sorted(waiting):
+        heard = {rank: _Heard("", since) for rank in range(self._world)}
+        while heard:
+            # Who has ended, well or not, is waited for no longer.
+            for rank in sorted(heard):
                 if self._file(rank).exists():
                     report = self._file(rank).read_text(encoding="utf-8")
                     if report != "ok":
                         raise ValueError(f"rank {rank} failed: {report}")
-                    waiting.discard(rank)
-            if not waiting:
+                    del heard[rank]
+            if not heard:
                 return
+            # A rank that was killed, or whose machine is gone, cannot report.
+            for rank, last_heard in heard.items():
+                if last_heard.listen(self._alive(rank)) > silence:
+                    raise ValueError(
+                        f"rank {rank} on {last_heard.host} is lost: no heartbeat for {silence:.0f} "
+                        f"s; what is written is kept, repeat the command to go on"
+                    )
+            # A rank that lives may still hang.
             now = sign_of_life()
             if now != last:
                 last, since = now, time.monotonic()
             elif time.monotonic() - since > patience:
                 raise ValueError(
-                    f"rank {', '.join(map(str, sorted(waiting)))} has shown no sign of life for "
+                    f"rank {', '.join(map(str, sorted(heard)))} has got nothing done for "
                     f"{patience:.0f} s; what is written is kept, repeat the command to go on"
                 )
             time.sleep(0.1)
 
     def clear(self) -> None:
         """Remove the reports after a run that went well."""
-        for file in self._folder.glob("*.txt"):
+        for file in self._folder.iterdir():
             file.unlink()
         self._folder.rmdir()

@@ -132,9 +132,10 @@ class _GuidedPipeline:
         x: Tensor = arguments.pop(self.layout.x_name)
         t = arguments.pop("timestep")
         cfg = uses_cfg(self.family, self.pipe, self.arguments)
+        arguments = dict(self.layout.corrected(self.network, arguments, cfg))
         output = self.run.output(x, t, arguments, cfg)
         if output is None:
-            return self.found(*args, **kwargs)
+            return self.found(x, timestep=t, return_dict=return_dict, **arguments)
         if not return_dict:
             return (output,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput

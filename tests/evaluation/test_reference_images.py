@@ -100,15 +100,41 @@ def test_sets_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         read((IMAGES.float(), LABELS))
 
 
-def test_images_of_several_sizes_or_colours_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{number:012d}" for number in (9, 12, 25, 61, 139, 192)],  # COCO's, with gaps
+        [str(number) for number in range(30_071_234_507, 30_071_234_513)],  # Flickr's
+        [f"2023112712345678{number:04d}" for number in range(6)],  # 20 digits
+    ],
+)
+def test_numbers_in_names_are_no_places(tmp_path: Path, names: list[str]) -> None:
+    for name, image in zip(names, IMAGES, strict=False):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"{name}.png")
+    images, indices = read(tmp_path)
+    assert indices == list(range(6))
+    assert torch.equal(images, IMAGES[:6])
+
+
+@pytest.mark.parametrize("first", ["grey", "colour"])
+def test_one_image_in_colour_makes_the_set_one(tmp_path: Path, first: str) -> None:
+    grey, colour = IMAGES[0, 0].numpy(), pixels(3, 0, (8, 8, 3)).numpy()[0]
+    order = [grey, colour, grey] if first == "grey" else [colour, grey, grey]
+    for place, image in enumerate(order):
+        Image.fromarray(image).save(tmp_path / f"{place}.png")
+    expected = [
+        np.broadcast_to(each[..., None] if each.ndim == 2 else each, (8, 8, 3)) for each in order
+    ]
+    for options in ({}, {"size": 8}):
+        images, _ = read(tmp_path, **options)
+        assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), np.stack(expected))
+
+
+def test_images_of_several_sizes_are_refused(tmp_path: Path) -> None:
     sizes = write_folder(tmp_path / "sizes", IMAGES[:3])
     Image.fromarray(np.zeros((4, 6), np.uint8)).save(sizes / "000002.png")
     with pytest.raises(ValueError, match=r"000002\.png has 6 x 4 pixels, others have 8 x 8"):
         read(sizes, batch=1)
-    colours = write_folder(tmp_path / "colours", IMAGES[:3])
-    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(colours / "000001.png")
-    with pytest.raises(ValueError, match=r"000001\.png is in colour but the first image"):
-        read(colours)
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

@@ -146,6 +146,42 @@ def test_an_interval_counts_the_pipelines_own_steps(pipe: Any, family: str) -> N
     assert (plain, len(asked)) == (4, 6)
 
 
+def with_few_classes() -> tuple[Any, Any]:
+    """A pipeline of ten classes, and one of a thousand whose first ten and null class are these."""
+    few, many = tiny.dit(10), tiny.dit()
+    weights = dict(many.transformer.state_dict())
+    for name, own in few.transformer.state_dict().items():
+        if name.endswith("class_embedder.embedding_table.weight"):
+            weights[name][:10], weights[name][1000] = own[:10], own[10]
+        else:
+            weights[name] = own
+    many.transformer.load_state_dict(weights)
+    few.vae.load_state_dict(many.vae.state_dict())
+    return few, many
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        (SAG(0.5),),
+        (CFG(2.0),),
+        (SAG(0.5, interval=(0.5, 1.0)),),  # the pipeline's own guidance alone, then ours
+    ],
+)
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_the_null_class_is_the_networks_own(terms: tuple[Term, ...], scale: float) -> None:
+    if scale == 1.0 and any(term.from_null for term in terms):
+        return
+    few, many = with_few_classes()
+    call = {"guidance_scale": scale, "prompt": [3, 9]}
+    assert torch.equal(guided(few, "dit", *terms, **call), guided(many, "dit", *terms, **call))
+
+
+def test_a_class_that_the_network_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match="class 12 does not exist: expected 0 to 9"):
+        guided(tiny.dit(10), "dit", SAG(0.5), prompt=[3, 12], guidance_scale=1.0)
+
+
 def test_unknown_pipelines_and_layouts_are_refused_by_name() -> None:
     sana = type("SanaPipeline", (), {})()
     with pytest.raises(

@@ -234,7 +234,7 @@ def flux(made: Any = diffusers.FluxPipeline, dev: bool = False, fill: bool = Fal
     )
 
 
-def dit() -> Any:
+def dit(classes: int = 1000) -> Any:
     """DiT as released in diffusers."""
     network = diffusers.DiTTransformer2DModel(
         num_attention_heads=2,
@@ -243,7 +243,7 @@ def dit() -> Any:
         out_channels=8,
         num_layers=3,
         sample_size=8,
-        num_embeds_ada_norm=1000,
+        num_embeds_ada_norm=classes,
     )
     return diffusers.DiTPipeline(
         transformer=uneven(network),

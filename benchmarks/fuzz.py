@@ -1,0 +1,345 @@
+"""Give every loader damaged and hostile files: ``python -m benchmarks.fuzz`` (``make fuzz``).
+
+A small honest file of each kind is changed at random: bytes flipped, cut, repeated, joined with
+another's; in JSON and YAML also values that mean nothing (NaN, 1e9, deep nests, other types). Each
+loader may read the result or refuse it with a ValueError or an OSError. Counted as failures are
+
+- code that ran: an import, a process, ``exec`` or a file opened for writing, seen by an audit hook;
+- any other exception;
+- more than :data:`SECONDS` for one file;
+- more memory than twice the file's honest size and 256 MB.
+
+``--cases 100000`` is the full measure, ``--seed`` another series; the same seed gives the same
+files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import sag_dit
+from sag_dit.checkpoints.config import describe
+from sag_dit.checkpoints.files import METADATA_KEY
+from sag_dit.data.crop import read_crop
+from sag_dit.data.latents import LatentData
+from sag_dit.data.requests import read_requests
+from sag_dit.data.shards import read_index
+from sag_dit.denoiser import ClassConditional
+from sag_dit.evaluation.images import open_images
+from sag_dit.models import DiT
+from sag_dit.process import DDPM
+
+SECONDS = 10
+MEMORY = 256 << 20
+CODE = ("exec", "compile", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen")
+"""Audit events that a file that is read must never cause; imports are told apart by their time."""
+
+VALUES: tuple[Any, ...] = (
+    *(None, True, -1, 0, 1, 2**31, 2**63, 10**9, 1e9, 1e308, -0.5, float("nan"), float("inf")),
+    *("", "ab", "../../etc/passwd", "/", "\u0000", "x" * 10_000, [], {}, [[]], {"a": 1}),
+    *([1] * 1_000, {"_target_": "os.system", "command": "true"}),
+)
+"""What stands in the place of a value of JSON or YAML."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file: a folder that holds an honest one, which file is changed, who reads it."""
+
+    folder: Path
+    file: str
+    read: Callable[[Path], object]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether its values can be changed one by one."""
+        return self.file.endswith((".json", ".jsonl"))
+
+
+def network() -> ClassConditional:
+    """A small DiT of 8 x 8 grey images, with the weights that it begins with."""
+    return ClassConditional(
+        DiT(8, 2, 1, hidden_size=16, depth=1, num_heads=2, num_classes=4, learn_sigma=False),
+        DDPM(),
+    )
+
+
+def _raw(folder: Path) -> object:
+    return sag_dit.load(folder / "last.ckpt", ema=False)
+
+
+def labels(path: Path) -> object:
+    """Read a set of images: its classes, then all pixels."""
+    images = open_images(path)
+    return images.labels, list(images.read(4))
+
+
+def kinds(root: Path) -> Iterator[tuple[str, Kind]]:
+    """Write an honest file of every kind and tell how it is read."""
+    denoiser = network()
+    state = {name: part.contiguous() for name, part in denoiser.network.state_dict().items()}
+    config = describe(denoiser)
+
+    def new(name: str) -> Path:
+        (root / name).mkdir()
+        return root / name
+
+    # Weights, as the programs of this field leave them.
+    folder = new("official")
+    torch.save({"model": state, "ema": state}, folder / "model.pt")
+    (folder / "model.json").write_text(json.dumps({"model": {"num_heads": 2}}))
+    yield "official .pt", Kind(folder, "model.pt", lambda f: sag_dit.load(f / "model.pt"))
+    folder = new("legacy")
+    (folder / "old.json").write_text(json.dumps({"model": {"num_heads": 2}}))
+    torch.save(state, folder / "old.pt", _use_new_zipfile_serialization=False)
+    yield "legacy .pt", Kind(folder, "old.pt", lambda f: sag_dit.load(f / "old.pt"))
+    folder = new("lightning")
+    parts = {f"denoiser.network.{name}": part for name, part in state.items()}
+    torch.save({"state_dict": parts, "hyper_parameters": config}, folder / "last.ckpt")
+    yield ".ckpt", Kind(folder, "last.ckpt", _raw)
+    folder = new("ours")
+    metadata = {METADATA_KEY: json.dumps(config)}
+    save_file(state, folder / "model.safetensors", metadata=metadata)
+    (folder / "config.json").write_text(json.dumps(config))
+    yield ".safetensors", Kind(folder, "model.safetensors", sag_dit.load)
+    yield "config.json", Kind(folder, "config.json", sag_dit.load)
+
+    # Images, alone and as sets.
+    drawn = np.random.default_rng(0)
+    pixels = drawn.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    for ending in ("png", "jpg", "webp", "bmp", "tiff"):
+        folder = new(ending)
+        Image.fromarray(pixels).save(folder / f"image.{ending}")
+        name = f"image.{ending}"
+        yield f".{ending}", Kind(folder, name, lambda f, n=name: read_crop(f / n, 8))  # type: ignore[misc]
+    folder = new("sampled")
+    (folder / "images").mkdir()
+    rows = []
+    for index in range(3):
+        Image.fromarray(pixels).save(folder / "images" / f"{index:06d}.png")
+        rows.append(json.dumps({"index": index, "label": index}))
+    (folder / "manifest.jsonl").write_text("\n".join(rows))
+    yield "manifest.jsonl", Kind(folder, "manifest.jsonl", labels)
+    folder = new("npz")
+    sets = drawn.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    np.savez(folder / "set.npz", arr_0=sets, arr_1=np.arange(4))
+    yield ".npz", Kind(folder, "set.npz", lambda f: labels(f / "set.npz"))
+
+    # What stands beside: requests, latents.
+    folder = new("requests")
+    (folder / "requests.csv").write_text("seed,class\n0,2\n1,cat\n7,3\n")
+    names = ("cat", "dog", "2", "bird")
+    read = lambda f: read_requests(f / "requests.csv", names)  # noqa: E731
+    yield "requests", Kind(folder, "requests.csv", read)
+    folder = new("latents")
+    write_latents(folder)
+    yield "index.json", Kind(folder, "index.json", latents)
+    yield "latents", Kind(folder, "latents-00000.safetensors", latents)
+
+
+def write_latents(folder: Path) -> None:
+    """Encode four pictures by the command itself."""
+    import subprocess
+
+    for index in range(4):
+        (folder.parent / "photos" / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = np.full((16, 16, 3), 50 * index, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder.parent / "photos" / "ab"[index % 2] / f"{index}.png")
+    autoencoder = Path(sag_dit.__file__).parent / "checkpoints/emoji/autoencoder"
+    folder.rmdir()
+    command = [sys.executable, "encode.py", f"data.root={folder.parent / 'photos'}", "data.size=16"]
+    subprocess.run([*command, f"vae={autoencoder}", f"out={folder}"], check=True)
+
+
+def latents(folder: Path) -> object:
+    """Read a folder of latents, as training does."""
+    read_index(folder)
+    data = LatentData(folder, batch_size=2, seed=0, workers=0)
+    return data.dataset[0]
+
+
+def changed(content: bytes, other: bytes, drawn: random.Random) -> bytes:
+    """Return a file's content with one to three random changes."""
+    data = bytearray(content)
+    for _ in range(drawn.randint(1, 3)):
+        at = drawn.randrange(len(data) + 1)
+        length = drawn.choice((1, 2, 8, 64, 1024))
+        match drawn.randrange(6):
+            case 0 if data:
+                data[at % len(data)] ^= 1 << drawn.randrange(8)
+            case 1:
+                data[at : at + length] = drawn.randbytes(length)
+            case 2:
+                del data[at:]
+            case 3:
+                del data[at : at + length]
+            case 4:
+                data[at:at] = data[at : at + length] * drawn.choice((1, 2, 50))
+            case _:
+                data[at:] = other[min(at, len(other)) :]
+    return bytes(data)
+
+
+def changed_text(text: str, drawn: random.Random) -> str:
+    """Return JSON, or lines of it, with one value in the place of another."""
+    lines = text.split("\n")
+    number = drawn.randrange(len(lines)) if text.count("\n") and not text.startswith("{\n") else -1
+    value = json.loads(lines[number] if number >= 0 else text)
+    if drawn.random() < 0.02:
+        return "[" * 100_000 + "]" * 100_000
+    places = list(_places(value))
+    parent, key = drawn.choice(places) if places else (None, None)
+    if parent is None:
+        value = drawn.choice(VALUES)
+    elif drawn.random() < 0.15:
+        del parent[key]
+    else:
+        parent[key] = drawn.choice(VALUES)
+    changed = json.dumps(value)
+    if number < 0:
+        return changed
+    lines[number] = changed
+    return "\n".join(lines)
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, each in list(items):
+        yield value, key
+        if isinstance(each, (dict, list)):
+            yield from _places(each)
+
+
+class Watch:
+    """Sees what a loader does: code that runs, time and memory."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.events: list[str] = []
+        sys.addaudithook(self._hook)
+        signal.signal(signal.SIGALRM, self._late)
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.on:
+            return
+        if event.startswith(CODE) and not _is_library(event):
+            self.events.append(f"{event} {arguments[:1]!r:.80}")
+        if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+            self.events.append(f"open {arguments[0]!r:.80} for writing")
+
+    @staticmethod
+    def _late(_: int, __: FrameType | None) -> None:
+        raise TimeoutError(f"more than {SECONDS} s")
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch what is called within."""
+        self.events.clear()
+        self.on = True
+        signal.alarm(SECONDS)
+        try:
+            yield
+        finally:
+            signal.alarm(0)
+            self.on = False
+
+
+def _is_library(event: str) -> bool:
+    """Whether ``compile`` or ``exec`` comes of Python itself: an import, a named tuple."""
+    if event not in ("exec", "compile"):
+        return False
+    frame = sys._getframe(2)
+    name = frame.f_code.co_filename
+    return name.startswith("<frozen") or "/lib/python3" in name
+
+
+def failure(kind: Kind, folder: Path, honest: int, watch: Watch) -> str | None:
+    """Have a changed file read, and return what went wrong."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        with watch.watching():
+            kind.read(folder)
+    except (ValueError, OSError) as error:
+        if isinstance(error, TimeoutError):
+            return str(error)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return f"{type(error).__name__}: {str(error)[:120]}"
+    if watch.events:
+        return f"code ran: {watch.events[0]}"
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return f"{grown >> 20} MB more" if grown > 2 * honest + MEMORY else None
+
+
+def main() -> None:
+    """Read many changed files, and tell of every failure once."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=2_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="kinds whose name holds this")
+    parser.add_argument("--keep", type=Path, help="folder for the files that failed")
+    chosen = parser.parse_args()
+    warnings.simplefilter("ignore")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    drawn = random.Random(chosen.seed)
+    failures: Counter[tuple[str, str]] = Counter()
+    read: Counter[str] = Counter()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        found = {name: kind for name, kind in kinds(root) if chosen.only in name}
+        contents = {name: (kind.folder / kind.file).read_bytes() for name, kind in found.items()}
+        watch = Watch()
+        # Once as they are: what is imported late is there then, and an honest file is read.
+        for kind in found.values():
+            kind.read(kind.folder)
+        for case in range(chosen.cases):
+            name, kind = drawn.choice(list(found.items()))
+            content = contents[name]
+            folder = root / "changed"
+            shutil.copytree(kind.folder, folder)
+            if kind.is_text and drawn.random() < 0.7:
+                new = changed_text(content.decode(), drawn).encode()
+            else:
+                new = changed(content, contents[drawn.choice(list(contents))], drawn)
+            (folder / kind.file).write_bytes(new)
+            wrong = failure(kind, folder, len(content), watch)
+            read[name] += 1
+            if wrong is not None:
+                failures[name, wrong] += 1
+                if chosen.keep and failures[name, wrong] == 1:
+                    shutil.copytree(folder, chosen.keep / f"{case}-{name.strip('.')}")
+            shutil.rmtree(folder)
+    for (name, wrong), count in failures.most_common():
+        print(f"{name}: {wrong} ({count} times)")
+    told = ", ".join(f"{name} {count}" for name, count in sorted(read.items()))
+    print(f"{chosen.cases} files in {time.monotonic() - began:.0f} s: {told}")
+    print(f"{sum(failures.values())} failures")
+    raise SystemExit(min(1, len(failures)))
+
+
+if __name__ == "__main__":
+    main()
