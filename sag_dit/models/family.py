@@ -296,7 +296,7 @@ def family_of(
     """
     known = families()
     name = model.get(FAMILY, FIRST)
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(
             f"model.{FAMILY}={name!r}: expected one of {', '.join(known)}; a family from outside "
             f"of sag_dit is known once the module that registers it is imported"

@@ -54,6 +54,8 @@ def test_a_family_is_told_by_its_config_or_by_names(make_dit: MakeDiT) -> None:
     assert family_of({}) is known["dit"]
     with pytest.raises(ValueError, match=r"model.family='tinny': expected one of dit, tiny, unet"):
         family_of({"family": "tinny"})
+    with pytest.raises(ValueError, match=r"model.family=\['dit'\]: expected one of dit"):
+        family_of({"family": ["dit"]})
 
 
 def test_families_have_keys_of_their_own() -> None:
