@@ -7,10 +7,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-
 from sag_dit.cli.app import launch
+from sag_dit.cli.composing import make
+from sag_dit.cli.keys.tools import AttentionSheet
 from sag_dit.cli.models import load_model
 from sag_dit.cli.values import make_maps
 
@@ -46,7 +45,7 @@ def gate_norms(denoiser: Denoiser) -> Iterator[Mapping[str, list[float]]]:
         yield norms
 
 
-def run(config: DictConfig) -> None:
+def run(config: AttentionSheet) -> None:
     """Draw an image of each class, or of a prompt, unguided, and a sheet of what each layer saw.
 
     Raises:
@@ -65,14 +64,14 @@ def run(config: DictConfig) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device={device}: it cannot be used here: {reason}") from error
-    sampler = instantiate(config.sampler)
+    sampler = make(config.sampler, "sampler")
     if config.prompt is not None and config.classes is not None:
         raise ValueError("classes: a text model draws its prompt; leave out either")
-    OmegaConf.update(config, "requests", None, force_add=True)  # One sheet is of one prompt.
     model = load_model(config)
-    wanted: Any = [0] if config.classes is None else OmegaConf.to_object(config.classes)
-    labels = labels_of(wanted, model.class_names)
-    maps = make_maps(config, model, config.steps)
+    classes = config.classes
+    listed = classes if isinstance(classes, list) else [0 if classes is None else classes]
+    labels = labels_of(listed, model.class_names)
+    maps = make_maps(config.attention, model, config.steps)
     model.denoiser.to(device)
     model.codec.to(device)
     out = Path(config.out or f"outputs/attention/{model.name}")

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.errors import HydraException
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
 
-from sag_dit.cli import schema
-from sag_dit.cli.app import KILL, fail, launch, literal, quiet_lightning
+from sag_dit.cli.app import KILL, fail, launch, quiet_lightning
+from sag_dit.cli.composing import make, placed
+from sag_dit.cli.keys.evaluating import Evaluate
+from sag_dit.cli.keys.key import plain
 from sag_dit.cli.presets import with_presets
 from sag_dit.cli.rows import Row, make_rows
 from sag_dit.cli.sweep import Choice, expand
@@ -35,7 +35,7 @@ READ = 64
 """Images read from disk at once."""
 
 
-def check(config: DictConfig, rows: Sequence[Row]) -> None:
+def check(config: Evaluate, rows: Sequence[Row]) -> None:
     """Refuse what cannot be meant, before anything is loaded.
 
     Raises:
@@ -56,12 +56,9 @@ def check(config: DictConfig, rows: Sequence[Row]) -> None:
             raise ValueError("keep=true: images on disk are kept already; leave it out")
 
 
-def run(config: DictConfig, choices: Sequence[Choice] | None = None) -> None:
+def run(config: Evaluate, choices: Sequence[Choice] | None = None) -> None:
     """Measure what has not been measured yet; rank 0 then writes and shows all results."""
-    schema.check("evaluate", config)
     rows = make_rows(config, choices)
-    for row in rows:
-        schema.check("evaluate", row.config)
     quiet_lightning()
     from sag_dit.cli.jobs import base_name, make_jobs
     from sag_dit.cli.measuring import Bar, Measure
@@ -71,8 +68,9 @@ def run(config: DictConfig, choices: Sequence[Choice] | None = None) -> None:
 
     check(config, rows)
     measure, bar = Measure(), Bar()
-    trainer: Trainer = instantiate(
+    trainer: Trainer = make(
         config.trainer,
+        "trainer",
         logger=False,
         callbacks=[measure, bar, LeaveWhenTold()],
         # Ours instead: sharding of the images, no_grad, and a bar over all ranks' images.
@@ -81,8 +79,7 @@ def run(config: DictConfig, choices: Sequence[Choice] | None = None) -> None:
         enable_progress_bar=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        default_root_dir=literal(str(Path(config.finished))),
-        _convert_="all",
+        default_root_dir=Path(config.finished),
     )
     jobs = make_jobs(rows, trainer.strategy.root_device)
     base_name(jobs, config.against)
@@ -106,9 +103,8 @@ def run(config: DictConfig, choices: Sequence[Choice] | None = None) -> None:
         raise
     if trainer.is_global_zero:
         known = {key: record for key, record in records.items() if record is not None}
-        out = config.out or f"outputs/evaluate/{_name(jobs)}"
-        config.out = literal(str(out))
-        report(config, jobs, known, Path(out), finished, swept=choices is not None)
+        out = Path(config.out or f"outputs/evaluate/{_name(jobs)}")
+        report(placed(config, out), jobs, known, out, finished, swept=choices is not None)
 
 
 def _pending(jobs: Sequence[Job], records: Mapping[str, Record | None]) -> list[Job]:
@@ -192,10 +188,7 @@ def _module_and_data(job: Job, bar: Bar) -> tuple[LightningModule, LightningData
     plan = job.plan
     draw: Any = partial(DiffusionModule)
     if job.row.config.keep:
-        config = job.row.config.copy()
-        config.out = literal(str(plan.folder.path))
-        resolved: Any = OmegaConf.to_container(config, resolve=True)
-        plan.folder.claim(plan.pixels, resolved)
+        plan.folder.claim(plan.pixels, plain(placed(job.row.config, plan.folder.path)))
         draw = partial(Keeping, plan.folder)
     module = draw(model=plan.model, settings=plan.settings, watch=bar.watch)
     return module, PendingRequests(plan.requests, plan.settings.batch_size)
@@ -221,7 +214,7 @@ def start(arguments: Sequence[str]) -> None:
     except (ValueError, HydraException) as error:
         fail(str(error))
 
-    def job(config: DictConfig) -> None:
+    def job(config: Evaluate) -> None:
         # Other ranks are started with the arguments as the user wrote them.
         sys.argv[1:] = arguments
         run(config, choices)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+import yaml
 
 from sag_dit.cli.app import launch
+from sag_dit.cli.keys.tools import Export
 
 PUBLISHED = "ImageNet-1k (1.28 million photos of 1,000 classes), as published by Peebles & Xie."
 BUNDLED = {
@@ -34,17 +33,16 @@ def training_data(ckpt: str) -> str | None:
     inside = path.is_file() and path.parent.name == "checkpoints"
     run = path.parent.parent if inside else path if path.is_dir() else path.parent
     try:
-        record = OmegaConf.load(run / "config.yaml")
-        data = OmegaConf.select(record, "config.data") if OmegaConf.is_dict(record) else None
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        data = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["config"]["data"]
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
         return None
-    if not isinstance(data, DictConfig):
+    if not isinstance(data, dict):
         return None
-    text = OmegaConf.to_yaml(data).strip()
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True).strip()
     return f"As the run's config.yaml says:\n\n```yaml\n{text}\n```"
 
 
-def run(config: DictConfig) -> None:
+def run(config: Export) -> None:
     """Check what can be checked without the weights, load the model, and write it.
 
     Raises:
@@ -53,10 +51,10 @@ def run(config: DictConfig) -> None:
     from sag_dit.checkpoints import load
     from sag_dit.checkpoints.export import check_layout, check_out, export
 
-    layout = str(config.format)
+    layout = config.format
     check_layout(layout)
     if config.out is not None:
-        check_out(str(config.out))
+        check_out(config.out)
     model = load(str(config.ckpt), ema=config.ema, vae=config.vae)
     out = Path(config.out or f"outputs/export/{model.name}-{layout}")
     data = training_data(str(config.ckpt))

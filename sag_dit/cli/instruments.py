@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+import yaml
 from torch import Tensor
 
 from sag_dit.checkpoints import Model
 from sag_dit.checkpoints.zoo import WEIGHTS_FOLDER, local_folders
-from sag_dit.cli.app import config_folder
+from sag_dit.cli.composing import config_folder, make
 from sag_dit.data.digits import CLASS_NAMES as DIGITS
 from sag_dit.data.patches import CLASS_NAMES as PATCHES
 from sag_dit.evaluation.features import FeatureExtractor
@@ -131,67 +129,67 @@ class Cabinet:
         self._references: dict[str, Reference] = {}
 
     def instruments(
-        self, config: DictConfig, example: Tensor, class_names: Sequence[str]
+        self,
+        features: Mapping[str, Any] | None,
+        reference: str | None,
+        metrics: Sequence[str] | None,
+        example: Tensor,
+        class_names: Sequence[str],
     ) -> Instruments:
         """Return what to measure images like ``example``, uint8 (1, c, h, w), with.
+
+        What is None is chosen by the images.
 
         Raises:
             ValueError: weights or a reference that cannot be found, images that the features cannot
                 read, or metrics that features or reference do not allow.
         """
         bundled = _bundled(tuple(example.shape[1:]), class_names)
-        features = config.features
         if not features:
-            features = OmegaConf.load(
-                config_folder() / "features" / f"{bundled or 'inception'}.yaml"
-            )
-        if not OmegaConf.is_dict(features) or "_target_" not in features:
+            file = config_folder() / "features" / f"{bundled or 'inception'}.yaml"
+            features = yaml.safe_load(file.read_text())
+        if not isinstance(features, dict) or "_target_" not in features:
             raise ValueError(
                 f"features={features}: expected inception, dinov2, digits or patches, or a mapping "
                 f"with _target_, the class of a FeatureExtractor"
             )
         extractor = self._extractor(features)
         size = (example.shape[2], example.shape[3])
-        if config.reference:
-            source = _stored(str(config.reference))
+        if reference:
+            source = _stored(reference)
         else:
             source = _default_reference(extractor.name, size, class_names)
-        reference = self._reference(source, extractor)
+        known = self._reference(source, extractor)
         with torch.no_grad():
             seen = extractor(example.to(self._device))
-        if reference.pool is not None and seen.pool.shape[1] != reference.pool.mean.numel():
+        if known.pool is not None and seen.pool.shape[1] != known.pool.mean.numel():
             raise ValueError(
-                f"{extractor.name} gives {seen.pool.shape[1]} features and {reference.name} has "
-                f"{reference.pool.mean.numel()}: expected the same; choose another reference"
+                f"{extractor.name} gives {seen.pool.shape[1]} features and {known.name} has "
+                f"{known.pool.mean.numel()}: expected the same; choose another reference"
             )
         allowed = {
-            "fid": reference.pool is not None,
-            "sfid": reference.spatial is not None and seen.spatial is not None,
+            "fid": known.pool is not None,
+            "sfid": known.spatial is not None and seen.spatial is not None,
             "is": seen.logits is not None,
-            "precision": reference.features is not None,
-            "recall": reference.features is not None,
+            "precision": known.features is not None,
+            "recall": known.features is not None,
         }
         wanted = [name for name in METRICS if allowed[name]]
-        if config.metrics is not None:
-            wanted = [str(name) for name in config.metrics]
+        if metrics is not None:
+            wanted = list(metrics)
             missing = [name for name in wanted if not allowed[name]]
             if missing:
                 raise ValueError(
                     f"metrics={', '.join(missing)}: not possible with the features "
-                    f"{extractor.name} and the reference {reference.name}; possible are "
+                    f"{extractor.name} and the reference {known.name}; possible are "
                     f"{', '.join(name for name in METRICS if allowed[name])}"
                 )
-        return Instruments(extractor, reference, tuple(wanted), _digest(reference))
+        return Instruments(extractor, known, tuple(wanted), _digest(known))
 
     def _extractor(self, features: Any) -> FeatureExtractor:
-        key = OmegaConf.to_yaml(features, resolve=True)
+        key = repr(features)
         if key not in self._extractors:
-            try:
-                made = instantiate(features, _convert_="all")
-            except InstantiationException as error:
-                if isinstance(error.__cause__, ValueError):
-                    raise ValueError(f"features: {error.__cause__}") from error
-                raise
+            made = make(features, "features")
             if not isinstance(made, FeatureExtractor):
                 raise ValueError(
                     f"features: {features['_target_']} makes a {type(made).__name__}; expected a "

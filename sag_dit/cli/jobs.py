@@ -10,23 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from sag_dit import __version__
 from sag_dit.checkpoints import Model
 from sag_dit.checkpoints.zoo import VAES
 from sag_dit.cli.instruments import NEIGHBOUR, SPLIT_SIZE, Cabinet, Instruments, example_of
+from sag_dit.cli.keys.evaluating import Evaluate
+from sag_dit.cli.keys.key import plain, selected
 from sag_dit.cli.records import Record, identity_of
 from sag_dit.cli.rows import Row, guidance_text, name_rows
 from sag_dit.cli.sample import Plan, make_plan
 from sag_dit.cli.schema import determining
+from sag_dit.cli.values import MEASURED
 from sag_dit.evaluation.image_set import ImageSet
 from sag_dit.evaluation.images import open_images
 from sag_dit.guidance import Cost, cost_of
 from sag_dit.identity import hashed, settings
-
-MODEL_KEYS = determining("evaluate", "model")
-"""Keys that decide which model is loaded; settings that agree in them share it."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,10 @@ def make_jobs(rows: Sequence[Row], device: torch.device) -> list[Job]:
         else:
             images = sets.setdefault(row.source, _opened(row))
             example, names = next(images.read(1))[0][:1], ()
-        instruments = cabinet.instruments(row.config, example, names)
+        config = row.config
+        instruments = cabinet.instruments(
+            config.features, config.reference, config.metrics, example, names
+        )
         prepared.append((row, plan, images, costs.get(row.place), instruments))
     guidance = [None if plan is None else plan.pixels["guidance"] for _, plan, *_ in prepared]
     names_of_rows = name_rows(rows, guidance)
@@ -127,15 +129,12 @@ def base_name(jobs: Sequence[Job], against: str | None) -> str | None:
     return known[against]
 
 
-def _plan(config: DictConfig, models: dict[str, Model]) -> Plan:
-    config = config.copy()
-    config.out = None  # The results' folder; kept images go where sample.py would draw them.
-    OmegaConf.update(config, "maps", False, force_add=True)  # Nothing to look at is drawn here.
-    chosen = (OmegaConf.select(config, name) for name in MODEL_KEYS)
-    key = repr(
-        [OmegaConf.to_container(each) if OmegaConf.is_config(each) else each for each in chosen]
-    )
-    plan = make_plan(config, models.get(key))
+def _plan(config: Evaluate, models: dict[str, Model]) -> Plan:
+    # Settings that agree in what decides on the model share it.
+    values = plain(config)
+    key = repr([selected(values, name) for name in determining("evaluate", "model")])
+    # Kept images go where sample.py would draw them.
+    plan = make_plan(config, config.num_images or MEASURED, None, models.get(key))
     # The model's own classes: another row may be without the classifier that brought its own.
     models[key] = replace(plan.model, class_names=plan.model.denoiser.class_names)
     return plan
@@ -205,7 +204,7 @@ def _refuse_few(count: int, metrics: Sequence[str]) -> None:
         )
 
 
-def _drawn(config: DictConfig, plan: Plan) -> tuple[dict[str, Any], dict[str, Any], int]:
+def _drawn(config: Evaluate, plan: Plan) -> tuple[dict[str, Any], dict[str, Any], int]:
     labels = [request.label for request in plan.requests]
     counts = Counter(labels).values()
     # Under the names that numbers have been kept and shown with.

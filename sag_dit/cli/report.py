@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sag_dit.cli.composing import make
 from sag_dit.cli.jobs import Job, base_name
+from sag_dit.cli.keys.evaluating import Evaluate
 from sag_dit.cli.measuring import shot
 from sag_dit.cli.published import deviations, expected_of
 from sag_dit.cli.records import Record, Result, combine, compared, flat_facts, write_results
@@ -28,7 +28,7 @@ SHORT = {"features", "reference", "count", "steps", "sampler", "model", "samples
 
 
 def report(
-    config: DictConfig,
+    config: Evaluate,
     jobs: Sequence[Job],
     records: Mapping[str, Record],
     out: Path,
@@ -85,7 +85,7 @@ def _results(jobs: Sequence[Job], records: Mapping[str, Record]) -> list[Result]
     return results
 
 
-def _spread_text(config: DictConfig, results: Sequence[Result]) -> str:
+def _spread_text(config: Evaluate, results: Sequence[Result]) -> str:
     seeds = max(len(result.seeds) for result in results)
     if seeds > 1:
         return f"mean ± standard deviation over {seeds} seeds"
@@ -260,9 +260,9 @@ def _expected_notes(result: Result, metrics: Mapping[str, Metric]) -> list[str]:
     return [f"{result.name}: {expected.source} has {', '.join(numbers)}{rest}."]
 
 
-def _log(config: DictConfig, results: Sequence[Result]) -> None:
+def _log(config: Evaluate, results: Sequence[Result]) -> None:
     """Give the numbers to the logger: as Weights & Biases' summary, else as metrics."""
-    logger = instantiate(config.logger) if config.logger else None
+    logger = make(config.logger, "logger") if config.logger else None
     if logger is None:
         return
     from lightning.pytorch.loggers import WandbLogger

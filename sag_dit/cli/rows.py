@@ -6,11 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from sag_dit.cli.app import quoted
+from sag_dit.cli.composing import changed, compose
+from sag_dit.cli.keys.evaluating import Evaluate
 from sag_dit.cli.sweep import Choice, Value
 from sag_dit.cli.values import MEASURED, make_terms
 from sag_dit.output.charts import text_of
@@ -27,11 +24,11 @@ class Row:
     name: str
     place: int
     axes: Mapping[str, Value]
-    config: DictConfig
+    config: Evaluate
     source: str | None = None
 
 
-def make_rows(config: DictConfig, choices: Sequence[Choice] | None) -> list[Row]:
+def make_rows(config: Evaluate, choices: Sequence[Choice] | None) -> list[Row]:
     """Return the rows in the order of the table.
 
     Raises:
@@ -48,8 +45,7 @@ def make_rows(config: DictConfig, choices: Sequence[Choice] | None) -> list[Row]
     if choices is not None:
         rows = _swept(choices)
     elif config.samples is not None:
-        listed = OmegaConf.is_list(config.samples)
-        sources = [str(each) for each in config.samples] if listed else [str(config.samples)]
+        sources = config.samples if isinstance(config.samples, list) else [config.samples]
         if not sources:
             raise ValueError("samples=[]: expected at least one folder or npz")
         rows = [Row(source, place, {}, config, source) for place, source in enumerate(sources)]
@@ -64,53 +60,48 @@ def _swept(choices: Sequence[Choice]) -> list[Row]:
     rows: list[Row] = []
     places: dict[str, int] = {}
     for choice in choices:
-        config = hydra.compose("evaluate", [quoted(argument) for argument in choice.arguments])
-        if OmegaConf.is_list(config.samples):
+        config: Evaluate = compose("evaluate", choice.arguments)
+        if isinstance(config.samples, list):
             raise ValueError(
                 "-m: a sweep takes one set of samples; leave -m out to compare several"
             )
         # Settings that differ in their seed alone are one place of the table.
         axes = {key: value for key, value in choice.axes.items() if key != "seed"}
         place = places.setdefault(repr(axes), len(places))
-        source = None if config.samples is None else str(config.samples)
-        rows.append(Row("", place, axes, config, source))
+        rows.append(Row("", place, axes, config, config.samples))
     return rows
 
 
-def _unguided(config: DictConfig) -> bool:
+def _unguided(config: Evaluate) -> bool:
     return all(term.off for term in make_terms(config.guidance).values())
 
 
-def _compared(config: DictConfig) -> list[Row]:
+def _compared(config: Evaluate) -> list[Row]:
     rows = []
-    for place, (name, changes) in enumerate(config.compare.items()):
-        if not OmegaConf.is_dict(changes):
+    for place, (name, changes) in enumerate((config.compare or {}).items()):
+        if not isinstance(changes, dict):
             raise ValueError(
                 f"compare.{name}={changes}: expected a mapping of keys, such as {{sag_scale: 1.0}}"
             )
-        changed = config.copy()
-        for key, value in OmegaConf.to_container(changes, resolve=True).items():  # type: ignore[union-attr]
-            try:
-                OmegaConf.update(changed, str(key), value, force_add=False)
-            except OmegaConfBaseException as error:
-                raise ValueError(f"compare.{name}: {error}") from error
-        rows.append(Row(str(name), place, {}, changed))
+        try:
+            rows.append(Row(name, place, {}, changed("evaluate", config, changes)))
+        except ValueError as error:
+            raise ValueError(f"compare.{name}: {error}") from error
     return rows
 
 
-def _seeded(rows: Sequence[Row], config: DictConfig) -> list[Row]:
+def _seeded(rows: Sequence[Row], config: Evaluate) -> list[Row]:
     seeds = config.seeds
     if seeds > 1 and config.samples is not None:
         raise ValueError(f"seeds={seeds}: images on disk have theirs; leave it out")
     seeded = []
     for row in rows:
         for number in range(seeds):
-            changed = row.config.copy()
+            own = row.config
             if row.source is None:
-                changed.seed = row.config.seed + number
-                if changed.num_images is None:
-                    changed.num_images = MEASURED
-            seeded.append(replace(row, config=changed))
+                count = own.num_images or MEASURED
+                own = replace(own, seed=own.seed + number, num_images=count)
+            seeded.append(replace(row, config=own))
     return seeded
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-
-from sag_dit.cli.app import KILL, launch, literal, quiet_lightning
+from sag_dit.cli.app import KILL, launch, quiet_lightning
+from sag_dit.cli.composing import make, placed
+from sag_dit.cli.keys.drawing import Guides, Sample
+from sag_dit.cli.keys.key import plain
 from sag_dit.cli.models import load_model
 from sag_dit.cli.presets import with_presets
 from sag_dit.cli.values import check_logger, check_requests, make_maps, make_terms
@@ -56,14 +56,13 @@ class Plan:
     maps: Maps | None = None
     """Which attention to keep of the gallery's images."""
 
-    def missing(self, config: DictConfig) -> list[Request]:
-        """Return the requests that are still to be drawn."""
-        keeps = self.maps is not None
-        return self.folder.missing(self.requests, config.gallery.num, attention=keeps)
+    def missing(self, gallery: int) -> list[Request]:
+        """Return the requests that are still to be drawn, the first ``gallery`` with a twin."""
+        return self.folder.missing(self.requests, gallery, attention=self.maps is not None)
 
 
-def make_plan(config: DictConfig, model: Model | None = None) -> Plan:
-    """Check the configuration, load the model unless it is given, and find the folder.
+def make_plan(config: Guides, num_images: int, out: str | None, model: Model | None = None) -> Plan:
+    """Check what is to be drawn, load the model unless it is given, and find the folder.
 
     Raises:
         ValueError: a value that cannot be used; the remedy is named.
@@ -73,14 +72,9 @@ def make_plan(config: DictConfig, model: Model | None = None) -> Plan:
     from sag_dit.sampling import Settings
 
     check_requests(config)
-    if config.maps and config.gallery.num == 0:
-        raise ValueError(
-            "maps=true keeps the attention of the gallery's images, and gallery.num=0 leaves none; "
-            "set gallery.num to how many you want, or maps=false"
-        )
     guidance = make_terms(config.guidance)
-    sampler = instantiate(config.sampler)
-    model = model or load_model(config)
+    sampler = make(config.sampler, "sampler")
+    model = model or load_model(config, config.requests)
     settings = Settings(
         sampler=sampler,
         steps=config.steps,
@@ -97,11 +91,9 @@ def make_plan(config: DictConfig, model: Model | None = None) -> Plan:
         }
     else:
         classes = config.classes
-        if OmegaConf.is_list(classes):
-            classes = OmegaConf.to_container(classes)
-        requests = make_requests(config.num_images, config.seed, classes, model.class_names)
+        requests = make_requests(num_images, config.seed, classes, model.class_names)
         rule = {"seed": config.seed, "classes": "all" if classes is None else classes}
-        if OmegaConf.select(config, "prompt") is not None:
+        if config.prompt is not None:
             rule = {"seed": config.seed, "prompt": config.prompt}
     active = {name: term for name, term in guidance.items() if not term.off}
     pixels = identity_of(
@@ -119,29 +111,35 @@ def make_plan(config: DictConfig, model: Model | None = None) -> Plan:
             precision=str(config.trainer.get("precision") or "32-true"),
         )
     )
-    path = Path(config.out or f"outputs/sample/{model.name}-{digest(pixels)[:8]}")
-    maps = make_maps(config, model, config.steps, settings.guidance) if config.maps else None
-    return Plan(model, settings, requests, SampleFolder(path), pixels, maps)
+    path = Path(out or f"outputs/sample/{model.name}-{digest(pixels)[:8]}")
+    return Plan(model, settings, requests, SampleFolder(path), pixels)
 
 
-def run(config: DictConfig) -> None:
+def run(config: Sample) -> None:
     """Draw what is missing; rank 0 then checks that all is there and writes what shows it."""
     from sag_dit.guidance import cost_of
 
     check_logger(config.logger)
-    plan = make_plan(config)
-    config.out = literal(str(plan.folder.path))
+    gallery = config.gallery.num
+    if config.maps and gallery == 0:
+        raise ValueError(
+            "maps=true keeps the attention of the gallery's images, and gallery.num=0 leaves none; "
+            "set gallery.num to how many you want, or maps=false"
+        )
+    plan = make_plan(config, config.num_images, config.out)
     how = plan.settings
+    if config.maps:
+        plan = replace(plan, maps=make_maps(config.attention, plan.model, how.steps, how.guidance))
+    config = placed(config, plan.folder.path)
     cost = cost_of(plan.model.denoiser, how.guidance, how.sampler, how.steps)
-    resolved: Any = OmegaConf.to_container(config, resolve=True)
-    plan.folder.claim(plan.pixels, {**resolved, "cost": cost.plain()})
+    plan.folder.claim(plan.pixels, {**plain(config), "cost": cost.plain()})
     if not _is_launched_rank():
         print(f"cost: {cost}")
-    pending = plan.missing(config)
+    pending = plan.missing(gallery)
     if pending:
-        if not _predict(config, plan, pending):
+        if not _predict(config.trainer, plan, pending, gallery):
             return
-        left = plan.missing(config)
+        left = plan.missing(gallery)
         if left:
             raise ValueError(
                 f"{len(left)} of {len(plan.requests)} images are missing in {plan.folder.path}, "
@@ -159,7 +157,7 @@ def _is_launched_rank() -> bool:
     return getattr(rank_zero_only, "rank", 0) != 0
 
 
-def _predict(config: DictConfig, plan: Plan, pending: list[Request]) -> bool:
+def _predict(settings: Mapping[str, Any], plan: Plan, pending: list[Request], gallery: int) -> bool:
     """Draw the pending requests on all ranks; return whether this is rank 0."""
     quiet_lightning()
     from lightning.pytorch import Trainer
@@ -172,8 +170,9 @@ def _predict(config: DictConfig, plan: Plan, pending: list[Request]) -> bool:
     from sag_dit.training.module import DiffusionModule
 
     progress = SampleProgress(plan.folder, len(plan.requests))
-    trainer: Trainer = instantiate(
-        config.trainer,
+    trainer: Trainer = make(
+        settings,
+        "trainer",
         logger=False,
         callbacks=[PredictionWriter(plan.folder), progress, LeaveWhenTold()],
         # Ours instead: sharding of what is pending, no_grad, and a bar over all ranks' images.
@@ -182,13 +181,12 @@ def _predict(config: DictConfig, plan: Plan, pending: list[Request]) -> bool:
         enable_progress_bar=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        default_root_dir=literal(str(plan.folder.path)),
-        _convert_="all",
+        default_root_dir=plan.folder.path,
     )
     module = DiffusionModule(
         plan.model,
         settings=plan.settings,
-        gallery=config.gallery.num,
+        gallery=gallery,
         maps=plan.maps,
         watch=progress.watch,
     )
@@ -212,7 +210,7 @@ def _predict(config: DictConfig, plan: Plan, pending: list[Request]) -> bool:
     return True
 
 
-def _finish(config: DictConfig, plan: Plan) -> None:
+def _finish(config: Sample, plan: Plan) -> None:
     from sag_dit.output.finish import gallery_entries, log_gallery, write_manifest, write_npz
     from sag_dit.output.gallery import write_gallery
 
@@ -232,7 +230,7 @@ def _finish(config: DictConfig, plan: Plan) -> None:
         key: pixels[key] for key in ("model", "sampler", "steps", "guidance", "request")
     }
     page = write_gallery(plan.folder.path, entries, shown_settings, f"sag_dit: {plan.model.name}")
-    logger = instantiate(config.logger) if config.logger else None
+    logger = make(config.logger, "logger") if config.logger else None
     if logger is not None:
         log_gallery(logger, entries, pixels)
         logger.finalize("success")

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 from PIL import Image
 
 import sag_dit
-from sag_dit.cli.app import config_folder, quoted
+from sag_dit.cli.composing import compose, config_folder
+from sag_dit.cli.keys import Sample
 from sag_dit.cli.sample import Plan, make_plan
 
 Command = Callable[..., Any]
@@ -30,8 +30,8 @@ def manifest(folder: Path) -> list[dict[str, Any]]:
 
 
 def plan_of(ckpt: Path, *overrides: str) -> Plan:
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return make_plan(compose("sample", [quoted(f"ckpt={ckpt}"), *map(quoted, overrides)]))
+    config: Sample = compose("sample", [f"ckpt={ckpt}", *overrides])
+    return make_plan(config, config.num_images, config.out)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from sag_dit.cli.app import config_folder
+from sag_dit.cli.composing import checked, config_folder
+from sag_dit.cli.keys import Train
 from sag_dit.cli.train import make_model
 from sag_dit.guidance import Term
 from sag_dit.sampler import Sampler
@@ -146,12 +147,12 @@ def test_experiments(name: str, tmp_path: Path) -> None:
         photos = f"data.root={tmp_path / 'photos'}"
         overrides = [photos, "vae=null", "num_classes=null", "data.batch_size=4"]
     config = compose("train", [f"experiment={name}", f"out={tmp_path}", *overrides])
-    assert not OmegaConf.missing_keys(config)
-    assert config.name and config.max_steps > 0
+    told: Train = checked("train", config)
+    assert told.name and told.max_steps > 0
     data = instantiate(config.data)
     assert isinstance(data, LightningDataModule)
     with torch.device("meta"):
-        model = make_model(config, data)
+        model = make_model(told, data)
     data.check(model)
     instantiate(config.objective).check(model.denoiser)
     optimizer = instantiate(config.optimizer)(model.denoiser.parameters())

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig
 
+from sag_dit.cli.composing import changed
 from sag_dit.cli.jobs import base_name, make_jobs
+from sag_dit.cli.keys import Evaluate as Keys
 from sag_dit.cli.records import Record, Result, combine, compared
 from sag_dit.cli.rows import make_rows
 
@@ -72,11 +73,10 @@ def test_a_base_that_cannot_be_is_refused_before_drawing(
 
 @pytest.mark.parametrize("against", ["CFG 1.5", "cfg"])
 def test_a_base_goes_by_its_name_and_by_its_key(
-    defaults: DictConfig, kept_references: Path, monkeypatch: pytest.MonkeyPatch, against: str
+    defaults: Keys, kept_references: Path, monkeypatch: pytest.MonkeyPatch, against: str
 ) -> None:
     monkeypatch.setenv("SAG_DIT_CACHE", str(kept_references))
-    config = defaults.copy()
-    config.merge_with({"ckpt": "digits", "seeds": 2, "num_images": 30})
+    config = changed("evaluate", defaults, {"ckpt": "digits", "seeds": 2, "num_images": 30})
     jobs = make_jobs(make_rows(config, None), torch.device("cpu"))
     assert base_name(jobs, against) == "CFG 1.5"
     assert base_name(jobs, None) is None

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 
-from sag_dit.cli.app import config_folder
+from sag_dit.cli.composing import compose
 from sag_dit.cli.published import deviations, expected_of
 
 FACTS = {
@@ -16,13 +13,6 @@ FACTS = {
     "guidance": "SAG 0.8", "features": "inception", "reference": "VIRTUAL_imagenet256_labeled.npz",
 }  # fmt: skip
 COUNT = "count: not published, here 50,000"
-
-
-@pytest.fixture(autouse=True)
-def configurations() -> Iterator[None]:
-    """Configurations are found, as within the command."""
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        yield
 
 
 @pytest.mark.parametrize(
