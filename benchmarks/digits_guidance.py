@@ -29,7 +29,7 @@ from sag_dit.cli import app, evaluate, train
 from sag_dit.cli.keys import Evaluate
 from sag_dit.codec import from_pixels
 from sag_dit.data.digits import Digits
-from sag_dit.models.classifier import Classifier
+from sag_dit.models.unet.classifier import Classifier
 from sag_dit.process import DDPM
 
 LEARN = ["experiment=digits", "max_steps=400", "logger=none", "preview.steps=2"]

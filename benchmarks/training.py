@@ -36,8 +36,7 @@ from benchmarks.measure import peak_memory, seconds
 from sag_dit.checkpoints import from_denoiser
 from sag_dit.codec import IdentityCodec
 from sag_dit.denoiser import ClassConditional
-from sag_dit.models import DiT
-from sag_dit.models.dit import SIZES
+from sag_dit.models import SIZES, DiT
 from sag_dit.process import DDPM
 from sag_dit.training.callbacks import LossByLevel, Speed
 from sag_dit.training.module import DiffusionModule

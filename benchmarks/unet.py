@@ -19,10 +19,10 @@ from torch import Tensor
 
 from benchmarks.measure import peak_memory, ratio
 from sag_dit.attention import AttentionTap, Capture
-from sag_dit.checkpoints.config import build_network
-from sag_dit.checkpoints.infer_unet import convert
 from sag_dit.checkpoints.loading import fill
-from sag_dit.models.unet import UNet
+from sag_dit.models import families
+from sag_dit.models.unet.adapter import convert
+from sag_dit.models.unet.network import UNet
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEAD_CHANNELS = 64
@@ -47,7 +47,7 @@ def networks(checkout: Path, side: int, channels: int) -> tuple[Any, UNet]:
     stated = {"model": {"input_size": side, "num_head_channels": HEAD_CHANNELS}}
     converted = convert(original.state_dict(), Path("random.pt"), stated)
     with torch.device("meta"):
-        ours = build_network(converted.model)
+        ours = families()["unet"].build(converted.model)
     assert isinstance(ours, UNet)
     fill(ours, converted.state, Path("random.pt"))
     return original.to(DEVICE).eval(), ours.to(DEVICE).eval()

@@ -17,7 +17,7 @@ from sag_dit.attention import CaptureKind
 from sag_dit.checkpoints import Model
 from sag_dit.guidance import GuidedDenoiser, Term
 from sag_dit.noise import START, NoiseSource
-from sag_dit.process import Flow, Step
+from sag_dit.process import Step
 from sag_dit.sampler import DDIM, EulerFlow, Sampler, SampleStep
 
 
@@ -82,9 +82,8 @@ class Settings:
 
         A flow is solved by Euler's method and any other process by DDIM.
         """
-        flow = isinstance(model.denoiser.process, Flow)
         return cls(
-            sampler=sampler or (EulerFlow() if flow else DDIM()),
+            sampler=sampler or (EulerFlow() if model.denoiser.process.is_flow else DDIM()),
             steps=steps,
             guidance=tuple(guidance),
             batch_size=model.batch_size if batch_size is None else batch_size,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from sag_dit.checkpoints import published
 from sag_dit.models import DiT
+from sag_dit.models.unet import published
 from tests.checkpoints.openai import shapes
 from tests.data import making
 

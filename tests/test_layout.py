@@ -17,7 +17,7 @@ PACKAGE = ROOT / "sag_dit"
 
 # Later groups see earlier ones, never the other way round. Members of one group are strangers.
 ORDER: tuple[frozenset[str], ...] = (
-    frozenset({"tensors", "files", "identity", "methods"}),
+    frozenset({"tensors", "files", "identity", "methods", "catalogue"}),
     frozenset({"process"}),
     frozenset({"noise", "sampler", "attention"}),
     frozenset({"models"}),
@@ -46,8 +46,8 @@ CONFINED = {
     "lightning": ("data", "output", "evaluation", "training", "cli"),
     "hydra": ("cli",),
     "diffusers": (
+        "models.dit.layouts",
         "models.unet",
-        "models.classifier",
         "denoiser.text_conditional",
         "sampler.diffusers",
         "codec",
@@ -241,14 +241,14 @@ def test_direction_is_judged_right(importer: str, imported: str, wrong: bool) ->
 @pytest.mark.parametrize(
     ("importer", "imported", "wrong"),
     [
-        ("sag_dit.models.unet", "diffusers.UNet2DModel", False),
-        ("sag_dit.models.dit", "diffusers.UNet2DModel", True),
+        ("sag_dit.models.unet.network", "diffusers.UNet2DModel", False),
+        ("sag_dit.models.dit.network", "diffusers.UNet2DModel", True),
         ("sag_dit.codec", "diffusers.AutoencoderKL", False),
         ("sag_dit.training.module", "pytorch_lightning", False),
         ("sag_dit.sampling", "pytorch_lightning", True),
         ("sag_dit.training.module", "omegaconf.DictConfig", True),
         ("sag_dit", "lightning", True),
-        ("sag_dit.models.dit", "torch", False),
+        ("sag_dit.models.dit.network", "torch", False),
     ],
 )
 def test_places_of_libraries_are_judged_right(importer: str, imported: str, wrong: bool) -> None:

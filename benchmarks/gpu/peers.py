@@ -17,9 +17,8 @@ from benchmarks.gpu.rows import Rows
 from benchmarks.gpu.sizes import DEVICE, Scale, arithmetic, autoencoder, model, network
 from benchmarks.measure import ratio
 from benchmarks.training import imported
-from sag_dit.checkpoints.layouts import to_diffusers
-from sag_dit.models import DiT
-from sag_dit.models.dit import SIZES
+from sag_dit.models import SIZES, DiT
+from sag_dit.models.dit.layouts import to_diffusers
 from sag_dit.sampler import Ancestral
 from sag_dit.sampling import Request, Settings, draw, trajectory
 

@@ -13,8 +13,7 @@ from torch import nn
 from sag_dit.checkpoints import Model, from_denoiser
 from sag_dit.codec import VAECodec
 from sag_dit.denoiser import ClassConditional
-from sag_dit.models import DiT
-from sag_dit.models.dit import SIZES
+from sag_dit.models import SIZES, DiT
 from sag_dit.process import DDPM
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,27 +8,37 @@ from typing import Any
 
 from sag_dit.checkpoints.model import Model
 from sag_dit.codec import VAECodec
+from sag_dit.models.family import families
 
 SHOWN_CLASSES = 20
-NETWORKS = {"DiT": "diffusion transformer (DiT)", "UNet": "UNet (of ADM's and IDDPM's kind)"}
 
 
 def model_card(
-    model: Model, layout: str, notes: Sequence[str], data: str | None, weights: str
+    model: Model,
+    layout: str,
+    has_autoencoder: bool,
+    usage: Sequence[str],
+    notes: Sequence[str],
+    data: str | None,
+    weights: str,
 ) -> str:
-    """Return the text of README.md; ``weights`` tells averaged ("ema") from raw ("raw") ones."""
+    """Return the text of README.md.
+
+    ``has_autoencoder`` tells whether the export holds it; ``usage`` are the lines on how to use
+    the export, ``notes`` what to mind; ``weights`` tells averaged ("ema") from raw ("raw") ones.
+    """
     description = model.description
     config: dict[str, Any] = {key: description[key] for key in ("model", "process", "kind")}
     config["x_0_range"] = description["x_0_range"]
     names = list(model.class_names)
     shown = ", ".join(names[:SHOWN_CLASSES])
     more = f", ... ({len(names)} in all)" if len(names) > SHOWN_CLASSES else ""
-    network = model.denoiser.network
+    network = model.class_conditional.network
     parameters = sum(parameter.numel() for parameter in network.parameters())
     lines = [
         f"# Model card: {model.name}",
         "",
-        f"A class-conditional {NETWORKS[type(network).__name__]}, exported by sag_dit.",
+        f"A class-conditional {families()[network.key].title}, exported by sag_dit.",
         "",
         "| | |",
         "|---|---|",
@@ -38,7 +48,7 @@ def model_card(
         f"| layout | {layout} |",
         f"| parameters | {parameters:,} |",
         f"| input | {' x '.join(str(size) for size in model.denoiser.latent_shape)} |",
-        f"| autoencoder | {_autoencoder(model, layout)} |",
+        f"| autoencoder | {_autoencoder(model, has_autoencoder)} |",
         f"| classes | {_cell(shown)}{more} |",
         "",
         "## Data",
@@ -55,7 +65,7 @@ def model_card(
         "",
         "## Use",
         "",
-        *_use(model, layout),
+        *usage,
     ]
     if notes:
         lines += ["", "## Mind", "", *(f"- {note}." for note in notes)]
@@ -67,40 +77,8 @@ def _cell(text: str | None) -> str:
     return " ".join((text or "").replace("|", "\\|").split())
 
 
-def _autoencoder(model: Model, layout: str) -> str:
+def _autoencoder(model: Model, there: bool) -> str:
     if not isinstance(model.codec, VAECodec):
         return "none: a pixel model"
-    # What diffusers' folder holds, it need not look for elsewhere.
-    return "in vae/" if layout == "diffusers" else _cell(model.vae) or "not named by the source"
-
-
-def _use(model: Model, layout: str) -> list[str]:
-    if layout == "dit":
-        settings = model.description["model"]
-        arguments = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-        return [
-            "In facebookresearch/DiT's own code:",
-            "",
-            "```python",
-            "import torch",
-            "from models import DiT",
-            "",
-            f"network = DiT({arguments})",
-            'network.load_state_dict(torch.load("model.pt", weights_only=True))',
-            "```",
-            "",
-            "In sag_dit, with config.json beside it: `sag_dit.load('model.pt')`.",
-        ]
-    if layout == "diffusers":
-        guidance = "" if model.denoiser.num_classes == 1000 else ", guidance_scale=1"
-        return [
-            "```python",
-            "from diffusers import DiTPipeline",
-            "",
-            'pipeline = DiTPipeline.from_pretrained("this folder")',
-            f"images = pipeline(class_labels=[0]{guidance}).images",
-            "```",
-            "",
-            "In sag_dit: `sag_dit.load('this folder')`.",
-        ]
-    return ["`sag_dit.load('this folder')`, or `python sample.py ckpt='this folder'`."]
+    # What the folder holds, need not be looked for elsewhere.
+    return "in vae/" if there else _cell(model.vae) or "not named by the source"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from sag_dit.checkpoints import files, formats, infer_unet, keys, published, zoo
+from sag_dit.checkpoints import files, formats, zoo
 from sag_dit.checkpoints.loading import fill
+from sag_dit.models.family import WeightsFile
+from sag_dit.models.unet.adapter import CLASSIFIER_SOURCE, read_classifier
 
 if TYPE_CHECKING:
-    from sag_dit.models.classifier import Classifier
+    from sag_dit.models.unet.classifier import Classifier
 
 
 def load_classifier(classifier: str | Path) -> Classifier:
@@ -22,22 +22,8 @@ def load_classifier(classifier: str | Path) -> Classifier:
     Raises:
         ValueError: it is not found, damaged, or no classifier.
     """
-    from sag_dit.models.classifier import Classifier
-
-    found = zoo.locate_classifier(classifier)
-    state = keys.unwrapped(files.tensors(files.read_torch(found.path), found.path))
-    if not published.is_published(state):
-        raise ValueError(
-            f"{found.path}: not a classifier of openai/guided-diffusion; found "
-            f"{', '.join(list(state)[:3])}, ..."
-        )
-    converted = infer_unet.convert(
-        state, found.path, formats.config_beside(found.path), classifier=True
-    )
-    try:
-        with torch.device("meta"):
-            network = Classifier(**converted.model)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{found.path}: {error}") from None
-    fill(network, converted.state, found.path)
+    path = zoo.locate_classifier(classifier).path
+    state = files.unwrapped(files.tensors(files.read_torch(path), path))
+    state, network = read_classifier(WeightsFile(path, state, formats.config_beside(path)))
+    fill(network, state, path, CLASSIFIER_SOURCE)
     return network.eval().requires_grad_(False)

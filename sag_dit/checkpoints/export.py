@@ -14,17 +14,16 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from sag_dit.checkpoints import layouts
 from sag_dit.checkpoints.card import model_card
 from sag_dit.checkpoints.config import describe
 from sag_dit.checkpoints.files import METADATA_KEY
 from sag_dit.checkpoints.model import Model
+from sag_dit.codec import VAECodec
 from sag_dit.denoiser import ClassConditional
 from sag_dit.files import atomic
+from sag_dit.models.family import Family, Layout, Source, families
 
 CARD = "README.md"
-WEIGHTS = {"dit": "model.pt", "diffusers": "", "safetensors": "model.safetensors"}
-"""What to pass to ``load``, within an export of each layout; the folder itself if empty."""
 
 
 class Exported(NamedTuple):
@@ -41,35 +40,56 @@ class Exported(NamedTuple):
     fresh: bool
 
 
+class Own(Layout):
+    """Our own folder, which holds any model: weights, and a config that builds it anew."""
+
+    program = "sag_dit"
+    weights = "model.safetensors"
+
+    def write(self, folder: Path, source: Source) -> None:
+        """Write weights and config, each atomically.
+
+        The config is also in the safetensors' metadata, so that the file alone can be loaded.
+        """
+        text = folder / "config.json"
+        # The weights appear last: with them the folder is complete.
+        with atomic(folder / self.weights) as part:
+            save_file(source.state, part, metadata={METADATA_KEY: json.dumps(source.config)})
+            with atomic(text) as temporary:
+                temporary.write_text(json.dumps(source.config, indent=2) + "\n", encoding="utf-8")
+
+    def usage(self, source: Source) -> list[str]:
+        """Return how this package reads the folder."""
+        return ["`sag_dit.load('this folder')`, or `python sample.py ckpt='this folder'`."]
+
+
+OWN = "safetensors"
+"""What ``export.py format=...`` calls :class:`Own`."""
+
+
 def write_safetensors(
     folder: str | Path, denoiser: ClassConditional, extra: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write a denoiser's weights and config, each atomically, and return the weights' path.
+    """Write a denoiser's weights and config in our own layout, and return the weights' path.
 
-    ``extra`` joins the config; ``vae`` and ``defaults`` are what a denoiser does not know. The
-    config is also in the safetensors' metadata, so that the file alone can be loaded.
+    ``extra`` joins the config; ``vae`` and ``defaults`` are what a denoiser does not know.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {**describe(denoiser), **(extra or {})}
-    state = layouts.state_of(denoiser.network)
-    weights, text = folder / "model.safetensors", folder / "config.json"
-    # The weights appear last: with them the folder is complete.
-    with atomic(weights) as part:
-        save_file(state, part, metadata={METADATA_KEY: json.dumps(config)})
-        with atomic(text) as temporary:
-            temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return weights
+    Own().write(folder, Source(denoiser.network, denoiser.process, config, {}))
+    return folder / Own.weights
 
 
 def check_layout(layout: str) -> None:
     """Refuse a layout that is not written.
 
     Raises:
-        ValueError: it is not ``dit``, ``diffusers`` or ``safetensors``.
+        ValueError: it is neither our own nor one that a family is exported in.
     """
-    if layout not in WEIGHTS:
-        raise ValueError(f"format={layout}: expected {', '.join(WEIGHTS)}")
+    known = list(dict.fromkeys(name for each in families().values() for name in each.layouts))
+    if layout not in (*known, OWN):
+        raise ValueError(f"format={layout}: expected {', '.join([*known, OWN])}")
 
 
 def check_out(out: str | Path) -> Path:
@@ -103,30 +123,53 @@ def export(
         ValueError: the layout is unknown or cannot express the model; ``out`` is a file or holds
             something else; there is no room on the disk.
     """
+    # What can be refused is refused before anything is written.
     check_layout(layout)
     folder = check_out(out)
-    notes: list[str] = []
-    if layout != "safetensors":
-        dit = layout == "dit"
-        obstacles = (layouts.dit_obstacles if dit else layouts.diffusers_obstacles)(model)
-        if obstacles:
-            program = "facebookresearch/DiT" if dit else "diffusers' DiTPipeline"
-            raise ValueError(
-                f"format={layout}: {program} cannot express this model: "
-                f"{'; '.join(obstacles)}. Use format=safetensors, which sag_dit reads"
-            )
-        notes = (layouts.dit_notes if dit else layouts.diffusers_notes)(model)
-    with _staged(folder, layouts.bytes_of(model)) as part:
-        if layout == "dit":
-            layouts.write_dit(part, model)
-        elif layout == "diffusers":
-            layouts.write_diffusers(part, model)
-        else:
-            write_safetensors(part, model.denoiser, model.description)
-        card = model_card(model, layout, notes, data, "ema" if ema else "raw")
+    denoiser, codec = model.class_conditional, model.codec
+    settings = codec.settings if isinstance(codec, VAECodec) else {}
+    source = Source(denoiser.network, denoiser.process, model.description, settings)
+    chosen = fitting(families()[denoiser.network.key], layout, source)
+    notes = chosen.notes(source)
+    # Written beside its place and renamed, so that it is there as a whole or not at all.
+    with _staged(folder, chosen.size(source)) as part:
+        chosen.write(part, source)
+        if chosen.has_autoencoder and isinstance(codec, VAECodec):
+            codec.vae.save_pretrained(part / "vae")
+            _forget_path(part / "vae" / "config.json")
+        usage, weights = chosen.usage(source), "ema" if ema else "raw"
+        card = model_card(model, layout, chosen.has_autoencoder, usage, notes, data, weights)
         (part / CARD).write_text(card, encoding="utf-8")
         fresh = _publish(part, folder)
-    return Exported(folder / WEIGHTS[layout], tuple(notes), fresh)
+    return Exported(folder / chosen.weights, tuple(notes), fresh)
+
+
+def fitting(family: Family, layout: str, source: Source) -> Layout:
+    """Return a layout that can hold a model of this family.
+
+    Raises:
+        ValueError: it cannot; the reasons are named.
+    """
+    found = Own() if layout == OWN else family.layouts.get(layout)
+    if found is None:
+        owner = next(each for each in families().values() if layout in each.layouts)
+        program = owner.layouts[layout].program
+        obstacles = [f"{family.noun}, where it has {owner.noun}"]
+    else:
+        program, obstacles = found.program, found.obstacles(source)
+    if found is None or obstacles:
+        raise ValueError(
+            f"format={layout}: {program} cannot express this model: {'; '.join(obstacles)}. Use "
+            f"format={OWN}, which sag_dit reads"
+        )
+    return found
+
+
+def _forget_path(config: Path) -> None:
+    """Take out where diffusers had read a part from: a place on this machine."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

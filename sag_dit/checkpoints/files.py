@@ -21,6 +21,8 @@ EXPECTED = (
     "Lightning .ckpt of this package, a .safetensors file, or a diffusers folder"
 )
 METADATA_KEY = "sag_dit"
+WRAPPERS = ("module.", "_orig_mod.", "denoiser.network.")
+"""Prefixes of modules around a network: data parallel, compiled, and our LightningModule."""
 WEIGHTS = re.compile(
     r"diffusion_pytorch_model"
     r"(?:(?P<variant>\.\w+)?\.(?P<single>safetensors|bin)"
@@ -174,6 +176,20 @@ def tensors(value: Any, path: Path) -> Mapping[str, Tensor]:
     else:
         found = f"found an empty or foreign {type(value).__name__}"
     raise ValueError(f"{path}: {found} where tensors should be; {EXPECTED}")
+
+
+def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a network's own entries, without the prefixes of what was wrapped around it."""
+    entries = dict(state)
+    for _ in WRAPPERS:
+        for prefix in WRAPPERS:
+            inner = {
+                name.removeprefix(prefix): tensor
+                for name, tensor in entries.items()
+                if name.startswith(prefix)
+            }
+            entries = inner or entries
+    return entries
 
 
 def sha256(files: Sequence[Path]) -> str:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sag_dit.checkpoints import files, infer_unet, keys, published, sit
+from sag_dit.checkpoints import files
 from sag_dit.checkpoints.lora import merged
 from sag_dit.denoiser.prompts import ENCODE
-from sag_dit.models import SIZES
-from sag_dit.models.embeddings import sincos_positions
+from sag_dit.models.family import State, WeightsFile, families, family_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Checkpoint:
         vae: the autoencoder that comes with it, a folder or a name.
     """
 
-    state: keys.State
+    state: State
     files: tuple[Path, ...]
     stated: Mapping[str, Any] = field(default_factory=dict)
     vae: str | Path | None = None
@@ -48,7 +46,7 @@ def read(path: Path, ema: bool) -> Checkpoint:
                 f"{path}: one file of a diffusers model; pass the folder that holds its config"
             )
         _single_set(path, ema)
-        return _as_ours(path, keys.unwrapped(state), stated or config_beside(path))
+        return _as_ours(path, files.unwrapped(state), stated or config_beside(path))
     return _read_torch(path, ema)
 
 
@@ -76,7 +74,7 @@ def _read_folder(path: Path, ema: bool) -> Checkpoint:
         _single_set(path, ema)
         state, stated = files.read_safetensors(exported)
         stated = files.read_json(config) if config.is_file() else stated
-        return Checkpoint(keys.unwrapped(state), (exported,), stated, stated.get("vae"))
+        return Checkpoint(files.unwrapped(state), (exported,), stated, stated.get("vae"))
     raise ValueError(
         f"{path}: a folder without checkpoint; expected checkpoints/*.ckpt or *.pt (a run), "
         f"model.safetensors and config.json (an export), or model_index.json (diffusers)"
@@ -95,32 +93,19 @@ def _read_torch(path: Path, ema: bool) -> Checkpoint:
         name = "ema" if ema else "model"
         if not isinstance(value.get(name), Mapping):
             raise ValueError(_lacking(path, ema))
-        state = keys.unwrapped(files.tensors(value[name], path))
-        said = _from_args(value.get("args"), state)
-        stated = {**said, **stated, "model": {**said["model"], **stated.get("model", {})}}
+        state = files.unwrapped(files.tensors(value[name], path))
         return _as_ours(path, state, stated, value.get("args"))
-    state = keys.unwrapped(files.tensors(value, path))
+    state = files.unwrapped(files.tensors(value, path))
     _single_set(path, ema)
     return _as_ours(path, state, stated)
 
 
-def _as_ours(
-    path: Path, state: keys.State, stated: Mapping[str, Any], args: Any = None
-) -> Checkpoint:
-    """Return a file's checkpoint, a published UNet or a SiT in our form.
-
-    A config that states a process is one of ours, and its weights are read as they are.
-    """
-    if published.is_published(state):
-        converted = infer_unet.convert(state, path, stated)
-        process = {"process": converted.process} if converted.process else {}
-        own = {name: value for name, value in stated.items() if name != published.ORDER}
-        config = {**process, **own, "model": converted.model}
-        return Checkpoint(converted.state, (path,), config, stated.get("vae"))
-    prediction = None if "process" in stated else sit.prediction_of(path, args)
-    if prediction is not None:
-        state, said = sit.from_sit(state, prediction)
-        stated = {**said, **stated}
+def _as_ours(path: Path, state: State, stated: Mapping[str, Any], args: Any = None) -> Checkpoint:
+    """Return a file's checkpoint, read by the family that its config or its names tell."""
+    model = stated.get("model", {})
+    if isinstance(model, Mapping):  # What is none, is refused later.
+        file = WeightsFile(path, state, stated, args)
+        state, stated = family_of(model, state).read(file)
     return Checkpoint(state, (path,), stated, stated.get("vae"))
 
 
@@ -151,7 +136,7 @@ def _read_lightning(
     stated = value.get("hyper_parameters")
     if not isinstance(stated, Mapping) or not isinstance(stated.get("model"), Mapping):
         stated = beside
-    network = keys.unwrapped(files.tensors(state, path))
+    network = files.unwrapped(files.tensors(state, path))
     if stated.get("lora") is not None:
         try:
             network = merged(network, stated["lora"])
@@ -160,34 +145,19 @@ def _read_lightning(
     return Checkpoint(network, (path,), stated, stated.get("vae"))
 
 
-def _from_args(args: Any, state: keys.State) -> dict[str, Any]:
-    """Return what the arguments of DiT's or SiT's official training script say."""
-    said: dict[str, Any] = {"model": {}}
-    if not isinstance(args, Namespace):
-        return said
-    size = SIZES.get(str(getattr(args, "model", "")).replace("SiT-", "DiT-"))
-    proj = state.get("x_embedder.proj.weight")
-    if size and proj is not None and proj.shape[0] == size["hidden_size"]:
-        said["model"]["num_heads"] = size["num_heads"]
-    if isinstance(getattr(args, "num_classes", None), int):
-        said["model"]["num_classes"] = args.num_classes
-    if proj is not None and proj.shape[1] == 4 and getattr(args, "vae", None) in ("ema", "mse"):
-        said["vae"] = args.vae
-    return said
-
-
 def _read_pipeline(path: Path, ema: bool) -> Checkpoint:
-    """Read a folder that diffusers saved of a DiTPipeline."""
+    """Read a folder that diffusers saved of a class-conditional pipeline."""
     index = files.read_json(path / "model_index.json")
     if index.get("_class_name") in ENCODE:
         raise ValueError(
             f"{path}: a text model, {index['_class_name']}; pass prompt='...' or requests=FILE to "
             f"sample.py, or load it with sag_dit.load_text(ckpt, prompts)"
         )
-    if index.get("_class_name") != "DiTPipeline":
+    known = [family.pipeline for family in families().values() if family.pipeline]
+    if index.get("_class_name") not in known:
         raise ValueError(
-            f"{path}: a diffusers folder of {index.get('_class_name')}; expected DiTPipeline, the "
-            f"class-conditional DiT"
+            f"{path}: a diffusers folder of {index.get('_class_name')}; expected "
+            f"{' or '.join(known)}, which is class-conditional"
         )
     _single_set(path, ema)
     labels = index.get("id2label") or {}
@@ -203,47 +173,18 @@ def _read_transformer(
     stated: Mapping[str, Any],
     labels: Mapping[str, str] | None = None,
 ) -> Checkpoint:
-    """Read a folder of diffusers' DiTTransformer2DModel, with the reference's arithmetic.
-
-    diffusers itself divides the time's frequencies by 127 instead of 128 and adds 1e-5 instead of
-    1e-6 in a norm; the published weights were trained with the latter of each.
-    """
+    """Read a folder of one of diffusers' networks, with the arithmetic of the published code."""
     config = files.read_json(path / "config.json")
-    name = config.get("_class_name")
-    # Published folders still bear the name of the class that DiT was split from.
-    known = name == "DiTTransformer2DModel" or (
-        name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"
-    )
-    if not known:
-        raise ValueError(f"{path}: a {name}; expected diffusers' DiTTransformer2DModel")
-    expected = {"attention_bias": True, "activation_fn": "gelu-approximate"}
-    strange = [key for key, value in expected.items() if config.get(key, value) != value]
-    if strange:
-        raise ValueError(f"{path}: {strange[0]}={config[strange[0]]!r}, which no DiT has")
-    heads = config.get("num_attention_heads", 16)
-    hidden = heads * config.get("attention_head_dim", 72)
-    channels, patch = config.get("in_channels", 4), config.get("patch_size", 2)
-    size, classes = config.get("sample_size", 32), config.get("num_embeds_ada_norm", 1000)
-    depth = config.get("num_layers", 28)
+    family = next((each for each in families().values() if each.reads_diffusers(config)), None)
+    if family is None:
+        known = ", ".join(each.diffusers for each in families().values() if each.diffusers)
+        raise ValueError(f"{path}: a {config.get('_class_name')}; expected diffusers' {known}")
     weights = files.weights_files(path)
     if not weights:
         raise ValueError(f"{path}: no weights, or not all; expected diffusion_pytorch_model.*")
-    try:
-        state = keys.from_diffusers(files.read_weights(weights), depth)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    state["pos_embed"] = sincos_positions(hidden, (size // patch, size // patch))[None]
-    model = {
-        "input_size": size,
-        "patch_size": patch,
-        "in_channels": channels,
-        "hidden_size": hidden,
-        "depth": depth,
-        "num_heads": heads,
-        "num_classes": classes,
-        "learn_sigma": (config.get("out_channels") or channels) == 2 * channels,
-    }
-    names = [labels.get(str(i), str(i)) for i in range(classes)] if labels else []
+    state, model = family.from_diffusers(files.read_weights(weights), config, path)
+    classes = range(model["num_classes"])
+    names = [labels.get(str(i), str(i)) for i in classes] if labels else []
     return Checkpoint(state, weights, {**stated, "model": model, "class_names": names}, vae)
 
 

@@ -25,13 +25,11 @@ def snapshot(repository: str, folders: tuple[str, ...]) -> Path:
     Raises:
         NotDownloadedError: the network, the hub or the repository's name is the matter.
     """
-    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+    from huggingface_hub import HfApi, snapshot_download
 
-    # Not asked of snapshot_download, which misses every file of the repository that is not needed.
-    landmark = "config.json" if "" in folders else "model_index.json"
-    cached = try_to_load_from_cache(repository, landmark)
-    if isinstance(cached, str) and _complete(Path(cached).parent, folders):
-        return Path(cached).parent
+    there = cached(repository, folders)
+    if there is not None:
+        return there
     try:
         info = HfApi().model_info(repository, timeout=10)
         needed = needed_files((file.rfilename for file in info.siblings or ()), folders)
@@ -39,6 +37,17 @@ def snapshot(repository: str, folders: tuple[str, ...]) -> Path:
     except Exception as error:  # the hub's client changes its HTTP library, and so the types
         reason = str(error).strip().split("\n")[0][:200]
         raise NotDownloadedError(f"{type(error).__name__}: {reason}") from error
+
+
+def cached(repository: str, folders: tuple[str, ...]) -> Path | None:
+    """Return the folder of a repository's files if all that is needed is in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    # Not asked of snapshot_download, which misses every file of the repository that is not needed.
+    landmark = "config.json" if "" in folders else "model_index.json"
+    found = try_to_load_from_cache(repository, landmark)
+    there = isinstance(found, str) and _complete(Path(found).parent, folders)
+    return Path(str(found)).parent if there else None
 
 
 def whole(repository: str) -> Path:

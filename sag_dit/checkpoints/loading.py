@@ -9,20 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sag_dit.checkpoints import files, formats, infer, published, zoo
-from sag_dit.checkpoints.config import UNET_KEY, build, build_process
+from sag_dit.checkpoints import files, formats, zoo
+from sag_dit.checkpoints.config import build, build_process
 from sag_dit.checkpoints.model import Model, from_denoiser
 from sag_dit.codec import Codec, IdentityCodec, VAECodec
 from sag_dit.denoiser import ClassConditional
-from sag_dit.process import Flow
+from sag_dit.models.family import families, family_of
 
 SHOWN_KEYS = 3
-FAMILIES = {
-    "DiT": "facebookresearch/DiT",
-    "UNet": "openai/guided-diffusion or openai/improved-diffusion, here under diffusers' names",
-    "Classifier": "openai/guided-diffusion's classifier, here under diffusers' names",
-}
-"""Whose parameters a network of each class has."""
 
 
 def load(
@@ -82,7 +76,7 @@ def filled(config: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -
             denoiser = build(config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
-    fill(denoiser.network, state, path)
+    fill(denoiser.network, state, path, families()[denoiser.network.key].source)
     return denoiser.eval()
 
 
@@ -102,24 +96,12 @@ def full_config(
     for key in ("model", "process", "defaults"):
         if not isinstance(stated.get(key, {}), Mapping):
             raise ValueError(f"{path}: its config's {key} is {stated[key]!r}; expected a mapping")
-    model = dict(stated.get("model", {}))
-    if UNET_KEY in model:
-        if num_heads is not None:
-            raise ValueError(
-                f"num_heads={num_heads}: a UNet's weights are read by its heads; state "
-                f'{{"model": {{"num_heads": {num_heads}}}}} in '
-                f"{path.with_suffix('.json').name} beside them"
-            )
-    else:
-        if num_heads is not None:
-            model["num_heads"] = num_heads
-        model = infer.model_config(checkpoint.state, path, model)
-        published.check_dit(model, path)
+    model = stated.get("model", {})
+    model = family_of(model, checkpoint.state).infer(checkpoint.state, path, model, num_heads)
     latent = latent or checkpoint.vae is not None
     pixels = model["in_channels"] in (1, 3) and not latent
-    flow = isinstance(build_process(stated.get("process", {})), Flow)
     return {
-        "kind": "v" if flow else "eps",
+        "kind": build_process(stated.get("process", {})).usual_kind,
         "process": {},
         "x_0_range": (-1.0, 1.0) if pixels else None,
         **stated,
@@ -183,12 +165,17 @@ def choose_codec(config: Mapping[str, Any], vae: str | None) -> Codec:
     return codec
 
 
-def fill(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+def fill(
+    network: nn.Module, state: Mapping[str, Tensor], path: Path, source: str = "its network"
+) -> None:
     """Give a network (also one without memory) its weights, as float32.
+
+    ``source`` says in an error whose parameter names are expected.
 
     Raises:
         ValueError: names or shapes differ; the first of them are named.
     """
+    # Names and shapes have to be those of the network, all of them.
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
@@ -210,7 +197,7 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
         raise ValueError(
             f"{path}: the weights do not fit the model\n"
             + "\n".join(problems)
-            + f"\nexpected the parameters of {FAMILIES[type(network).__name__]}; if a config comes "
+            + f"\nexpected the parameters of {source}; if a config comes "
             "with the file, see that it is this file's"
         )
     # Copies, because a mapped file may change under a running program.

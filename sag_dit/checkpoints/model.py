@@ -9,7 +9,7 @@ from typing import Any
 
 from sag_dit.checkpoints.config import describe
 from sag_dit.codec import Codec, IdentityCodec
-from sag_dit.denoiser import ClassConditional
+from sag_dit.denoiser import ClassConditional, Denoiser
 
 BATCH_SIZE = 16
 
@@ -19,7 +19,7 @@ class Model:
     """A denoiser, its codec and its name, ready to sample.
 
     Attributes:
-        denoiser: as loaded, in eval mode, float32, on the CPU.
+        denoiser: as loaded, in eval mode, float32, on the CPU; see :attr:`class_conditional`.
         codec: pixels <-> the denoiser's x_0; an autoencoder's weights are read at first use.
         name: what the checkpoint is called, fit for a folder's name.
         sha256: of the weights file, or over several files' sha256; empty for weights in memory.
@@ -28,9 +28,14 @@ class Model:
         defaults: what the checkpoint recommends to sample with, perhaps nothing.
         vae: where the codec's autoencoder was found, None for a pixel model.
         lora: rank and alpha of adapters in a denoiser that is being trained, None without.
+
+    Example:
+        >>> import sag_dit
+        >>> sag_dit.load("digits").class_names[:3]
+        ('0', '1', '2')
     """
 
-    denoiser: ClassConditional
+    denoiser: Denoiser
     codec: Codec
     name: str
     sha256: str
@@ -39,6 +44,20 @@ class Model:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     vae: str | None = None
     lora: Mapping[str, Any] | None = None
+
+    @property
+    def class_conditional(self) -> ClassConditional:
+        """The denoiser, as one of classes: what is trained, exported and described.
+
+        Raises:
+            ValueError: it is a text model's.
+        """
+        if not isinstance(self.denoiser, ClassConditional):
+            raise ValueError(
+                f"{self.name}: a text model, which is neither trained nor exported; expected a "
+                f"model of classes"
+            )
+        return self.denoiser
 
     @property
     def batch_size(self) -> int:
@@ -50,7 +69,7 @@ class Model:
         """The config that rebuilds the model from its weights: what a checkpoint stores."""
         vae = {} if self.vae is None else {"vae": self.vae}
         lora = {} if self.lora is None else {"lora": dict(self.lora)}
-        return {**describe(self.denoiser), **vae, **lora, "defaults": dict(self.defaults)}
+        return {**describe(self.class_conditional), **vae, **lora, "defaults": dict(self.defaults)}
 
 
 def plain_name(name: str) -> str:

@@ -16,7 +16,6 @@ from sag_dit.checkpoints import files, hub, zoo
 from sag_dit.checkpoints.loading import find_codec
 from sag_dit.checkpoints.model import Model, plain_name
 from sag_dit.codec import VAECodec
-from sag_dit.denoiser import ClassConditional
 from sag_dit.denoiser.prompts import ENCODE, Wording
 from sag_dit.denoiser.text_conditional import TokenGrid
 from sag_dit.denoiser.text_layouts import layout_of
@@ -109,7 +108,7 @@ def load_text(
         prompts=prompts,
         encoder=_Encoder(folder, name, part, wording),
     )
-    # Later elsewhere, but always told here.
+    # ``start`` came later, but has always been told here.
     start = {"start": process.start} if isinstance(process, Flow) else {}
     described = {
         "pipeline": name,
@@ -120,8 +119,7 @@ def load_text(
         "codec": codec.config(),
     }
     return Model(
-        # Whatever trains or exports asks load() for its model, which refuses this kind.
-        denoiser=cast(ClassConditional, denoiser.eval()),
+        denoiser=denoiser.eval(),
         codec=codec,
         name=plain_name(found.name),
         sha256=files.sha256(_weights(folder, part)),

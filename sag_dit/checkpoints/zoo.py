@@ -7,74 +7,18 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from sag_dit.checkpoints import hub, published
+from sag_dit import catalogue
+from sag_dit.catalogue import Entry, aliases
+from sag_dit.checkpoints import hub
 
-BUNDLED = ("digits", "patches")
 FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors", ".bin")
 WEIGHTS_FOLDER = "SAG_DIT_WEIGHTS"
 """The environment variable that names a folder of downloaded weights."""
+PARTS = ("transformer", "vae")
+"""What is needed of a pipeline's repository."""
 
-
-@dataclass(frozen=True)
-class Published:
-    """A published model: its official file, its address, and its hub repository if it has one."""
-
-    file: str
-    url: str
-    repository: str = ""
-
-
-def _dit(side: int) -> Published:
-    file = f"DiT-XL-2-{side}x{side}.pt"
-    official = f"https://dl.fbaipublicfiles.com/DiT/models/{file}"
-    return Published(file, official, f"facebook/DiT-XL-2-{side}")
-
-
-def _openai(file: str) -> Published:
-    variant = published.by_file(file)
-    if variant is None:
-        raise KeyError(file)
-    return Published(file, variant.url + file)
-
-
-ZOO = {
-    "DiT-XL-2": _dit(256),
-    "DiT-XL-2-512": _dit(512),
-    "SiT-XL-2": Published(
-        "SiT-XL-2-256x256.pt",
-        "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt"
-        "?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0",
-    ),
-    "ADM-64": _openai("64x64_diffusion.pt"),
-    "ADM-128": _openai("128x128_diffusion.pt"),
-    "ADM-256": _openai("256x256_diffusion.pt"),
-    "ADM-256-uncond": _openai("256x256_diffusion_uncond.pt"),
-    "ADM-512": _openai("512x512_diffusion.pt"),
-    "ADM-LSUN-bedroom": _openai("lsun_bedroom.pt"),
-    "ADM-LSUN-cat": _openai("lsun_cat.pt"),
-    "ADM-LSUN-horse": _openai("lsun_horse.pt"),
-    "ADM-LSUN-horse-nodropout": _openai("lsun_horse_nodropout.pt"),
-    "IDDPM-ImageNet-64": _openai("imagenet64_cond_270M_250K.pt"),
-    "IDDPM-ImageNet-64-uncond": _openai("imagenet64_uncond_100M_1500K.pt"),
-    "IDDPM-ImageNet-64-uncond-vlb": _openai("imagenet64_uncond_vlb_100M_1500K.pt"),
-    "IDDPM-CIFAR-10": _openai("cifar10_uncond_50M_500K.pt"),
-    "IDDPM-CIFAR-10-vlb": _openai("cifar10_uncond_vlb_50M_500K.pt"),
-    "IDDPM-LSUN-bedroom": _openai("lsun_uncond_100M_2400K_bs64.pt"),
-    "IDDPM-LSUN-bedroom-1200K": _openai("lsun_uncond_100M_1200K_bs128.pt"),
-}
-ALIASES = {"DiT-XL-2-256": "DiT-XL-2", "SiT-XL-2-256": "SiT-XL-2"}
-CLASSIFIERS = {
-    f"ADM-classifier-{side}": _openai(f"{side}x{side}_classifier.pt")
-    for side in (64, 128, 256, 512)
-}
-"""Classifiers of noisy images, which guide and do not draw."""
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
-VAES = {
-    name: f"stabilityai/sd-vae-ft-{kind}"
-    for kind in ("ema", "mse")
-    for name in (kind, f"sd-vae-ft-{kind}")
-}
 
 
 @dataclass(frozen=True)
@@ -87,7 +31,7 @@ class Found:
 
 def names() -> tuple[str, ...]:
     """Return the names that ``load`` knows beside paths."""
-    return (*BUNDLED, *ZOO, *ALIASES)
+    return (*catalogue.entries("bundled", "model"), *aliases("model"))
 
 
 def local_folders() -> list[Path]:
@@ -106,12 +50,12 @@ def locate(ckpt: str | Path) -> Found:
         ValueError: it is nowhere; the nearest names and all places are listed.
     """
     if isinstance(ckpt, str):
-        name = ALIASES.get(ckpt, ckpt)
-        if name in BUNDLED:
-            return Found(_bundled(name), name)
-        if name in ZOO:
-            return Found(_published(name, ZOO[name]), name)
-        if name in CLASSIFIERS:
+        name = aliases("model").get(ckpt, ckpt)
+        if name in catalogue.entries("bundled"):
+            return Found(_bundled(catalogue.entries("bundled")[name]), name)
+        if name in catalogue.entries("model"):
+            return Found(_published(catalogue.entries("model")[name]), name)
+        if name in catalogue.entries("classifier"):
             raise ValueError(
                 f"ckpt={ckpt}: a classifier, which guides and does not draw; set "
                 f"guidance.classifier.classifier={ckpt}, and ckpt to the model that it guides"
@@ -125,7 +69,7 @@ def locate(ckpt: str | Path) -> Found:
     named_as_file = path.suffix in FILE_SUFFIXES
     if hub.REPOSITORY.fullmatch(text) and not named_as_file and not path.parent.exists():
         try:
-            return Found(hub.snapshot(text, ("transformer", "vae")), path.name)
+            return Found(hub.snapshot(text, PARTS), path.name)
         except hub.NotDownloadedError as error:
             tried.append(f"the hub's repository {text} ({error})")
     nearest = difflib.get_close_matches(text, names(), n=3, cutoff=0.4)
@@ -138,42 +82,94 @@ def locate(ckpt: str | Path) -> Found:
     )
 
 
-def _bundled(name: str) -> Path:
-    folder = Path(__file__).with_name(name)
-    if not (folder / "model.safetensors").is_file():
+def _bundled(model: Entry) -> Path:
+    (file,) = _local_places(model)
+    if not file.is_file():
         raise ValueError(
-            f"ckpt={name}: the bundled model is missing from {folder}; install the package "
-            f"again, or train the model with `python train.py experiment={name}`"
+            f"ckpt={model.name}: the bundled model is missing from {file.parent}; install the "
+            f"package again, or train the model with `python train.py experiment={model.name}`"
         )
-    return folder
+    return file.parent
 
 
-def _published(name: str, model: Published) -> Path:
-    for folder in local_folders():
-        if (folder / model.file).is_file():
-            return folder / model.file
-        diffusers = folder / model.repository.split("/")[-1]
-        if model.repository and (diffusers / "model_index.json").is_file():
-            return diffusers
+def _published(model: Entry) -> Path:
+    # Downloaded by hand, as the official file or as a diffusers folder.
+    here = _there(model)
+    if here is not None:
+        return here
+    # Else at the hub, where not all are.
     folders = ", ".join(str(folder.absolute()) for folder in local_folders())
     if not model.repository:
         raise ValueError(
-            f"{name}: the weights are not here, and no hub has them\n"
+            f"{model.name}: the weights are not here, and no hub has them\n"
             f"looked for {model.file} in {folders} (${WEIGHTS_FOLDER} names a further folder)\n"
             f"download {model.url} as {model.file} into one of them, or pass its path instead of "
             f"the name"
         )
     try:
-        return hub.snapshot(model.repository, ("transformer", "vae"))
+        return hub.snapshot(model.repository, PARTS)
     except hub.NotDownloadedError as error:
         raise ValueError(
-            f"ckpt={name}: the weights are not here and could not be downloaded\n"
+            f"ckpt={model.name}: the weights are not here and could not be downloaded\n"
             f"looked for {model.file} and the folder {model.repository.split('/')[1]} in {folders} "
             f"(${WEIGHTS_FOLDER} names a further folder); for {model.repository} in the hub's "
             f"cache; and at the hub: {error}\n"
             f"with a network elsewhere, download {model.url} or {model.repository}, "
             f"and pass its path: ckpt=PATH"
         ) from None
+
+
+def _local_places(entry: Entry) -> list[Path]:
+    """Return where a checkpoint is looked for on this machine, in this order."""
+    if entry.kind == "bundled":
+        return [Path(__file__).parent / str(entry.file)]
+    names = [entry.file, entry.repository and entry.repository.split("/")[-1]]
+    return [folder / name for folder in local_folders() for name in names if name]
+
+
+def _there(entry: Entry) -> Path | None:
+    """Return the first of these places where the file, or the folder as a whole, is."""
+    landmark = "config.json" if entry.kind == "autoencoder" else "model_index.json"
+    places = (p for p in _local_places(entry) if p.is_file() or (p / landmark).is_file())
+    return next(places, None)
+
+
+def _parts(entry: Entry) -> tuple[str, ...]:
+    """Return what is needed of a repository: its folders, or its root."""
+    return ("",) if entry.kind == "autoencoder" else PARTS
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A checkpoint of the zoo, and whether it is here.
+
+    Attributes:
+        entry: what the catalogue says: name, licence, size, resolution and more.
+        places: where it is looked for, in this order.
+        found: where it is; None if it is not on this machine.
+    """
+
+    entry: Entry
+    places: tuple[str, ...]
+    found: Path | None
+
+
+def entries() -> list[Listed]:
+    """Return what can be loaded by name, and whether it is here; nothing is downloaded.
+
+    Example:
+        >>> first = entries()[0]
+        >>> first.entry.name, first.entry.resolution, first.found is not None
+        ('digits', 8, True)
+    """
+    listed = []
+    for each in catalogue.entries("bundled", "model", "classifier", "autoencoder").values():
+        places, found = [str(place.absolute()) for place in _local_places(each)], _there(each)
+        if each.repository:
+            places.append(f"{each.repository} in the hub's cache")
+            found = found or hub.cached(each.repository, _parts(each))
+        listed.append(Listed(each, tuple(places), found))
+    return listed
 
 
 def _short_name(path: Path) -> str:
@@ -197,15 +193,22 @@ def locate_classifier(classifier: str | Path) -> Found:
         ValueError: it is nowhere; the places are listed.
     """
     name = str(classifier)
-    if name in CLASSIFIERS:
-        return Found(_published(name, CLASSIFIERS[name]), name)
+    known = catalogue.entries("classifier")
+    if name in known:
+        return Found(_published(known[name]), name)
     path = Path(classifier).expanduser()
     if path.is_file():
         return Found(path, _short_name(path))
     raise ValueError(
-        f"classifier={name!r}: no such classifier; expected {', '.join(CLASSIFIERS)}, or the path "
+        f"classifier={name!r}: no such classifier; expected {', '.join(known)}, or the path "
         f"of such a file; looked for {path.absolute()}"
     )
+
+
+def vae_repository(vae: str) -> str:
+    """Return the hub repository of an autoencoder that is known by name, else what was given."""
+    known = catalogue.entries("autoencoder").get(aliases("autoencoder").get(vae, vae))
+    return vae if known is None else str(known.repository)
 
 
 def locate_vae(vae: str | Path) -> Path:
@@ -219,7 +222,7 @@ def locate_vae(vae: str | Path) -> Path:
         path = path / "vae"
     if path.exists():
         return path
-    repository = VAES.get(str(vae), str(vae))
+    repository = vae_repository(str(vae))
     folders = [folder / repository.split("/")[-1] for folder in local_folders()]
     for folder in folders:
         if (folder / "config.json").is_file():

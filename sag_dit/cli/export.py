@@ -9,26 +9,20 @@ import yaml
 from sag_dit.cli.app import launch
 from sag_dit.cli.keys.tools import Export
 
-PUBLISHED = "ImageNet-1k (1.28 million photos of 1,000 classes), as published by Peebles & Xie."
-BUNDLED = {
-    "digits": "scikit-learn's `load_digits`: 1,078 real handwritten digits of 8 x 8 pixels.",
-    "patches": "32 x 32 crops of three quarters of 14 photographs that scikit-image and "
-    "scikit-learn carry.",
-}
-
 
 def training_data(ckpt: str) -> str | None:
     """Return what a checkpoint was trained on, as Markdown; None where nothing tells.
 
     A run's config.yaml tells, and the names of published models do.
     """
+    from sag_dit import catalogue
     from sag_dit.checkpoints import zoo
 
     found = zoo.locate(ckpt)
-    if ckpt in zoo.BUNDLED:
-        return BUNDLED[ckpt]
-    if found.name in zoo.ZOO:
-        return PUBLISHED
+    bundled, published = catalogue.entries("bundled"), catalogue.entries("model")
+    known = bundled.get(ckpt) or published.get(found.name)
+    if known is not None:
+        return known.data
     path = found.path.resolve()
     inside = path.is_file() and path.parent.name == "checkpoints"
     run = path.parent.parent if inside else path if path.is_dir() else path.parent

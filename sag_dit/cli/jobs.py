@@ -13,7 +13,7 @@ import torch
 
 from sag_dit import __version__
 from sag_dit.checkpoints import Model
-from sag_dit.checkpoints.zoo import VAES
+from sag_dit.checkpoints.zoo import vae_repository
 from sag_dit.cli.instruments import NEIGHBOUR, SPLIT_SIZE, Cabinet, Instruments, example_of
 from sag_dit.cli.keys.evaluating import Evaluate
 from sag_dit.cli.keys.key import plain, selected
@@ -214,7 +214,7 @@ def _drawn(config: Evaluate, plan: Plan) -> tuple[dict[str, Any], dict[str, Any]
         "count": len(labels),
         "model": plan.model.name,
         "weights_sha256": plan.model.sha256,
-        "vae": None if vae is None else Path(VAES.get(vae, vae)).name,
+        "vae": None if vae is None else Path(vae_repository(vae)).name,
         "sampler": pixels["sampler"]["name"],
         "steps": pixels["steps"],
         "guidance": guidance_text(pixels["guidance"]) or "none",

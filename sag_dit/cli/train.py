@@ -39,7 +39,7 @@ def make_model(config: Train, data: StepData) -> Model:
             "a fresh model needs model, resolution and patch_size: expected none of them null; "
             "size=S, B, L or XL fills model"
         )
-    refuse_strangers("model", keys_of(Train)["model"][1].asks, config.model)
+    refuse_strangers("model", keys_of(Train)["model"][1].asks(), config.model)
     settings = dict(config.model)
     vae = config.vae or data.vae
     codec = find_codec(vae)
@@ -112,19 +112,21 @@ def adapt_model(config: Train, base: Model, data: StepData) -> tuple[Model, str]
     Raises:
         ValueError: the data does not fit, or a pattern to freeze or to adapt matches nothing.
     """
-    from sag_dit.training.finetune import TABLE, adapt, freeze, report, resolution_of
+    from sag_dit.models import families
+    from sag_dit.training.finetune import adapt, freeze, report, resolution_of
     from sag_dit.training.lora import add_adapters
 
     side = config.resolution or resolution_of(base)
     adapted = adapt(base, str(config.name), data.class_names, side)
-    network = adapted.model.denoiser.network
+    network = adapted.model.class_conditional.network
     frozen = freeze(network, config.freeze or ())
     lora = lora_settings(config)
     if lora is None:
         return adapted.model, report(base, adapted)
     layers = add_adapters(network, lora, frozen)
     # New classes have no rows but those that are learned now.
-    network.get_parameter(TABLE).requires_grad_(TABLE in adapted.remade and TABLE not in frozen)
+    table = families()[network.key].label_table
+    network.get_parameter(table).requires_grad_(table in adapted.remade and table not in frozen)
     return replace(adapted.model, lora=lora.description), report(base, adapted, layers)
 
 
@@ -134,13 +136,13 @@ def make_module(config: Train, model: Model) -> DiffusionModule:
     from sag_dit.training.module import DiffusionModule
 
     wanted, schedule = config.objective, config.schedule
-    model.denoiser.train()
-    model.denoiser.network.checkpoint_blocks = config.checkpoint_blocks
+    denoiser = model.class_conditional.train()
+    denoiser.network.checkpoint_blocks = config.checkpoint_blocks
     if config.compile:
-        model.denoiser.network.compile_blocks()
+        denoiser.network.compile_blocks()
     return DiffusionModule(
         model,
-        objective=make(wanted, "objective") if wanted else default_objective(model.denoiser),
+        objective=make(wanted, "objective") if wanted else default_objective(denoiser),
         optimizer=make(config.optimizer, "optimizer"),
         schedule=make(schedule, "schedule") if schedule else None,
         ema_decay=config.ema.decay,

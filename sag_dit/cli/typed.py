@@ -236,8 +236,8 @@ def check_added(command: str, config: Any, arguments: Sequence[str]) -> None:
         if not isinstance(node, Mapping):
             continue
         found = known(command, parent)
-        asks = found[1].asks if found else ()
-        targets = [str(node["_target_"])] if "_target_" in node else list(asks)
+        asked = found[1].asks() if found and "_target_" not in node else ()
+        targets = [str(node["_target_"])] if "_target_" in node else asked
         try:
             refuse_strangers(parent, targets, [name])
         except ValueError as error:

@@ -108,7 +108,7 @@ class Digits(StepData):
         Raises:
             ValueError: what does not fit.
         """
-        shape, classes = model.denoiser.latent_shape, model.denoiser.num_classes
+        shape, classes = model.denoiser.latent_shape, model.class_conditional.num_classes
         if shape != (1, 8, 8) or classes != len(self.class_names):
             raise ValueError(
                 f"a model of {shape} and {classes} classes: the digits are (1, 8, 8) and of "

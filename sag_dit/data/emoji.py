@@ -211,4 +211,4 @@ class EmojiData(StepData):
                 f"a model of {channels} channels and {height * factor} x {width * factor} pixels: "
                 f"the emoji are 64 x 64 in colour; set resolution=64"
             )
-        check_classes(len(self.class_names), model.denoiser.num_classes)
+        check_classes(len(self.class_names), model.class_conditional.num_classes)

@@ -229,7 +229,7 @@ class ImageFolderData(NamedData):
         """
         channels, height, width = model.denoiser.latent_shape
         factor, crops = model.codec.factor, self._crops
-        side = latent_size(crops.size, factor, model.denoiser.network.patch_size)
+        side = latent_size(crops.size, factor, model.class_conditional.network.patch_size)
         if (side, side) != (height, width):
             raise ValueError(
                 f"data.size={crops.size}: expected {height * factor}, the resolution of the model "
@@ -239,4 +239,4 @@ class ImageFolderData(NamedData):
             raise ValueError(
                 f"data.channels={crops.channels}: expected {channels}, the channels of the model"
             )
-        check_classes(len(self.class_names), model.denoiser.num_classes)
+        check_classes(len(self.class_names), model.class_conditional.num_classes)

@@ -225,7 +225,7 @@ class LatentData(NamedData):
                 f"{model.denoiser.latent_shape}, that of the model; encode the images anew or "
                 f"change the model's input_size and in_channels"
             )
-        check_classes(len(self.class_names), model.denoiser.num_classes)
+        check_classes(len(self.class_names), model.class_conditional.num_classes)
         here = self.index.config.get("encoder_sha256")
         there = encoder_sha256(model.codec) if isinstance(model.codec, VAECodec) else None
         if here != there:

@@ -194,4 +194,4 @@ class Patches(StepData):
                 f"a model of {shape}: the patches are (3, 32, 32) pixels; set resolution=32 and "
                 f"vae=null"
             )
-        check_classes(len(self.class_names), model.denoiser.num_classes)
+        check_classes(len(self.class_names), model.class_conditional.num_classes)

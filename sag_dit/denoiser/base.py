@@ -26,11 +26,20 @@ class Denoiser(nn.Module, ABC):
     Attributes:
         network: the module that is evaluated; names of layers are relative to it.
         process: the forward process it was trained on.
-        kind: what the network puts out, ``eps``, ``v`` or ``x_0``.
+        kind: what the network puts out, ``eps``, ``v``, ``x_0`` or ``score``.
         latent_shape: (c, h, w) of x_t.
         x_0_range: values that a clean x_0 can have, None where unbounded (latents).
         layers: self-attention layers by name.
         aliases: further names of these layers, such as those of the published code.
+        class_names: what its images are of: names of classes, or prompts.
+
+    Example:
+        >>> import sag_dit
+        >>> denoiser = sag_dit.load("digits").denoiser
+        >>> level = denoiser.process.grid(50)[0]
+        >>> x_t = torch.zeros(1, *denoiser.latent_shape)
+        >>> denoiser(x_t, level, denoiser.conditions([3])).x_0.shape
+        torch.Size([1, 1, 8, 8])
     """
 
     network: nn.Module
@@ -40,6 +49,7 @@ class Denoiser(nn.Module, ABC):
     x_0_range: tuple[float, float] | None
     layers: Mapping[str, AttentionLayer]
     aliases: Mapping[str, str] = MappingProxyType({})
+    class_names: tuple[str, ...] = ()
 
     @abstractmethod
     def evaluate(self, x_t: Images, t: Tensor, cond: Condition) -> Images:

@@ -1,22 +1,18 @@
-"""A denoiser conditioned on class labels: DiT, or a UNet of ADM or IDDPM."""
+"""A denoiser conditioned on class labels: any :class:`sag_dit.models.Network`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from sag_dit.denoiser.base import Denoiser
-from sag_dit.models import DiT
+from sag_dit.models.network import Network, lacking
 from sag_dit.process import Process
 from sag_dit.process.base import OutputKind
 from sag_dit.tensors import Images, Labels
-
-if TYPE_CHECKING:
-    # Its library takes seconds to import, and a DiT has no use for it.
-    from sag_dit.models.unet import UNet
 
 
 class ClassConditional(Denoiser):
@@ -24,22 +20,41 @@ class ClassConditional(Denoiser):
 
     An unconditional model is one with a single class and no label dropout, or a UNet without
     classes, which counts as one.
+
+    Raises:
+        ValueError: the network lacks a member of :class:`sag_dit.models.Network`, ``kind`` is none,
+            or there are not as many class names as classes.
+
+    Example:
+        >>> from sag_dit.models import DiT
+        >>> from sag_dit.process import DDPM
+        >>> network = DiT(input_size=8, hidden_size=32, depth=2, num_heads=1, num_classes=10)
+        >>> denoiser = ClassConditional(network, DDPM())
+        >>> denoiser.join([denoiser.conditions([3]), denoiser.null(1)])
+        tensor([ 3, 10])
     """
 
     key = "class_conditional"
     former = ("sag_dit.denoiser.class_conditional.ClassConditional",)
 
-    network: DiT | UNet
+    network: Network
 
     def __init__(
         self,
-        network: DiT | UNet,
+        network: Network,
         process: Process,
         kind: OutputKind = "eps",
         x_0_range: tuple[float, float] | None = None,
         class_names: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        # Both are refused here, where who made them is at hand.
+        missing = lacking(network)
+        if missing:
+            raise ValueError(
+                f"network={type(network).__name__}: lacks {', '.join(missing)}; expected all "
+                f"members of sag_dit.models.Network"
+            )
         if kind not in get_args(OutputKind):
             raise ValueError(f"kind={kind!r}: expected one of {', '.join(get_args(OutputKind))}")
         num_classes = max(network.num_classes, 1)

@@ -9,7 +9,6 @@ from typing import ClassVar
 from sag_dit.denoiser import Denoiser
 from sag_dit.guidance.apg import inner
 from sag_dit.guidance.term import Asking, Question, Term
-from sag_dit.process import Flow
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class CFGZero(Term):
     def check(self, model: Denoiser) -> None:
         """Refuse a model that is no flow, or has no null condition."""
         super().check(model)
-        if not isinstance(model.process, Flow):
+        if not model.process.is_flow:
             raise ValueError(
                 f"cfgzero_scale={self.scale}: CFG-Zero* guides flow models, and this model's "
                 f"process is {type(model.process).__name__}; use cfg_scale or apg_scale"

@@ -21,7 +21,7 @@ from sag_dit.sampler import Ancestral, Sampler
 from sag_dit.tensors import Images, Labels
 
 if TYPE_CHECKING:
-    from sag_dit.models.classifier import Classifier
+    from sag_dit.models.unet.classifier import Classifier
 
 loaded = cache(load_classifier)
 """Once for a run, not once for a batch."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from sag_dit.attention import InputEdit
 from sag_dit.denoiser import Denoiser
 from sag_dit.guidance.term import Asking, BranchTerm, Question
-from sag_dit.models import DiT
-from sag_dit.process import DDPM, Step
+from sag_dit.models.network import TimeEmbedded
+from sag_dit.process import Step
 
 PURPOSE = 5
 
@@ -69,7 +69,7 @@ class TSG(BranchTerm):
     def check(self, model: Denoiser) -> None:
         """Refuse a model whose time embedding is not known."""
         super().check(model)
-        if not isinstance(model.network, DiT):
+        if not isinstance(model.network, TimeEmbedded):
             raise ValueError(
                 f"tsg_scale={self.scale}: guides DiT models only, as sag_dit.load reads them; set "
                 f"tsg_scale=1"
@@ -83,15 +83,11 @@ class TSG(BranchTerm):
         """Return (w - 1) (v - v_perturbed)."""
         branch = ask.branch(self.branch)
         network, process, level = branch.model.network, branch.model.process, ask.step.level
-        assert isinstance(network, DiT)
-        embedding = network.t_embedder(level.times(branch.x_t)[:1])
-        if isinstance(process, DDPM):
-            time = float(level.t) / process.num_timesteps
-        else:
-            time = float(level.sigma)
+        assert isinstance(network, TimeEmbedded)
+        embedding = network.embed_time(level.times(branch.x_t)[:1])
+        time = process.elapsed(level)
         n = ask.draw(embedding.shape[1:], PURPOSE)
         by = self.noise * time**self.power * embedding.std() * n
-        blocks = range(min(self.depth, len(network.blocks)))
-        edits = [Shifted(f"blocks.{i}.adaLN_modulation", by) for i in blocks]
+        edits = [Shifted(name, by) for name in network.time_inputs[: self.depth]]
         good, worse = yield branch, branch.edited(*edits)
         return torch.as_tensor((self.scale - 1) * (good.v - worse.v))

@@ -1,5 +1,7 @@
-"""Networks: their arithmetic and nothing of diffusion."""
+"""Networks: their arithmetic, and what is known of their files; nothing of diffusion."""
 
-from sag_dit.models.dit import SIZES, DiT, dit
+from sag_dit.models.dit.network import SIZES, DiT, dit
+from sag_dit.models.family import Family, families, family_of, register
+from sag_dit.models.network import Network
 
-__all__ = ["SIZES", "DiT", "dit"]
+__all__ = ["SIZES", "DiT", "Family", "Network", "dit", "families", "family_of", "register"]

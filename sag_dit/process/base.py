@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -128,6 +128,11 @@ class Prediction:
 class Process(ABC):
     """A forward process: times, noise levels and grids of them."""
 
+    is_flow: ClassVar[bool] = False
+    """Whether its curve is the straight line, along which an ODE of v is solved."""
+    usual_kind: ClassVar[OutputKind] = "eps"
+    """What networks mostly put out that are trained on it."""
+
     max_steps: int
     """The largest number of steps a grid can have."""
 
@@ -146,6 +151,10 @@ class Process(ABC):
     @abstractmethod
     def time_at(self, u: Tensor) -> Tensor:
         """Return the times at quantiles u in [0, 1) of the uniform distribution over times."""
+
+    def elapsed(self, level: NoiseLevel) -> float:
+        """Return the time of a level as a share of the noisiest: 0 is the image."""
+        return float(level.sigma)
 
     def add_noise(self, x_0: Images, eps: Images, level: NoiseLevel) -> Images:
         """Noise a clean image: x_t = alpha x_0 + sigma eps."""

@@ -104,6 +104,10 @@ class DDPM(Process):
         """A respaced grid visits each original time at most once."""
         return self.num_timesteps
 
+    def elapsed(self, level: NoiseLevel) -> float:
+        """Return t / ``num_timesteps``."""
+        return float(level.t) / self.num_timesteps
+
     @cached_property
     def betas(self) -> NDArray[np.float64]:
         """Variance added by each step, shape (num_timesteps,)."""

@@ -40,6 +40,8 @@ class Flow(Process):
     shift: float = 1.0
     start: float = field(default=1.0, metadata=LATER)
 
+    is_flow = True
+    usual_kind = "v"
     # A line has no smallest step: the bound only catches a number that was mistyped.
     max_steps = 10_000
 

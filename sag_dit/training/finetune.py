@@ -9,20 +9,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from sag_dit.checkpoints import Model, build, from_denoiser
 from sag_dit.denoiser import ClassConditional
-from sag_dit.models import DiT
-from sag_dit.models.embeddings import sincos_positions
-from sag_dit.process import Flow
+from sag_dit.models import families
 from sag_dit.training.objective import MSE, FlowMatching, Hybrid, Objective
-
-TABLE = "y_embedder.embedding_table.weight"
-POSITIONS = "pos_embed"
-POSITION_TOLERANCE = 0.01
-"""Positions stored in half precision differ from the table of their grid by less."""
 
 SHOWN = 5
 
@@ -42,39 +34,6 @@ class Adapted:
     kept: tuple[str, ...]
     new: tuple[str, ...]
     remade: Mapping[str, str]
-
-
-def relabelled(
-    table: Float[Tensor, "rows d"], before: Sequence[str], now: Sequence[str]
-) -> tuple[Float[Tensor, "new_rows d"], tuple[str, ...]]:
-    """Return the label table (len(now) rows, and the null row if there is one) and the names kept.
-
-    A class whose name exactly one class had before keeps its row. A new class starts from the null
-    row, which the network was trained to draw any class for; without one, from the mean row.
-    """
-    null = table[len(before) :]
-    start = null[0] if len(null) else table.mean(dim=0)
-    kept = tuple(name for name in now if list(before).count(name) == 1)
-    rows = [table[list(before).index(name)] if name in kept else start for name in now]
-    return torch.cat([torch.stack(rows), null]), kept
-
-
-def repositioned(
-    positions: Float[Tensor, "1 n d"], before: tuple[int, int], now: tuple[int, int]
-) -> Float[Tensor, "1 m d"]:
-    """Return the fixed positions of another grid.
-
-    Raises:
-        ValueError: the positions are not the published ones, such as learned positions.
-    """
-    width = positions.shape[-1]
-    expected = sincos_positions(width, before)
-    if not torch.allclose(positions[0].float(), expected, rtol=0, atol=POSITION_TOLERANCE):
-        raise ValueError(
-            "the checkpoint's pos_embed is not the published table, so that another resolution's "
-            "cannot be computed; leave resolution=null, which keeps the checkpoint's"
-        )
-    return sincos_positions(width, now)[None].to(positions.dtype)
 
 
 def resolution_of(model: Model) -> int:
@@ -102,11 +61,14 @@ def adapt(base: Model, name: str, class_names: Sequence[str], resolution: int) -
         ValueError: no class, a resolution that the autoencoder and the patches do not divide, or a
             UNet.
     """
-    before, names = base.denoiser, tuple(class_names)
-    if not isinstance(before.network, DiT):
+    # What cannot be fine-tuned is refused before anything is built.
+    before, names = base.class_conditional, tuple(class_names)
+    family = families()[before.network.key]
+    if not family.label_table:
+        tunable = (each.noun for each in families().values() if each.label_table)
         raise ValueError(
-            f"ckpt={base.name}: a UNet, which can be trained from the start "
-            f"(experiment=digits_unet) but not fine-tuned; expected a DiT"
+            f"ckpt={base.name}: {family.noun}, which can be trained from the start but not "
+            f"fine-tuned; expected {' or '.join(tunable)}"
         )
     if not names:
         raise ValueError("the data has no classes: expected one or more to fine-tune on")
@@ -116,29 +78,20 @@ def adapt(base: Model, name: str, class_names: Sequence[str], resolution: int) -
             f"resolution={resolution}: expected a multiple of {cell}, the autoencoder's factor "
             f"{base.codec.factor} times the checkpoint's patch size {before.network.patch_size}"
         )
+    # The same config but for size and classes, built without memory: its weights are the others'.
     description = base.description
     side = resolution // base.codec.factor
     description["model"] |= {"input_size": side, "num_classes": len(names)}
     description["class_names"] = list(names)
     with torch.device("meta"):
         denoiser = build(description)
-
-    state = dict(before.network.state_dict())
-    remade = {}
-    kept = names
-    if names != before.class_names:
-        null = "the null row is kept" if len(state[TABLE]) > before.num_classes else "no null row"
-        state[TABLE], kept = relabelled(state[TABLE], before.class_names, names)
-        remade[TABLE] = f"label table of {before.num_classes} classes: now {len(names)}, {null}"
-    old, new = before.network.grid, denoiser.network.grid
-    if old != new:
-        state[POSITIONS] = repositioned(state[POSITIONS], old, new)
-        remade[POSITIONS] = f"positions of {old[0]} x {old[1]} tokens: now {new[0]} x {new[1]}"
-    denoiser.network.load_state_dict(state, assign=True)
+    refitted = family.refit(before.network, denoiser.network, before.class_names, names)
+    denoiser.network.load_state_dict(refitted.state, assign=True)
     model = from_denoiser(
         denoiser.eval(), name, codec=base.codec, defaults=base.defaults, vae=base.vae
     )
-    return Adapted(model, kept, tuple(n for n in names if n not in kept), remade)
+    new = tuple(n for n in names if n not in refitted.kept)
+    return Adapted(model, refitted.kept, new, refitted.remade)
 
 
 def matching(names: Iterable[str], pattern: str) -> set[str]:
@@ -179,7 +132,7 @@ def default_objective(denoiser: ClassConditional) -> Objective:
 
     Flow matching for the velocity of a flow, DiT's for a learned variance, else the squared error.
     """
-    if isinstance(denoiser.process, Flow):
+    if denoiser.process.is_flow:
         return FlowMatching() if denoiser.kind == "v" else MSE()
     return Hybrid() if denoiser.network.learn_sigma else MSE()
 
@@ -189,10 +142,12 @@ def report(base: Model, adapted: Adapted, adapters: Sequence[str] = ()) -> str:
 
     ``adapters`` are the layers that were given LoRA's.
     """
-    parameters = dict(adapted.model.denoiser.network.named_parameters())
+    network = adapted.model.class_conditional.network
+    parameters = dict(network.named_parameters())
+    fixed = families()[network.key].fixed
     added = {name for name in parameters if ".lora_" in name}
     loaded = set(parameters) - set(adapted.remade) - added
-    frozen = [n for n, p in parameters.items() if not p.requires_grad and n != POSITIONS]
+    frozen = [n for n, p in parameters.items() if not p.requires_grad and n not in fixed]
     trained = [n for n, p in parameters.items() if p.requires_grad]
 
     def count(names: Iterable[str]) -> str:

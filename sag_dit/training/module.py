@@ -112,11 +112,11 @@ class DiffusionModule(LightningModule):
         self.last_losses: Losses | None = None
 
     @property
-    def evaluated(self) -> ClassConditional:
+    def evaluated(self) -> Denoiser:
         """The denoiser that is validated and shown: the averaged one where there is one."""
         if self.averaged is None:
             return self.denoiser
-        return cast(ClassConditional, self.averaged.module)
+        return cast(Denoiser, self.averaged.module)
 
     def configure_model(self) -> None:
         """Shard denoiser and average block by block where the strategy shards models (FSDP2)."""
@@ -125,8 +125,9 @@ class DiffusionModule(LightningModule):
             return
         self._is_sharded = True
         for denoiser in {self.denoiser, self.evaluated}:
-            for block in denoiser.network.blocks.children():
-                fully_shard(block, mesh=mesh["data_parallel"])
+            if isinstance(denoiser, ClassConditional):
+                for block in denoiser.network.blocks.children():
+                    fully_shard(block, mesh=mesh["data_parallel"])
             # The network, since it is what objectives and guidance call.
             # Resharded after each forward: after one without a backward, as in validation, the
             # average would be left whole, and could not follow the sharded weights.

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from sag_dit.checkpoints import load
 from sag_dit.checkpoints.files import weights_name
-from sag_dit.checkpoints.keys import from_diffusers
 from sag_dit.codec import VAECodec
 from sag_dit.models import DiT
+from sag_dit.models.dit.layouts import renamed_from_diffusers
 from sag_dit.process import DDPM
 from tests.checkpoints.conftest import NAMES, Same, edit_json, to_diffusers
 from tests.closeness import assert_near
@@ -205,10 +205,10 @@ def test_embedders_that_differ_between_blocks_are_refused(pipeline: Path) -> Non
 def test_no_tensor_is_dropped_or_invented(make_dit: MakeDiT) -> None:
     network = make_dit(depth=2)
     theirs = to_diffusers(network.state_dict(), depth=2)
-    back = from_diffusers({**theirs, "stray.weight": torch.ones(1)}, depth=2)
+    back = renamed_from_diffusers({**theirs, "stray.weight": torch.ones(1)}, depth=2)
     assert set(back) == set(network.state_dict()) - {"pos_embed"} | {"stray.weight"}
     del theirs["transformer_blocks.1.attn1.to_k.bias"]
-    partial = from_diffusers(theirs, depth=2)
+    partial = renamed_from_diffusers(theirs, depth=2)
     assert "blocks.1.attn.qkv.bias" not in partial
     assert "transformer_blocks.1.attn1.to_q.bias" in partial
 

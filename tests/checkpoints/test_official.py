@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from sag_dit.checkpoints import build, describe, load, write_safetensors
-from sag_dit.checkpoints.infer import grid_of, head_count
 from sag_dit.codec import IdentityCodec
 from sag_dit.denoiser import ClassConditional
 from sag_dit.models import SIZES, DiT
+from sag_dit.models.dit.adapter import grid_of, head_count
 from sag_dit.process import DDPM, Flow, Process
 from tests.checkpoints.conftest import Same
 from tests.conftest import MakeDiT

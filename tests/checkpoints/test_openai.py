@@ -10,24 +10,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from sag_dit.checkpoints import build, describe, load, load_classifier, published, write_safetensors
-from sag_dit.checkpoints.config import build_network
-from sag_dit.checkpoints.infer_unet import convert, sizes_of
-from sag_dit.checkpoints.published import Sizes, Variant
-from sag_dit.checkpoints.zoo import CLASSIFIERS, ZOO
-from sag_dit.models.unet import UNet
+from sag_dit import catalogue
+from sag_dit.checkpoints import build, describe, load, load_classifier, write_safetensors, zoo
+from sag_dit.models import families
+from sag_dit.models.unet import published
+from sag_dit.models.unet.adapter import convert, sizes_of
+from sag_dit.models.unet.network import UNet
+from sag_dit.models.unet.published import Sizes, Variant
 from sag_dit.process import DDPM
 from tests.checkpoints.openai import state_of
 
 SMALL = Sizes(3, 32, 1, (1, 2), (1,), True, True, 0, True)
 OWN = {"model": {"input_size": 16, "num_head_channels": 32}}
 
+KINDS: tuple[catalogue.Kind, ...] = ("model", "classifier", "upsampler")
+
 
 def small(**changed: Any) -> dict[str, Tensor]:
     """Weights of a small network of the published layout."""
     torch.manual_seed(0)
     sizes = Sizes(**{**vars(SMALL), **changed})
-    state = state_of(Variant("", "", sizes, 16, {}), device="cpu")
+    state = state_of(Variant("", sizes, 16, {}), device="cpu")
     return {name: 0.1 * torch.randn(tensor.shape) for name, tensor in state.items()}
 
 
@@ -40,7 +43,7 @@ def saved(path: Path, state: dict[str, Tensor], beside: dict[str, Any] | None = 
     return path
 
 
-@pytest.mark.parametrize("variant", published.ALL, ids=lambda variant: variant.file)
+@pytest.mark.parametrize("variant", published.variants(), ids=lambda variant: variant.file)
 def test_published_files_are_told_apart_by_their_weights(variant: Variant) -> None:
     sizes = sizes_of(state_of(variant), Path("x.pt"))
     assert sizes == variant.sizes
@@ -85,16 +88,18 @@ def test_published_weights_fit_the_network_of_their_flags(file: str) -> None:
     assert variant is not None
     converted = convert(state_of(variant), Path(file), {})
     with torch.device("meta"):
-        network = build_network(converted.model)
+        network = families()["unet"].build(converted.model)
     assert isinstance(network, UNet) and network.input_size == (variant.input_size,) * 2
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
     assert {name: tensor.shape for name, tensor in converted.state.items()} == expected
 
 
 def test_every_published_diffusion_model_has_a_name() -> None:
-    files = {model.file for model in ZOO.values()} | {each.file for each in CLASSIFIERS.values()}
-    named = (*published.DIFFUSION, *published.CLASSIFIERS)
-    assert {variant.file for variant in named} <= files
+    """Upsamplers are recognised, and cannot be asked for."""
+    assert [len(published.variants(kind)) for kind in KINDS] == [16, 4, 3]
+    names = set(catalogue.entries("model", "classifier"))
+    assert names.isdisjoint(catalogue.entries("upsampler"))
+    assert set(catalogue.entries("model")) < set(zoo.names())
 
 
 def test_half_precision_files_load_and_go_through_our_own_layout(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sag_dit.checkpoints import build, describe, load, zoo
+from sag_dit import catalogue
+from sag_dit.checkpoints import build, describe, load
 from sag_dit.models import DiT
 from sag_dit.process import Flow
 from tests.closeness import assert_near
@@ -31,7 +32,7 @@ def test_a_flat_file_is_known_by_its_name(network: DiT, tmp_path: Path) -> None:
     y, t = torch.tensor([1, 2, 10]), torch.tensor([0.1, 0.5, 0.97])
     velocity = network(x, 1 - t, y)[:, :3]
     assert_near(denoiser(x, denoiser.process.level(t), y).v, -velocity)
-    assert zoo.ZOO["SiT-XL-2"].file == path.name
+    assert catalogue.entries()["SiT-XL-2"].file == path.name
     # The same weights under another name are a DiT's.
     assert load(path.rename(tmp_path / "DiT.pt")).denoiser.kind == "eps"
 

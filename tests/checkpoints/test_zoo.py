@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sag_dit import catalogue
 from sag_dit.checkpoints import load, zoo
 from sag_dit.models import DiT
 from tests.checkpoints.conftest import Same, edit_json
@@ -101,7 +102,8 @@ def test_bundled_model_is_loaded_by_name(
 def test_bundled_model_that_is_missing_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(zoo, "BUNDLED", ("absent",))
+    absent = {"absent": catalogue.Entry("absent", "bundled", file="absent/model.safetensors")}
+    monkeypatch.setattr(catalogue, "entries", lambda *kinds: absent)
     with pytest.raises(ValueError, match=r"bundled model is missing from .*experiment=absent"):
         load("absent")
 

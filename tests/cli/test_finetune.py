@@ -17,7 +17,7 @@ from sag_dit.checkpoints import load
 from sag_dit.cli import train
 from sag_dit.cli.app import launch
 from sag_dit.data.digits import Digits
-from sag_dit.training.finetune import TABLE
+from sag_dit.models.dit.adapter import TABLE
 
 Command = Callable[..., Any]
 SaveOfficial = Callable[..., Path]

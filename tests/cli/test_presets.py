@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 from hydra import compose, initialize_config_dir
 
-from sag_dit.checkpoints import zoo
+from sag_dit import catalogue
 from sag_dit.cli.composing import config_folder, quoted
 from sag_dit.cli.presets import SCALES, with_presets
 
 
 def test_every_bundled_model_has_them() -> None:
-    assert SCALES.keys() == set(zoo.BUNDLED)
+    assert SCALES.keys() == set(catalogue.entries("bundled"))
 
 
-@pytest.mark.parametrize("model", zoo.BUNDLED)
+@pytest.mark.parametrize("model", catalogue.entries("bundled"))
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
 def test_they_compose(command: str, model: str) -> None:
     arguments = with_presets(command, [f"ckpt={model}"])

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sag_dit.checkpoints import formats, published, zoo
+from sag_dit.checkpoints import formats, zoo
 from sag_dit.checkpoints.loading import full_config
 from sag_dit.models import DiT
+from sag_dit.models.unet import published
 from tests import stand_ins
 from tests.checkpoints.openai import state_of
 

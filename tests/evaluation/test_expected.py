@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sag_dit.checkpoints import zoo
+from sag_dit import catalogue
 from sag_dit.cli.composing import compose, config_folder
 from sag_dit.cli.keys.key import plain
 from sag_dit.cli.published import expected_of as read
@@ -133,7 +133,7 @@ def test_rows_of_the_sag_paper_set_what_it_says(name: str) -> None:
     assert compose("sample", [f"experiment=paper/{name}"]).guidance == config.guidance
     expected = expected_of(config)
     assert expected.protocol["count"] is None
-    assert config.ckpt in zoo.ZOO
+    assert config.ckpt in catalogue.entries("model")
     assert isinstance(instantiated(config.sampler), Ancestral)
     active = {type(term): term for term in make_terms(config.guidance).values() if not term.off}
     scale = float(name.partition("_sag")[2] or 0)
@@ -150,7 +150,7 @@ def test_rows_of_the_sag_paper_set_what_it_says(name: str) -> None:
         guidance = active[ClassifierGuidance]
         assert isinstance(guidance, ClassifierGuidance)
         assert (guidance.scale, guidance.form) == (0.5, "mean")
-        assert guidance.classifier in zoo.CLASSIFIERS
+        assert guidance.classifier in catalogue.entries("classifier")
     assert tuple(expected.metrics.values()) == SAG_ROWS[name]
 
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks.methods import classes, setting
 from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import APG, CFG, ICG, Autoguidance, GuidedDenoiser, Term
-from sag_dit.models.unet import UNet
+from sag_dit.models.unet.network import UNet
 from sag_dit.process import DDPM, Prediction
 from tests.closeness import assert_near
 from tests.guidance.every import every, guided

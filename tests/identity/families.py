@@ -18,8 +18,8 @@ from sag_dit.data.patches import Patches
 from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import Term
 from sag_dit.models import DiT
-from sag_dit.models.classifier import Classifier
-from sag_dit.models.unet import UNet
+from sag_dit.models.unet.classifier import Classifier
+from sag_dit.models.unet.network import UNet
 from sag_dit.sampler import Sampler
 from sag_dit.sampler.diffusers import DiffusersSampler
 from sag_dit.training.objective import Objective

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sag_dit.attention import Capture
 from sag_dit.denoiser import ClassConditional
-from sag_dit.models.classifier import Classifier
-from sag_dit.models.unet import UNet
+from sag_dit.models.unet.classifier import Classifier
+from sag_dit.models.unet.network import UNet
 from sag_dit.process import DDPM
 from tests.closeness import assert_near
 

@@ -19,7 +19,7 @@ from sag_dit.denoiser import Denoiser
 from sag_dit.guidance import CFG, SAG
 from sag_dit.guidance import sag as sag_module
 from sag_dit.models import DiT
-from sag_dit.models.embeddings import TimestepEmbedder
+from sag_dit.models.dit.embeddings import TimestepEmbedder
 from sag_dit.process import DDPM, Prediction
 from sag_dit.process import ddpm as ddpm_module
 from sag_dit.process.ddpm import Posterior
@@ -31,7 +31,7 @@ from tests.parity.compare import disagreements
 from tests.parity.mutations import Mutation, replaced
 
 # The package also has a function of this name.
-DIT_MODULE = import_module("sag_dit.models.dit")
+DIT_MODULE = import_module("sag_dit.models.dit.network")
 
 PASSES = r"forward\..*_t"
 SALIENCY = (ours, tap)

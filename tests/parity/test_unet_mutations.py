@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sag_dit.attention import tap
-from sag_dit.checkpoints import sit, unet_keys
 from sag_dit.guidance import SAG, ClassifierGuidance
 from sag_dit.guidance import sag as sag_module
-from sag_dit.models import classifier as classifier_module
-from sag_dit.models import unet as unet_module
-from sag_dit.models.unet import UNet
+from sag_dit.models.dit import sit
+from sag_dit.models.unet import classifier as classifier_module
+from sag_dit.models.unet import keys
+from sag_dit.models.unet import network as unet_module
+from sag_dit.models.unet.network import UNet
 from sag_dit.process import Prediction
 from sag_dit.sampler import DDIM, Ancestral, EulerFlow, EulerMaruyama
 from tests.parity import mutations as m
@@ -83,7 +84,7 @@ UNETS = (
     Mutation("sines first", timed(flip_sin_to_cos=False), (FORWARDS, r"classifier\.")),
     Mutation(
         "the other order of queries, keys and values",
-        replaced(unet_keys, "split_qkv", other_order),
+        replaced(keys, "split_qkv", other_order),
         (r"forward\.(adm|new_order|narrow|iddpm|wide)", r"classifier\.logits"),
     ),
     Mutation(

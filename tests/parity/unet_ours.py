@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sag_dit.attention import Capture
-from sag_dit.checkpoints import config, formats, infer_unet, loading, sit
+from sag_dit.checkpoints import config, formats, loading
 from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import CFG, SAG, ClassifierGuidance, GuidedDenoiser
 from sag_dit.models import DiT
-from sag_dit.models.classifier import Classifier
+from sag_dit.models.dit import sit
+from sag_dit.models.unet.adapter import convert
+from sag_dit.models.unet.classifier import Classifier
 from sag_dit.process import DDPM, Flow, Step
 from sag_dit.process.ddpm import Posterior
 from sag_dit.sampler import Ancestral, EulerFlow, EulerMaruyama, Sampler, StridedDDIM
@@ -32,7 +34,7 @@ CFG_CHANNELS = 3
 def denoiser(name: str) -> ClassConditional:
     """Our network of published weights, as loading builds it."""
     net, path = f.NETS[name], Path(f"{name}.pt")
-    converted = infer_unet.convert(f.state_of(name), path, net.beside)
+    converted = convert(f.state_of(name), path, net.beside)
     checkpoint = formats.Checkpoint(
         converted.state, (path,), {"model": converted.model, "process": net.process}
     )
@@ -119,7 +121,7 @@ def states_of(
 def classifier() -> Outputs:
     """The classifier's logits, and single steps that it guides."""
     net, path = f.CLASSIFIER, Path("classifier.pt")
-    converted = infer_unet.convert(f.state_of("classifier"), path, net.beside, classifier=True)
+    converted = convert(f.state_of("classifier"), path, net.beside, classifier=True)
     with torch.device("meta"):
         network = Classifier(**converted.model).eval()
     loading.fill(network, converted.state, path)

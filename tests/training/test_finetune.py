@@ -10,18 +10,10 @@ import torch
 from sag_dit.checkpoints import Model, from_denoiser
 from sag_dit.denoiser import ClassConditional
 from sag_dit.models import DiT
-from sag_dit.models.embeddings import sincos_positions
+from sag_dit.models.dit.adapter import POSITIONS, TABLE, relabelled
+from sag_dit.models.dit.embeddings import sincos_positions
 from sag_dit.process import DDPM, Flow, Process
-from sag_dit.training.finetune import (
-    POSITIONS,
-    TABLE,
-    adapt,
-    default_objective,
-    freeze,
-    relabelled,
-    report,
-    resolution_of,
-)
+from sag_dit.training.finetune import adapt, default_objective, freeze, report, resolution_of
 from sag_dit.training.objective import MSE, FlowMatching, Hybrid, Objective
 
 NAMES = ("cat", "dog", "emu")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sag_dit.data.digits import Digits
 from sag_dit.denoiser.base import Condition, Denoiser
-from sag_dit.models.dit import DiTBlock
+from sag_dit.models.dit.network import DiTBlock
 from sag_dit.process import NoiseLevel
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.objective import MSE

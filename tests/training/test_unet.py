@@ -11,7 +11,7 @@ from sag_dit.checkpoints import Model, from_denoiser, load
 from sag_dit.checkpoints.export import export
 from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import CFG, SAG
-from sag_dit.models.unet import UNet
+from sag_dit.models.unet.network import UNet
 from sag_dit.process import DDPM
 from sag_dit.sampling import sample
 from sag_dit.training.finetune import adapt

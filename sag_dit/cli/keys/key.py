@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -45,7 +45,7 @@ class Key:
     later: Any = UNSET
     unnamed: bool = False
     keys: type | None = None
-    asks: tuple[str, ...] = ()
+    asks: Callable[[], Sequence[str]] = tuple
     by_checkpoint: bool = False
     published: bool = False
 

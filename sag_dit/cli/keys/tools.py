@@ -54,7 +54,9 @@ class Encode(Closed):
     ]
     trainer: Annotated[
         Open,
-        Key("devices", keys=Trainer, asks=("lightning.fabric.Fabric",), determines="nothing"),
+        Key(
+            "devices", keys=Trainer, asks=lambda: ["lightning.fabric.Fabric"], determines="nothing"
+        ),
     ]
 
 

@@ -16,9 +16,18 @@ class Process:
     num_timesteps: Annotated[int, Key("noise levels", least=1, most=100_000, determines="weights")]
 
 
-class Network:
-    """Arguments of DiT, or of UNet; null is what the other one takes."""
+def networks() -> list[str]:
+    """Return the network of every family."""
+    from sag_dit.models import families
 
+    found = (each.network() for each in families().values())
+    return [f"{each.__module__}.{each.__qualname__}" for each in found]
+
+
+class Network:
+    """Arguments of a network; null is what another one takes."""
+
+    family: Annotated[str | None, Key("null: DiT or UNet", determines="weights", later=None)]
     hidden_size: Annotated[int | None, Key("width of a token", least=1, determines="weights")]
     depth: Annotated[int | None, Key("blocks", least=1, determines="weights")]
     num_heads: Annotated[int | None, Key("heads of attention", least=1, determines="weights")]
@@ -221,7 +230,7 @@ class Train(Closed):
         Key(
             "the network",
             keys=Network,
-            asks=("sag_dit.models.DiT", "sag_dit.models.unet.UNet"),
+            asks=networks,
             by_checkpoint=True,
             determines="weights",
         ),

@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+POSITION_TOLERANCE = 0.01
+"""Positions stored in half precision differ from the table by less: they are rounded by 2^-9."""
+
 
 class TimestepEmbedder(nn.Module):
     """Embed a time by sinusoids and a two-layer SiLU network.

@@ -1,4 +1,8 @@
-"""Reading a published UNet's or classifier's sizes from the names and shapes of its weights."""
+"""The family of ADM's and IDDPM's UNets, and of ADM's classifiers: how their files are read.
+
+Sizes are read from the names and shapes of the weights; what these do not tell is known of the
+published models.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,112 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from sag_dit.checkpoints import keys, published, unet_keys
-from sag_dit.checkpoints.published import Sizes, Variant
-from sag_dit.models.unet_parts import decoder_parts, encoder_parts
+from sag_dit.models.family import Family, State, WeightsFile, register
+from sag_dit.models.network import Network
+from sag_dit.models.unet import keys, published
+from sag_dit.models.unet.parts import decoder_parts, encoder_parts
+from sag_dit.models.unet.published import Sizes, Variant
+
+if TYPE_CHECKING:
+    # Their library takes seconds to import.
+    from sag_dit.models.unet.classifier import Classifier
+    from sag_dit.models.unet.network import UNet
 
 log = logging.getLogger(__name__)
 
 FIRST = "input_blocks.0.0.weight"
 HEADS = ("num_heads", "num_head_channels")
+
+
+@register
+class UNetFamily(Family):
+    """The UNets of ADM and IDDPM.
+
+    Example:
+        >>> UNetFamily().describes({"model_channels": 32, "input_size": 16})
+        True
+    """
+
+    key = "unet"
+    title = "UNet (of ADM's and IDDPM's kind)"
+    noun = "a UNet"
+    source = "openai/guided-diffusion or openai/improved-diffusion, here under diffusers' names"
+
+    def network(self) -> type[UNet]:
+        """Return UNet."""
+        from sag_dit.models.unet.network import UNet
+
+        return UNet
+
+    def describes(self, model: Mapping[str, Any]) -> bool:
+        """Whether arguments are those of a UNet, which are stored without a family."""
+        return "model_channels" in model
+
+    def arguments(self, network: Network) -> dict[str, Any]:
+        """Return the arguments of a UNet."""
+        return dict(network.arguments)
+
+    def required(self) -> list[str]:
+        """Return the size of the images; all else has the value that is usual."""
+        return ["input_size"]
+
+    def recognises(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether names of parameters are those of openai's code."""
+        return published.is_published(state)
+
+    def read(self, file: WeightsFile) -> tuple[State, Mapping[str, Any]]:
+        """Return the weights of openai's code under our names; our own are left as they are."""
+        if not published.is_published(file.state):
+            return file.state, file.stated
+        converted = convert(file.state, file.path, file.stated)
+        process = {"process": converted.process} if converted.process else {}
+        own = {name: value for name, value in file.stated.items() if name != published.ORDER}
+        return converted.state, {**process, **own, "model": converted.model}
+
+    def infer(
+        self, state: State, path: Path, stated: Mapping[str, Any], num_heads: int | None
+    ) -> dict[str, Any]:
+        """Return what is stated: weights were read by their heads, which cannot change then.
+
+        Raises:
+            ValueError: ``num_heads`` is given.
+        """
+        if num_heads is not None:
+            raise ValueError(
+                f"num_heads={num_heads}: a UNet's weights are read by its heads; state "
+                f'{{"model": {{"num_heads": {num_heads}}}}} in '
+                f"{path.with_suffix('.json').name} beside them"
+            )
+        return dict(stated)
+
+
+CLASSIFIER_SOURCE = "openai/guided-diffusion's classifier, here under diffusers' names"
+
+
+def read_classifier(file: WeightsFile) -> tuple[State, Classifier]:
+    """Return the weights of one of ADM's classifiers, and its network without memory.
+
+    Raises:
+        ValueError: the file holds no classifier, or one that cannot be built.
+    """
+    from sag_dit.models.unet.classifier import Classifier
+
+    if not published.is_published(file.state):
+        raise ValueError(
+            f"{file.path}: not a classifier of openai/guided-diffusion; found "
+            f"{', '.join(list(file.state)[:3])}, ..."
+        )
+    converted = convert(file.state, file.path, file.stated, classifier=True)
+    try:
+        with torch.device("meta"):
+            return converted.state, Classifier(**converted.model)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file.path}: {error}") from None
 
 
 class Block(NamedTuple):
@@ -32,7 +130,7 @@ class Block(NamedTuple):
 class Converted:
     """Weights under our names, and the config that goes with them."""
 
-    state: keys.State
+    state: State
     model: Mapping[str, Any]
     process: Mapping[str, Any]
 
@@ -43,6 +141,7 @@ def sizes_of(state: Mapping[str, Tensor], path: Path) -> Sizes:
     Raises:
         ValueError: the weights fit none.
     """
+    # One part after another is looked at; a foreign file lacks some.
     count = len({name.split(".")[1] for name in state if name.startswith("input_blocks.")})
     try:
         blocks = [_block(state, i) for i in range(1, count)]
@@ -56,6 +155,7 @@ def sizes_of(state: Mapping[str, Tensor], path: Path) -> Sizes:
             f"{path}: looks like a UNet of openai/guided-diffusion, but {error} is missing or of "
             f"another shape; expected all of its weights"
         ) from None
+    # The number of residual blocks of a level is the one by which the parts fall into equal levels.
     ups = len({n for n in state if n.startswith("output_blocks.") and _upsamples(n)})
     found = [
         depth
@@ -69,6 +169,7 @@ def sizes_of(state: Mapping[str, Tensor], path: Path) -> Sizes:
             f"{path}: its {count} input_blocks are not those of levels of equally many residual "
             f"blocks, each but the last with a resampling; found {_listed(blocks)}"
         )
+    # Each level is told by its first block.
     (depth,) = found
     firsts = blocks[:: depth + 1]
     # An upsampler also sees the small image.
@@ -123,7 +224,7 @@ def _listed(blocks: list[Block]) -> str:
 
 
 def convert(
-    state: keys.State, path: Path, stated: Mapping[str, Any], *, classifier: bool = False
+    state: State, path: Path, stated: Mapping[str, Any], *, classifier: bool = False
 ) -> Converted:
     """Turn published weights into ours, with the config of the published model they are of.
 
@@ -134,6 +235,7 @@ def convert(
         ValueError: the weights are of another kind or variant than asked for, or nothing tells the
             size of the images and the heads.
     """
+    # What it is, and which published model, if any.
     sizes = sizes_of(state, path)
     if published.is_classifier(state) != classifier:
         what, wanted = ("a classifier", "a diffusion model")[:: -1 if classifier else 1]
@@ -147,6 +249,7 @@ def convert(
             f"{path}: an upsampler, which enlarges images and is not read; "
             f"{published.resembling(sizes)}"
         )
+    # What weights do not tell: of the published model, unless the config says otherwise.
     known: dict[str, Any] = {}
     process: Mapping[str, Any] = {}
     new_order = bool(stated.get(published.ORDER, False))
@@ -172,11 +275,12 @@ def convert(
         **({} if classifier else {"learn_sigma": sizes.learn_sigma}),
         **model,
     }
+    # Names of the parts, theirs and ours, follow from the sizes.
     levels = len(sizes.channel_mult)
     where = (levels, sizes.num_res_blocks, [i in sizes.attending for i in range(levels)])
     parts = [*encoder_parts(*where), *([] if classifier else decoder_parts(*where))]
     heads, channels = (model.get(name) for name in HEADS)
-    renamed = unet_keys.from_published(state, parts, heads, channels, new_order)
+    renamed = keys.from_published(state, parts, heads, channels, new_order)
     return Converted(renamed, arguments, process)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from sag_dit.checkpoints.keys import State
-from sag_dit.models.unet_parts import Part
+from sag_dit.models.family import State
+from sag_dit.models.unet.parts import Part
 
 # theirs -> ours, once per network
 NETWORK = {
@@ -72,10 +72,12 @@ def from_published(
 
     for theirs, ours in NETWORK.items():
         move(theirs, ours)
+    # Blocks: which of ours is which of theirs, the parts tell.
     for part in parts:
         names = {"resnet": RESNET, "attention": ATTENTION, "resample": RESNET | RESAMPLE}
         for theirs, ours in names[part.kind].items():
             move(f"{part.published}.{theirs}", f"{part.name}.{ours}")
+        # They keep queries, keys and values in one tensor, we in three.
         if part.kind == "attention":
             for kind in ("weight", "bias"):
                 joined = left.pop(f"{part.published}.qkv.{kind}", None)
@@ -85,6 +87,7 @@ def from_published(
                 split = split_qkv(joined, heads, new_attention_order)
                 for name, tensor in zip(("to_q", "to_k", "to_v"), split, strict=True):
                     renamed[f"{part.name}.{name}.{kind}"] = tensor
+    # A classifier ends in an attention pool.
     for theirs, ours in POOL.items():
         move(f"out.2.{theirs}", f"pool.{ours}")
     if "out.2.positional_embedding" in left:

@@ -7,6 +7,7 @@ load strictly. Rectangular grids are allowed: the grid is stored, never a square
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sag_dit.attention import AttentionLayer
-from sag_dit.models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
+from sag_dit.models.dit.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
 from sag_dit.tensors import Images, Labels
 
 SIZES: dict[str, dict[str, int]] = {
@@ -93,6 +94,11 @@ class DiT(nn.Module):
     Raises:
         ValueError: ``input_size`` is not divisible by ``patch_size``, or ``hidden_size`` by
             ``num_heads`` or 4.
+
+    Example:
+        >>> network = DiT(input_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=10)
+        >>> network(torch.zeros(1, 4, 8, 8), torch.tensor([500]), torch.tensor([3])).shape
+        torch.Size([1, 8, 8, 8])
     """
 
     key = "dit"
@@ -145,6 +151,25 @@ class DiT(nn.Module):
         self._initialise()
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """What builds this network anew, as plain values."""
+        height, width = self.input_size
+        hidden_size = int(self.pos_embed.shape[-1])
+        block: Any = self.blocks[0]
+        return {
+            "input_size": height if height == width else [height, width],
+            "patch_size": self.patch_size,
+            "in_channels": self.in_channels,
+            "hidden_size": hidden_size,
+            "depth": len(self.blocks),
+            "num_heads": int(block.attn.num_heads),
+            "mlp_ratio": mlp_ratio(hidden_size, int(block.mlp.fc1.out_features)),
+            "class_dropout_prob": self.y_embedder.dropout_prob,
+            "num_classes": self.num_classes,
+            "learn_sigma": self.learn_sigma,
+        }
+
+    @property
     def layers(self) -> dict[str, AttentionLayer]:
         """Its self-attention layers by name."""
         names = [f"blocks.{i}.attn" for i in range(len(self.blocks))]
@@ -159,6 +184,16 @@ class DiT(nn.Module):
     def null_label(self) -> int | None:
         """The label that means 'no class', None if the network was trained without."""
         return self.num_classes if self.y_embedder.dropout_prob > 0 else None
+
+    @property
+    def time_inputs(self) -> tuple[str, ...]:
+        """The modules of the blocks that the embedding of the time enters."""
+        return tuple(f"blocks.{i}.adaLN_modulation" for i in range(len(self.blocks)))
+
+    def embed_time(self, t: Float[Tensor, "b"] | Int[Tensor, "b"]) -> Float[Tensor, "b d"]:
+        """Return the embeddings of times."""
+        out: Tensor = self.t_embedder(t)
+        return out
 
     def _initialise(self) -> None:
         """Initialise as published: Xavier, small embeddings, zero modulation and output."""
@@ -201,6 +236,13 @@ class DiT(nn.Module):
             block.compile(fullgraph=True)
 
 
+def mlp_ratio(hidden_size: int, mlp_size: int) -> float:
+    """Return the ratio r with int(hidden_size r) = mlp_size."""
+    ratio = mlp_size / hidden_size
+    # The quotient is rounded, and its product must not fall below the whole number.
+    return ratio if int(hidden_size * ratio) == mlp_size else (mlp_size + 0.5) / hidden_size
+
+
 def dit(size: str, **options: object) -> DiT:
     """Build one of the published sizes, for example ``dit("DiT-S/2", num_classes=10)``.
 
@@ -210,6 +252,3 @@ def dit(size: str, **options: object) -> DiT:
     if size not in SIZES:
         raise ValueError(f"size={size!r}: expected one of {', '.join(SIZES)}")
     return DiT(**{**SIZES[size], **options})  # type: ignore[arg-type]
-
-
-__all__ = ["SIZES", "DiT", "dit", "modulate"]

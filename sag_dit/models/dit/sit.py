@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sag_dit.checkpoints.keys import State
+from sag_dit.models.family import State
 
 NAME = "SiT"
 """How names of SiT's models and official files begin."""

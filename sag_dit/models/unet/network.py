@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sag_dit.attention import AttentionLayer
-from sag_dit.models.unet_parts import GROUPS, Shape, decoder_parts, encoder_parts, pair
+from sag_dit.models.unet.parts import GROUPS, Shape, decoder_parts, encoder_parts, pair
 from sag_dit.tensors import Images, Labels
 
 

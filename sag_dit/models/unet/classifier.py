@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from timm.layers import AttentionPool2d
 from torch import Tensor, nn
 
-from sag_dit.models.unet import block_type, time_embedding
-from sag_dit.models.unet_parts import GROUPS, Shape, pair
+from sag_dit.models.unet.network import block_type, time_embedding
+from sag_dit.models.unet.parts import GROUPS, Shape, pair
 from sag_dit.tensors import Images
 
 

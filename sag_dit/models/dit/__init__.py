@@ -1,0 +1,1 @@
+"""DiT and SiT: diffusion transformers with adaLN-Zero."""

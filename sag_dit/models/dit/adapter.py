@@ -1,0 +1,348 @@
+"""The family of DiT and SiT: how their files are recognised, read, exported and fine-tuned.
+
+Weights tell all of a DiT's sizes but three things. The token grid is found by comparing the stored
+positions with those of each rectangle of as many tokens. Whether the last row of the label table is
+a null class is taken to be so, as in every published DiT, unless there is one row only. The number
+of heads is told by :func:`head_count`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sag_dit.catalogue import entries
+from sag_dit.identity import later
+from sag_dit.models.dit import sit
+from sag_dit.models.dit.embeddings import POSITION_TOLERANCE, sincos_positions
+from sag_dit.models.dit.layouts import DiffusersFolder, OfficialFile, from_diffusers
+from sag_dit.models.dit.network import SIZES, DiT, mlp_ratio
+from sag_dit.models.family import (
+    Family,
+    Refitted,
+    State,
+    WeightsFile,
+    register,
+)
+from sag_dit.models.network import Network
+
+log = logging.getLogger(__name__)
+
+# The weights that tell the size, and how many dimensions each has.
+TELLING = {
+    "x_embedder.proj.weight": 4,
+    "pos_embed": 3,
+    "y_embedder.embedding_table.weight": 2,
+    "blocks.0.attn.qkv.weight": 2,
+    "blocks.0.mlp.fc1.weight": 2,
+    "final_layer.linear.weight": 2,
+}
+HEAD_WIDTHS = (64, 72, 32, 16, 8)
+TABLE = "y_embedder.embedding_table.weight"
+POSITIONS = "pos_embed"
+
+XL = {**SIZES["DiT-XL/2"], "in_channels": 4, "num_classes": 1000}
+
+
+@register
+class DiTFamily(Family):
+    """DiT, and SiT, whose weights become those of a DiT when they are read.
+
+    Example:
+        >>> from pathlib import Path
+        >>> state = DiT(input_size=8, hidden_size=32, depth=2, num_heads=1).state_dict()
+        >>> DiTFamily().infer(state, Path("model.pt"), {"num_heads": 1}, None)["depth"]
+        2
+    """
+
+    key = "dit"
+    title = "diffusion transformer (DiT)"
+    noun = "a DiT"
+    source = "facebookresearch/DiT"
+    layouts = MappingProxyType({"dit": OfficialFile(), "diffusers": DiffusersFolder()})
+    pipeline = "DiTPipeline"
+    diffusers = "DiTTransformer2DModel"
+    label_table = TABLE
+    fixed = (POSITIONS,)
+
+    def network(self) -> type[DiT]:
+        """Return DiT."""
+        return DiT
+
+    def describes(self, model: Mapping[str, Any]) -> bool:
+        """Whether arguments are those of a DiT, which are stored without a family."""
+        return "family" not in model and "hidden_size" in model
+
+    def arguments(self, network: Network) -> dict[str, Any]:
+        """Return the arguments of a DiT."""
+        return dict(network.arguments)
+
+    def required(self) -> list[str]:
+        """Return all arguments that there have been from the beginning."""
+        return [name for name in self._parameters() if name not in later(DiT)]
+
+    def recognises(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether names of parameters are those of facebookresearch/DiT."""
+        return all(name in state for name in TELLING)
+
+    def read(self, file: WeightsFile) -> tuple[State, Mapping[str, Any]]:
+        """Return an official file's weights, a SiT's turned into those of a DiT.
+
+        A config that states a process is one of ours, and its weights are read as they are.
+        """
+        said = arguments_said(file.args, file.state)
+        model = {**said["model"], **file.stated.get("model", {})}
+        stated = {**said, **file.stated, **({"model": model} if model else {})}
+        prediction = None if "process" in stated else sit.prediction_of(file.path, file.args)
+        if prediction is None:
+            return file.state, stated
+        state, known = sit.from_sit(file.state, prediction)
+        return state, {**known, **stated}
+
+    def infer(
+        self, state: State, path: Path, stated: Mapping[str, Any], num_heads: int | None
+    ) -> dict[str, Any]:
+        """Return the arguments of the DiT whose weights these are.
+
+        Raises:
+            ValueError: they are not a DiT's, leave the size open, or are of another resolution than
+                the published file of this name.
+        """
+        told = {} if num_heads is None else {"num_heads": num_heads}
+        model = model_config(state, path, {**stated, **told})
+        check_resolution(model, path)
+        return model
+
+    def reads_diffusers(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config is that of diffusers' DiTTransformer2DModel."""
+        # Published folders still bear the name of the class that DiT was split from.
+        split_from = config.get("_class_name") == "Transformer2DModel"
+        return super().reads_diffusers(config) or (
+            split_from and config.get("norm_type") == "ada_norm_zero"
+        )
+
+    def from_diffusers(
+        self, state: State, config: Mapping[str, Any], path: Path
+    ) -> tuple[State, dict[str, Any]]:
+        """Return the weights and arguments of diffusers' DiTTransformer2DModel."""
+        return from_diffusers(state, config, path)
+
+    def refit(self, before: Any, after: Any, names: Sequence[str], now: Sequence[str]) -> Refitted:
+        """Give the new classes their rows of the label table, and the new grid its positions.
+
+        Raises:
+            ValueError: the positions are not the published ones, and the grid changes.
+        """
+        state, remade, kept = dict(before.state_dict()), {}, tuple(now)
+        if tuple(now) != tuple(names):
+            null = "the null row is kept" if len(state[TABLE]) > len(names) else "no null row"
+            state[TABLE], kept = relabelled(state[TABLE], names, now)
+            remade[TABLE] = f"label table of {len(names)} classes: now {len(now)}, {null}"
+        old, new = before.grid, after.grid
+        if old != new:
+            state[POSITIONS] = repositioned(state[POSITIONS], old, new)
+            remade[POSITIONS] = f"positions of {old[0]} x {old[1]} tokens: now {new[0]} x {new[1]}"
+        return Refitted(state, kept, remade)
+
+
+def arguments_said(args: Any, state: State) -> dict[str, Any]:
+    """Return what the arguments of DiT's or SiT's official training script say."""
+    said: dict[str, Any] = {"model": {}}
+    if not isinstance(args, Namespace):
+        return said
+    size = SIZES.get(str(getattr(args, "model", "")).replace("SiT-", "DiT-"))
+    proj = state.get("x_embedder.proj.weight")
+    if size and proj is not None and proj.shape[0] == size["hidden_size"]:
+        said["model"]["num_heads"] = size["num_heads"]
+    if isinstance(getattr(args, "num_classes", None), int):
+        said["model"]["num_classes"] = args.num_classes
+    if proj is not None and proj.shape[1] == 4 and getattr(args, "vae", None) in ("ema", "mse"):
+        said["vae"] = args.vae
+    return said
+
+
+def check_resolution(model: Mapping[str, Any], path: Path) -> None:
+    """Refuse a file that has the name of a published DiT and is one of another resolution.
+
+    Raises:
+        ValueError: it does; what it looks like is named.
+    """
+    # A cell of their latents is 8 pixels; in all else the published DiTs and SiTs are of one size.
+    published = (each for each in entries("model").values() if each.family == "dit")
+    sides = {str(each.file): (each.resolution or 0) // 8 for each in published}
+    side, found = sides.get(path.name), model["input_size"]
+    known = [name for name, each in sides.items() if each == found]
+    if side in (None, found) or not known or not model.items() >= XL.items():
+        return
+    raise ValueError(
+        f"{path}: not the published {path.name}: found input_size={found}, not {side}; it looks "
+        f"like {' or '.join(known)}, so give it that name or fetch the file anew"
+    )
+
+
+def model_config(
+    state: Mapping[str, Tensor], path: Path, stated: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the constructor arguments of the DiT whose weights these are.
+
+    ``stated`` are the arguments that the checkpoint itself gives; they override what is inferred.
+
+    Raises:
+        ValueError: the weights are not a DiT's, or leave the size open.
+    """
+    # What tells the size has to be there, and of the right number of dimensions.
+    missing = [name for name in TELLING if name not in state]
+    if missing:
+        raise ValueError(
+            f"{path}: not a DiT: {', '.join(missing)} missing; found {', '.join(list(state)[:5])}, "
+            f"...; expected the parameters of facebookresearch/DiT"
+        )
+    shapes = {name: tuple(state[name].shape) for name in TELLING}
+    odd = [f"{name} {shapes[name]}" for name in TELLING if len(shapes[name]) != TELLING[name]]
+    if odd:
+        raise ValueError(
+            f"{path}: not a DiT: {', '.join(odd)} of unexpected shape; expected those of "
+            f"facebookresearch/DiT"
+        )
+    # Widths are read off the patch embedding, the MLP and the last layer.
+    hidden, channels, patch, _ = shapes["x_embedder.proj.weight"]
+    out_channels = shapes["final_layer.linear.weight"][0] / patch**2
+    if out_channels not in (channels, 2 * channels):
+        raise ValueError(
+            f"{path}: {out_channels:g} output channels for {channels} input channels; expected as "
+            f"many, or twice as many where the variance is learned"
+        )
+    # Counted, not the highest number: of a gap, strict loading tells.
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    inferred: dict[str, Any] = {
+        "patch_size": patch,
+        "in_channels": channels,
+        "hidden_size": hidden,
+        "depth": depth,
+        "mlp_ratio": mlp_ratio(hidden, shapes["blocks.0.mlp.fc1.weight"][0]),
+        "learn_sigma": out_channels == 2 * channels,
+        **_labels(shapes["y_embedder.embedding_table.weight"][0], stated),
+        **stated,
+    }
+    # What shapes leave open is found by other means.
+    if "input_size" not in stated:
+        rows, columns = grid_of(state["pos_embed"][0], path)
+        square = rows == columns
+        inferred["input_size"] = rows * patch if square else [rows * patch, columns * patch]
+    if "num_heads" not in stated:
+        inferred["num_heads"] = head_count(hidden, depth, path)
+    return inferred
+
+
+def _labels(rows: int, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the number of classes, and whether labels were dropped in training."""
+    classes = int(stated.get("num_classes", max(rows - 1, 1)))
+    return {"num_classes": classes, "class_dropout_prob": 0.1 if rows > classes else 0.0}
+
+
+def grid_of(positions: Tensor, path: Path) -> tuple[int, int]:
+    """Find the rows and columns whose positions (n, d) these are.
+
+    Positions of none (learned ones, for example) are taken for a square's, and that is logged.
+
+    Raises:
+        ValueError: they are of no rectangle, and n is not a square.
+    """
+    count, width = positions.shape
+    root = math.isqrt(count)
+    rectangles = [(h, count // h) for h in range(1, count + 1) if count % h == 0]
+    if width % 4 == 0:
+        # Squares first: they are the commonest by far.
+        for grid in sorted(rectangles, key=lambda grid: abs(grid[0] - grid[1])):
+            expected = sincos_positions(width, grid)
+            if torch.allclose(positions.float(), expected, rtol=0, atol=POSITION_TOLERANCE):
+                return grid
+    if root * root != count:
+        raise ValueError(
+            f"{path}: pos_embed holds {count} positions that are those of no rectangle; state "
+            f'{{"model": {{"input_size": [height, width]}}}} in {path.with_suffix(".json").name} '
+            f"beside it"
+        )
+    log.warning(
+        "%s: pos_embed is not the published table of positions; a square of %d x %d tokens is "
+        "assumed",
+        path,
+        root,
+        root,
+    )
+    return root, root
+
+
+def head_count(hidden: int, depth: int, path: Path) -> int:
+    """Return the number of attention heads, which the weights do not hold.
+
+    A published width has its published number. For others the widest head of 64, 72, 32, 16 or 8
+    that divides the width is assumed, in this order. Unless width and depth are those of a
+    published size, the assumption is logged.
+
+    Raises:
+        ValueError: none of them divides the width.
+    """
+    remedy = f'state {{"model": {{"num_heads": N}}}} in {path.with_suffix(".json").name} beside it'
+    sizes = {(size["hidden_size"], size["depth"]): size["num_heads"] for size in SIZES.values()}
+    if (hidden, depth) in sizes:
+        return sizes[hidden, depth]
+    by_width = {width: heads for (width, _), heads in sizes.items()}
+    guesses = [hidden // width for width in HEAD_WIDTHS if hidden % width == 0]
+    if hidden not in by_width and not guesses:
+        raise ValueError(
+            f"{path}: weights do not tell the number of attention heads, and width {hidden} "
+            f"suggests none; {remedy}"
+        )
+    heads = by_width.get(hidden) or guesses[0]
+    log.warning(
+        "%s: weights do not tell the number of attention heads; %d of width %d are assumed. If "
+        "that is wrong, so are the pictures: %s, or call load(..., num_heads=N)",
+        path,
+        heads,
+        hidden // heads,
+        remedy,
+    )
+    return heads
+
+
+def relabelled(
+    table: Float[Tensor, "rows d"], before: Sequence[str], now: Sequence[str]
+) -> tuple[Float[Tensor, "new_rows d"], tuple[str, ...]]:
+    """Return the label table (len(now) rows, and the null row if there is one) and the names kept.
+
+    A class whose name exactly one class had before keeps its row. A new class starts from the null
+    row, which the network was trained to draw any class for; without one, from the mean row.
+    """
+    null = table[len(before) :]
+    start = null[0] if len(null) else table.mean(dim=0)
+    kept = tuple(name for name in now if list(before).count(name) == 1)
+    rows = [table[list(before).index(name)] if name in kept else start for name in now]
+    return torch.cat([torch.stack(rows), null]), kept
+
+
+def repositioned(
+    positions: Float[Tensor, "1 n d"], before: tuple[int, int], now: tuple[int, int]
+) -> Float[Tensor, "1 m d"]:
+    """Return the fixed positions of another grid.
+
+    Raises:
+        ValueError: the positions are not the published ones, such as learned positions.
+    """
+    width = positions.shape[-1]
+    expected = sincos_positions(width, before)
+    if not torch.allclose(positions[0].float(), expected, rtol=0, atol=POSITION_TOLERANCE):
+        raise ValueError(
+            "the checkpoint's pos_embed is not the published table, so that another resolution's "
+            "cannot be computed; leave resolution=null, which keeps the checkpoint's"
+        )
+    return sincos_positions(width, now)[None].to(positions.dtype)

@@ -1,0 +1,310 @@
+"""Family: what is known of one kind of network beyond its arithmetic: its files and its config.
+
+A family is one folder beside this file: ``network.py`` holds a :class:`Network`, ``adapter.py`` a
+:class:`Family` under :func:`register`. :func:`families` finds every such folder by itself. A
+family that lies outside of the package is known once its module is imported.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sag_dit.models.network import Network
+from sag_dit.process import Process
+
+State = dict[str, Tensor]
+
+FAMILY = "family"
+"""The argument of a config's ``model`` that names the family."""
+FIRST = "dit"
+"""The family of what tells of none: at first there was no other."""
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """The weights that a file holds, and what it says of them.
+
+    Attributes:
+        path: the file.
+        state: its tensors by name, without the prefixes of what was wrapped around the network.
+        stated: the config that comes with it, perhaps empty.
+        args: the arguments of the training script, if the file holds them.
+    """
+
+    path: Path
+    state: State
+    stated: Mapping[str, Any] = field(default_factory=dict)
+    args: Any = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is exported, as a layout sees it.
+
+    Attributes:
+        network: the network.
+        process: the process it was trained on.
+        config: what builds the model anew, as plain values; see :mod:`sag_dit.checkpoints.config`.
+        autoencoder: the settings of a latent model's autoencoder, empty for a pixel model.
+    """
+
+    network: Any
+    process: Process
+    config: Mapping[str, Any]
+    autoencoder: Mapping[str, Any]
+
+    @property
+    def state(self) -> State:
+        """The network's weights as contiguous tensors on the CPU."""
+        state: Mapping[str, Tensor] = self.network.state_dict()
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+class Layout(ABC):
+    """The files of another program, as a model is exported for it.
+
+    Attributes:
+        program: whose files they are.
+        weights: what ``load`` reads within the export's folder; the folder itself if empty.
+        has_autoencoder: whether the autoencoder is stored beside the network, in ``vae/``.
+    """
+
+    program: ClassVar[str]
+    weights: ClassVar[str] = ""
+    has_autoencoder: ClassVar[bool] = False
+
+    def obstacles(self, source: Source) -> list[str]:
+        """Return why the program could not hold this model; nothing if it can."""
+        return []
+
+    def notes(self, source: Source) -> list[str]:
+        """Return what somebody has to know who uses the export in that program."""
+        return []
+
+    @abstractmethod
+    def write(self, folder: Path, source: Source) -> None:
+        """Write a model that has no obstacles into an empty folder, without its autoencoder."""
+
+    @abstractmethod
+    def usage(self, source: Source) -> list[str]:
+        """Return the lines of the model card that show how to use the export."""
+
+    def size(self, source: Source) -> int:
+        """Return how many bytes the network's weights take."""
+        return sum(tensor.nbytes for tensor in source.network.state_dict().values())
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """A network's weights, made to fit other classes and another size of images.
+
+    Attributes:
+        state: the weights; what fits as it is shares its memory with the network's.
+        kept: the classes that the network knew by the same name.
+        remade: the parameters that were computed or composed anew, and how, in words.
+    """
+
+    state: State
+    kept: tuple[str, ...]
+    remade: Mapping[str, str]
+
+
+class Family(ABC):
+    """One kind of network: how its files are recognised and read, and what its config says.
+
+    A network whose parameters are stored under their own names, with a config beside them, needs
+    no more than a key, a few words and its class. The other methods are for files of other
+    programs.
+
+    Attributes:
+        key: the network's ``key``.
+        title: what a model card calls the network.
+        noun: what a message calls the network, with its article.
+        source: whose parameter names the network has.
+        layouts: the layouts of other programs that it is exported in, by the name that
+            ``export.py format=...`` takes.
+        pipeline: diffusers' name of the pipeline whose folders are read, empty if none is.
+        diffusers: diffusers' name of the network within it.
+        label_table: the parameter with a row for each class, empty if it is not fine-tuned.
+        fixed: parameters that are never trained.
+
+    Example:
+        >>> from sag_dit.models.dit.network import DiT
+        >>> class Mine(Family):
+        ...     key, title, noun, source = "mine", "network of mine", "a Mine", "my own code"
+        ...
+        ...     def network(self):
+        ...         return DiT
+        >>> Mine().required()
+        []
+    """
+
+    key: ClassVar[str]
+    title: ClassVar[str]
+    noun: ClassVar[str]
+    source: ClassVar[str]
+    layouts: ClassVar[Mapping[str, Layout]] = MappingProxyType({})
+    pipeline: ClassVar[str] = ""
+    diffusers: ClassVar[str] = ""
+    label_table: ClassVar[str] = ""
+    fixed: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def network(self) -> type[Any]:
+        """Return the class of the network, whose module may be imported here and not before."""
+
+    # --- config ----------------------------------------------------------------------------------
+
+    def describes(self, model: Mapping[str, Any]) -> bool:
+        """Whether these arguments, a config's ``model``, are those of this family."""
+        return bool(model.get(FAMILY) == self.key)
+
+    def arguments(self, network: Network) -> dict[str, Any]:
+        """Return a config's ``model``: what builds a network anew."""
+        return {FAMILY: self.key, **network.arguments}
+
+    def required(self) -> list[str]:
+        """Return the arguments that a config has to state."""
+        return [
+            name
+            for name, each in self._parameters().items()
+            if each.default is inspect.Parameter.empty
+        ]
+
+    def build(self, model: Mapping[str, Any]) -> Network:
+        """Build the network of a config's ``model``, with fresh weights.
+
+        Raises:
+            ValueError: an argument is missing or unknown, or a value is impossible.
+        """
+        arguments = {name: value for name, value in model.items() if name != FAMILY}
+        check_keys("the config's model", arguments, self.required(), tuple(self._parameters()))
+        network: Network = self.network()(**arguments)
+        return network
+
+    def _parameters(self) -> dict[str, inspect.Parameter]:
+        _, *parameters = inspect.signature(self.network().__init__).parameters.items()
+        return dict(parameters)
+
+    # --- files -----------------------------------------------------------------------------------
+
+    def recognises(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether names of parameters are those of this family, ours or a published program's."""
+        return False
+
+    def read(self, file: WeightsFile) -> tuple[State, Mapping[str, Any]]:
+        """Return a file's weights under our names, and what is known of their config.
+
+        Raises:
+            ValueError: the weights are those of another program, and are not understood.
+        """
+        return file.state, file.stated
+
+    def infer(
+        self, state: State, path: Path, stated: Mapping[str, Any], num_heads: int | None
+    ) -> dict[str, Any]:
+        """Return all arguments of the network whose weights these are.
+
+        ``stated`` are those that the checkpoint gives, ``num_heads`` what the user says.
+
+        Raises:
+            ValueError: the weights leave an argument open, or are another network's.
+        """
+        told = {} if num_heads is None else {"num_heads": num_heads}
+        return {FAMILY: self.key, **stated, **told}
+
+    def reads_diffusers(self, config: Mapping[str, Any]) -> bool:
+        """Whether the config.json of one of diffusers' networks is that of this family."""
+        return bool(self.diffusers and config.get("_class_name") == self.diffusers)
+
+    def from_diffusers(
+        self, state: State, config: Mapping[str, Any], path: Path
+    ) -> tuple[State, dict[str, Any]]:
+        """Return the weights of diffusers' network under our names, and our arguments.
+
+        Raises:
+            ValueError: it has what no network of this family has.
+        """
+        raise NotImplementedError
+
+    # --- fine-tuning -----------------------------------------------------------------------------
+
+    def refit(
+        self, before: Network, after: Network, names: Sequence[str], now: Sequence[str]
+    ) -> Refitted:
+        """Return the weights of ``before``, made to fit the sizes and classes of ``after``.
+
+        ``names`` are the classes before, and ``now`` those to train.
+
+        Raises:
+            ValueError: the weights cannot be made to fit.
+        """
+        raise NotImplementedError
+
+
+_KNOWN: dict[str, Family] = {}
+
+
+def register(family: type[Family]) -> type[Family]:
+    """Make a family known to all that loads, trains and exports.
+
+    Raises:
+        ValueError: another family has the same key.
+    """
+    there = type(_KNOWN[family.key]) if family.key in _KNOWN else family
+    # A class that is made anew in the same place, as notebooks do, takes the place of the old one.
+    if (there.__module__, there.__qualname__) != (family.__module__, family.__qualname__):
+        raise ValueError(f"{family.__qualname__}: {there.__qualname__} has the key {family.key!r}")
+    _KNOWN[family.key] = family()
+    return family
+
+
+def families() -> Mapping[str, Family]:
+    """Return all families by their keys: one for each folder beside this file, and further ones."""
+    here = __name__.rpartition(".")[0]
+    for each in iter_modules([str(Path(__file__).parent)]):
+        if each.ispkg:
+            import_module(f"{here}.{each.name}.adapter")
+    return _KNOWN
+
+
+def family_of(
+    model: Mapping[str, Any], state: Mapping[str, Tensor] = MappingProxyType({})
+) -> Family:
+    """Return the family that a config's ``model`` describes, or else names of parameters.
+
+    Raises:
+        ValueError: the config names a family that there is not.
+    """
+    known = families()
+    name = model.get(FAMILY, FIRST)
+    if name not in known:
+        raise ValueError(f"model.{FAMILY}={name!r}: expected one of {', '.join(known)}")
+    described = (each for each in known.values() if each.describes(model))
+    recognised = (each for each in known.values() if each.recognises(state))
+    return next(described, None) or next(recognised, known[FIRST])
+
+
+def check_keys(
+    where: str, values: Any, required: Iterable[str], known: Sequence[str] | None = None
+) -> None:
+    """Refuse what is no mapping, or one that lacks keys or has others than the known ones."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: expected a mapping, found a {type(values).__name__}")
+    missing = [key for key in required if key not in values]
+    unknown = [] if known is None else [str(key) for key in values if key not in known]
+    if missing or unknown:
+        raise ValueError(
+            f"{where}: missing {', '.join(missing) or 'nothing'}, unknown "
+            f"{', '.join(unknown) or 'nothing'}; expected {', '.join(known or required)}"
+        )

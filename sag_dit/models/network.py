@@ -1,0 +1,111 @@
+"""Network: what a backbone must have, so that all else can train it, guide it, save and load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from sag_dit.attention import AttentionLayer
+from sag_dit.tensors import Images, Labels
+
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+
+    class _Module(Protocol):
+        pass
+
+
+# Every network is a torch module, which type checkers have to know and a protocol cannot say.
+class Network(_Module, Protocol):  # type: ignore[misc]
+    """A class-conditional backbone: a torch module (x_t, t, y) -> its output, with what follows.
+
+    A network need not inherit from this. One that lacks a member is refused by
+    :class:`sag_dit.denoiser.ClassConditional`, which names it.
+
+    Example:
+        >>> from sag_dit.models import DiT
+        >>> lacking(DiT(input_size=8, hidden_size=32, depth=1, num_heads=2))
+        []
+    """
+
+    @property
+    def key(self) -> str:
+        """What its family and the identity of a run call it, such as ``dit``."""
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """What builds it anew, as plain values by the names of its constructor's arguments."""
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of x_t."""
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of x_t."""
+
+    @property
+    def patch_size(self) -> int:
+        """What height and width have to be multiples of."""
+
+    @property
+    def learn_sigma(self) -> bool:
+        """Whether it puts out the variance too, in ``in_channels`` channels behind the first."""
+
+    @property
+    def num_classes(self) -> int:
+        """Classes it knows, labels 0 to ``num_classes`` - 1; 0 if it does not look at y."""
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means 'no class', None if it was trained without."""
+
+    @property
+    def layers(self) -> Mapping[str, AttentionLayer]:
+        """Its self-attention layers by the names of their modules, in the order of depth."""
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Further names of layers; ``auto`` is the layer to guide with, else the middle one."""
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Its blocks in the order of their evaluation, each of which is sharded by itself."""
+
+    checkpoint_blocks: bool
+    """Whether the backward pass computes each block anew instead of keeping activations."""
+
+    def compile_blocks(self) -> None:
+        """Compile every block by itself, in place; names of parameters stay as they are."""
+
+    def __call__(self, x: Images, t: Tensor, y: Labels) -> Images:
+        """Return the output (b, c or 2 c, h, w) for x_t (b, c, h, w), times and labels (b,)."""
+
+
+@runtime_checkable
+class TimeEmbedded(Protocol):
+    """A network whose embedding of the time can be computed and disturbed, as TSG does."""
+
+    @property
+    def time_inputs(self) -> tuple[str, ...]:
+        """The modules that the embedding enters, in the order of depth."""
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Return the embeddings (b, d) of times (b,)."""
+
+
+MEMBERS = tuple(
+    name
+    for name in (*vars(Network), *Network.__annotations__)
+    if not name.startswith("_") or name == "__call__"
+)
+"""What :class:`Network` asks for, by name."""
+
+
+def lacking(network: object) -> list[str]:
+    """Return the members of a network's contract that it does not have."""
+    # A property is not computed, which may need what a network of no blocks does not have.
+    return [n for n in MEMBERS if not hasattr(type(network), n) and not hasattr(network, n)]

@@ -1,0 +1,1 @@
+"""The UNets of ADM and IDDPM, and the classifiers that guide them."""
