@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from sag_dit.cli.app import KILL, launch, literal, quiet_lightning
+from sag_dit.cli.app import launch, literal, quiet_lightning
 from sag_dit.cli.run_identity import go_on_as_begun, identity, run_folder
 from sag_dit.cli.values import check_logger, make_terms
 
@@ -217,6 +217,7 @@ def run(config: DictConfig) -> None:
     quiet_lightning()
     import torch
 
+    from sag_dit.cli.stopping import ending_together
     from sag_dit.cli.tracking import trackers
     from sag_dit.output.claim import claim
     from sag_dit.training.resume import export, newest_checkpoint
@@ -248,14 +249,9 @@ def run(config: DictConfig) -> None:
     trainer.loggers = make_loggers(config, out, step)
     for logger in trainer.loggers:
         logger.log_hyperparams(settings)
-    try:
+    with ending_together(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         export(trainer, module, out)
-    except BaseException:
-        # Ranks that Lightning has started would wait for this one, holding their devices.
-        if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(KILL)
-        raise
     if trainer.is_global_zero:
         print(f"run: {out.resolve()}")
 

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from sag_dit.cli.app import config_folder
+from sag_dit.cli.app import config_folder, literal
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
     from sag_dit.checkpoints import Model
     from sag_dit.guidance import Term
-    from sag_dit.output.attention import Maps
+    from sag_dit.traces import Maps
 
 LIBRARIES = {"WandbLogger": ("wandb",), "TensorBoardLogger": ("tensorboard", "tensorboardX")}
 """What the loggers that are not ours need, one of each."""
 
 MEASURED = 300
 """Images that evaluate.py draws of each setting unless told how many."""
+
+
+def trainer_of(node: DictConfig) -> Callable[..., Trainer]:
+    """Return what makes the configured Trainer, given the options that are not configured."""
+
+    def make(*, default_root_dir: str, **options: Any) -> Trainer:
+        folder = literal(default_root_dir)
+        made: Trainer = instantiate(node, default_root_dir=folder, **options, _convert_="all")
+        return made
+
+    return make
 
 
 def check_logger(logger: DictConfig | None) -> None:
@@ -97,7 +110,7 @@ def make_maps(config: DictConfig, model: Model, steps: int, guidance: Iterable[T
         ValueError: a value that cannot be meant, or a layer or step that does not exist.
     """
     from sag_dit.guidance import SAG
-    from sag_dit.output.attention import Maps
+    from sag_dit.traces import Maps
 
     wanted: Any = OmegaConf.to_container(config.attention, resolve=True)
     layers, show, query = wanted["layers"], wanted["show"], wanted["query"]
