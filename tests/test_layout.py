@@ -24,6 +24,7 @@ ORDER: tuple[frozenset[str], ...] = (
     frozenset({"denoiser"}),
     frozenset({"codec", "checkpoints"}),
     frozenset({"guidance"}),
+    frozenset({"traces"}),
     frozenset({"sampling"}),
     frozenset({"pipelines", "data", "output", "evaluation"}),
     frozenset({"training"}),

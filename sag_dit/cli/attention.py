@@ -53,8 +53,9 @@ def run(config: AttentionSheet) -> None:
     """
     import torch
 
-    from sag_dit.output.attention import AttentionRecorder, write_arrays, write_sheet
-    from sag_dit.sampling import Request, Settings, draw, labels_of
+    from sag_dit.output.attention import write_arrays, write_sheet
+    from sag_dit.output.folder import pixels
+    from sag_dit.sampling import Request, Settings, draw_batch, labels_of
 
     device = str(config.device)
     if device == "auto":
@@ -76,19 +77,19 @@ def run(config: AttentionSheet) -> None:
     model.codec.to(device)
     out = Path(config.out or f"outputs/attention/{model.name}")
     out.mkdir(parents=True, exist_ok=True)
+    settings = Settings(sampler, config.steps, batch_size=1)
+    settings.check(model)
     for place, label in enumerate(labels):
-        recorder = AttentionRecorder(maps, model.denoiser, config.steps)
-        settings = Settings(sampler, config.steps, batch_size=1, captures=recorder.captures)
-        settings.check(model)
+        request = Request(place, config.seed, label, place)
         with gate_norms(model.denoiser) as norms:
-            images = draw(model, [Request(place, config.seed, label, place)], settings, recorder)
-        view = recorder.view(0)
+            drawn = draw_batch(model, [request], settings, traced=[place], maps=maps)
+        view = drawn.traces[place].maps
+        assert view is not None
         gates = {name: sum(of) / len(of) for name, of in norms.items()}
         notes = {name: f"gate {gate:.3f}" for name, gate in gates.items()}
         file = out / f"{place:03d}-{'prompt' if config.prompt else f'class-{label}'}"
         write_arrays(file.with_suffix(".npz"), view)
-        image = images[0].permute(1, 2, 0).cpu().numpy()
-        write_sheet(file.with_suffix(".png"), view, image, notes)
+        write_sheet(file.with_suffix(".png"), view, pixels(drawn.images[0]), notes)
         print(f"sheet: {file.with_suffix('.png')}")
         print(f"{'layer':24} {'gate norm':>9} {'mask area':>9}")
         for layer in view.layers:

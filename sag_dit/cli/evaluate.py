@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra.errors import HydraException
 
-from sag_dit.cli.app import KILL, fail, launch, quiet_lightning
+from sag_dit.cli.app import fail, launch, quiet_lightning
 from sag_dit.cli.composing import make, placed
 from sag_dit.cli.keys.evaluating import Evaluate
 from sag_dit.cli.keys.key import plain
@@ -24,12 +24,11 @@ from sag_dit.cli.sweep import Choice, expand
 from sag_dit.cli.values import check_logger
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-
     from sag_dit.cli.jobs import Job
-    from sag_dit.cli.measuring import Bar, Measure
+    from sag_dit.cli.measuring import Measure
     from sag_dit.cli.records import Record
     from sag_dit.evaluation.suite import Suite
+    from sag_dit.training.predicting import Predictor
 
 READ = 64
 """Images read from disk at once."""
@@ -61,26 +60,15 @@ def run(config: Evaluate, choices: Sequence[Choice] | None = None) -> None:
     rows = make_rows(config, choices)
     quiet_lightning()
     from sag_dit.cli.jobs import base_name, make_jobs
-    from sag_dit.cli.measuring import Bar, Measure
     from sag_dit.cli.records import read_record
     from sag_dit.cli.report import report
-    from sag_dit.cli.stopping import LeaveWhenTold
+    from sag_dit.cli.stopping import LeaveWhenTold, ending_together
+    from sag_dit.training.predicting import Predictor
 
     check(config, rows)
-    measure, bar = Measure(), Bar()
-    trainer: Trainer = make(
-        config.trainer,
-        "trainer",
-        logger=False,
-        callbacks=[measure, bar, LeaveWhenTold()],
-        # Ours instead: sharding of the images, no_grad, and a bar over all ranks' images.
-        use_distributed_sampler=False,
-        inference_mode=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        default_root_dir=Path(config.finished),
-    )
+    trained = partial(make, config.trainer, "trainer")
+    predictor = Predictor(trained, Path(config.finished), [LeaveWhenTold()])
+    trainer = predictor.trainer
     jobs = make_jobs(rows, trainer.strategy.root_device)
     base_name(jobs, config.against)
     finished = Path(config.finished)
@@ -90,17 +78,11 @@ def run(config: Evaluate, choices: Sequence[Choice] | None = None) -> None:
     if trainer.is_global_zero:
         for line in costs(pending):
             print(line)
-    try:
+    with ending_together(trainer):
         for number, job in enumerate(pending, start=1):
-            bar.begin(f"{job.name} ({number} of {len(pending)})", job.count)
+            text = f"{job.name} ({number} of {len(pending)})"
             so_far = records[job.identity]
-            records[job.identity] = measured(trainer, measure, bar, job, finished, so_far)
-    except BaseException:
-        bar.stop()
-        # Ranks that Lightning has started would go on without this process, holding their devices.
-        if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(KILL)
-        raise
+            records[job.identity] = measured(predictor, job, text, finished, so_far)
     if trainer.is_global_zero:
         known = {key: record for key, record in records.items() if record is not None}
         out = Path(config.out or f"outputs/evaluate/{_name(jobs)}")
@@ -139,28 +121,23 @@ def _name(jobs: Sequence[Job]) -> str:
 
 
 def measured(
-    trainer: Trainer,
-    measure: Measure,
-    bar: Bar,
-    job: Job,
-    finished: Path,
-    known: Record | None = None,
+    predictor: Predictor, job: Job, text: str, finished: Path, known: Record | None = None
 ) -> Record:
     """Draw or read one set of images on all ranks, and keep its numbers.
 
     Of metrics some may be ``known``, which is then completed with the others.
     """
+    from sag_dit.cli.measuring import Measure
     from sag_dit.cli.records import Record, write_record
 
-    config = job.row.config
+    config, trainer = job.row.config, predictor.trainer
     since = time.monotonic()
     repeats = config.confidence.repeats
     lacking = replace(job.instruments, metrics=job.lacking(known))
     suite = lacking.suite(job.count, job.period, repeats > 0)
     suite.to(trainer.strategy.root_device)
-    measure.begin(suite, finished / job.identity, 0 if known else config.gallery.num)
-    module, data = _module_and_data(job, bar)
-    trainer.predict(module, datamodule=data, return_predictions=False)
+    measure = Measure(suite, finished / job.identity, 0 if known else config.gallery.num)
+    _see(predictor, job, text, measure)
     # Every rank takes part in these, in this order.
     metrics = suite.compute()
     warnings = suite.warnings()
@@ -176,22 +153,35 @@ def measured(
     return record
 
 
-def _module_and_data(job: Job, bar: Bar) -> tuple[LightningModule, LightningDataModule]:
-    from sag_dit.cli.measuring import Keeping, Reading, Stored
+def _see(predictor: Predictor, job: Job, text: str, measure: Measure) -> None:
+    """Draw or read all images of a job, for ``measure`` to see."""
+    from sag_dit.cli.measuring import Stored, read_back
     from sag_dit.data.requests import PendingRequests
-    from sag_dit.training.module import DiffusionModule
 
-    if job.plan is None:
+    plan = job.plan
+    if plan is None:
         if job.images is None:
             raise TypeError("a job is drawn or on disk")
-        return Reading(), Stored(job.images, READ)
-    plan = job.plan
-    draw: Any = partial(DiffusionModule)
-    if job.row.config.keep:
-        plan.folder.claim(plan.pixels, plain(placed(job.row.config, plan.folder.path)))
-        draw = partial(Keeping, plan.folder)
-    module = draw(model=plan.model, settings=plan.settings, watch=bar.watch)
-    return module, PendingRequests(plan.requests, plan.settings.batch_size)
+        predictor.read(Stored(job.images, READ), [measure], text=text, total=job.count)
+        return
+    if not job.row.config.keep:
+        predictor.draw(plan.model, plan.requests, plan.settings, [measure], text=text)
+        return
+    # Kept images are drawn as sample.py draws them, those that are missing alone, and read back.
+    plan.folder.claim(plan.pixels, plain(placed(job.row.config, plan.folder.path)))
+    missing = plan.folder.missing(plan.requests, gallery=0)
+    # Found by all ranks before any of them draws.
+    predictor.trainer.strategy.barrier()
+    if missing:
+        done = job.count - len(missing)
+        predictor.draw(
+            plan.model, missing, plan.settings, [plan.folder.write], text=text, done=done
+        )
+        predictor.trainer.strategy.barrier()
+    data = PendingRequests(plan.requests, plan.settings.batch_size)
+    predictor.read(
+        data, [measure], text=text, total=job.count, read=partial(read_back, plan.folder)
+    )
 
 
 def _spread(suite: Suite, repeats: int, warnings: list[str]) -> Mapping[str, float]:

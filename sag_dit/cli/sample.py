@@ -6,10 +6,11 @@ import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sag_dit.cli.app import KILL, launch, quiet_lightning
+from sag_dit.cli.app import launch, quiet_lightning
 from sag_dit.cli.composing import make, placed
 from sag_dit.cli.keys.drawing import Guides, Sample
 from sag_dit.cli.keys.key import plain
@@ -21,9 +22,9 @@ from sag_dit.identity import settings as identity_of
 
 if TYPE_CHECKING:
     from sag_dit.checkpoints import Model
-    from sag_dit.output.attention import Maps
     from sag_dit.output.folder import SampleFolder
     from sag_dit.sampling import Request, Settings
+    from sag_dit.traces import Maps
 
 
 @dataclass(frozen=True)
@@ -160,52 +161,28 @@ def _is_launched_rank() -> bool:
 def _predict(settings: Mapping[str, Any], plan: Plan, pending: list[Request], gallery: int) -> bool:
     """Draw the pending requests on all ranks; return whether this is rank 0."""
     quiet_lightning()
-    from lightning.pytorch import Trainer
-
-    from sag_dit.cli.stopping import LeaveWhenTold
-    from sag_dit.data.requests import PendingRequests
-    from sag_dit.output.progress import SampleProgress
+    from sag_dit.cli.stopping import LeaveWhenTold, ending_together
     from sag_dit.output.ranks import RankReports
-    from sag_dit.output.writer import PredictionWriter
-    from sag_dit.training.module import DiffusionModule
+    from sag_dit.training.predicting import Predictor
 
-    progress = SampleProgress(plan.folder, len(plan.requests))
-    trainer: Trainer = make(
-        settings,
-        "trainer",
-        logger=False,
-        callbacks=[PredictionWriter(plan.folder), progress, LeaveWhenTold()],
-        # Ours instead: sharding of what is pending, no_grad, and a bar over all ranks' images.
-        use_distributed_sampler=False,
-        inference_mode=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        default_root_dir=plan.folder.path,
-    )
-    module = DiffusionModule(
-        plan.model,
-        settings=plan.settings,
-        gallery=gallery,
-        maps=plan.maps,
-        watch=progress.watch,
-    )
-    reports = RankReports(plan.folder.path, trainer.global_rank, trainer.world_size)
-    try:
+    folder = plan.folder
+    predictor = Predictor(partial(make, settings, "trainer"), folder.path, [LeaveWhenTold()])
+    trainer = predictor.trainer
+    reports = RankReports(folder.path, trainer.global_rank, trainer.world_size)
+    with ending_together(trainer):
         with reports.reporting():
-            trainer.predict(
-                module,
-                datamodule=PendingRequests(pending, plan.settings.batch_size),
-                return_predictions=False,
+            predictor.draw(
+                plan.model,
+                pending,
+                plan.settings,
+                [folder.write],
+                gallery=gallery,
+                maps=plan.maps,
+                done=len(plan.requests) - len(pending),
             )
         if not trainer.is_global_zero:
             return False
-        reports.wait(plan.folder.count)
-    except BaseException:
-        # Ranks that Lightning has started would go on without this process, holding their devices.
-        if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(KILL)
-        raise
+        reports.wait(folder.count)
     reports.clear()
     return True
 

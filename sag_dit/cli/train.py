@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sag_dit.cli.app import KILL, launch, quiet_lightning
+from sag_dit.cli.app import launch, quiet_lightning
 from sag_dit.cli.composing import make, placed, refuse_strangers
 from sag_dit.cli.keys.key import keys_of, plain
 from sag_dit.cli.keys.training import Train
@@ -216,6 +216,7 @@ def run(config: Train) -> None:
     quiet_lightning()
     import torch
 
+    from sag_dit.cli.stopping import ending_together
     from sag_dit.cli.tracking import trackers
     from sag_dit.output.claim import claim
     from sag_dit.training.resume import export, newest_checkpoint
@@ -248,14 +249,9 @@ def run(config: Train) -> None:
     trainer.loggers = make_loggers(config.logger, out, step)
     for logger in trainer.loggers:
         logger.log_hyperparams(settings)
-    try:
+    with ending_together(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         export(trainer, module, out)
-    except BaseException:
-        # Ranks that Lightning has started would wait for this one, holding their devices.
-        if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(KILL)
-        raise
     if trainer.is_global_zero:
         print(f"run: {out.resolve()}")
 

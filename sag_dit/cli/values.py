@@ -15,7 +15,7 @@ from sag_dit.cli.keys.evaluating import Evaluate
 if TYPE_CHECKING:
     from sag_dit.checkpoints import Model
     from sag_dit.guidance import Term
-    from sag_dit.output.attention import Maps
+    from sag_dit.traces import Maps
 
 LIBRARIES = {"WandbLogger": ("wandb",), "TensorBoardLogger": ("tensorboard", "tensorboardX")}
 """What the loggers that are not ours need, one of each."""
@@ -99,7 +99,7 @@ def make_maps(wanted: Attention, model: Model, steps: int, guidance: Iterable[Te
         ValueError: a value that cannot be meant, or a layer or step that does not exist.
     """
     from sag_dit.guidance import SAG
-    from sag_dit.output.attention import Maps
+    from sag_dit.traces import Maps
 
     show, query = wanted.show, wanted.query
     limit = next((term for term in guidance if isinstance(term, SAG) and not term.off), SAG())
