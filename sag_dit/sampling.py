@@ -6,8 +6,10 @@ images and returns all as :class:`Drawn`, which is what everybody who takes imag
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import NamedTuple, Self
 
 import torch
@@ -20,6 +22,8 @@ from sag_dit.noise import START, NoiseSource
 from sag_dit.sampler import DDIM, EulerFlow, Sampler, SampleStep
 from sag_dit.tensors import Labels
 from sag_dit.traces import Captures, Maps, Recorder, Trace
+
+log = logging.getLogger(__name__)
 
 
 class Request(NamedTuple):
@@ -287,20 +291,26 @@ def sample(
 def labels_of(classes: Sequence[object], names: Sequence[str]) -> list[int]:
     """Turn class numbers or names into labels.
 
+    A number is the label, or if there is none, the class so named; a text is the name, or if there
+    is none, the number. Where both would be classes, a warning tells which is taken.
+
     Raises:
         ValueError: a number outside the model's classes or an unknown name.
+
+    Example:
+        >>> names = ("0", "1", "10", "2")
+        >>> labels_of([2, "2", 10], names)
+        [2, 3, 2]
     """
     labels = []
     for wanted in classes:
-        if isinstance(wanted, str) and wanted in names:
-            label = names.index(wanted)
-        else:
-            try:
-                readable = isinstance(wanted, (int, str)) and not isinstance(wanted, bool)
-                label = int(str(wanted)) if readable else -1
-            except ValueError:
-                label = -1
-        if not 0 <= label < len(names):
+        by_name = _named(wanted, names)
+        by_number = _number(wanted, len(names))
+        first, second = (by_name, by_number) if isinstance(wanted, str) else (by_number, by_name)
+        label = second if first is None else first
+        if first is not None and second is not None and first != second:
+            _tell_which(isinstance(wanted, str), str(wanted), first, names[first], second)
+        if label is None:
             known = (
                 "this model knows a single class, as unconditional ones do; leave classes out, or "
                 "ask for 0"
@@ -311,6 +321,36 @@ def labels_of(classes: Sequence[object], names: Sequence[str]) -> list[int]:
             raise ValueError(f"class {wanted!r} does not exist: {known}")
         labels.append(label)
     return labels
+
+
+def _named(wanted: object, names: Sequence[str]) -> int | None:
+    readable = isinstance(wanted, (int, str)) and not isinstance(wanted, bool)
+    return names.index(str(wanted)) if readable and str(wanted) in names else None
+
+
+def _number(wanted: object, count: int) -> int | None:
+    """Return the label that a value is the number of, None if it is of none."""
+    readable = isinstance(wanted, (int, str)) and not isinstance(wanted, bool)
+    try:
+        number = int(str(wanted)) if readable else -1
+    except ValueError:
+        return None
+    return number if 0 <= number < count else None
+
+
+@cache
+def _tell_which(named: bool, wanted: str, taken: int, name: str, other: int) -> None:
+    """Tell, once, which class a number means that is also the name of another one."""
+    if named:
+        log.warning(
+            'class "%s" is the class of that name, number %d; without quotes, %s is number %d',
+            *(wanted, taken, wanted, other),
+        )
+    else:
+        log.warning(
+            'class %s is number %d, named %s; in quotes, "%s" is the class of that name, number %d',
+            *(wanted, taken, name, wanted, other),
+        )
 
 
 def _refuse_non_finite(step: SampleStep, requests: Sequence[Request]) -> None:

@@ -25,6 +25,7 @@ from sag_dit.sampler import DDIM, Ancestral, EulerFlow, HeunFlow, SampleStep
 from sag_dit.sampling import (
     Request,
     Settings,
+    _tell_which,
     draw,
     draw_batch,
     drawn,
@@ -214,10 +215,26 @@ def test_a_flow_is_solved_by_euler_unless_another_sampler_is_asked_for(
         sag_dit.sample(model, [3, 4], sampler=DDIM(), **asked)
 
 
-def test_a_name_wins_over_a_number_only_as_text() -> None:
-    names = ("2", "1", "0")
-    assert labels_of(["2"], names) == [0]
-    assert labels_of([2], names) == [2]
+FOLDERS = ("0", "1", "10", "11", "2", "3", "4", "5", "6", "7", "8", "9")
+"""As folders are sorted."""
+
+
+def test_a_number_is_the_label_and_a_text_the_name(caplog: pytest.LogCaptureFixture) -> None:
+    _tell_which.cache_clear()
+    assert labels_of([2, 2], FOLDERS) == [2, 2]
+    assert caplog.messages == [
+        'class 2 is number 2, named 10; in quotes, "2" is the class of that name, number 4'
+    ]
+    caplog.clear()
+    assert labels_of(["2"], FOLDERS) == [4]
+    assert caplog.messages == [
+        'class "2" is the class of that name, number 4; without quotes, 2 is number 2'
+    ]
+    caplog.clear()
+    # What would be no class as the one is one as the other.
+    assert labels_of([2016, "1", 0], ("2015", "2016")) == [1, 1, 0]
+    assert labels_of(["207"], [f"class {number}" for number in range(1000)]) == [207]
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("wanted", [-1, 10, "10", "-1", "dog", "", 1.5, None, True])

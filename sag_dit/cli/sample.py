@@ -68,7 +68,8 @@ def make_plan(config: Guides, num_images: int, out: str | None, model: Model | N
     Raises:
         ValueError: a value that cannot be used; the remedy is named.
     """
-    from sag_dit.data.requests import make_requests, read_requests
+    from sag_dit.checkpoints import is_text
+    from sag_dit.data.requests import make_requests, read_requests, renumbered
     from sag_dit.output.folder import SampleFolder
     from sag_dit.sampling import Settings
 
@@ -86,10 +87,14 @@ def make_plan(config: Guides, num_images: int, out: str | None, model: Model | N
     settings.check(model)
     model = replace(model, class_names=settings.class_names(model))
     if config.requests is not None:
-        requests = read_requests(config.requests, model.class_names)
+        prompts = is_text(str(config.ckpt))
+        requests = read_requests(config.requests, model.class_names, prompts=prompts)
         rule: Any = {
             "requests_sha256": hashlib.sha256(Path(config.requests).read_bytes()).hexdigest()
         }
+        # Such lines drew other images once, which must not stand beside these.
+        if not prompts and renumbered(config.requests, model.class_names):
+            rule["numbers"] = "labels"
     else:
         classes = config.classes
         requests = make_requests(num_images, config.seed, classes, model.class_names)
