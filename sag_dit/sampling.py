@@ -19,7 +19,7 @@ from torch import Tensor
 from sag_dit.checkpoints import Model
 from sag_dit.guidance import GuidedDenoiser, Term
 from sag_dit.noise import START, NoiseSource
-from sag_dit.sampler import DDIM, EulerFlow, Sampler, SampleStep
+from sag_dit.sampler import DDIM, Sampler, SampleStep, auto
 from sag_dit.tensors import Labels
 from sag_dit.traces import Captures, Maps, Recorder, Trace
 
@@ -82,7 +82,7 @@ class Settings:
         A flow is solved by Euler's method and any other process by DDIM.
         """
         return cls(
-            sampler=sampler or (EulerFlow() if model.denoiser.process.is_flow else DDIM()),
+            sampler=sampler or auto(model.denoiser.process),
             steps=steps,
             guidance=tuple(guidance),
             batch_size=model.batch_size if batch_size is None else batch_size,

@@ -11,7 +11,7 @@ from sag_dit.cli.app import launch
 from sag_dit.cli.composing import make
 from sag_dit.cli.keys.tools import AttentionSheet
 from sag_dit.cli.models import load_model
-from sag_dit.cli.values import make_maps
+from sag_dit.cli.values import make_maps, own_sampler
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,10 +65,10 @@ def run(config: AttentionSheet) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device={device}: it cannot be used here: {reason}") from error
-    sampler = make(config.sampler, "sampler")
     if config.prompt is not None and config.classes is not None:
         raise ValueError("classes: a text model draws its prompt; leave out either")
     model = load_model(config)
+    sampler = make(own_sampler(config.sampler, model.denoiser.process), "sampler")
     classes = config.classes
     listed = classes if isinstance(classes, list) else [0 if classes is None else classes]
     labels = labels_of(listed, model.class_names)

@@ -168,7 +168,8 @@ def _see(predictor: Predictor, job: Job, text: str, measure: Measure) -> None:
         predictor.draw(plan.model, plan.requests, plan.settings, [measure], text=text)
         return
     # Kept images are drawn as sample.py draws them, those that are missing alone, and read back.
-    plan.folder.claim(plan.pixels, plain(placed(job.row.config, plan.folder.path)))
+    config = replace(job.row.config, sampler=plan.sampler)
+    plan.folder.claim(plan.pixels, plain(placed(config, plan.folder.path)))
     missing = plan.folder.missing(plan.requests, gallery=0)
     # Found by all ranks before any of them draws.
     predictor.trainer.strategy.barrier()

@@ -49,7 +49,7 @@ def run(config: Export) -> None:
     check_layout(layout)
     if config.out is not None:
         check_out(config.out)
-    model = load(str(config.ckpt), ema=config.ema, vae=config.vae)
+    model = load(str(config.ckpt), ema=config.ema, vae=config.vae, num_heads=config.num_heads)
     out = Path(config.out or f"outputs/export/{model.name}-{layout}")
     data = training_data(str(config.ckpt))
     done = export(model, out, layout, data=data, ema=config.ema)

@@ -27,7 +27,9 @@ def load_model(config: Draws, requests: str | None = None) -> Model:
         raise ValueError("prompt: expected it alone; give several prompts by requests=FILE")
     if prompt is None and (requests is None or not is_text(config.ckpt)):
         _refuse_text(text, config.ckpt)
-        return load(config.ckpt, ema=config.ema, vae=config.vae)
+        return load(config.ckpt, ema=config.ema, vae=config.vae, num_heads=config.num_heads)
+    if config.num_heads is not None:
+        raise ValueError(f"num_heads={config.num_heads}: a text model's folder tells; leave it out")
     if not config.ema:
         raise ValueError("ema=false: a text model's folder holds one set of weights")
     return load_text(

@@ -16,7 +16,14 @@ from sag_dit.cli.keys.drawing import Guides, Sample
 from sag_dit.cli.keys.key import plain
 from sag_dit.cli.models import load_model
 from sag_dit.cli.presets import with_presets
-from sag_dit.cli.values import check_logger, check_requests, make_maps, make_terms
+from sag_dit.cli.values import (
+    check_logger,
+    check_requests,
+    is_auto,
+    make_maps,
+    make_terms,
+    own_sampler,
+)
 from sag_dit.identity import digest, written
 from sag_dit.identity import settings as identity_of
 
@@ -54,6 +61,8 @@ class Plan:
     folder: SampleFolder
     pixels: Mapping[str, Any]
     """The folder's identity: :class:`Pixels` as plain values."""
+    sampler: dict[str, Any]
+    """The settings of the sampler, as the configuration states them."""
     maps: Maps | None = None
     """Which attention to keep of the gallery's images."""
 
@@ -75,8 +84,11 @@ def make_plan(config: Guides, num_images: int, out: str | None, model: Model | N
 
     check_requests(config)
     guidance = make_terms(config.guidance)
-    sampler = make(config.sampler, "sampler")
+    if not is_auto(config.sampler):
+        make(config.sampler, "sampler")  # Before a model is loaded.
     model = model or load_model(config, config.requests)
+    stated = own_sampler(config.sampler, model.denoiser.process)
+    sampler = make(stated, "sampler")
     settings = Settings(
         sampler=sampler,
         steps=config.steps,
@@ -118,7 +130,7 @@ def make_plan(config: Guides, num_images: int, out: str | None, model: Model | N
         )
     )
     path = Path(out or f"outputs/sample/{model.name}-{digest(pixels)[:8]}")
-    return Plan(model, settings, requests, SampleFolder(path), pixels)
+    return Plan(model, settings, requests, SampleFolder(path), pixels, stated)
 
 
 def run(config: Sample) -> None:
@@ -136,7 +148,7 @@ def run(config: Sample) -> None:
     how = plan.settings
     if config.maps:
         plan = replace(plan, maps=make_maps(config.attention, plan.model, how.steps, how.guidance))
-    config = placed(config, plan.folder.path)
+    config = placed(replace(config, sampler=plan.sampler), plan.folder.path)
     cost = cost_of(plan.model.denoiser, how.guidance, how.sampler, how.steps)
     plan.folder.claim(plan.pixels, {**plain(config), "cost": cost.plain()})
     if not _is_launched_rank():

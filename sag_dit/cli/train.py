@@ -34,6 +34,11 @@ def make_model(config: Train, data: StepData) -> Model:
     from sag_dit.checkpoints.loading import find_codec
     from sag_dit.codec import VAECodec
 
+    if config.num_heads is not None:
+        raise ValueError(
+            f"num_heads={config.num_heads}: of the checkpoint that ckpt names; a fresh model has "
+            f"model.num_heads={config.num_heads}"
+        )
     if config.model is None or config.resolution is None or config.patch_size is None:
         raise ValueError(
             "a fresh model needs model, resolution and patch_size: expected none of them null; "
@@ -88,7 +93,7 @@ def load_base(config: Train) -> tuple[Model, Train]:
             f"experiment=finetune, which leaves these to the checkpoint and the data"
         )
     lora_settings(config)  # Before a checkpoint is downloaded.
-    base = load(str(config.ckpt), vae=config.vae)
+    base = load(str(config.ckpt), vae=config.vae, num_heads=config.num_heads)
     side = config.resolution or resolution_of(base)
     data = {**config.data, "size": side} if "size" in config.data else config.data
     return base, replace(config, resolution=side, data=data)

@@ -92,7 +92,9 @@ def check_arguments(command: str, arguments: Sequence[str], flags: Sequence[str]
                 f"{argument}: expected one number; write {name}={point} with a point, or try "
                 f"several with -m"
             )
-        kept.append(argument)
+        # Hydra takes what stands in no file with a plus alone.
+        added = found is not None and found[1].added and not argument.startswith("+")
+        kept.append(f"++{argument}" if added else argument)
     return kept
 
 

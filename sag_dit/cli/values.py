@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sag_dit.cli.composing import config_folder, make
+from sag_dit.cli.composing import config_folder, make, refuse_strangers
 from sag_dit.cli.keys.drawing import Attention, Guides
 from sag_dit.cli.keys.evaluating import Evaluate
 
 if TYPE_CHECKING:
     from sag_dit.checkpoints import Model
     from sag_dit.guidance import Term
+    from sag_dit.process import Process
     from sag_dit.traces import Maps
 
 LIBRARIES = {"WandbLogger": ("wandb",), "TensorBoardLogger": ("tensorboard", "tensorboardX")}
 """What the loggers that are not ours need, one of each."""
+
+AUTO = "sag_dit.sampler.auto"
+"""The ``_target_`` of a sampler that follows from the model."""
 
 MEASURED = 300
 """Images that evaluate.py draws of each setting unless told how many."""
@@ -38,6 +42,27 @@ def check_logger(logger: Mapping[str, Any] | None) -> None:
             f"logger: {logger['_target_']} needs {needed[0]}, which is not installed; "
             f"pip install {needed[0]}, or choose logger=csv or logger=none"
         )
+
+
+def own_sampler(settings: Mapping[str, Any], process: Process) -> dict[str, Any]:
+    """Return the settings of a sampler; where ``auto`` is asked for, those of the model's own.
+
+    Raises:
+        ValueError: an option of ``auto`` that the model's own sampler cannot have.
+    """
+    if not is_auto(settings):
+        return dict(settings)
+    from sag_dit.sampler import auto
+
+    refuse_strangers("sampler", [AUTO], settings)
+    chosen = auto(process, **{key: value for key, value in settings.items() if key != "_target_"})
+    listed = yaml.safe_load((config_folder() / "sampler" / f"{chosen.key}.yaml").read_text())
+    return {key: getattr(chosen, key, value) for key, value in listed.items()}
+
+
+def is_auto(settings: Mapping[str, Any]) -> bool:
+    """Whether the sampler follows from the model."""
+    return settings.get("_target_") == AUTO
 
 
 def check_requests(config: Guides) -> None:

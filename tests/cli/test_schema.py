@@ -31,7 +31,7 @@ GUIDED = (
     *("guidance=null", "size=S", "experiment=digits", "batch_size=1e9", "batch_size=0", "n=4"),
     *("sag_scale=nan", "sag_scale=inf", "sag_scale=1,0", "sag_scale=", "cfg_scale=null"),
     *("guidance.seg.blur_sigma=nan", "gallery=null", "gallery=3", "gallery.num=-1"),
-    *("+sag_scal=1.0", "+num_heads=4", "++text.sise=[8,8]", "max_rows=0"),
+    *("+sag_scal=1.0", "num_heads=0", "num_heads=nan", "++text.sise=[8,8]", "max_rows=0"),
 )
 REFUSED: dict[str, tuple[str, ...]] = {
     "sample": (

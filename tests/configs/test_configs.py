@@ -79,7 +79,7 @@ def test_defaults_of_sample() -> None:
     assert config.out is None  # so that the folder is named by what determines pixels
 
 
-@pytest.mark.parametrize("name", choices("sampler"))
+@pytest.mark.parametrize("name", sorted({*choices("sampler")} - {"auto"}))
 def test_samplers(name: str) -> None:
     sampler = instantiate(compose("sample", [f"sampler={name}"]).sampler)
     assert isinstance(sampler, Sampler)
@@ -87,7 +87,9 @@ def test_samplers(name: str) -> None:
 
 def test_one_file_is_one_sampler() -> None:
     loaded = {
-        name: OmegaConf.load(FOLDER / "sampler" / f"{name}.yaml") for name in choices("sampler")
+        name: OmegaConf.load(FOLDER / "sampler" / f"{name}.yaml")
+        for name in choices("sampler")
+        if name != "auto"  # one of the others
     }
     samplers = {name: instantiate(config) for name, config in loaded.items()}
     assert len({repr(sampler) for sampler in samplers.values()}) == len(samplers)

@@ -110,6 +110,16 @@ class LoadsModel(Closed):
             published=True,
         ),
     ]
+    num_heads: Annotated[
+        int | None,
+        Key(
+            "heads of attention, where a checkpoint does not tell",
+            least=1,
+            determines="model",
+            absent=True,
+            added=True,
+        ),
+    ]
 
 
 @dataclass(kw_only=True)

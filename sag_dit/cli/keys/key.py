@@ -19,7 +19,8 @@ class Key:
 
     ``words`` are what other programs call it. ``text`` may hold anything, so that Hydra's grammar
     must not read it; so may ``names``, which may be numbers as well. ``absent`` keys come with a
-    choice or an experiment. ``later`` is the value that means what runs did before there was the
+    choice or an experiment; those that are ``added`` stand in no file, and are recorded where they
+    are stated alone. ``later`` is the value that means what runs did before there was the
     key; the first name of a run's folder leaves out an ``unnamed`` one whatever its value. Of an
     open mapping, ``keys`` declares those that have bounds of their own, and ``asks`` tells whose
     arguments all others are where no ``_target_`` does. What is ``by_checkpoint`` is determined by
@@ -42,6 +43,7 @@ class Key:
     folder: bool = False
     exact: bool = False
     absent: bool = False
+    added: bool = False
     later: Any = UNSET
     unnamed: bool = False
     keys: type | None = None

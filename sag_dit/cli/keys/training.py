@@ -188,6 +188,16 @@ class Train(Closed):
         str | None,
         Key("autoencoder; null: the checkpoint's, or pixels", text=True, determines="weights"),
     ]
+    num_heads: Annotated[
+        int | None,
+        Key(
+            "heads of attention, where ckpt does not tell; of a fresh model model.num_heads",
+            least=1,
+            determines="weights",
+            absent=True,
+            added=True,
+        ),
+    ]
     resolution: Annotated[
         int | None,
         Key("pixels along each side", least=1, words=("image_size",), determines="weights"),
