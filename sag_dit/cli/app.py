@@ -99,11 +99,17 @@ def leaving_when_told() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def launch(config_name: str, run: Run, argv: Sequence[str] | None = None) -> None:
+def launch(
+    config_name: str,
+    run: Run,
+    argv: Sequence[str] | None = None,
+    entry: Sequence[str] = (),
+) -> None:
     """Compose the configuration from the command line and run; never show a traceback for misuse.
 
-    Misuse is a ValueError, an OSError or one of Hydra's own errors. Anything else is our mistake
-    and keeps its traceback.
+    ``entry`` is what stands before the arguments where other ranks are started. Misuse is a
+    ValueError, an OSError or one of Hydra's own errors. Anything else is our mistake and keeps its
+    traceback.
     """
     original = list(sys.argv)
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -124,7 +130,7 @@ def launch(config_name: str, run: Run, argv: Sequence[str] | None = None) -> Non
         swept = any(flag in MULTIRUN for flag in flags)
         others = [flag for flag in flags if flag not in MULTIRUN]
         own = [*others, *HydraConfig.get().overrides.task] if swept else arguments
-        sys.argv[:] = [original[0], *own]
+        sys.argv[:] = [original[0], *entry, *own]
         try:
             typed = dict(key.lstrip("+").split("=", 1) for key in keys if "=" in key)
             values = checked(config_name, config, typed)

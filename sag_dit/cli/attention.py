@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +97,6 @@ def run(config: AttentionSheet) -> None:
             print(f"{layer.name:24} {gate} {layer.mask.mean():9.2f}")
 
 
-def main() -> None:
-    """Run ``attention.py``."""
-    launch("attention", run)
+def main(arguments: Sequence[str] | None = None, entry: Sequence[str] = ()) -> None:
+    """Run ``attention.py``, with the arguments of the command line unless others are given."""
+    launch("attention", run, arguments, entry)

@@ -204,6 +204,6 @@ def run(config: Encode) -> None:
     print(f"latents: {folder.path} ({index.images} images{left_out})")
 
 
-def main() -> None:
-    """Run ``encode.py``."""
-    launch("encode", run)
+def main(arguments: Sequence[str] | None = None, entry: Sequence[str] = ()) -> None:
+    """Run ``encode.py``, with the arguments of the command line unless others are given."""
+    launch("encode", run, arguments, entry)

@@ -198,7 +198,7 @@ def _spread(suite: Suite, repeats: int, warnings: list[str]) -> Mapping[str, flo
         return {}
 
 
-def start(arguments: Sequence[str]) -> None:
+def start(arguments: Sequence[str], entry: Sequence[str] = ()) -> None:
     """Run ``evaluate.py`` with the user's arguments."""
     try:
         choices = expand(arguments)
@@ -207,12 +207,12 @@ def start(arguments: Sequence[str]) -> None:
 
     def job(config: Evaluate) -> None:
         # Other ranks are started with the arguments as the user wrote them.
-        sys.argv[1:] = arguments
+        sys.argv[1:] = [*entry, *arguments]
         run(config, choices)
 
-    launch("evaluate", job, arguments if choices is None else choices[0].arguments)
+    launch("evaluate", job, arguments if choices is None else choices[0].arguments, entry)
 
 
-def main() -> None:
-    """Run ``evaluate.py``."""
-    start(with_presets("evaluate", sys.argv[1:]))
+def main(arguments: Sequence[str] | None = None, entry: Sequence[str] = ()) -> None:
+    """Run ``evaluate.py``, with the arguments of the command line unless others are given."""
+    start(with_presets("evaluate", sys.argv[1:] if arguments is None else arguments), entry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -60,6 +61,6 @@ def run(config: Export) -> None:
     print(f"export: {done.path}{'' if done.fresh else ' (already there)'}")
 
 
-def main() -> None:
-    """Run ``export.py``."""
-    launch("export", run)
+def main(arguments: Sequence[str] | None = None, entry: Sequence[str] = ()) -> None:
+    """Run ``export.py``, with the arguments of the command line unless others are given."""
+    launch("export", run, arguments, entry)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -231,6 +231,7 @@ def _finish(config: Sample, plan: Plan) -> None:
     print(f"gallery: {page.resolve()}")
 
 
-def main() -> None:
-    """Run ``sample.py``."""
-    launch("sample", run, with_presets("sample", sys.argv[1:]))
+def main(arguments: Sequence[str] | None = None, entry: Sequence[str] = ()) -> None:
+    """Run ``sample.py``, with the arguments of the command line unless others are given."""
+    given = sys.argv[1:] if arguments is None else arguments
+    launch("sample", run, with_presets("sample", given), entry)

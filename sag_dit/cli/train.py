@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -261,6 +261,6 @@ def run(config: Train) -> None:
         print(f"run: {out.resolve()}")
 
 
-def main() -> None:
-    """Run ``train.py``."""
-    launch("train", run)
+def main(arguments: Sequence[str] | None = None, entry: Sequence[str] = ()) -> None:
+    """Run ``train.py``, with the arguments of the command line unless others are given."""
+    launch("train", run, arguments, entry)
