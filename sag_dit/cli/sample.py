@@ -27,23 +27,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Pixels:
-    """What determines the pixels of a run; what is added to it has to be ``LATER``."""
-
-    model: str
-    weights_sha256: str
-    network: Mapping[str, Any]
-    codec: Mapping[str, Any]
-    sampler: Mapping[str, Any]
-    steps: int
-    guidance: Mapping[str, Any]
-    request: Mapping[str, Any]
-    batch_size: int
-    max_rows: int | None
-    precision: str
-
-
-@dataclass(frozen=True)
 class Plan:
     """Everything that is known before anything is drawn."""
 
@@ -52,7 +35,7 @@ class Plan:
     requests: list[Request]
     folder: SampleFolder
     pixels: Mapping[str, Any]
-    """The folder's identity: :class:`Pixels` as plain values."""
+    """The folder's identity: :class:`~sag_dit.sampling.Pixels` as plain values."""
     maps: Maps | None = None
     """Which attention to keep of the gallery's images."""
 
@@ -70,7 +53,7 @@ def make_plan(config: DictConfig, model: Model | None = None) -> Plan:
     """
     from sag_dit.data.requests import make_requests, read_requests
     from sag_dit.output.folder import SampleFolder
-    from sag_dit.sampling import Settings
+    from sag_dit.sampling import Pixels, Settings
 
     check_requests(config)
     if config.maps and config.gallery.num == 0:
@@ -103,22 +86,8 @@ def make_plan(config: DictConfig, model: Model | None = None) -> Plan:
         rule = {"seed": config.seed, "classes": "all" if classes is None else classes}
         if OmegaConf.select(config, "prompt") is not None:
             rule = {"seed": config.seed, "prompt": config.prompt}
-    active = {name: term for name, term in guidance.items() if not term.off}
-    pixels = identity_of(
-        Pixels(
-            model=model.name,
-            weights_sha256=model.sha256,
-            network=model.config,
-            codec=model.codec.config(),
-            sampler=sampler.identity(),
-            steps=config.steps,
-            guidance={name: term.identity(model.denoiser) for name, term in active.items()},
-            request=rule,
-            batch_size=settings.batch_size,
-            max_rows=settings.max_rows,
-            precision=str(config.trainer.get("precision") or "32-true"),
-        )
-    )
+    precision = str(config.trainer.get("precision") or "32-true")
+    pixels = identity_of(Pixels.of(model, settings, guidance, rule, precision))
     path = Path(config.out or f"outputs/sample/{model.name}-{digest(pixels)[:8]}")
     maps = make_maps(config, model, config.steps, settings.guidance) if config.maps else None
     return Plan(model, settings, requests, SampleFolder(path), pixels, maps)

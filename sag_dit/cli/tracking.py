@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from sag_dit.checkpoints import Model
-from sag_dit.cli.app import config_folder
-from sag_dit.cli.instruments import Cabinet, check_metrics, example_of
 from sag_dit.data.requests import make_requests
 from sag_dit.sampling import Settings
+from sag_dit.study.setup import FEATURES, Setups, check_metrics, example_of
 from sag_dit.training.metrics import TrackMetrics, best_by
 
 
@@ -26,21 +25,23 @@ def trackers(config: DictConfig, model: Model, out: Path, device: torch.device) 
     if not wanted:
         return []
     check_metrics(wanted.metrics)
-    chosen = wanted.copy()
-    if isinstance(wanted.features, str):
-        file = config_folder() / "features" / f"{wanted.features}.yaml"
-        if not file.is_file():
-            known = ", ".join(sorted(each.stem for each in file.parent.glob("*.yaml")))
-            raise ValueError(f"track.features={wanted.features}: expected one of {known}")
-        chosen.features = OmegaConf.load(file)
+    features = None if wanted.features in (None, "auto") else wanted.features
+    if features is not None and features not in FEATURES:
+        raise ValueError(f"track.features={features}: expected one of auto, {', '.join(FEATURES)}")
     names = model.class_names
-    instruments = Cabinet(device).instruments(chosen, example_of(model), names)
-    if wanted.best and "fid" not in instruments.metrics:
+    setup = Setups(device).setup(
+        example_of(model),
+        names,
+        features=features,
+        reference=wanted.reference,
+        metrics=wanted.metrics,
+    )
+    if wanted.best and "fid" not in setup.metrics:
         raise ValueError("track.best=true: the best checkpoint is chosen by fid; track it too")
     requests = make_requests(wanted.num_images, wanted.seed, None, names)
     settings = Settings.of(model, steps=wanted.steps)
     settings.check(model)
-    suite = instruments.suite(len(requests), 1, spread=False)
+    suite = setup.suite(len(requests), 1, spread=False)
     callbacks: list[Callback] = [TrackMetrics(suite, requests, settings, wanted.every_n_steps)]
     if wanted.best:
         callbacks.append(best_by("fid", out, wanted.every_n_steps))

@@ -19,8 +19,8 @@ from PIL import Image
 import sag_dit
 from sag_dit.cli import sample as sample_command
 from sag_dit.cli.app import launch
-from sag_dit.cli.jobs import make_jobs
-from sag_dit.cli.rows import Row
+from sag_dit.cli.measurements import make_measurements
+from sag_dit.cli.rows import Configured
 from sag_dit.evaluation.classifier import bundled_classifier
 from sag_dit.evaluation.reference import load_reference
 from sag_dit.evaluation.suite import Suite
@@ -166,7 +166,8 @@ def test_numbers_are_kept_by_what_determines_them(
     config.merge_with({"ckpt": "digits", "cfg_scale": 1.5, "num_images": 30})
     changed = config.copy()
     OmegaConf.update(changed, key, value)
-    first, second = make_jobs([Row("", i, {}, c) for i, c in enumerate((config, changed))], CPU)
+    rows = [Configured("", i, {}, c) for i, c in enumerate((config, changed))]
+    first, second = make_measurements(rows, CPU)
     assert (first.identity == second.identity) == same
 
 
