@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from jaxtyping import UInt8
@@ -104,6 +104,48 @@ class Settings:
         """Return what images may be asked for: the model's classes, or else those of a term."""
         guiding = [term.class_names(model.denoiser) for term in self.guidance if not term.off]
         return next(filter(None, guiding), model.class_names)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What determines the pixels of a run; what is added to it has to be ``LATER``."""
+
+    model: str
+    weights_sha256: str
+    network: Mapping[str, Any]
+    codec: Mapping[str, Any]
+    sampler: Mapping[str, Any]
+    steps: int
+    guidance: Mapping[str, Any]
+    request: Mapping[str, Any]
+    batch_size: int
+    max_rows: int | None
+    precision: str
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        settings: Settings,
+        guidance: Mapping[str, Term],
+        request: Mapping[str, Any],
+        precision: str = "32-true",
+    ) -> Self:
+        """Describe images: ``guidance`` by name, ``request`` the rule that says which are drawn."""
+        active = {name: term for name, term in guidance.items() if not term.off}
+        return cls(
+            model=model.name,
+            weights_sha256=model.sha256,
+            network=model.config,
+            codec=model.codec.config(),
+            sampler=settings.sampler.identity(),
+            steps=settings.steps,
+            guidance={name: term.identity(model.denoiser) for name, term in active.items()},
+            request=request,
+            batch_size=settings.batch_size,
+            max_rows=settings.max_rows,
+            precision=precision,
+        )
 
 
 Watch = Callable[[SampleStep], None]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,29 +18,24 @@ from sag_dit.cli.composing import make, placed
 from sag_dit.cli.keys.evaluating import Evaluate
 from sag_dit.cli.keys.key import plain
 from sag_dit.cli.presets import with_presets
-from sag_dit.cli.rows import Row, make_rows
+from sag_dit.cli.rows import Configured, make_rows
 from sag_dit.cli.sweep import Choice, expand
-from sag_dit.cli.values import check_logger
+from sag_dit.cli.values import check_logger, own_sampler
 
 if TYPE_CHECKING:
-    from sag_dit.cli.jobs import Job
-    from sag_dit.cli.measuring import Measure
-    from sag_dit.cli.records import Record
-    from sag_dit.evaluation.suite import Suite
-    from sag_dit.training.predicting import Predictor
-
-READ = 64
-"""Images read from disk at once."""
+    from sag_dit.study.comparison import Comparison
+    from sag_dit.study.measurement import Measurement
+    from sag_dit.study.results import Record
 
 
-def check(config: Evaluate, rows: Sequence[Row]) -> None:
+def check(config: Evaluate, rows: Sequence[Configured]) -> None:
     """Refuse what cannot be meant, before anything is loaded.
 
     Raises:
         ValueError: the value, what was expected, and the remedy.
     """
-    from sag_dit.cli.instruments import check_metrics
     from sag_dit.cli.published import expected_of, experiment_of
+    from sag_dit.study.setup import check_metrics
 
     check_logger(config.logger)
     for row in rows:
@@ -59,143 +53,101 @@ def run(config: Evaluate, choices: Sequence[Choice] | None = None) -> None:
     """Measure what has not been measured yet; rank 0 then writes and shows all results."""
     rows = make_rows(config, choices)
     quiet_lightning()
-    from sag_dit.cli.jobs import base_name, make_jobs
-    from sag_dit.cli.records import read_record
-    from sag_dit.cli.report import report
+    from sag_dit.cli.measurements import make_measurements
     from sag_dit.cli.stopping import LeaveWhenTold, ending_together
+    from sag_dit.study.comparison import Comparison
+    from sag_dit.study.measurement import base_name
+    from sag_dit.study.measuring import measure
+    from sag_dit.study.results import read_record
     from sag_dit.training.predicting import Predictor
 
     check(config, rows)
-    trained = partial(make, config.trainer, "trainer")
-    predictor = Predictor(trained, Path(config.finished), [LeaveWhenTold()])
-    trainer = predictor.trainer
-    jobs = make_jobs(rows, trainer.strategy.root_device)
-    base_name(jobs, config.against)
     finished = Path(config.finished)
+    predictor = Predictor(partial(make, config.trainer, "trainer"), finished, [LeaveWhenTold()])
+    trainer = predictor.trainer
+    measurements = make_measurements(rows, trainer.strategy.root_device)
+    base_name(measurements, config.against)
     # Known before any rank writes, so that all ranks measure the same.
-    records = {job.identity: read_record(finished, job.identity) for job in jobs}
-    pending = _pending(jobs, records)
+    known = {each.identity: read_record(finished, each.identity) for each in measurements}
+    pending = _pending(measurements, known)
     if trainer.is_global_zero:
-        for line in costs(pending):
+        for line in costs([measurements[place] for place in pending]):
             print(line)
     with ending_together(trainer):
-        for number, job in enumerate(pending, start=1):
-            text = f"{job.name} ({number} of {len(pending)})"
-            so_far = records[job.identity]
-            records[job.identity] = measured(predictor, job, text, finished, so_far)
+        for number, place in enumerate(pending, start=1):
+            each, own = measurements[place], rows[place].config
+            _claim(each, own)
+            text = f"{each.setting.name} ({number} of {len(pending)})"
+            so_far, num = known[each.identity], own.gallery.num
+            known[each.identity] = measure(
+                predictor, each, finished, text=text, known=so_far, num=num
+            )
     if trainer.is_global_zero:
-        known = {key: record for key, record in records.items() if record is not None}
-        out = Path(config.out or f"outputs/evaluate/{_name(jobs)}")
-        report(placed(config, out), jobs, known, out, finished, swept=choices is not None)
+        records = {key: record for key, record in known.items() if record is not None}
+        comparison = Comparison.of(measurements, records, config.against)
+        out = Path(config.out or f"outputs/evaluate/{_name(measurements)}")
+        _report(placed(config, out), comparison, out, swept=choices is not None)
 
 
-def _pending(jobs: Sequence[Job], records: Mapping[str, Record | None]) -> list[Job]:
-    """Return what is still to be measured; of settings of one identity each metric once."""
+def _pending(
+    measurements: Sequence[Measurement], records: Mapping[str, Record | None]
+) -> list[int]:
+    """Return the places of what is to be measured; of one identity each metric once."""
     found = []
     asked: dict[str, set[str]] = {}
-    for job in jobs:
-        earlier = asked.setdefault(job.identity, set())
-        lacking = [name for name in job.lacking(records[job.identity]) if name not in earlier]
+    for place, each in enumerate(measurements):
+        earlier = asked.setdefault(each.identity, set())
+        lacking = [name for name in each.lacking(records[each.identity]) if name not in earlier]
         if lacking:
-            found.append(job)
+            found.append(place)
         earlier.update(lacking)
     return found
 
 
-def costs(jobs: Sequence[Job]) -> list[str]:
+def costs(measurements: Sequence[Measurement]) -> list[str]:
     """Return what drawing takes, a line for all settings that cost the same."""
+    from sag_dit.study.measurement import ToDraw
+
     names: dict[str, list[str]] = {}
-    for job in jobs:
-        if job.cost is not None and job.name not in names.setdefault(str(job.cost), []):
-            names[str(job.cost)].append(job.name)
+    for each in measurements:
+        if isinstance(each.images, ToDraw):
+            own = names.setdefault(str(each.images.cost), [])
+            own += [each.setting.name] * (each.setting.name not in own)
     if len(names) == 1:
         return [f"cost: {cost}" for cost in names]
     return [f"cost of {', '.join(own)}: {cost}" for cost, own in names.items()]
 
 
-def _name(jobs: Sequence[Job]) -> str:
-    digest = hashlib.sha256("".join(job.identity for job in jobs).encode()).hexdigest()[:8]
-    first = jobs[0]
-    name = str(first.facts["samples"] if first.plan is None else first.facts["model"])
-    return re.sub(r"[^\w.+-]+", "-", f"{name}-{digest}")
+def _claim(measurement: Measurement, config: Evaluate) -> None:
+    """Make the folder of kept images belong to what is drawn into it."""
+    from sag_dit.study.measurement import ToDraw
+
+    images = measurement.images
+    if isinstance(images, ToDraw) and images.folder is not None:
+        sampler = own_sampler(config.sampler, images.model.denoiser.process)
+        config = placed(replace(config, sampler=sampler), images.folder.path)
+        images.folder.claim(images.pixels, plain(config))
 
 
-def measured(
-    predictor: Predictor, job: Job, text: str, finished: Path, known: Record | None = None
-) -> Record:
-    """Draw or read one set of images on all ranks, and keep its numbers.
-
-    Of metrics some may be ``known``, which is then completed with the others.
-    """
-    from sag_dit.cli.measuring import Measure
-    from sag_dit.cli.records import Record, write_record
-
-    config, trainer = job.row.config, predictor.trainer
-    since = time.monotonic()
-    repeats = config.confidence.repeats
-    lacking = replace(job.instruments, metrics=job.lacking(known))
-    suite = lacking.suite(job.count, job.period, repeats > 0)
-    suite.to(trainer.strategy.root_device)
-    measure = Measure(suite, finished / job.identity, 0 if known else config.gallery.num)
-    _see(predictor, job, text, measure)
-    # Every rank takes part in these, in this order.
-    metrics = suite.compute()
-    warnings = suite.warnings()
-    spread = _spread(suite, repeats, warnings)
-    record = Record(metrics, spread, dict(job.facts), warnings, time.monotonic() - since)
-    record = known.completed(record) if known else record
-    if trainer.is_global_zero:
-        if job.plan is not None and config.keep:
-            from sag_dit.output.finish import write_manifest
-
-            write_manifest(job.plan.folder, job.plan.requests, job.plan.model.class_names)
-        write_record(finished, job.identity, record)
-    return record
+def _name(measurements: Sequence[Measurement]) -> str:
+    digest = hashlib.sha256("".join(each.identity for each in measurements).encode()).hexdigest()
+    facts = measurements[0].facts
+    return re.sub(r"[^\w.+-]+", "-", f"{facts.get('model', facts.get('samples'))}-{digest[:8]}")
 
 
-def _see(predictor: Predictor, job: Job, text: str, measure: Measure) -> None:
-    """Draw or read all images of a job, for ``measure`` to see."""
-    from sag_dit.cli.measuring import Stored, read_back
-    from sag_dit.data.requests import PendingRequests
+def _report(config: Evaluate, comparison: Comparison, out: Path, *, swept: bool) -> None:
+    """Show and write everything; the last line on the terminal names the page."""
+    from rich.console import Console
 
-    plan = job.plan
-    if plan is None:
-        if job.images is None:
-            raise TypeError("a job is drawn or on disk")
-        predictor.read(Stored(job.images, READ), [measure], text=text, total=job.count)
-        return
-    if not job.row.config.keep:
-        predictor.draw(plan.model, plan.requests, plan.settings, [measure], text=text)
-        return
-    # Kept images are drawn as sample.py draws them, those that are missing alone, and read back.
-    config = replace(job.row.config, sampler=plan.sampler)
-    plan.folder.claim(plan.pixels, plain(placed(config, plan.folder.path)))
-    missing = plan.folder.missing(plan.requests, gallery=0)
-    # Found by all ranks before any of them draws.
-    predictor.trainer.strategy.barrier()
-    if missing:
-        done = job.count - len(missing)
-        predictor.draw(
-            plan.model, missing, plan.settings, [plan.folder.write], text=text, done=done
-        )
-        predictor.trainer.strategy.barrier()
-    data = PendingRequests(plan.requests, plan.settings.batch_size)
-    predictor.read(
-        data, [measure], text=text, total=job.count, read=partial(read_back, plan.folder)
-    )
+    from sag_dit.study.report import log, report
 
-
-def _spread(suite: Suite, repeats: int, warnings: list[str]) -> Mapping[str, float]:
-    if not repeats:
-        return {}
-    if suite.groups == 1:
-        warnings.append("no ± can be told of so few images")
-        return {}
-    try:
-        return {name: spread for name, (_, spread) in suite.confidence(repeats).items()}
-    except ValueError as error:
-        warnings.append(f"no ± could be told: {error}")
-        return {}
+    comparison.show(Console(soft_wrap=True, highlight=False))
+    finished, plots = Path(config.finished), swept and config.plots
+    page = report(comparison, out, finished, num=config.gallery.num, plots=plots)
+    if config.logger:
+        log(make(config.logger, "logger"), comparison.results)
+    print(f"results: {out / 'results.json'}")
+    print(f"page: {page.resolve()}")
 
 
 def start(arguments: Sequence[str], entry: Sequence[str] = ()) -> None:

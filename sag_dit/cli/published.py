@@ -35,9 +35,9 @@ def experiment_of(expected: Expected) -> Evaluate | None:
     return found
 
 
-def deviations(config: Evaluate, expected: Expected, facts: Mapping[str, Any]) -> list[str]:
-    """Name what differs of the protocol, and which settings the experiment has otherwise."""
-    told = expected.deviations(facts)
+def otherwise(config: Evaluate, expected: Expected) -> list[str]:
+    """Name the settings that the experiment of published numbers has otherwise."""
+    told: list[str] = []
     experiment = experiment_of(expected)
     if experiment is None or config.samples is not None:
         return told

@@ -35,23 +35,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Pixels:
-    """What determines the pixels of a run; what is added to it has to be ``LATER``."""
-
-    model: str
-    weights_sha256: str
-    network: Mapping[str, Any]
-    codec: Mapping[str, Any]
-    sampler: Mapping[str, Any]
-    steps: int
-    guidance: Mapping[str, Any]
-    request: Mapping[str, Any]
-    batch_size: int
-    max_rows: int | None
-    precision: str
-
-
-@dataclass(frozen=True)
 class Plan:
     """Everything that is known before anything is drawn."""
 
@@ -60,7 +43,7 @@ class Plan:
     requests: list[Request]
     folder: SampleFolder
     pixels: Mapping[str, Any]
-    """The folder's identity: :class:`Pixels` as plain values."""
+    """The folder's identity: :class:`~sag_dit.sampling.Pixels` as plain values."""
     sampler: dict[str, Any]
     """The settings of the sampler, as the configuration states them."""
     maps: Maps | None = None
@@ -80,7 +63,7 @@ def make_plan(config: Guides, num_images: int, out: str | None, model: Model | N
     from sag_dit.checkpoints import is_text
     from sag_dit.data.requests import make_requests, read_requests, renumbered
     from sag_dit.output.folder import SampleFolder
-    from sag_dit.sampling import Settings
+    from sag_dit.sampling import Pixels, Settings
 
     check_requests(config)
     guidance = make_terms(config.guidance)
@@ -113,22 +96,8 @@ def make_plan(config: Guides, num_images: int, out: str | None, model: Model | N
         rule = {"seed": config.seed, "classes": "all" if classes is None else classes}
         if config.prompt is not None:
             rule = {"seed": config.seed, "prompt": config.prompt}
-    active = {name: term for name, term in guidance.items() if not term.off}
-    pixels = identity_of(
-        Pixels(
-            model=model.name,
-            weights_sha256=model.sha256,
-            network=model.config,
-            codec=model.codec.config(),
-            sampler=sampler.identity(),
-            steps=config.steps,
-            guidance={name: term.identity(model.denoiser) for name, term in active.items()},
-            request=rule,
-            batch_size=settings.batch_size,
-            max_rows=settings.max_rows,
-            precision=str(config.trainer.get("precision") or "32-true"),
-        )
-    )
+    precision = str(config.trainer.get("precision") or "32-true")
+    pixels = identity_of(Pixels.of(model, settings, guidance, rule, precision))
     path = Path(out or f"outputs/sample/{model.name}-{digest(pixels)[:8]}")
     return Plan(model, settings, requests, SampleFolder(path), pixels, stated)
 

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch import Callback
 
 from sag_dit.checkpoints import Model
-from sag_dit.cli.composing import config_folder
-from sag_dit.cli.instruments import Cabinet, check_metrics, example_of
 from sag_dit.data.requests import make_requests
 from sag_dit.sampling import Settings
+from sag_dit.study.setup import FEATURES, Setups, check_metrics, example_of
 from sag_dit.training.metrics import TrackMetrics, best_by
 
 
@@ -28,25 +26,25 @@ def trackers(
     """
     if not track:
         return []
-    metrics, features, best = track["metrics"], track["features"], track["best"]
+    metrics, best, every = track["metrics"], track["best"], track["every_n_steps"]
     check_metrics(metrics)
-    if isinstance(features, str):
-        file = config_folder() / "features" / f"{features}.yaml"
-        if not file.is_file():
-            known = ", ".join(sorted(each.stem for each in file.parent.glob("*.yaml")))
-            raise ValueError(f"track.features={features}: expected one of {known}")
-        features = yaml.safe_load(file.read_text())
+    features = None if track["features"] in (None, "auto") else track["features"]
+    if features is not None and features not in FEATURES:
+        raise ValueError(f"track.features={features}: expected one of auto, {', '.join(FEATURES)}")
     names = model.class_names
-    instruments = Cabinet(device).instruments(
-        features, track["reference"], metrics, example_of(model), names
+    setup = Setups(device).setup(
+        example_of(model),
+        names,
+        features=features,
+        reference=track["reference"],
+        metrics=metrics,
     )
-    if best and "fid" not in instruments.metrics:
+    if best and "fid" not in setup.metrics:
         raise ValueError("track.best=true: the best checkpoint is chosen by fid; track it too")
     requests = make_requests(track["num_images"], track["seed"], None, names)
     settings = Settings.of(model, steps=track["steps"])
     settings.check(model)
-    suite = instruments.suite(len(requests), 1, spread=False)
-    every = track["every_n_steps"]
+    suite = setup.suite(len(requests), 1, spread=False)
     callbacks: list[Callback] = [TrackMetrics(suite, requests, settings, every)]
     if best:
         callbacks.append(best_by("fid", out, every))

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from sag_dit.evaluation.suite import Suite
+from sag_dit.evaluation.suite import METRICS, Suite
 from sag_dit.sampling import Request, Settings, drawn
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.resume import FOLDER
@@ -70,13 +70,12 @@ class TrackMetrics(Callback):
 
 def best_by(metric: str, out: Path, every_n_steps: int) -> ModelCheckpoint:
     """Return a callback that keeps the checkpoint with the best value of a tracked metric."""
-    higher = metric in ("is", "precision", "recall")
     return ModelCheckpoint(
         dirpath=out / FOLDER,
         filename=f"best-{metric}-{{step:08d}}",
         auto_insert_metric_name=False,
         monitor=f"metrics/{metric}",
-        mode="max" if higher else "min",
+        mode="max" if METRICS[metric].higher_is_better else "min",
         save_top_k=1,
         every_n_train_steps=every_n_steps,
         enable_version_counter=False,

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from sag_dit.cli.composing import changed
-from sag_dit.cli.jobs import base_name, make_jobs
 from sag_dit.cli.keys import Evaluate as Keys
-from sag_dit.cli.records import Record, Result, combine, compared
+from sag_dit.cli.measurements import make_measurements
 from sag_dit.cli.rows import make_rows
+from sag_dit.study.measurement import base_name
+from sag_dit.study.results import Record, Result, combine, compared
 
 Evaluate = Callable[..., Any]
 
@@ -77,9 +78,9 @@ def test_a_base_goes_by_its_name_and_by_its_key(
 ) -> None:
     monkeypatch.setenv("SAG_DIT_CACHE", str(kept_references))
     config = changed("evaluate", defaults, {"ckpt": "digits", "seeds": 2, "num_images": 30})
-    jobs = make_jobs(make_rows(config, None), torch.device("cpu"))
-    assert base_name(jobs, against) == "CFG 1.5"
-    assert base_name(jobs, None) is None
+    measurements = make_measurements(make_rows(config, None), torch.device("cpu"))
+    assert base_name(measurements, against) == "CFG 1.5"
+    assert base_name(measurements, None) is None
 
 
 def test_what_is_no_number_is_told_as_none() -> None:

@@ -19,9 +19,9 @@ import sag_dit
 from sag_dit.cli import sample as sample_command
 from sag_dit.cli.app import launch
 from sag_dit.cli.composing import changed
-from sag_dit.cli.jobs import make_jobs
 from sag_dit.cli.keys import Evaluate as Keys
-from sag_dit.cli.rows import Row
+from sag_dit.cli.measurements import make_measurements
+from sag_dit.cli.rows import Configured
 from sag_dit.evaluation.classifier import bundled_classifier
 from sag_dit.evaluation.reference import load_reference
 from sag_dit.evaluation.suite import Suite
@@ -165,7 +165,8 @@ def test_numbers_are_kept_by_what_determines_them(
     monkeypatch.setenv("SAG_DIT_CACHE", str(kept_references))
     own = {"ckpt": "digits", "cfg_scale": 1.5, "num_images": 30}
     configs = [changed("evaluate", defaults, each) for each in (own, {**own, key: value})]
-    first, second = make_jobs([Row("", i, {}, each) for i, each in enumerate(configs)], CPU)
+    rows = [Configured("", i, {}, each) for i, each in enumerate(configs)]
+    first, second = make_measurements(rows, CPU)
     assert (first.identity == second.identity) == same
 
 

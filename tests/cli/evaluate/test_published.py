@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 from hydra.errors import MissingConfigException
 
 from sag_dit.cli.composing import compose
-from sag_dit.cli.published import deviations, expected_of
+from sag_dit.cli.keys import Evaluate
+from sag_dit.cli.published import expected_of, otherwise
+from sag_dit.evaluation.expected import Expected
 
 FACTS = {
     "count": 50000, "model": "ADM-256-uncond", "sampler": "Ancestral", "steps": 250,
     "guidance": "SAG 0.8", "features": "inception", "reference": "VIRTUAL_imagenet256_labeled.npz",
 }  # fmt: skip
 COUNT = "count: not published, here 50,000"
+
+
+def deviations(config: Evaluate, expected: Expected, facts: Mapping[str, Any]) -> list[str]:
+    """What stands beside published numbers: of the protocol, then of the settings."""
+    return [*expected.deviations(facts), *otherwise(config, expected)]
 
 
 @pytest.mark.parametrize(
