@@ -21,12 +21,12 @@ import safetensors.torch
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks.classifiers import fit
 from sag_dit.cli import app, evaluate, train
+from sag_dit.cli.keys import Evaluate
 from sag_dit.codec import from_pixels
 from sag_dit.data.digits import Digits
 from sag_dit.models.unet.classifier import Classifier
@@ -197,8 +197,8 @@ def main() -> None:
     ]
     rows: dict[str, Any] = {}
 
-    def run(config: DictConfig) -> None:
-        rows.update(OmegaConf.to_container(config.compare, resolve=True))  # type: ignore[arg-type]
+    def run(config: Evaluate) -> None:
+        rows.update(config.compare or {})
         evaluate.run(config)
 
     print("python evaluate.py", *arguments, flush=True)

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sag_dit import study as study
     from sag_dit.checkpoints import Model as Model
     from sag_dit.checkpoints import load as load
     from sag_dit.checkpoints import load_text as load_text
@@ -25,6 +26,7 @@ _HOME = {
     "load": "sag_dit.checkpoints",
     "load_text": "sag_dit.checkpoints",
     "sample": "sag_dit.sampling",
+    "study": "sag_dit.study",
 }
 
 __version__ = "0.1.0"
@@ -46,7 +48,8 @@ def __getattr__(name: str) -> object:
     home = home or _homes().get(name)
     if home is None:
         raise AttributeError(f"module 'sag_dit' has no attribute {name!r}")
-    return getattr(import_module(home), name)
+    found = import_module(home)
+    return found if home == f"sag_dit.{name}" else getattr(found, name)
 
 
 def __dir__() -> list[str]:

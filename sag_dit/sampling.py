@@ -1,24 +1,29 @@
 """The straight line: requests -> noise -> Sampler(Guidance(Denoiser)) -> latent -> Codec -> images.
 
-The Python function :func:`sample` and the LightningModule's predict step both call :func:`draw`.
+:func:`draw` is this line for one compute batch. :func:`draw_batch` adds what else is kept of the
+images and returns all as :class:`Drawn`, which is what everybody who takes images takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Self
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, NamedTuple, Self
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from sag_dit.attention import CaptureKind
 from sag_dit.checkpoints import Model
 from sag_dit.guidance import GuidedDenoiser, Term
 from sag_dit.noise import START, NoiseSource
-from sag_dit.process import Step
-from sag_dit.sampler import DDIM, EulerFlow, Sampler, SampleStep
+from sag_dit.sampler import DDIM, Sampler, SampleStep, auto
+from sag_dit.tensors import Labels
+from sag_dit.traces import Captures, Maps, Recorder, Trace
+
+log = logging.getLogger(__name__)
 
 
 class Request(NamedTuple):
@@ -34,18 +39,13 @@ class Request(NamedTuple):
     stream: int
 
 
-Captures = Callable[[Step], Sequence[tuple[str, CaptureKind]]]
-"""Which layers' attention to read at a step, beside what guidance reads."""
-
-
 @dataclass(frozen=True)
 class Settings:
     """How images are drawn; together with the model and a request this determines each pixel.
 
     ``batch_size`` is the network's one compute batch: a short batch is padded to it, so that an
     image does not depend on how many others are drawn. ``max_rows`` bounds the rows evaluated at
-    once. ``captures`` says which attention to read at a step, for whoever watches; reading changes
-    no pixel.
+    once.
     """
 
     sampler: Sampler = field(default_factory=DDIM)
@@ -53,7 +53,6 @@ class Settings:
     guidance: tuple[Term, ...] = ()
     batch_size: int = 16
     max_rows: int | None = None
-    captures: Captures | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -83,7 +82,7 @@ class Settings:
         A flow is solved by Euler's method and any other process by DDIM.
         """
         return cls(
-            sampler=sampler or (EulerFlow() if model.denoiser.process.is_flow else DDIM()),
+            sampler=sampler or auto(model.denoiser.process),
             steps=steps,
             guidance=tuple(guidance),
             batch_size=model.batch_size if batch_size is None else batch_size,
@@ -107,14 +106,62 @@ class Settings:
         return next(filter(None, guiding), model.class_names)
 
 
+@dataclass(frozen=True)
+class Pixels:
+    """What determines the pixels of a run; what is added to it has to be ``LATER``."""
+
+    model: str
+    weights_sha256: str
+    network: Mapping[str, Any]
+    codec: Mapping[str, Any]
+    sampler: Mapping[str, Any]
+    steps: int
+    guidance: Mapping[str, Any]
+    request: Mapping[str, Any]
+    batch_size: int
+    max_rows: int | None
+    precision: str
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        settings: Settings,
+        guidance: Mapping[str, Term],
+        request: Mapping[str, Any],
+        precision: str = "32-true",
+    ) -> Self:
+        """Describe images: ``guidance`` by name, ``request`` the rule that says which are drawn."""
+        active = {name: term for name, term in guidance.items() if not term.off}
+        return cls(
+            model=model.name,
+            weights_sha256=model.sha256,
+            network=model.config,
+            codec=model.codec.config(),
+            sampler=settings.sampler.identity(),
+            steps=settings.steps,
+            guidance={name: term.identity(model.denoiser) for name, term in active.items()},
+            request=request,
+            batch_size=settings.batch_size,
+            max_rows=settings.max_rows,
+            precision=precision,
+        )
+
+
 Watch = Callable[[SampleStep], None]
 """Called after every step with the state of the whole compute batch."""
 
 
 def trajectory(
-    model: Model, requests: Sequence[Request], settings: Settings
+    model: Model,
+    requests: Sequence[Request],
+    settings: Settings,
+    captures: Captures | None = None,
 ) -> Iterator[SampleStep]:
     """Yield the sampler's steps for one compute batch, padded with copies of its last request.
+
+    ``captures`` says which attention to read at a step, for whoever looks at its prediction;
+    reading changes no pixel.
 
     Raises:
         ValueError: there are more requests than ``batch_size``, or an image turned NaN or infinite;
@@ -130,10 +177,10 @@ def trajectory(
     noise = NoiseSource([row.seed for row in rows], [row.stream for row in rows])
     x = noise.normal(START, denoiser.latent_shape).to(denoiser.device)
     cond = denoiser.conditions([row.label for row in rows])
-    captures = settings.captures or (lambda _: ())
+    read = captures or (lambda _: ())
     guided = GuidedDenoiser(denoiser, settings.guidance, noise=noise, max_rows=settings.max_rows)
     for step in settings.sampler.steps(
-        lambda x_t, step: guided(x_t, step, cond, captures(step)),
+        lambda x_t, step: guided(x_t, step, cond, read(step)),
         x,
         denoiser.process,
         settings.steps,
@@ -145,7 +192,11 @@ def trajectory(
 
 
 def draw(
-    model: Model, requests: Sequence[Request], settings: Settings, watch: Watch | None = None
+    model: Model,
+    requests: Sequence[Request],
+    settings: Settings,
+    watch: Watch | None = None,
+    captures: Captures | None = None,
 ) -> UInt8[Tensor, "b c h w"]:
     """Draw the images of one compute batch, uint8, in the order of the requests.
 
@@ -154,13 +205,96 @@ def draw(
     """
     x = None
     with torch.no_grad():
-        for step in trajectory(model, requests, settings):
+        for step in trajectory(model, requests, settings, captures):
             x = step.x
             if watch is not None:
                 watch(step)
         assert x is not None
         images: Tensor = model.codec.decode(x[: len(requests)])
         return images
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """One batch of finished images, and by index what else is kept of them.
+
+    ``twins`` are drawn from the same noise without guidance; ``traces`` is what attention said.
+    """
+
+    requests: Sequence[Request]
+    images: UInt8[Tensor, "b c h w"]
+    twins: Mapping[int, UInt8[Tensor, "c h w"]] = field(default_factory=dict)
+    traces: Mapping[int, Trace] = field(default_factory=dict)
+
+    @property
+    def indices(self) -> Labels:
+        """The places of the images in their set."""
+        return torch.tensor([request.index for request in self.requests])
+
+
+def draw_batch(
+    model: Model,
+    requests: Sequence[Request],
+    settings: Settings,
+    *,
+    twins: Collection[int] = (),
+    traced: Collection[int] = (),
+    maps: Maps | None = None,
+    watch: Watch | None = None,
+) -> Drawn:
+    """Draw one compute batch, with the twins and traces of the indices that are named.
+
+    ``maps`` says which layers to keep of what is traced. ``watch`` is told of every step of the
+    images, not of the twins' steps. Nothing of this changes a pixel of the images.
+
+    Raises:
+        ValueError: as :func:`trajectory`.
+
+    Example:
+        >>> drawn = draw_batch(model, [Request(0, 0, 3, 0)], settings, twins=[0])
+        >>> drawn.images[0], drawn.twins[0]
+    """
+    rows = {request.index: row for row, request in enumerate(requests)}
+    recorder = None
+    if rows.keys() & set(traced):
+        recorder = Recorder(model.denoiser, settings.steps, settings.guidance, maps)
+
+    def tell(step: SampleStep) -> None:
+        for each in (recorder, watch):
+            if each is not None:
+                each(step)
+
+    images = draw(model, requests, settings, tell, None if recorder is None else recorder.captures)
+    kept = {}
+    if recorder is not None:
+        kept = {index: recorder.trace(row) for index, row in rows.items() if index in traced}
+    # The twins are a batch of their own: the same requests, in the same order, unguided.
+    paired = [request for request in requests if request.index in twins]
+    unguided = draw(model, paired, replace(settings, guidance=())) if paired else ()
+    pairs = zip(paired, unguided, strict=True)
+    return Drawn(requests, images, {request.index: twin for request, twin in pairs}, kept)
+
+
+def drawn(
+    model: Model,
+    requests: Sequence[Request],
+    settings: Settings,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    watch: Watch | None = None,
+) -> Iterator[Drawn]:
+    """Draw a set batch by batch: of ``world`` ranks this one draws batch ``rank`` and each after.
+
+    Sharded weights need all ranks at each forward, so all draw as often: a rank that has no batch
+    of its own left draws the last one again, and yields nothing for it.
+    """
+    size = settings.batch_size
+    batches = [requests[start : start + size] for start in range(0, len(requests), size)]
+    for place in range(rank, rank + len(batches), world):
+        batch = draw_batch(model, batches[min(place, len(batches) - 1)], settings, watch=watch)
+        if place < len(batches):
+            yield batch
 
 
 def sample(
@@ -192,28 +326,33 @@ def sample(
         Request(index, seed, label, stream=index)
         for index, label in enumerate(labels_of(classes, settings.class_names(model)))
     ]
-    size = settings.batch_size
-    batches = [requests[i : i + size] for i in range(0, len(requests), size)]
-    return torch.cat([draw(model, batch, settings, watch).cpu() for batch in batches])
+    batches = drawn(model, requests, settings, watch=watch)
+    return torch.cat([batch.images.cpu() for batch in batches])
 
 
 def labels_of(classes: Sequence[object], names: Sequence[str]) -> list[int]:
     """Turn class numbers or names into labels.
 
+    A number is the label, or if there is none, the class so named; a text is the name, or if there
+    is none, the number. Where both would be classes, a warning tells which is taken.
+
     Raises:
         ValueError: a number outside the model's classes or an unknown name.
+
+    Example:
+        >>> names = ("0", "1", "10", "2")
+        >>> labels_of([2, "2", 10], names)
+        [2, 3, 2]
     """
     labels = []
     for wanted in classes:
-        if isinstance(wanted, str) and wanted in names:
-            label = names.index(wanted)
-        else:
-            try:
-                readable = isinstance(wanted, (int, str)) and not isinstance(wanted, bool)
-                label = int(str(wanted)) if readable else -1
-            except ValueError:
-                label = -1
-        if not 0 <= label < len(names):
+        by_name = _named(wanted, names)
+        by_number = _number(wanted, len(names))
+        first, second = (by_name, by_number) if isinstance(wanted, str) else (by_number, by_name)
+        label = second if first is None else first
+        if first is not None and second is not None and first != second:
+            _tell_which(isinstance(wanted, str), str(wanted), first, names[first], second)
+        if label is None:
             known = (
                 "this model knows a single class, as unconditional ones do; leave classes out, or "
                 "ask for 0"
@@ -224,6 +363,36 @@ def labels_of(classes: Sequence[object], names: Sequence[str]) -> list[int]:
             raise ValueError(f"class {wanted!r} does not exist: {known}")
         labels.append(label)
     return labels
+
+
+def _named(wanted: object, names: Sequence[str]) -> int | None:
+    readable = isinstance(wanted, (int, str)) and not isinstance(wanted, bool)
+    return names.index(str(wanted)) if readable and str(wanted) in names else None
+
+
+def _number(wanted: object, count: int) -> int | None:
+    """Return the label that a value is the number of, None if it is of none."""
+    readable = isinstance(wanted, (int, str)) and not isinstance(wanted, bool)
+    try:
+        number = int(str(wanted)) if readable else -1
+    except ValueError:
+        return None
+    return number if 0 <= number < count else None
+
+
+@cache
+def _tell_which(named: bool, wanted: str, taken: int, name: str, other: int) -> None:
+    """Tell, once, which class a number means that is also the name of another one."""
+    if named:
+        log.warning(
+            'class "%s" is the class of that name, number %d; without quotes, %s is number %d',
+            *(wanted, taken, wanted, other),
+        )
+    else:
+        log.warning(
+            'class %s is number %d, named %s; in quotes, "%s" is the class of that name, number %d',
+            *(wanted, taken, name, wanted, other),
+        )
 
 
 def _refuse_non_finite(step: SampleStep, requests: Sequence[Request]) -> None:

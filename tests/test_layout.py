@@ -24,10 +24,13 @@ ORDER: tuple[frozenset[str], ...] = (
     frozenset({"denoiser"}),
     frozenset({"codec", "checkpoints"}),
     frozenset({"guidance"}),
+    frozenset({"traces"}),
     frozenset({"sampling"}),
     frozenset({"pipelines", "data", "output", "evaluation"}),
     frozenset({"training"}),
+    frozenset({"study"}),
     frozenset({"cli"}),
+    frozenset({"__main__"}),
 )
 RANK = {part: rank for rank, group in enumerate(ORDER) for part in group}
 
@@ -43,7 +46,7 @@ PACKAGE_NAMES = frozenset({"__version__"})
 
 # Libraries that only some parts may import; a module belongs to the parts above it.
 CONFINED = {
-    "lightning": ("data", "output", "evaluation", "training", "cli"),
+    "lightning": ("data", "output", "evaluation", "training", "study", "cli"),
     "hydra": ("cli",),
     "diffusers": (
         "models.dit.layouts",

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import sag_dit
+from sag_dit import sampling
 from sag_dit.checkpoints import Model, from_denoiser
 from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import CFG, SAG
 from sag_dit.models import DiT
 from sag_dit.process import DDPM, Flow
 from sag_dit.sampler import DDIM, Ancestral, EulerFlow, HeunFlow, SampleStep
-from sag_dit.sampling import Request, Settings, draw, labels_of, trajectory
+from sag_dit.sampling import (
+    Request,
+    Settings,
+    _tell_which,
+    draw,
+    draw_batch,
+    drawn,
+    labels_of,
+    trajectory,
+)
+from sag_dit.traces import Maps
 from tests.closeness import places_are_alike
 
 NAMES = tuple(f"class {i}" for i in range(10))
@@ -200,10 +215,26 @@ def test_a_flow_is_solved_by_euler_unless_another_sampler_is_asked_for(
         sag_dit.sample(model, [3, 4], sampler=DDIM(), **asked)
 
 
-def test_a_name_wins_over_a_number_only_as_text() -> None:
-    names = ("2", "1", "0")
-    assert labels_of(["2"], names) == [0]
-    assert labels_of([2], names) == [2]
+FOLDERS = ("0", "1", "10", "11", "2", "3", "4", "5", "6", "7", "8", "9")
+"""As folders are sorted."""
+
+
+def test_a_number_is_the_label_and_a_text_the_name(caplog: pytest.LogCaptureFixture) -> None:
+    _tell_which.cache_clear()
+    assert labels_of([2, 2], FOLDERS) == [2, 2]
+    assert caplog.messages == [
+        'class 2 is number 2, named 10; in quotes, "2" is the class of that name, number 4'
+    ]
+    caplog.clear()
+    assert labels_of(["2"], FOLDERS) == [4]
+    assert caplog.messages == [
+        'class "2" is the class of that name, number 4; without quotes, 2 is number 2'
+    ]
+    caplog.clear()
+    # What would be no class as the one is one as the other.
+    assert labels_of([2016, "1", 0], ("2015", "2016")) == [1, 1, 0]
+    assert labels_of(["207"], [f"class {number}" for number in range(1000)]) == [207]
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("wanted", [-1, 10, "10", "-1", "dog", "", 1.5, None, True])
@@ -228,3 +259,58 @@ def test_the_bundled_model_draws_the_digits_it_is_asked_for() -> None:
     images = sag_dit.sample(sag_dit.load("digits"), wanted.tolist(), steps=25)
     assert (read(images) == wanted).sum() >= 26  # of 30
     assert len(images.flatten(1).unique(dim=0)) == 30
+
+
+# --- batches of a set -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "world"), [(9, 2), (12, 3), (3, 2)])
+def test_ranks_share_the_batches_of_a_set_and_draw_as_often(
+    model: Model, monkeypatch: pytest.MonkeyPatch, count: int, world: int
+) -> None:
+    whole = draw_all(model, count)
+    calls: list[int] = []
+    line = sampling.draw
+
+    def counting(model: Model, batch: Sequence[Request], *rest: Any) -> Tensor:
+        calls.append(batch[0].index)
+        return line(model, batch, *rest)
+
+    monkeypatch.setattr(sampling, "draw", counting)
+    found: dict[int, Tensor] = {}
+    turns = []
+    for rank in range(world):
+        calls.clear()
+        for batch in drawn(model, requests(range(count)), SETTINGS, rank=rank, world=world):
+            assert not found.keys() & set(batch.indices.tolist())
+            found |= dict(zip(batch.indices.tolist(), batch.images, strict=True))
+        turns.append(len(calls))
+    assert turns == [math.ceil(math.ceil(count / 4) / world)] * world
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[index], image) for index, image in whole.items())
+
+
+def draw_all(model: Model, count: int) -> dict[int, Tensor]:
+    """The images of a set by index, drawn by one rank."""
+    batches = drawn(model, requests(range(count)), SETTINGS)
+    return {
+        index: image
+        for batch in batches
+        for index, image in zip(batch.indices.tolist(), batch.images, strict=True)
+    }
+
+
+def test_a_batch_comes_with_the_twins_and_traces_that_are_named(model: Model) -> None:
+    wanted = requests([4, 6, 7])
+    batch = draw_batch(model, wanted, SETTINGS, twins=[7, 9], traced=[4])
+    assert torch.equal(batch.images, draw(model, wanted, SETTINGS))
+    assert batch.twins.keys() == {7} and batch.traces.keys() == {4}
+    unguided = draw(model, requests([7]), replace(SETTINGS, guidance=()))[0]
+    assert torch.equal(batch.twins[7], unguided)
+    assert not torch.equal(batch.twins[7], batch.images[2])
+    trace = batch.traces[4]
+    assert [view.index for view in trace.steps] == [0, 1, 2] and trace.maps is None
+    with_maps = draw_batch(model, wanted, SETTINGS, traced=[4], maps=Maps(steps=2, query=None))
+    assert torch.equal(with_maps.images, batch.images)
+    maps = with_maps.traces[4].maps
+    assert maps is not None and maps.steps == (0, 2)

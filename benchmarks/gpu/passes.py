@@ -27,15 +27,14 @@ from benchmarks.gpu.sizes import (
 from benchmarks.measure import flops, median_seconds, ratio, synchronised
 from sag_dit.attention import Capture
 from sag_dit.checkpoints import Model
-from sag_dit.data.requests import PendingRequests, make_requests
+from sag_dit.data.requests import make_requests
 from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import CFG, SAG, Term
 from sag_dit.models import DiT
-from sag_dit.output.folder import SampleFolder, write_png
-from sag_dit.output.writer import PredictionWriter, pixels
+from sag_dit.output.folder import SampleFolder, pixels, write_png
 from sag_dit.process import DDPM
 from sag_dit.sampling import Settings
-from sag_dit.training.module import DiffusionModule
+from sag_dit.training.predicting import Predictor
 
 GUIDANCE: dict[str, tuple[Term, ...]] = {
     "unguided": (),
@@ -117,24 +116,14 @@ class Drawing:
         with tempfile.TemporaryDirectory() as place:
             folder = SampleFolder(Path(place))
             folder.claim({}, {})
-            trainer = Trainer(
+            make = partial(
+                Trainer,
                 accelerator="auto",
                 devices=1,
                 precision=self._precision,  # type: ignore[arg-type]
-                logger=False,
-                callbacks=[PredictionWriter(folder), clock],
-                use_distributed_sampler=False,
-                inference_mode=False,
-                enable_progress_bar=False,
-                enable_checkpointing=False,
-                enable_model_summary=False,
-                default_root_dir=place,
             )
-            trainer.predict(
-                DiffusionModule(self._model, settings=settings),
-                datamodule=PendingRequests(pending, scale.batch),
-                return_predictions=False,
-            )
+            predictor = Predictor(make, folder.path, [clock])
+            predictor.draw(self._model, pending, settings, [folder.write])
             written = len(list((Path(place) / "images").glob("*.png")))
         if written != scale.batch:
             raise RuntimeError(f"{written} of {scale.batch} images were written")

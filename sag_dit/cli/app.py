@@ -1,4 +1,4 @@
-"""Starting a command: Hydra with our configs, free-text values quoted, errors on one screen."""
+"""Starting a command: its arguments checked, signals, and errors on one screen."""
 
 from __future__ import annotations
 
@@ -16,79 +16,48 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from sag_dit.cli.composing import checked, config_folder, quoted, unresolved
 from sag_dit.cli.help import help_text
 from sag_dit.cli.orphans import end_with_parent
-from sag_dit.cli.schema import check, free_text
-from sag_dit.cli.typed import MULTIRUN, check_added, check_arguments, nearest, split
-from sag_dit.cli.typed import config_folder as config_folder
-
-QUOTATION = re.compile(r"""(['"])(\\.|(?!\1|\\).)*\1""", re.DOTALL)
-"""A value that the user has quoted for Hydra."""
+from sag_dit.cli.schema import nearest
+from sag_dit.cli.typed import HELP, MULTIRUN, check_added, check_arguments, split
 
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 """The signal that ends a process whatever it does; Windows knows one alone, which does."""
 
-Run = Callable[[DictConfig], None]
+Run = Callable[[Any], None]
+"""A command, which takes an instance of its schema."""
 
 
-def quoted(argument: str) -> str:
-    """Quote the value of a free-text ``key=value`` for Hydra; other arguments stay as they are.
-
-    A value that the user has quoted already, null, several samples in brackets and a mapping with
-    ``_target_`` are left alone.
-    """
-    key, separator, value = argument.partition("=")
-    if not separator or key.lstrip("+") not in free_text() or value in ("", "null"):
-        return argument
-    if QUOTATION.fullmatch(value) or (key == "samples" and value.startswith("[")):
-        return argument
-    if value.startswith("{") and "_target_" in value:
-        return argument
-    # Within Hydra's quotes a backslash means itself unless quotes follow it.
-    value = re.sub(r"(\\*)'", lambda m: m[1] * 2 + "\\'", literal(value))
-    value = re.sub(r"(\\+)$", lambda m: m[1] * 2, value)
-    return f"{key}='{value}'"
-
-
-def literal(value: str) -> str:
-    """Escape what OmegaConf would take for an interpolation, so that the text means itself."""
-    return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value)
-
-
-def _keys(config: object, prefix: str = "") -> list[str]:
-    if not isinstance(config, Mapping):
-        return []
-    found = []
-    for key, value in config.items():
-        found += [f"{prefix}{key}", *_keys(value, f"{prefix}{key}.")]
-    return found
-
-
-def _explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str:
-    """Return Hydra's own message, or where a key is unknown ours with the nearest keys."""
+def _explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
+    """Return in a sentence what Hydra could not read or find."""
     message = str(error)
+    if isinstance(error, OverrideParseException):
+        value = re.sub(r"^.*?=", "", error.override)
+        return (
+            f"{error.override}: {value or 'nothing'} cannot be read as a value; put text in "
+            f'quotes, and of a list each name with a comma or a bracket, such as ["a, b",c]'
+        )
     unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", message)
     if unknown is None:
         return message
     key = next(group for group in unknown.groups() if group)
-    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-        # With the user's choices of groups, since they bring keys of their own.
-        groups = [each for each in arguments if (config_folder() / each.partition("=")[0]).is_dir()]
-        config = OmegaConf.to_container(hydra.compose(config_name, groups), resolve=False)
-    return f"{key}: no such key{nearest(key, _keys(config))}"
+    # With the user's choices of groups, since they bring keys of their own.
+    groups = [each for each in arguments if (config_folder() / each.partition("=")[0]).is_dir()]
+    return f"{key}: no such key{nearest(key, _paths(unresolved(command, groups)))}"
 
 
-def _told(error: Exception) -> str:
-    """Return what went wrong, without Hydra's words for the call in which it did."""
-    cause = error.__cause__
-    where = re.search(r"\nfull_key: (.+)$", str(error))
-    if isinstance(error, InstantiationException) and where and isinstance(cause, ValueError):
-        return f"{where[1]}: {cause}"
-    return str(error)
+def _paths(values: object, prefix: str = "") -> list[str]:
+    if not isinstance(values, Mapping):
+        return []
+    found = []
+    for key, value in values.items():
+        found += [f"{prefix}{key}", *_paths(value, f"{prefix}{key}.")]
+    return found
 
 
 def quiet_lightning() -> None:
@@ -131,11 +100,17 @@ def leaving_when_told() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def launch(config_name: str, run: Run, argv: Sequence[str] | None = None) -> None:
+def launch(
+    config_name: str,
+    run: Run,
+    argv: Sequence[str] | None = None,
+    entry: Sequence[str] = (),
+) -> None:
     """Compose the configuration from the command line and run; never show a traceback for misuse.
 
-    Misuse is a ValueError, an OSError or one of Hydra's own errors. Anything else is our mistake
-    and keeps its traceback.
+    ``entry`` is what stands before the arguments where other ranks are started. Misuse is a
+    ValueError, an OSError or one of Hydra's own errors. Anything else is our mistake and keeps its
+    traceback.
     """
     end_with_parent()
     original = list(sys.argv)
@@ -144,7 +119,7 @@ def launch(config_name: str, run: Run, argv: Sequence[str] | None = None) -> Non
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         keys, flags = split(arguments)
-        if {"--help", "-h"} & set(flags):
+        if set(HELP) & set(flags):
             print(help_text(config_name, next((key for key in keys if "=" not in key), None)))
             return
         keys = check_arguments(config_name, keys, flags)
@@ -155,20 +130,18 @@ def launch(config_name: str, run: Run, argv: Sequence[str] | None = None) -> Non
         # Other ranks are started with the arguments as the user wrote them; in a sweep, with those
         # of this setting.
         swept = any(flag in MULTIRUN for flag in flags)
-        own = HydraConfig.get().overrides.task if swept else arguments
-        sys.argv[:] = [original[0], *own]
+        others = [flag for flag in flags if flag not in MULTIRUN]
+        own = [*others, *HydraConfig.get().overrides.task] if swept else arguments
+        sys.argv[:] = [original[0], *entry, *own]
         try:
-            check(
-                config_name,
-                config,
-                dict(key.lstrip("+").split("=", 1) for key in keys if "=" in key),
-            )
-            check_added(config_name, config, keys)
-            run(config)
+            typed = dict(key.lstrip("+").split("=", 1) for key in keys if "=" in key)
+            values = checked(config_name, config, typed)
+            check_added(config_name, values, keys)
+            run(values)
         except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
             if os.environ.get("SAG_DIT_DEBUG"):
                 raise
-            fail(_told(error))
+            fail(str(error))
 
     sys.argv[1:] = [*flags, *(quoted(key) for key in keys)]
     try:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-
 from sag_dit.cli.app import launch
+from sag_dit.cli.composing import make
+from sag_dit.cli.keys.tools import AttentionSheet
 from sag_dit.cli.models import load_model
-from sag_dit.cli.values import make_maps
+from sag_dit.cli.values import make_maps, own_sampler
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,7 +45,7 @@ def gate_norms(denoiser: Denoiser) -> Iterator[Mapping[str, list[float]]]:
         yield norms
 
 
-def run(config: DictConfig) -> None:
+def run(config: AttentionSheet) -> None:
     """Draw an image of each class, or of a prompt, unguided, and a sheet of what each layer saw.
 
     Raises:
@@ -54,8 +53,9 @@ def run(config: DictConfig) -> None:
     """
     import torch
 
-    from sag_dit.output.attention import AttentionRecorder, write_arrays, write_sheet
-    from sag_dit.sampling import Request, Settings, draw, labels_of
+    from sag_dit.output.attention import write_arrays, write_sheet
+    from sag_dit.output.folder import pixels
+    from sag_dit.sampling import Request, Settings, draw_batch, labels_of
 
     device = str(config.device)
     if device == "auto":
@@ -65,31 +65,31 @@ def run(config: DictConfig) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device={device}: it cannot be used here: {reason}") from error
-    sampler = instantiate(config.sampler)
     if config.prompt is not None and config.classes is not None:
         raise ValueError("classes: a text model draws its prompt; leave out either")
-    OmegaConf.update(config, "requests", None, force_add=True)  # One sheet is of one prompt.
     model = load_model(config)
-    wanted: Any = [0] if config.classes is None else OmegaConf.to_object(config.classes)
-    labels = labels_of(wanted, model.class_names)
-    maps = make_maps(config, model, config.steps)
+    sampler = make(own_sampler(config.sampler, model.denoiser.process), "sampler")
+    classes = config.classes
+    listed = classes if isinstance(classes, list) else [0 if classes is None else classes]
+    labels = labels_of(listed, model.class_names)
+    maps = make_maps(config.attention, model, config.steps)
     model.denoiser.to(device)
     model.codec.to(device)
     out = Path(config.out or f"outputs/attention/{model.name}")
     out.mkdir(parents=True, exist_ok=True)
+    settings = Settings(sampler, config.steps, batch_size=1)
+    settings.check(model)
     for place, label in enumerate(labels):
-        recorder = AttentionRecorder(maps, model.denoiser, config.steps)
-        settings = Settings(sampler, config.steps, batch_size=1, captures=recorder.captures)
-        settings.check(model)
+        request = Request(place, config.seed, label, place)
         with gate_norms(model.denoiser) as norms:
-            images = draw(model, [Request(place, config.seed, label, place)], settings, recorder)
-        view = recorder.view(0)
+            drawn = draw_batch(model, [request], settings, traced=[place], maps=maps)
+        view = drawn.traces[place].maps
+        assert view is not None
         gates = {name: sum(of) / len(of) for name, of in norms.items()}
         notes = {name: f"gate {gate:.3f}" for name, gate in gates.items()}
         file = out / f"{place:03d}-{'prompt' if config.prompt else f'class-{label}'}"
         write_arrays(file.with_suffix(".npz"), view)
-        image = images[0].permute(1, 2, 0).cpu().numpy()
-        write_sheet(file.with_suffix(".png"), view, image, notes)
+        write_sheet(file.with_suffix(".png"), view, pixels(drawn.images[0]), notes)
         print(f"sheet: {file.with_suffix('.png')}")
         print(f"{'layer':24} {'gate norm':>9} {'mask area':>9}")
         for layer in view.layers:
@@ -97,6 +97,6 @@ def run(config: DictConfig) -> None:
             print(f"{layer.name:24} {gate} {layer.mask.mean():9.2f}")
 
 
-def main() -> None:
-    """Run ``attention.py``."""
-    launch("attention", run)
+def main(arguments: Sequence[str] | None = None, entry: Sequence[str] = ()) -> None:
+    """Run ``attention.py``, with the arguments of the command line unless others are given."""
+    launch("attention", run, arguments, entry)

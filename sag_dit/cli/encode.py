@@ -10,11 +10,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from omegaconf import DictConfig, OmegaConf
+from typing import TYPE_CHECKING
 
 from sag_dit.cli.app import launch, quiet_lightning
+from sag_dit.cli.composing import refuse_strangers
+from sag_dit.cli.keys.tools import Encode
 from sag_dit.identity import LATER, digest, settings
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Encoding:
     latents_std: Sequence[float] | None = field(default=None, metadata=LATER)
 
 
-def make_plan(config: DictConfig) -> Plan:
+def make_plan(config: Encode) -> Plan:
     """Check the configuration, list the images and load the autoencoder.
 
     Raises:
@@ -145,7 +145,7 @@ def progress_bar() -> Progress:
     )
 
 
-def run(config: DictConfig) -> None:
+def run(config: Encode) -> None:
     """Encode what is missing; rank 0 then checks that all is there and writes the index."""
     quiet_lightning()
     from lightning.fabric import Fabric
@@ -157,8 +157,8 @@ def run(config: DictConfig) -> None:
 
     plan = make_plan(config)
     folder, crops = plan.folder, plan.crops
-    trainer: Any = OmegaConf.to_container(config.trainer)
-    fabric = Fabric(**trainer)
+    refuse_strangers("trainer", ["lightning.fabric.Fabric"], config.trainer)
+    fabric = Fabric(**config.trainer)
     folder.claim(plan.index.config)
     if fabric.global_rank == 0:
         check_room(plan)
@@ -168,7 +168,7 @@ def run(config: DictConfig) -> None:
     rank, world = fabric.global_rank, fabric.world_size
     workers = config.workers
     if workers is None:
-        workers = workers_per_process(world // trainer["num_nodes"])
+        workers = workers_per_process(world // config.trainer["num_nodes"])
     reports = RankReports(folder.path, rank, world)
     bar = progress_bar()
     bar.disable = rank != 0
@@ -204,6 +204,6 @@ def run(config: DictConfig) -> None:
     print(f"latents: {folder.path} ({index.images} images{left_out})")
 
 
-def main() -> None:
-    """Run ``encode.py``."""
-    launch("encode", run)
+def main(arguments: Sequence[str] | None = None, entry: Sequence[str] = ()) -> None:
+    """Run ``encode.py``, with the arguments of the command line unless others are given."""
+    launch("encode", run, arguments, entry)

@@ -5,44 +5,37 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra.errors import HydraException
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
 
-from sag_dit.cli import schema
-from sag_dit.cli.app import KILL, fail, launch, literal, quiet_lightning
+from sag_dit.cli.app import fail, launch, quiet_lightning
+from sag_dit.cli.composing import make, placed
+from sag_dit.cli.keys.evaluating import Evaluate
+from sag_dit.cli.keys.key import plain
 from sag_dit.cli.presets import with_presets
-from sag_dit.cli.rows import Row, make_rows
+from sag_dit.cli.rows import Configured, make_rows
 from sag_dit.cli.sweep import Choice, expand
-from sag_dit.cli.values import check_logger
+from sag_dit.cli.values import check_logger, own_sampler
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-
-    from sag_dit.cli.jobs import Job
-    from sag_dit.cli.measuring import Bar, Measure
-    from sag_dit.cli.records import Record
-    from sag_dit.evaluation.suite import Suite
-
-READ = 64
-"""Images read from disk at once."""
+    from sag_dit.study.comparison import Comparison
+    from sag_dit.study.measurement import Measurement
+    from sag_dit.study.results import Record
 
 
-def check(config: DictConfig, rows: Sequence[Row]) -> None:
+def check(config: Evaluate, rows: Sequence[Configured]) -> None:
     """Refuse what cannot be meant, before anything is loaded.
 
     Raises:
         ValueError: the value, what was expected, and the remedy.
     """
-    from sag_dit.cli.instruments import check_metrics
     from sag_dit.cli.published import expected_of, experiment_of
+    from sag_dit.study.setup import check_metrics
 
     check_logger(config.logger)
     for row in rows:
@@ -56,179 +49,122 @@ def check(config: DictConfig, rows: Sequence[Row]) -> None:
             raise ValueError("keep=true: images on disk are kept already; leave it out")
 
 
-def run(config: DictConfig, choices: Sequence[Choice] | None = None) -> None:
+def run(config: Evaluate, choices: Sequence[Choice] | None = None) -> None:
     """Measure what has not been measured yet; rank 0 then writes and shows all results."""
-    schema.check("evaluate", config)
     rows = make_rows(config, choices)
-    for row in rows:
-        schema.check("evaluate", row.config)
     quiet_lightning()
-    from sag_dit.cli.jobs import base_name, make_jobs
-    from sag_dit.cli.measuring import Bar, Measure
-    from sag_dit.cli.records import read_record
-    from sag_dit.cli.report import report
-    from sag_dit.cli.stopping import LeaveWhenTold
+    from sag_dit.cli.measurements import make_measurements
+    from sag_dit.cli.stopping import LeaveWhenTold, ending_together
+    from sag_dit.study.comparison import Comparison
+    from sag_dit.study.measurement import base_name
+    from sag_dit.study.measuring import measure
+    from sag_dit.study.results import read_record
+    from sag_dit.training.predicting import Predictor
 
     check(config, rows)
-    measure, bar = Measure(), Bar()
-    trainer: Trainer = instantiate(
-        config.trainer,
-        logger=False,
-        callbacks=[measure, bar, LeaveWhenTold()],
-        # Ours instead: sharding of the images, no_grad, and a bar over all ranks' images.
-        use_distributed_sampler=False,
-        inference_mode=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        default_root_dir=literal(str(Path(config.finished))),
-        _convert_="all",
-    )
-    jobs = make_jobs(rows, trainer.strategy.root_device)
-    base_name(jobs, config.against)
     finished = Path(config.finished)
+    predictor = Predictor(partial(make, config.trainer, "trainer"), finished, [LeaveWhenTold()])
+    trainer = predictor.trainer
+    measurements = make_measurements(rows, trainer.strategy.root_device)
+    base_name(measurements, config.against)
     # Known before any rank writes, so that all ranks measure the same.
-    records = {job.identity: read_record(finished, job.identity) for job in jobs}
-    pending = _pending(jobs, records)
+    known = {each.identity: read_record(finished, each.identity) for each in measurements}
+    pending = _pending(measurements, known)
     if trainer.is_global_zero:
-        for line in costs(pending):
+        for line in costs([measurements[place] for place in pending]):
             print(line)
-    try:
-        for number, job in enumerate(pending, start=1):
-            bar.begin(f"{job.name} ({number} of {len(pending)})", job.count)
-            so_far = records[job.identity]
-            records[job.identity] = measured(trainer, measure, bar, job, finished, so_far)
-    except BaseException:
-        bar.stop()
-        # Ranks that Lightning has started would go on without this process, holding their devices.
-        if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(KILL)
-        raise
+    with ending_together(trainer):
+        for number, place in enumerate(pending, start=1):
+            each, own = measurements[place], rows[place].config
+            _claim(each, own)
+            text = f"{each.setting.name} ({number} of {len(pending)})"
+            so_far, num = known[each.identity], own.gallery.num
+            known[each.identity] = measure(
+                predictor, each, finished, text=text, known=so_far, num=num
+            )
     if trainer.is_global_zero:
-        known = {key: record for key, record in records.items() if record is not None}
-        out = config.out or f"outputs/evaluate/{_name(jobs)}"
-        config.out = literal(str(out))
-        report(config, jobs, known, Path(out), finished, swept=choices is not None)
+        records = {key: record for key, record in known.items() if record is not None}
+        comparison = Comparison.of(measurements, records, config.against)
+        out = Path(config.out or f"outputs/evaluate/{_name(measurements)}")
+        _report(placed(config, out), comparison, out, swept=choices is not None)
 
 
-def _pending(jobs: Sequence[Job], records: Mapping[str, Record | None]) -> list[Job]:
-    """Return what is still to be measured; of settings of one identity each metric once."""
+def _pending(
+    measurements: Sequence[Measurement], records: Mapping[str, Record | None]
+) -> list[int]:
+    """Return the places of what is to be measured; of one identity each metric once."""
     found = []
     asked: dict[str, set[str]] = {}
-    for job in jobs:
-        earlier = asked.setdefault(job.identity, set())
-        lacking = [name for name in job.lacking(records[job.identity]) if name not in earlier]
+    for place, each in enumerate(measurements):
+        earlier = asked.setdefault(each.identity, set())
+        lacking = [name for name in each.lacking(records[each.identity]) if name not in earlier]
         if lacking:
-            found.append(job)
+            found.append(place)
         earlier.update(lacking)
     return found
 
 
-def costs(jobs: Sequence[Job]) -> list[str]:
+def costs(measurements: Sequence[Measurement]) -> list[str]:
     """Return what drawing takes, a line for all settings that cost the same."""
+    from sag_dit.study.measurement import ToDraw
+
     names: dict[str, list[str]] = {}
-    for job in jobs:
-        if job.cost is not None and job.name not in names.setdefault(str(job.cost), []):
-            names[str(job.cost)].append(job.name)
+    for each in measurements:
+        if isinstance(each.images, ToDraw):
+            own = names.setdefault(str(each.images.cost), [])
+            own += [each.setting.name] * (each.setting.name not in own)
     if len(names) == 1:
         return [f"cost: {cost}" for cost in names]
     return [f"cost of {', '.join(own)}: {cost}" for cost, own in names.items()]
 
 
-def _name(jobs: Sequence[Job]) -> str:
-    digest = hashlib.sha256("".join(job.identity for job in jobs).encode()).hexdigest()[:8]
-    first = jobs[0]
-    name = str(first.facts["samples"] if first.plan is None else first.facts["model"])
-    return re.sub(r"[^\w.+-]+", "-", f"{name}-{digest}")
+def _claim(measurement: Measurement, config: Evaluate) -> None:
+    """Make the folder of kept images belong to what is drawn into it."""
+    from sag_dit.study.measurement import ToDraw
+
+    images = measurement.images
+    if isinstance(images, ToDraw) and images.folder is not None:
+        sampler = own_sampler(config.sampler, images.model.denoiser.process)
+        config = placed(replace(config, sampler=sampler), images.folder.path)
+        images.folder.claim(images.pixels, plain(config))
 
 
-def measured(
-    trainer: Trainer,
-    measure: Measure,
-    bar: Bar,
-    job: Job,
-    finished: Path,
-    known: Record | None = None,
-) -> Record:
-    """Draw or read one set of images on all ranks, and keep its numbers.
-
-    Of metrics some may be ``known``, which is then completed with the others.
-    """
-    from sag_dit.cli.records import Record, write_record
-
-    config = job.row.config
-    since = time.monotonic()
-    repeats = config.confidence.repeats
-    lacking = replace(job.instruments, metrics=job.lacking(known))
-    suite = lacking.suite(job.count, job.period, repeats > 0)
-    suite.to(trainer.strategy.root_device)
-    measure.begin(suite, finished / job.identity, 0 if known else config.gallery.num)
-    module, data = _module_and_data(job, bar)
-    trainer.predict(module, datamodule=data, return_predictions=False)
-    # Every rank takes part in these, in this order.
-    metrics = suite.compute()
-    warnings = suite.warnings()
-    spread = _spread(suite, repeats, warnings)
-    record = Record(metrics, spread, dict(job.facts), warnings, time.monotonic() - since)
-    record = known.completed(record) if known else record
-    if trainer.is_global_zero:
-        if job.plan is not None and config.keep:
-            from sag_dit.output.finish import write_manifest
-
-            write_manifest(job.plan.folder, job.plan.requests, job.plan.model.class_names)
-        write_record(finished, job.identity, record)
-    return record
+def _name(measurements: Sequence[Measurement]) -> str:
+    digest = hashlib.sha256("".join(each.identity for each in measurements).encode()).hexdigest()
+    facts = measurements[0].facts
+    return re.sub(r"[^\w.+-]+", "-", f"{facts.get('model', facts.get('samples'))}-{digest[:8]}")
 
 
-def _module_and_data(job: Job, bar: Bar) -> tuple[LightningModule, LightningDataModule]:
-    from sag_dit.cli.measuring import Keeping, Reading, Stored
-    from sag_dit.data.requests import PendingRequests
-    from sag_dit.training.module import DiffusionModule
+def _report(config: Evaluate, comparison: Comparison, out: Path, *, swept: bool) -> None:
+    """Show and write everything; the last line on the terminal names the page."""
+    from rich.console import Console
 
-    if job.plan is None:
-        if job.images is None:
-            raise TypeError("a job is drawn or on disk")
-        return Reading(), Stored(job.images, READ)
-    plan = job.plan
-    draw: Any = partial(DiffusionModule)
-    if job.row.config.keep:
-        config = job.row.config.copy()
-        config.out = literal(str(plan.folder.path))
-        resolved: Any = OmegaConf.to_container(config, resolve=True)
-        plan.folder.claim(plan.pixels, resolved)
-        draw = partial(Keeping, plan.folder)
-    module = draw(model=plan.model, settings=plan.settings, watch=bar.watch)
-    return module, PendingRequests(plan.requests, plan.settings.batch_size)
+    from sag_dit.study.report import log, report
+
+    comparison.show(Console(soft_wrap=True, highlight=False))
+    finished, plots = Path(config.finished), swept and config.plots
+    page = report(comparison, out, finished, num=config.gallery.num, plots=plots)
+    if config.logger:
+        log(make(config.logger, "logger"), comparison.results)
+    print(f"results: {out / 'results.json'}")
+    print(f"page: {page.resolve()}")
 
 
-def _spread(suite: Suite, repeats: int, warnings: list[str]) -> Mapping[str, float]:
-    if not repeats:
-        return {}
-    if suite.groups == 1:
-        warnings.append("no ± can be told of so few images")
-        return {}
-    try:
-        return {name: spread for name, (_, spread) in suite.confidence(repeats).items()}
-    except ValueError as error:
-        warnings.append(f"no ± could be told: {error}")
-        return {}
-
-
-def start(arguments: Sequence[str]) -> None:
+def start(arguments: Sequence[str], entry: Sequence[str] = ()) -> None:
     """Run ``evaluate.py`` with the user's arguments."""
     try:
         choices = expand(arguments)
     except (ValueError, HydraException) as error:
         fail(str(error))
 
-    def job(config: DictConfig) -> None:
+    def job(config: Evaluate) -> None:
         # Other ranks are started with the arguments as the user wrote them.
-        sys.argv[1:] = arguments
+        sys.argv[1:] = [*entry, *arguments]
         run(config, choices)
 
-    launch("evaluate", job, arguments if choices is None else choices[0].arguments)
+    launch("evaluate", job, arguments if choices is None else choices[0].arguments, entry)
 
 
-def main() -> None:
-    """Run ``evaluate.py``."""
-    start(with_presets("evaluate", sys.argv[1:]))
+def main(arguments: Sequence[str] | None = None, entry: Sequence[str] = ()) -> None:
+    """Run ``evaluate.py``, with the arguments of the command line unless others are given."""
+    start(with_presets("evaluate", sys.argv[1:] if arguments is None else arguments), entry)

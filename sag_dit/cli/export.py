@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+import yaml
 
 from sag_dit.cli.app import launch
+from sag_dit.cli.keys.tools import Export
 
 
 def training_data(ckpt: str) -> str | None:
@@ -28,17 +28,16 @@ def training_data(ckpt: str) -> str | None:
     inside = path.is_file() and path.parent.name == "checkpoints"
     run = path.parent.parent if inside else path if path.is_dir() else path.parent
     try:
-        record = OmegaConf.load(run / "config.yaml")
-        data = OmegaConf.select(record, "config.data") if OmegaConf.is_dict(record) else None
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        data = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["config"]["data"]
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
         return None
-    if not isinstance(data, DictConfig):
+    if not isinstance(data, dict):
         return None
-    text = OmegaConf.to_yaml(data).strip()
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True).strip()
     return f"As the run's config.yaml says:\n\n```yaml\n{text}\n```"
 
 
-def run(config: DictConfig) -> None:
+def run(config: Export) -> None:
     """Check what can be checked without the weights, load the model, and write it.
 
     Raises:
@@ -47,11 +46,11 @@ def run(config: DictConfig) -> None:
     from sag_dit.checkpoints import load
     from sag_dit.checkpoints.export import check_layout, check_out, export
 
-    layout = str(config.format)
+    layout = config.format
     check_layout(layout)
     if config.out is not None:
-        check_out(str(config.out))
-    model = load(str(config.ckpt), ema=config.ema, vae=config.vae)
+        check_out(config.out)
+    model = load(str(config.ckpt), ema=config.ema, vae=config.vae, num_heads=config.num_heads)
     out = Path(config.out or f"outputs/export/{model.name}-{layout}")
     data = training_data(str(config.ckpt))
     done = export(model, out, layout, data=data, ema=config.ema)
@@ -62,6 +61,6 @@ def run(config: DictConfig) -> None:
     print(f"export: {done.path}{'' if done.fresh else ' (already there)'}")
 
 
-def main() -> None:
-    """Run ``export.py``."""
-    launch("export", run)
+def main(arguments: Sequence[str] | None = None, entry: Sequence[str] = ()) -> None:
+    """Run ``export.py``, with the arguments of the command line unless others are given."""
+    launch("export", run, arguments, entry)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import Any, Literal, get_args, get_origin
 
-import hydra
-from omegaconf import OmegaConf
-
+from sag_dit.cli.composing import config_folder, unresolved
 from sag_dit.cli.keys import COMMANDS
-from sag_dit.cli.keys.key import mapping_of, parts, walk
+from sag_dit.cli.keys.key import mapping_of, parts, selected, walk
 from sag_dit.cli.schema import shown
-from sag_dit.cli.typed import choices, config_folder, experiments, groups
+from sag_dit.cli.typed import choices, experiments, groups
 
 
 def help_text(command: str, topic: str | None = None) -> str:
@@ -19,16 +17,15 @@ def help_text(command: str, topic: str | None = None) -> str:
     if topic is not None:
         return _group_help(topic)
     found = COMMANDS[command]
-    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = hydra.compose(command)
+    config = unresolved(command)
     own = groups(command)
     lines = [inspect.cleandoc(found.__doc__ or ""), "", *getattr(found, "examples", ()), ""]
     for path, hint, told in walk(found):
-        inner = mapping_of(hint)
+        inner = mapping_of(hint, told)
         if path.split(".")[0] in own or inner is not None:
             continue
-        missing = OmegaConf.is_missing(config, path) if "." not in path else False
-        default = "needed" if missing else shown(OmegaConf.select(config, path))
+        value = selected(config, path)
+        default = "needed" if value == "???" else shown(value)
         lines.append(f"{path:24} {_kind(hint):14} {default:12} {told.help}".rstrip())
     lines += ["", "groups (GROUP=CHOICE; --help GROUP shows what a choice holds):"]
     for group in own:
@@ -61,5 +58,5 @@ def _kind(hint: Any) -> str:
         elif kind is type(None) or kind is Any:
             kinds.append("null" if kind is not Any else "any")
         else:
-            kinds.append("list" if get_origin(kind) is list else kind.__name__)
+            kinds.append((get_origin(kind) or kind).__name__)
     return "|".join(kinds)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
+from sag_dit.cli.keys.drawing import Draws, Text
+from sag_dit.cli.keys.key import plain
 
 if TYPE_CHECKING:
     from sag_dit.checkpoints import Model
 
 
-def load_model(config: DictConfig) -> Model:
-    """Load ``ckpt``; a text model's classes are ``prompt``, or the prompts in ``requests``.
+def load_model(config: Draws, requests: str | None = None) -> Model:
+    """Load ``ckpt``; a text model's classes are ``prompt``, or the prompts in a file of requests.
 
     Raises:
         ValueError: it cannot be loaded, or a text model has no prompt, or another model has one.
@@ -21,26 +22,27 @@ def load_model(config: DictConfig) -> Model:
 
     if config.ckpt is None:
         raise ValueError("ckpt=null: expected a model to draw from, such as ckpt=digits")
-    prompt = OmegaConf.select(config, "prompt")
-    if prompt is not None and (config.requests is not None or config.classes is not None):
+    prompt, text = config.prompt, config.text
+    if prompt is not None and (requests is not None or config.classes is not None):
         raise ValueError("prompt: expected it alone; give several prompts by requests=FILE")
-    if prompt is None and (config.requests is None or not is_text(config.ckpt)):
-        _refuse_text(config)
-        return load(config.ckpt, ema=config.ema, vae=config.vae)
+    if prompt is None and (requests is None or not is_text(config.ckpt)):
+        _refuse_text(text, config.ckpt)
+        return load(config.ckpt, ema=config.ema, vae=config.vae, num_heads=config.num_heads)
+    if config.num_heads is not None:
+        raise ValueError(f"num_heads={config.num_heads}: a text model's folder tells; leave it out")
     if not config.ema:
         raise ValueError("ema=false: a text model's folder holds one set of weights")
-    size = config.text.size
     return load_text(
         config.ckpt,
-        prompts_in(config.requests) if prompt is None else [str(prompt)],
-        negative_prompt=str(OmegaConf.select(config, "text.negative") or ""),
-        size=None if size is None else (size[0], size[1]),
-        guidance=None if config.text.guidance is None else float(config.text.guidance),
+        [prompt] if prompt is not None else prompts_in(requests or ""),
+        negative_prompt=text.negative or "",
+        size=None if text.size is None else (text.size[0], text.size[1]),
+        guidance=None if text.guidance is None else float(text.guidance),
         vae=config.vae,
     )
 
 
-def _refuse_text(config: DictConfig) -> None:
+def _refuse_text(text: Text, ckpt: str) -> None:
     """Refuse settings of text models where a model of classes is loaded.
 
     Raises:
@@ -48,11 +50,10 @@ def _refuse_text(config: DictConfig) -> None:
     """
     from sag_dit.checkpoints import is_text
 
-    for name in ("negative", "size", "guidance"):
-        value = OmegaConf.select(config, f"text.{name}")
+    for name, value in plain(text).items():
         # A text model without a prompt is told of that.
-        if value not in (None, "") and not is_text(config.ckpt):
+        if value not in (None, "") and not is_text(ckpt):
             raise ValueError(
-                f"text.{name}={value}: ckpt={config.ckpt} is asked with classes, and text is for "
+                f"text.{name}={value}: ckpt={ckpt} is asked with classes, and text is for "
                 f"models that are asked with prompt or requests; leave it out"
             )

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
-
+from sag_dit.cli.composing import compose
+from sag_dit.cli.keys.evaluating import Evaluate
+from sag_dit.cli.keys.key import keys_of, plain
 from sag_dit.cli.values import make_terms
 from sag_dit.evaluation.expected import Expected, differing
 
-DRAWING = ("ema", "vae", "classes", "requests", "prompt", "text", "steps")
-"""Keys that determine what is drawn, beside the sampler, the guidance and the precision."""
 
-
-def expected_of(config: DictConfig) -> Expected | None:
+def expected_of(config: Evaluate) -> Expected | None:
     """Return the published numbers of a configuration, None if it names none.
 
     Raises:
@@ -23,10 +20,10 @@ def expected_of(config: DictConfig) -> Expected | None:
     """
     if config.expected is None:
         return None
-    return Expected.of(OmegaConf.to_container(config.expected, resolve=True))  # type: ignore[arg-type]
+    return Expected.of(config.expected)
 
 
-def experiment_of(expected: Expected) -> DictConfig | None:
+def experiment_of(expected: Expected) -> Evaluate | None:
     """Return the configuration with the published settings, None if none is named.
 
     Raises:
@@ -34,12 +31,13 @@ def experiment_of(expected: Expected) -> DictConfig | None:
     """
     if expected.experiment is None:
         return None
-    return hydra.compose("evaluate", [f"experiment={expected.experiment}"])
+    found: Evaluate = compose("evaluate", [f"experiment={expected.experiment}"])
+    return found
 
 
-def deviations(config: DictConfig, expected: Expected, facts: Mapping[str, Any]) -> list[str]:
-    """Name what differs of the protocol, and which settings the experiment has otherwise."""
-    told = expected.deviations(facts)
+def otherwise(config: Evaluate, expected: Expected) -> list[str]:
+    """Name the settings that the experiment of published numbers has otherwise."""
+    told: list[str] = []
     experiment = experiment_of(expected)
     if experiment is None or config.samples is not None:
         return told
@@ -55,18 +53,18 @@ def deviations(config: DictConfig, expected: Expected, facts: Mapping[str, Any])
     return told
 
 
-def _settings(config: DictConfig) -> dict[str, dict[str, Any]]:
+def _settings(config: Evaluate) -> dict[str, dict[str, Any]]:
     """Return what determines the images: the drawing, the sampler, and each term that is on."""
-
-    def plain(key: str) -> Any:
-        value = OmegaConf.select(config, key)
-        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-    drawing = {key: plain(key) for key in DRAWING}
+    drawing = {
+        key: plain(getattr(config, key))
+        for key, (_, told) in keys_of(Evaluate).items()
+        if told.published
+    }
     drawing["trainer.precision"] = str(config.trainer.get("precision") or "32-true")
     terms = make_terms(config.guidance)
-    active = {f"guidance.{name}" for name, term in terms.items() if not term.off}
-    return {"": drawing, "sampler": plain("sampler")} | {key: plain(key) for key in sorted(active)}
+    active = sorted(name for name, term in terms.items() if not term.off)
+    guidance = {f"guidance.{name}": config.guidance[name] for name in active}
+    return {"": drawing, "sampler": config.sampler} | guidance
 
 
 def _kind(part: str, settings: Mapping[str, Any]) -> Any:

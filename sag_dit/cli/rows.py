@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from sag_dit.cli.app import quoted
+from sag_dit.cli.composing import changed, compose
+from sag_dit.cli.keys.evaluating import Evaluate
 from sag_dit.cli.sweep import Choice, Value
 from sag_dit.cli.values import MEASURED, make_terms
-from sag_dit.output.charts import text_of
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
-    """One thing to measure: its name, what distinguishes it in a sweep, its configuration.
+class Configured:
+    """A set of images to measure: its name, what distinguishes it in a sweep, its configuration.
 
     ``source`` is a set of images on disk; None where they are drawn. Rows of one ``place`` differ
     in their seed alone.
@@ -27,11 +22,11 @@ class Row:
     name: str
     place: int
     axes: Mapping[str, Value]
-    config: DictConfig
+    config: Evaluate
     source: str | None = None
 
 
-def make_rows(config: DictConfig, choices: Sequence[Choice] | None) -> list[Row]:
+def make_rows(config: Evaluate, choices: Sequence[Choice] | None) -> list[Configured]:
     """Return the rows in the order of the table.
 
     Raises:
@@ -48,116 +43,63 @@ def make_rows(config: DictConfig, choices: Sequence[Choice] | None) -> list[Row]
     if choices is not None:
         rows = _swept(choices)
     elif config.samples is not None:
-        listed = OmegaConf.is_list(config.samples)
-        sources = [str(each) for each in config.samples] if listed else [str(config.samples)]
+        sources = config.samples if isinstance(config.samples, list) else [config.samples]
         if not sources:
             raise ValueError("samples=[]: expected at least one folder or npz")
-        rows = [Row(source, place, {}, config, source) for place, source in enumerate(sources)]
+        rows = [
+            Configured(source, place, {}, config, source) for place, source in enumerate(sources)
+        ]
     elif config.compare and config.expected is None and _unguided(config):
         rows = _compared(config)
     else:
-        rows = [Row("", 0, {}, config)]
+        rows = [Configured("", 0, {}, config)]
     return _seeded(rows, config)
 
 
-def _swept(choices: Sequence[Choice]) -> list[Row]:
-    rows: list[Row] = []
+def _swept(choices: Sequence[Choice]) -> list[Configured]:
+    rows: list[Configured] = []
     places: dict[str, int] = {}
     for choice in choices:
-        config = hydra.compose("evaluate", [quoted(argument) for argument in choice.arguments])
-        if OmegaConf.is_list(config.samples):
+        config: Evaluate = compose("evaluate", choice.arguments)
+        if isinstance(config.samples, list):
             raise ValueError(
                 "-m: a sweep takes one set of samples; leave -m out to compare several"
             )
         # Settings that differ in their seed alone are one place of the table.
         axes = {key: value for key, value in choice.axes.items() if key != "seed"}
         place = places.setdefault(repr(axes), len(places))
-        source = None if config.samples is None else str(config.samples)
-        rows.append(Row("", place, axes, config, source))
+        rows.append(Configured("", place, axes, config, config.samples))
     return rows
 
 
-def _unguided(config: DictConfig) -> bool:
+def _unguided(config: Evaluate) -> bool:
     return all(term.off for term in make_terms(config.guidance).values())
 
 
-def _compared(config: DictConfig) -> list[Row]:
+def _compared(config: Evaluate) -> list[Configured]:
     rows = []
-    for place, (name, changes) in enumerate(config.compare.items()):
-        if not OmegaConf.is_dict(changes):
+    for place, (name, changes) in enumerate((config.compare or {}).items()):
+        if not isinstance(changes, dict):
             raise ValueError(
                 f"compare.{name}={changes}: expected a mapping of keys, such as {{sag_scale: 1.0}}"
             )
-        changed = config.copy()
-        for key, value in OmegaConf.to_container(changes, resolve=True).items():  # type: ignore[union-attr]
-            try:
-                OmegaConf.update(changed, str(key), value, force_add=False)
-            except OmegaConfBaseException as error:
-                raise ValueError(f"compare.{name}: {error}") from error
-        rows.append(Row(str(name), place, {}, changed))
+        try:
+            rows.append(Configured(name, place, {}, changed("evaluate", config, changes)))
+        except ValueError as error:
+            raise ValueError(f"compare.{name}: {error}") from error
     return rows
 
 
-def _seeded(rows: Sequence[Row], config: DictConfig) -> list[Row]:
+def _seeded(rows: Sequence[Configured], config: Evaluate) -> list[Configured]:
     seeds = config.seeds
     if seeds > 1 and config.samples is not None:
         raise ValueError(f"seeds={seeds}: images on disk have theirs; leave it out")
     seeded = []
     for row in rows:
         for number in range(seeds):
-            changed = row.config.copy()
+            own = row.config
             if row.source is None:
-                changed.seed = row.config.seed + number
-                if changed.num_images is None:
-                    changed.num_images = MEASURED
-            seeded.append(replace(row, config=changed))
+                count = own.num_images or MEASURED
+                own = replace(own, seed=own.seed + number, num_images=count)
+            seeded.append(replace(row, config=own))
     return seeded
-
-
-def name_rows(rows: Sequence[Row], guidance: Sequence[Mapping[str, Any] | None]) -> list[str]:
-    """Return what each row is called: its guidance and what else distinguishes it.
-
-    ``guidance`` holds each row's active terms by name, None for images on disk.
-    """
-    names = []
-    for row, terms in zip(rows, guidance, strict=True):
-        parts = [] if terms is None else [guidance_text(terms) or "unguided"]
-        parts += [
-            f"{key} {text_of(value)}"
-            for key, value in row.axes.items()
-            if terms is None or not key.endswith("_scale")
-        ]
-        names.append(", ".join(parts) or row.name)
-    # A comparison may vary what the guidance does not show.
-    places = {
-        name: {row.place for row, own in zip(rows, names, strict=True) if own == name}
-        for name in names
-    }
-    return [
-        f"{row.name}: {name}" if len(places[name]) > 1 and row.name else name
-        for row, name in zip(rows, names, strict=True)
-    ]
-
-
-def guidance_text(guidance: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return active terms as one reads them, ``CFG 1.5 + SAG 0.5``; nothing without any."""
-    texts = []
-    for name, term in guidance.items():
-        text = name.upper() if len(name) <= 3 else name
-        if "scale" in term:
-            text += f" {term['scale']:g}"
-        if term.get("channels") is not None:
-            text += f" on {term['channels']} channels"
-        texts.append(text + _interval_text(term))
-    return " + ".join(texts)
-
-
-def _interval_text(term: Mapping[str, Any]) -> str:
-    """Return where a term acts, nothing where it does throughout."""
-    start, stop = term.get("interval", (0.0, 1.0))
-    unit = term.get("interval_in", "progress")
-    if unit == "progress":
-        return "" if (start, stop) == (0.0, 1.0) else f" from {start:g} to {stop:g}"
-    sides = "" if start is None else f" from {start:g}"
-    sides += "" if stop is None else f" to {stop:g}" if sides else f" up to {stop:g}"
-    return f"{sides} in {unit}" if sides else ""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
-
+from sag_dit.cli.keys.key import selected, walk
+from sag_dit.cli.keys.training import Train
 from sag_dit.cli.schema import determining, later_keys
 from sag_dit.identity import Name, digest, name_of, plain, without_later
 from sag_dit.output.claim import recorded
@@ -17,15 +18,22 @@ ANY = object()
 """Stands for whatever value a key has."""
 
 
-def identity(config: DictConfig) -> dict[str, Any]:
-    """Return what determines the weights, as plain values."""
-    values: Any = OmegaConf.to_container(config, resolve=True)
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what determines the weights of a run, given all its values."""
+    values = _copied(config)
     for key in determining("train", "nothing"):
         _drop(values, key)
     for key, value in later_keys("train").items():
         _drop(values, key, value)
     named: dict[str, Any] = _named(plain(values))
     return named
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _copied(each) for name, each in value.items()}
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    return [_copied(each) for each in value] if listed else value
 
 
 def _drop(values: dict[str, Any], key: str, value: Any = ANY) -> None:
@@ -57,36 +65,54 @@ def _named(value: Any) -> Any:
     return {**without_later(values, thing), "_target_": Name(name, former)}
 
 
-def run_folder(config: DictConfig) -> Path:
+def run_folder(config: Mapping[str, Any]) -> Path:
     """Return the run's folder: ``out``, or one named after what determines the weights.
 
-    Runs had names before the average could warm up, so the name tells whether it does only where
-    the first one is taken by a run that differs in this.
+    Runs had names before there were the keys that are ``unnamed``, so the name tells of them only
+    where the first one is taken by a run that differs in them.
     """
-    if config.out:
-        return Path(config.out)
+    if config["out"]:
+        return Path(config["out"])
     values = identity(config)
-    ema = {key: value for key, value in values["ema"].items() if key != "warmup"}
-    first = _named_folder(config, {**values, "ema": ema})
-    warmup = config.ema.get("warmup")
-    there = recorded(first).get("config", {}).get("ema", {})
-    if there.get("warmup", warmup) == warmup:
+    unnamed = {key: selected(config, key) for key in _unnamed()}
+    for key in unnamed:
+        _drop(values, key)
+    first = _named_folder(config, values)
+    there = recorded(first).get("config", {})
+    if all(_held(there, key, value) == value for key, value in unnamed.items()):
         return first
-    return _named_folder(config, {**values, "ema": {**ema, "warmup": warmup}})
+    for key, value in unnamed.items():
+        *groups, name = key.split(".")
+        selected(values, ".".join(groups))[name] = value
+    return _named_folder(config, values)
 
 
-def _named_folder(config: DictConfig, values: dict[str, Any]) -> Path:
-    return Path("outputs/train") / f"{config.name}-{digest(values)[:8]}"
+def _named_folder(config: Mapping[str, Any], values: dict[str, Any]) -> Path:
+    return Path("outputs/train") / f"{config['name']}-{digest(values)[:8]}"
 
 
-def begun_without_warmup(out: Path) -> bool:
-    """Whether a folder holds a run of a version that did not know ``ema.warmup``."""
-    config = recorded(out).get("config", {})
-    return "ema" in config and "warmup" not in config["ema"]
+def _unnamed() -> list[str]:
+    return [path for path, _, told in walk(Train) if told.unnamed]
 
 
-def go_on_as_begun(config: DictConfig, out: Path) -> None:
-    """Leave the average of weights as it was where a run goes on."""
-    if begun_without_warmup(out):
-        with open_dict(config.ema):
-            config.ema.pop("warmup", None)
+def _held(config: Mapping[str, Any], key: str, otherwise: Any) -> Any:
+    """Return a key's value in a recorded configuration."""
+    group, _, name = key.rpartition(".")
+    return (selected(config, group) or {}).get(name, otherwise)
+
+
+def go_on_as_begun(config: Train, out: Path) -> Train:
+    """Return the configuration without the ``unnamed`` keys that the run in a folder did not know.
+
+    Their values mean what it did.
+    """
+    there = recorded(out).get("config", {})
+    for key in _unnamed():
+        group, _, name = key.rpartition(".")
+        if group in there and name not in there[group]:
+            inside = getattr(config, group)
+            kept = tuple(each for each in inside.stated if each != name)
+            later = next(told.later for path, _, told in walk(Train) if path == key)
+            changed = {name: later, "stated": kept}
+            config = replace(config, **{group: replace(inside, **changed)})
+    return config

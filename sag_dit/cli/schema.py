@@ -1,28 +1,26 @@
-"""A composed configuration against its command's schema, before anything heavy is imported.
+"""What Hydra composed against its command's schema, before anything heavy is imported.
 
-The schemas lie in ``cli/keys``: a dataclass for each command. A nested dataclass is a mapping; one
-that is ``Open`` takes further keys, which are those of its ``_target_``.
+The schemas lie in ``cli/keys``: a dataclass for each command. What passes is an instance of it,
+whose closed mappings are instances too. Open mappings stay dictionaries; their further keys are
+those that their ``_target_`` takes.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
-
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from sag_dit.cli.keys import COMMANDS
-from sag_dit.cli.keys.key import UNSET, Determines, Key, Open, keys_of, mapping_of, parts, walk
+from sag_dit.cli.keys.key import UNSET, Determines, Key, is_open, keys_of, mapping_of, parts, walk
 
 
 def shown(value: Any) -> str:
     """Return a value as one types it."""
-    if OmegaConf.is_config(value):
-        value = OmegaConf.to_container(value)
     if isinstance(value, list):
         return f"[{','.join(map(shown, value))}]"
     if isinstance(value, dict):
@@ -32,61 +30,84 @@ def shown(value: Any) -> str:
     )
 
 
-def check(command: str, config: DictConfig, typed: Mapping[str, str] | None = None) -> None:
-    """Refuse what a command cannot mean; whole floats become whole numbers.
+def check(
+    command: str,
+    values: Mapping[str, Any],
+    typed: Mapping[str, str] | None = None,
+    unset: Collection[str] = (),
+) -> Any:
+    """Return what a command is told as an instance of its schema; whole floats as whole numbers.
 
-    ``typed`` holds values as the user wrote them, for the message.
+    ``typed`` holds values as the user wrote them, for the message; keys that are ``unset`` are let
+    pass.
 
     Raises:
         ValueError: a key that there is not, or a value of another type or out of bounds.
+
+    Example:
+        >>> check("encode", {"data": {"root": "photos", "size": 0}})
+        Traceback (most recent call last):
+        ValueError: data.size=0: expected a whole number, 1 or more
     """
-    _check(COMMANDS[command], config, "", typed or {})
+    return _checked(COMMANDS[command], False, values, "", typed or {}, unset)
 
 
-def _check(schema: type, config: DictConfig, prefix: str, typed: Mapping[str, str]) -> None:
-    known, is_open = keys_of(schema), issubclass(schema, Open)
-    for name in map(str, config):
-        if name not in known and not is_open and name != "hydra":
+def _checked(
+    schema: type | None,
+    opened: bool,
+    values: Mapping[str, Any],
+    prefix: str,
+    typed: Mapping[str, str],
+    unset: Collection[str],
+) -> Any:
+    """Return a mapping as it is used: an instance of its schema, or a dictionary if it is open."""
+    known = {} if schema is None else keys_of(schema)
+    for name, value in values.items():
+        if name not in known and not opened:
             raise ValueError(f"{prefix}{name}: no such key")
         if name not in known:
-            _refuse_nan(f"{prefix}{name}", config, name, typed)
-    nested = []
+            _refuse_nan(f"{prefix}{name}", value, typed)
+    # Mappings come last, so that what is wrong in a line of its own is told first.
+    used, nested = dict(values), []
     for name, (hint, told) in known.items():
         path = f"{prefix}{name}"
-        if OmegaConf.is_missing(config, name):
-            continue
-        if name not in config:
-            if is_open or told.absent:
+        if name not in values:
+            if opened or told.absent:
                 continue
-            if type(None) in parts(hint):
-                with open_dict(config):
-                    config[name] = None
-                continue
-            raise ValueError(f"{path}=null: expected {wanted(hint, told, path)}")
-        value = config[name]
-        inner = mapping_of(hint)
-        if inner is not None and isinstance(value, DictConfig):
-            nested.append((inner, value, f"{path}."))
+            if type(None) not in parts(hint):
+                raise ValueError(f"{path}=null: expected {wanted(hint, told, path)}")
+            used[name] = None
             continue
-        fits, plain = fit(value, hint, told)
+        value = values[name]
+        if path in unset:
+            continue
+        if isinstance(value, dict) and (is_open(hint) or mapping_of(hint, told)):
+            nested.append(name)
+            continue
+        fits, used[name] = fit(value, hint, told)
         if not fits:
             text = typed.get(path, shown(value))
             raise ValueError(f"{path}={text}: expected {wanted(hint, told, path)}")
-        if plain is not value and not OmegaConf.is_interpolation(config, name):
-            config[name] = plain
-    for inner, value, start in nested:
-        _check(inner, value, start, typed)
+    for name in nested:
+        hint, told = known[name]
+        inner, start = mapping_of(hint, told), f"{prefix}{name}."
+        used[name] = _checked(inner, is_open(hint), values[name], start, typed, unset)
+    if opened or schema is None:
+        return used
+    absent = {
+        name: None if told.later is UNSET else told.later
+        for name, (_, told) in known.items()
+        if told.absent
+    }
+    return schema(**{**absent, **used}, stated=tuple(values))
 
 
-def _refuse_nan(path: str, config: DictConfig, name: str, typed: Mapping[str, str]) -> None:
-    if OmegaConf.is_missing(config, name):
-        return
-    value = config[name]
+def _refuse_nan(path: str, value: Any, typed: Mapping[str, str]) -> None:
     if isinstance(value, float) and math.isnan(value):
         raise ValueError(f"{path}={typed.get(path, 'nan')}: expected a number, which NaN is not")
-    if isinstance(value, DictConfig):
-        for each in map(str, value):
-            _refuse_nan(f"{path}.{each}", value, each, typed)
+    if isinstance(value, dict):
+        for name, each in value.items():
+            _refuse_nan(f"{path}.{name}", each, typed)
 
 
 def fit(value: Any, hint: Any, told: Key) -> tuple[bool, Any]:
@@ -114,7 +135,7 @@ def _fit(value: Any, kind: Any, told: Key) -> tuple[bool, Any]:
     if get_origin(kind) is Literal:
         return isinstance(value, str) and value in get_args(kind), value
     if get_origin(kind) is list:
-        if not isinstance(value, (list, ListConfig)):
+        if not isinstance(value, list):
             return False, value
         counted = told.length is None or len(value) == told.length
         return counted and all(fit(each, get_args(kind)[0], told)[0] for each in value), value
@@ -155,7 +176,7 @@ def _wanted(kind: Any, told: Key, path: str) -> str:
         (inner,) = get_args(kind)
         names = {int: "whole numbers", float: "numbers", str: "names"}
         return f"a list of {' or '.join(names[each] for each in parts(inner))}"
-    inside = mapping_of(kind)
+    inside = mapping_of(kind, told)
     first = next(iter(keys_of(inside)), None) if inside is not None else None
     return f"a mapping, such as {path}.{first}=..." if first and path else "a mapping"
 
@@ -169,11 +190,28 @@ def _bounds(told: Key) -> str:
     return f", {least} or more" if least else ""
 
 
+class FreeText(NamedTuple):
+    """How a key takes free text: as names, which may be numbers as well, and in lists."""
+
+    names: bool
+    listed: bool
+
+
 @cache
-def free_text() -> frozenset[str]:
+def free_text() -> Mapping[str, FreeText]:
     """Return the keys of all commands whose values may hold anything."""
     found = (each for schema in COMMANDS.values() for each in walk(schema))
-    return frozenset(path for path, _, told in found if told.text)
+    return {
+        path: FreeText(told.names, any(get_origin(kind) is list for kind in parts(hint)))
+        for path, hint, told in found
+        if told.text or told.names
+    }
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return a sentence that names the closest names, or nothing if none is close."""
+    matches = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.6)
+    return f"\nDid you mean {' or '.join(matches)}?" if matches else ""
 
 
 def determining(command: str, *what: Determines) -> tuple[str, ...]:

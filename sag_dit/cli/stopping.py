@@ -1,12 +1,28 @@
-"""SIGTERM during prediction, which Lightning lets pass, or tells ranks that may be busy."""
+"""Stopping: SIGTERM during prediction, and ranks that end together when one of them fails."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
-from sag_dit.cli.app import take_sigterm
+from sag_dit.cli.app import KILL, take_sigterm
+
+
+@contextmanager
+def ending_together(trainer: Trainer) -> Iterator[None]:
+    """End the ranks that Lightning has started when the work within fails.
+
+    They would go on without this process, or wait for it, holding their devices.
+    """
+    try:
+        yield
+    except BaseException:
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(KILL)
+        raise
 
 
 class LeaveWhenTold(Callback):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from sag_dit.cli.app import quoted
+from sag_dit.cli.composing import quoted
 
 MULTIRUN = ("-m", "--multirun")
 

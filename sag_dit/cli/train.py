@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-
-from sag_dit.cli.app import KILL, launch, literal, quiet_lightning
+from sag_dit.cli.app import launch, quiet_lightning
+from sag_dit.cli.composing import make, placed, refuse_strangers
+from sag_dit.cli.keys.key import keys_of, plain
+from sag_dit.cli.keys.training import Train
 from sag_dit.cli.run_identity import go_on_as_begun, identity, run_folder
 from sag_dit.cli.values import check_logger, make_terms
 
@@ -23,11 +23,8 @@ if TYPE_CHECKING:
     from sag_dit.training.lora import LoRA
     from sag_dit.training.module import DiffusionModule
 
-FROM_CHECKPOINT = ("model", "process", "kind", "patch_size", "num_classes")
-"""Keys of a fresh model; with ``ckpt`` they have to be null."""
 
-
-def make_model(config: DictConfig, data: StepData) -> Model:
+def make_model(config: Train, data: StepData) -> Model:
     """Build a fresh model of the configured size for the data's classes.
 
     Raises:
@@ -37,7 +34,18 @@ def make_model(config: DictConfig, data: StepData) -> Model:
     from sag_dit.checkpoints.loading import find_codec
     from sag_dit.codec import VAECodec
 
-    settings: Any = OmegaConf.to_container(config.model, resolve=True)
+    if config.num_heads is not None:
+        raise ValueError(
+            f"num_heads={config.num_heads}: of the checkpoint that ckpt names; a fresh model has "
+            f"model.num_heads={config.num_heads}"
+        )
+    if config.model is None or config.resolution is None or config.patch_size is None:
+        raise ValueError(
+            "a fresh model needs model, resolution and patch_size: expected none of them null; "
+            "size=S, B, L or XL fills model"
+        )
+    refuse_strangers("model", keys_of(Train)["model"][1].asks(), config.model)
+    settings = dict(config.model)
     vae = config.vae or data.vae
     codec = find_codec(vae)
     cell = codec.factor * config.patch_size
@@ -57,17 +65,19 @@ def make_model(config: DictConfig, data: StepData) -> Model:
     description = {
         # Null is what only the other kind of network takes.
         "model": {name: value for name, value in settings.items() if value is not None},
-        "process": OmegaConf.to_container(config.process, resolve=True),
+        "process": config.process,
         "kind": config.kind,
         "x_0_range": None if latent else [-1.0, 1.0],
         "class_names": names if len(names) == settings["num_classes"] else [],
     }
-    sampling: Any = OmegaConf.to_container(config.sampling, resolve=True)
-    return from_denoiser(build(description), config.name, codec=codec, defaults=sampling, vae=vae)
+    denoiser, name = build(description), str(config.name)
+    return from_denoiser(denoiser, name, codec=codec, defaults=config.sampling, vae=vae)
 
 
-def load_base(config: DictConfig) -> Model:
-    """Load the model to fine-tune; resolution, if null, and data.size follow it.
+def load_base(config: Train) -> tuple[Model, Train]:
+    """Load the model to fine-tune; return the configuration with it, whose resolution follows.
+
+    That is ``resolution``, if null, and ``data.size``.
 
     Raises:
         ValueError: the checkpoint cannot be loaded, or a key is set that it determines.
@@ -75,22 +85,21 @@ def load_base(config: DictConfig) -> Model:
     from sag_dit.checkpoints import load
     from sag_dit.training.finetune import resolution_of
 
-    stated = [key for key in FROM_CHECKPOINT if config.get(key) is not None]
+    determined = (key for key, (_, told) in keys_of(Train).items() if told.by_checkpoint)
+    stated = [key for key in determined if getattr(config, key) is not None]
     if stated:
         raise ValueError(
             f"ckpt={config.ckpt} determines {', '.join(stated)}: expected null; choose "
             f"experiment=finetune, which leaves these to the checkpoint and the data"
         )
     lora_settings(config)  # Before a checkpoint is downloaded.
-    base = load(config.ckpt, vae=config.vae)
-    if config.resolution is None:
-        config.resolution = resolution_of(base)
-    if "size" in config.data:
-        config.data.size = config.resolution
-    return base
+    base = load(str(config.ckpt), vae=config.vae, num_heads=config.num_heads)
+    side = config.resolution or resolution_of(base)
+    data = {**config.data, "size": side} if "size" in config.data else config.data
+    return base, replace(config, resolution=side, data=data)
 
 
-def lora_settings(config: DictConfig) -> LoRA | None:
+def lora_settings(config: Train) -> LoRA | None:
     """Return what adapters to train, None for the weights themselves.
 
     Raises:
@@ -98,23 +107,24 @@ def lora_settings(config: DictConfig) -> LoRA | None:
     """
     from sag_dit.training.lora import LoRA
 
-    settings: Any = OmegaConf.to_container(config.get("lora") or OmegaConf.create(), resolve=True)
+    settings = config.lora or {}
     return None if settings.get("rank") is None else LoRA(**settings)
 
 
-def adapt_model(config: DictConfig, base: Model, data: StepData) -> tuple[Model, str]:
+def adapt_model(config: Train, base: Model, data: StepData) -> tuple[Model, str]:
     """Make a loaded model fit the data, and return it with the report of what was done.
 
     Raises:
         ValueError: the data does not fit, or a pattern to freeze or to adapt matches nothing.
     """
     from sag_dit.models import families
-    from sag_dit.training.finetune import adapt, freeze, report
+    from sag_dit.training.finetune import adapt, freeze, report, resolution_of
     from sag_dit.training.lora import add_adapters
 
-    adapted = adapt(base, config.name, data.class_names, config.resolution)
+    side = config.resolution or resolution_of(base)
+    adapted = adapt(base, str(config.name), data.class_names, side)
     network = adapted.model.class_conditional.network
-    frozen = freeze(network, config.get("freeze") or ())
+    frozen = freeze(network, config.freeze or ())
     lora = lora_settings(config)
     if lora is None:
         return adapted.model, report(base, adapted)
@@ -125,39 +135,38 @@ def adapt_model(config: DictConfig, base: Model, data: StepData) -> tuple[Model,
     return replace(adapted.model, lora=lora.description), report(base, adapted, layers)
 
 
-def make_module(config: DictConfig, model: Model) -> DiffusionModule:
+def make_module(config: Train, model: Model) -> DiffusionModule:
     """Build what trains the model."""
     from sag_dit.training.finetune import default_objective
     from sag_dit.training.module import DiffusionModule
 
-    wanted = config.get("objective")
+    wanted, schedule = config.objective, config.schedule
     denoiser = model.class_conditional.train()
     denoiser.network.checkpoint_blocks = config.checkpoint_blocks
     if config.compile:
         denoiser.network.compile_blocks()
     return DiffusionModule(
         model,
-        objective=instantiate(wanted) if wanted else default_objective(denoiser),
-        optimizer=instantiate(config.optimizer),
-        schedule=instantiate(config.schedule) if config.schedule else None,
+        objective=make(wanted, "objective") if wanted else default_objective(denoiser),
+        optimizer=make(config.optimizer, "optimizer"),
+        schedule=make(schedule, "schedule") if schedule else None,
         ema_decay=config.ema.decay,
-        ema_warmup=bool(config.ema.get("warmup")),
+        ema_warmup=config.ema.warmup,
         max_skipped=config.max_skipped,
         seed=config.seed,
     )
 
 
-def make_loggers(config: DictConfig, out: Path, step: int) -> list[Logger]:
+def make_loggers(settings: Mapping[str, Any] | None, out: Path, step: int) -> list[Logger]:
     """Build the logger, if any; at a step it goes on with what the run has logged before."""
     from sag_dit.training.loggers import going_on
 
-    if not config.logger:
+    if not settings:
         return []
-    more = going_on(config.logger._target_, out, step)
-    return [instantiate(config.logger, **{k: v for k, v in more.items() if k not in config.logger})]
+    return [make({**going_on(settings["_target_"], out, step), **settings}, "logger")]
 
 
-def make_trainer(config: DictConfig, out: Path) -> Trainer:
+def make_trainer(config: Train, out: Path) -> Trainer:
     """Build Lightning's Trainer with what watches, saves and stops a run; loggers come later.
 
     Raises:
@@ -166,52 +175,45 @@ def make_trainer(config: DictConfig, out: Path) -> Trainer:
     from sag_dit.training.callbacks import LossByLevel, Previews, Progress, Speed
     from sag_dit.training.resume import AtomicCheckpointIO, LastCheckpoints, best_checkpoint
 
-    classes: Any = OmegaConf.to_object(config.preview.classes) if config.preview.classes else None
-    every: Mapping[str, Any] = config.every_n_steps
+    every, preview = config.every_n_steps, config.preview
+    classes: Any = preview.classes or None
     callbacks: list[Callback] = [
-        Speed(every["log"]),
-        LossByLevel(every["log"]),
+        Speed(every.log),
+        LossByLevel(every.log),
         Previews(
             out,
-            every["preview"],
+            every.preview,
             classes,
-            tuple(make_terms(config.preview.guidance).values()),
-            config.preview.steps,
+            tuple(make_terms(preview.guidance, "preview.guidance").values()),
+            preview.steps,
             config.seed,
         ),
-        *([Progress()] if config.trainer.enable_progress_bar else []),
+        *([Progress()] if config.trainer["enable_progress_bar"] else []),
         # Last, so that what they save is what the others have seen.
         best_checkpoint(out),
-        LastCheckpoints(out, every["checkpoint"]),
+        LastCheckpoints(out, every.checkpoint),
     ]
-    trainer: Trainer = instantiate(
+    trainer: Trainer = make(
         config.trainer,
+        "trainer",
         max_steps=config.max_steps,
         logger=False,
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
-        log_every_n_steps=every["log"],
+        log_every_n_steps=every.log,
         # Lightning counts batches here.
-        val_check_interval=every["validation"] * config.trainer.accumulate_grad_batches,
+        val_check_interval=every.validation * config.trainer["accumulate_grad_batches"],
         check_val_every_n_epoch=None,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         enable_model_summary=False,
-        default_root_dir=literal(str(out)),
-        _convert_="all",
+        default_root_dir=out,
     )
     return trainer
 
 
-def run(config: DictConfig) -> None:
+def run(config: Train) -> None:
     """Train, and export the weights that are to be sampled with."""
-    if OmegaConf.is_missing(config, "name") or OmegaConf.is_missing(config, "max_steps"):
-        fresh = "experiment=digits or experiment=folder data.root=photos/"
-        tuned = f"experiment=finetune ckpt={config.ckpt}"
-        raise ValueError(
-            f"name and max_steps are not set: choose what to train, such as "
-            f"{fresh if config.ckpt is None else tuned}"
-        )
     if config.ckpt is None and config.model is None:
         raise ValueError(
             "ckpt is not set: expected what to fine-tune, such as ckpt=DiT-XL-2 or a run's folder"
@@ -219,18 +221,20 @@ def run(config: DictConfig) -> None:
     quiet_lightning()
     import torch
 
+    from sag_dit.cli.stopping import ending_together
     from sag_dit.cli.tracking import trackers
     from sag_dit.output.claim import claim
     from sag_dit.training.resume import export, newest_checkpoint
 
     check_logger(config.logger)
-    base = load_base(config) if config.ckpt else None
-    out = run_folder(config)
-    go_on_as_begun(config, out)
-    config.out = literal(str(out))
+    base = None
+    if config.ckpt:
+        base, config = load_base(config)
+    out = run_folder(plain(config))
+    config = placed(go_on_as_begun(config, out), out)
     torch.set_float32_matmul_precision(config.matmul)
     torch.manual_seed(config.seed)
-    data = instantiate(config.data)
+    data = make(config.data, "data")
     told = ""
     if base is None:
         model = make_model(config, data)
@@ -239,29 +243,24 @@ def run(config: DictConfig) -> None:
     data.check(model)
     module = make_module(config, model)
     trainer = make_trainer(config, out)
-    trainer.callbacks[:0] = trackers(config, model, out, trainer.strategy.root_device)  # type: ignore[attr-defined]
+    trainer.callbacks[:0] = trackers(config.track, model, out, trainer.strategy.root_device)  # type: ignore[attr-defined]
     data.rank_batch_size(trainer.world_size)
-    settings: Any = OmegaConf.to_container(config, resolve=True)
+    settings = plain(config)
     out.mkdir(parents=True, exist_ok=True)
-    claim(out, identity(config), settings, "a run")
+    claim(out, identity(settings), settings, "a run")
     checkpoint, step = newest_checkpoint(out, module)
     if told and trainer.is_global_zero:
         print(told)
-    trainer.loggers = make_loggers(config, out, step)
+    trainer.loggers = make_loggers(config.logger, out, step)
     for logger in trainer.loggers:
         logger.log_hyperparams(settings)
-    try:
+    with ending_together(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         export(trainer, module, out)
-    except BaseException:
-        # Ranks that Lightning has started would wait for this one, holding their devices.
-        if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(KILL)
-        raise
     if trainer.is_global_zero:
         print(f"run: {out.resolve()}")
 
 
-def main() -> None:
-    """Run ``train.py``."""
-    launch("train", run)
+def main(arguments: Sequence[str] | None = None, entry: Sequence[str] = ()) -> None:
+    """Run ``train.py``, with the arguments of the command line unless others are given."""
+    launch("train", run, arguments, entry)

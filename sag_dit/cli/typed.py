@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import re
-from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePosixPath
-from pkgutil import resolve_name
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
-from hydra._internal.utils import get_args_parser
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
 
+from sag_dit.cli.composing import config_folder, refuse_strangers
 from sag_dit.cli.keys import COMMANDS
-from sag_dit.cli.keys.key import AnyKeys, Open, keys_of, mapping_of, parts, walk
-from sag_dit.methods import entries, scales
+from sag_dit.cli.keys.key import Key, is_open, keys_of, mapping_of, parts, plain, selected, walk
 
+HELP = ("-h", "--help")
 MULTIRUN = ("-m", "--multirun")
-OTHER_CONFIGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
-
-
-def config_folder() -> Path:
-    """Return the folder of configurations: inside an installed wheel, else beside the package.
-
-    Hydra is told what stands in no file, since it follows from the guidance methods.
-    """
-    store = ConfigStore.instance()
-    store.store(name="scales", node=scales())
-    store.store(group="guidance", name="methods", node=entries())
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
+OTHER_CONFIGS = ("-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name")
+VALUED = (*OTHER_CONFIGS, "-c", "--cfg", "-p", "--package", "--experimental-rerun")
+"""Flags of Hydra that a value follows."""
+SWITCHES = (
+    *(*HELP, *MULTIRUN, "--hydra-help", "--version", "--resolve", "-r", "--run"),
+    *("-sc", "--shell-completion", "-i", "--info"),
+)
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -44,7 +33,6 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     Raises:
         ValueError: a flag that Hydra has not.
     """
-    options = get_args_parser()._option_string_actions
     keys: list[str] = []
     flags: list[str] = []
     rest = list(arguments)
@@ -54,14 +42,11 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             keys.append(argument)
             continue
         name, separator, value = argument.partition("=")
-        action = options.get(name)
-        if action is None:
+        if name not in VALUED and name not in SWITCHES:
             raise _not_a_flag(name, value or next(iter(rest), ""))
         flags.append(argument)
-        # nargs is 0 for a switch, "?" where one of the choices may follow, None for one value.
-        follows = action.nargs is None or (
-            action.nargs == "?" and rest[:1] and rest[0] in (action.choices or ())
-        )
+        # The value of --info may be left out; it is a word, never KEY=VALUE.
+        follows = name in VALUED or (name in ("-i", "--info") and "=" not in "".join(rest[:1]))
         if follows and not separator and rest:
             flags.append(rest.pop(0))
     return keys, flags
@@ -93,13 +78,13 @@ def check_arguments(command: str, arguments: Sequence[str], flags: Sequence[str]
             chosen = argument if others or swept else _choice(command, argument, name, value)
             kept += [chosen] if chosen else []
             continue
-        hint = known(command, name)
-        if hint is None and not others:
+        found = known(command, name)
+        if found is None and not others:
             raise ValueError(f"{argument}: no such key{did_you_mean(command, name)}")
         if (
             not swept
-            and hint is not None
-            and _is_number(hint)
+            and found is not None
+            and _is_number(found[0])
             and re.fullmatch(r"-?\d+,\d+", value)
         ):
             point = value.replace(",", ".")
@@ -107,7 +92,9 @@ def check_arguments(command: str, arguments: Sequence[str], flags: Sequence[str]
                 f"{argument}: expected one number; write {name}={point} with a point, or try "
                 f"several with -m"
             )
-        kept.append(argument)
+        # Hydra takes what stands in no file with a plus alone.
+        added = found is not None and found[1].added and not argument.startswith("+")
+        kept.append(f"++{argument}" if added else argument)
     return kept
 
 
@@ -143,7 +130,8 @@ def groups(command: str) -> list[str]:
 
 def experiments(command: str) -> list[str]:
     """Return the experiments of a command: those that state nothing that it has not."""
-    own = {*groups(command), *keys_of(COMMANDS[command])}
+    schema: Any = COMMANDS[command]
+    own = {*groups(command), *keys_of(schema)}
     return [name for name in choices("experiment") if _stated(name) <= own]
 
 
@@ -196,23 +184,26 @@ def _is_empty(group: str, choice: str) -> bool:
     return not yaml.safe_load((config_folder() / group / f"{choice}.yaml").read_text())
 
 
-def known(command: str, path: str) -> Any:
-    """Return the type of a key, ``Any`` for what stands in an open mapping, None for no key."""
+ANYTHING = (Any, Key(""))
+"""Stands for a key of which nothing is declared."""
+
+
+def known(command: str, path: str) -> tuple[Any, Key] | None:
+    """Return the type of a key and what is known of it; None for no key.
+
+    In an open mapping any key may stand.
+    """
     if path.partition(".")[0] == "hydra" or any(sign in path for sign in "@:/"):
-        return Any
-    inside: type = COMMANDS[command]
-    names = path.split(".")
-    for place, name in enumerate(names):
-        found = keys_of(inside).get(name)
+        return ANYTHING
+    inside: Any = COMMANDS[command]
+    opened = False
+    found: tuple[Any, Key] | None = None
+    for name in path.split("."):
+        found = None if inside is None else keys_of(inside).get(name)
         if found is None:
-            return Any if issubclass(inside, Open) else None
-        if place == len(names) - 1:
-            return found[0]
-        inner = mapping_of(found[0])
-        if inner is None:
-            return None
-        inside = inner
-    return None
+            return ANYTHING if opened else None
+        inside, opened = mapping_of(*found), is_open(found[0])
+    return found
 
 
 def did_you_mean(command: str, path: str) -> str:
@@ -233,46 +224,23 @@ def did_you_mean(command: str, path: str) -> str:
     return f"\nDid you mean {' or '.join(meant)}?" if meant else ""
 
 
-def check_added(command: str, config: DictConfig, arguments: Sequence[str]) -> None:
+def check_added(command: str, config: Any, arguments: Sequence[str]) -> None:
     """Refuse keys that ``+`` adds to an open mapping whose target does not take them.
 
     Raises:
         ValueError: the key, and those that are close.
     """
+    values = plain(config)
     for argument in arguments:
         path = argument.partition("=")[0].lstrip("+")
         parent, _, name = path.rpartition(".")
-        node = OmegaConf.select(config, parent) if argument.startswith("+") and parent else None
-        if not isinstance(node, DictConfig):
+        node = selected(values, parent) if argument.startswith("+") and parent else None
+        if not isinstance(node, Mapping):
             continue
-        targets, takes = [str(node.get("_target_"))], set[str]()
-        if "_target_" not in node:
-            inside = _inside(command, parent) or AnyKeys
-            targets = list(inside.asked()) if issubclass(inside, Open) else []
-            takes = set(keys_of(inside))
-        for target in targets:
-            try:
-                parameters = inspect.signature(resolve_name(target)).parameters.values()
-            except (ImportError, AttributeError, ValueError, TypeError):
-                return  # It is told when it is made.
-            takes |= {each.name for each in parameters}
-            if any(each.kind is each.VAR_KEYWORD for each in parameters):
-                takes.add(name)
-        if targets and name not in takes and not name.startswith("_"):
-            named = f"{' and '.join(targets)} take{'s' * (len(targets) == 1)}"
-            raise ValueError(f"{argument}: {named} no {name}{nearest(name, takes)}")
-
-
-def _inside(command: str, path: str) -> type | None:
-    """Return the schema of the mapping at a path, None where none is declared."""
-    inside: type | None = COMMANDS[command]
-    for name in path.split("."):
-        found = keys_of(inside).get(name) if inside is not None else None
-        inside = mapping_of(found[0]) if found is not None else None
-    return inside
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return a sentence that names the closest names, or nothing if none is close."""
-    matches = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.6)
-    return f"\nDid you mean {' or '.join(matches)}?" if matches else ""
+        found = known(command, parent)
+        asked = found[1].asks() if found and "_target_" not in node else ()
+        targets = [str(node["_target_"])] if "_target_" in node else asked
+        try:
+            refuse_strangers(parent, targets, [name])
+        except ValueError as error:
+            raise ValueError(str(error).replace(path, argument, 1)) from None

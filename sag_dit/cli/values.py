@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+import yaml
 
-from sag_dit.cli.app import config_folder
+from sag_dit.cli.composing import config_folder, make, refuse_strangers
+from sag_dit.cli.keys.drawing import Attention, Guides
+from sag_dit.cli.keys.evaluating import Evaluate
 
 if TYPE_CHECKING:
     from sag_dit.checkpoints import Model
     from sag_dit.guidance import Term
-    from sag_dit.output.attention import Maps
+    from sag_dit.process import Process
+    from sag_dit.traces import Maps
 
 LIBRARIES = {"WandbLogger": ("wandb",), "TensorBoardLogger": ("tensorboard", "tensorboardX")}
 """What the loggers that are not ours need, one of each."""
+
+AUTO = "sag_dit.sampler.auto"
+"""The ``_target_`` of a sampler that follows from the model."""
 
 MEASURED = 300
 """Images that evaluate.py draws of each setting unless told how many."""
 
 
-def check_logger(logger: DictConfig | None) -> None:
+def check_logger(logger: Mapping[str, Any] | None) -> None:
     """Refuse a logger whose library is not installed, before there is anything to log.
 
     Raises:
@@ -39,7 +44,28 @@ def check_logger(logger: DictConfig | None) -> None:
         )
 
 
-def check_requests(config: DictConfig) -> None:
+def own_sampler(settings: Mapping[str, Any], process: Process) -> dict[str, Any]:
+    """Return the settings of a sampler; where ``auto`` is asked for, those of the model's own.
+
+    Raises:
+        ValueError: an option of ``auto`` that the model's own sampler cannot have.
+    """
+    if not is_auto(settings):
+        return dict(settings)
+    from sag_dit.sampler import auto
+
+    refuse_strangers("sampler", [AUTO], settings)
+    chosen = auto(process, **{key: value for key, value in settings.items() if key != "_target_"})
+    listed = yaml.safe_load((config_folder() / "sampler" / f"{chosen.key}.yaml").read_text())
+    return {key: getattr(chosen, key, value) for key, value in listed.items()}
+
+
+def is_auto(settings: Mapping[str, Any]) -> bool:
+    """Whether the sampler follows from the model."""
+    return settings.get("_target_") == AUTO
+
+
+def check_requests(config: Guides) -> None:
     """Refuse keys that choose images where a file of requests does; at their defaults they rest.
 
     Raises:
@@ -47,14 +73,13 @@ def check_requests(config: DictConfig) -> None:
     """
     if config.requests is None:
         return
-    command = "evaluate" if "seeds" in config else "sample"
-    own: Any = OmegaConf.load(config_folder() / f"{command}.yaml")
-    if own.num_images is None:
-        own.num_images = MEASURED
+    command = "evaluate" if isinstance(config, Evaluate) else "sample"
+    own = yaml.safe_load((config_folder() / f"{command}.yaml").read_text())
+    own["num_images"] = own["num_images"] or MEASURED
     for key in ("seeds", "num_images", "seed", "classes"):
         default = own.get(key)
-        value = OmegaConf.select(config, key, default=default)
-        if value != default:
+        value = getattr(config, key, default)
+        if value != default and not (key == "num_images" and value is None):
             raise ValueError(
                 f"{key}={value} beside requests={config.requests}: the file's lines say which "
                 f"images are drawn, each with a seed and a class of its own; leave {key} out, or "
@@ -62,8 +87,10 @@ def check_requests(config: DictConfig) -> None:
             )
 
 
-def make_terms(guidance: DictConfig) -> dict[str, Term]:
+def make_terms(guidance: Mapping[str, Any], where: str = "guidance") -> dict[str, Term]:
     """Build the guidance terms by name; an entry that is null is none.
+
+    ``where`` is the key at which they stand.
 
     Raises:
         ValueError: an entry that names no term.
@@ -74,21 +101,21 @@ def make_terms(guidance: DictConfig) -> dict[str, Term]:
     for name, node in guidance.items():
         if node is None:
             continue
-        if not OmegaConf.is_dict(node) or "_target_" not in node:
+        if not isinstance(node, Mapping) or "_target_" not in node:
             raise ValueError(
-                f"guidance.{name!s}={node!r}: expected a mapping with _target_, the class of a term"
+                f"{where}.{name}={node!r}: expected a mapping with _target_, the class of a term"
             )
-        term = instantiate(node, _convert_="all")
+        term = make(node, f"{where}.{name}")
         if not isinstance(term, Term):
             raise ValueError(
-                f"guidance.{name!s}: {node['_target_']} is no guidance method; expected a subclass "
+                f"{where}.{name}: {node['_target_']} is no guidance method; expected a subclass "
                 f"of sag_dit.guidance.Term"
             )
-        terms[str(name)] = term
+        terms[name] = term
     return terms
 
 
-def make_maps(config: DictConfig, model: Model, steps: int, guidance: Iterable[Term] = ()) -> Maps:
+def make_maps(wanted: Attention, model: Model, steps: int, guidance: Iterable[Term] = ()) -> Maps:
     """Build what to keep of attention from ``attention``'s values.
 
     Without a threshold, masks are set as by the SAG of ``guidance``.
@@ -97,15 +124,14 @@ def make_maps(config: DictConfig, model: Model, steps: int, guidance: Iterable[T
         ValueError: a value that cannot be meant, or a layer or step that does not exist.
     """
     from sag_dit.guidance import SAG
-    from sag_dit.output.attention import Maps
+    from sag_dit.traces import Maps
 
-    wanted: Any = OmegaConf.to_container(config.attention, resolve=True)
-    layers, show, query = wanted["layers"], wanted["show"], wanted["query"]
+    show, query = wanted.show, wanted.query
     limit = next((term for term in guidance if isinstance(term, SAG) and not term.off), SAG())
-    if wanted["threshold"] is not None:
-        limit = SAG(threshold=float(wanted["threshold"]))
+    if wanted.threshold is not None:
+        limit = SAG(threshold=float(wanted.threshold))
     maps = Maps(
-        layers=tuple(map(str, layers)),
+        layers=tuple(map(str, wanted.layers)),
         steps=show if isinstance(show, int) else tuple(show),
         query=None if query is None else (float(query[0]), float(query[1])),
         limit=limit,

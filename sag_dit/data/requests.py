@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -50,23 +52,37 @@ def make_requests(
     return [Request(i, seed, label, stream=i) for i, label in enumerate(labels)]
 
 
-def read_requests(file: str | Path, class_names: Sequence[str]) -> list[Request]:
+def read_requests(
+    file: str | Path, class_names: Sequence[str], *, prompts: bool = False
+) -> list[Request]:
     """Read one request a line, ``seed,class``; a header line of these two words may come first.
 
-    An image depends on its line alone, not on its place in the file. For a text model the class is
-    a prompt, in quotation marks if it holds a comma.
+    An image depends on its line alone, not on its place in the file. A class is a number, or a
+    name, which is in quotation marks if it looks like a number; ``prompts`` are names, in quotation
+    marks if they hold a comma.
 
     Raises:
         ValueError: a line that is not a seed and a class; its number is named.
     """
     requests: list[Request] = []
-    for number, seed, wanted in _lines(file):
+    for line in _lines(file):
         try:
-            (label,) = labels_of([wanted], class_names)
+            (label,) = labels_of([line.text if prompts else line.wanted], class_names)
         except ValueError as error:
-            raise _unreadable(file, number, f"{seed},{wanted}", error) from error
-        requests.append(Request(len(requests), seed, label, stream=0))
+            raise _unreadable(file, line.number, f"{line.seed},{line.text}", error) from error
+        requests.append(Request(len(requests), line.seed, label, stream=0))
     return requests
+
+
+def renumbered(file: str | Path, class_names: Sequence[str]) -> bool:
+    """Whether a line's number is the name of another class, which it meant in former versions."""
+    return any(
+        isinstance(line.wanted, int)
+        and 0 <= line.wanted < len(class_names)
+        and line.text in class_names
+        and class_names[line.wanted] != line.text
+        for line in _lines(file)
+    )
 
 
 def prompts_in(file: str | Path) -> list[str]:
@@ -75,29 +91,44 @@ def prompts_in(file: str | Path) -> list[str]:
     Raises:
         ValueError: a line that is not a seed and a prompt; its number is named.
     """
-    return list(dict.fromkeys(wanted for _, _, wanted in _lines(file)))
+    return list(dict.fromkeys(line.text for line in _lines(file)))
 
 
-def _lines(file: str | Path) -> list[tuple[int, int, str]]:
-    """Return the number, seed and class of each line."""
+class _Line(NamedTuple):
+    number: int
+    seed: int
+    text: str
+    quoted: bool
+
+    @property
+    def wanted(self) -> int | str:
+        """The class: a number, or a name."""
+        is_number = re.fullmatch(r"[+-]?\d+", self.text) and not self.quoted
+        return int(self.text) if is_number else self.text
+
+
+def _lines(file: str | Path) -> list[_Line]:
+    """Return what the lines of a file say."""
     found = []
     if not Path(file).is_file():
         raise ValueError(f"requests={file}: no such file; expected lines of 'seed,class'")
-    with Path(file).open(newline="", encoding="utf-8-sig") as lines:
-        for number, row in enumerate(csv.reader(lines, skipinitialspace=True), start=1):
-            if not row or (number == 1 and [cell.strip().lower() for cell in row][:1] == ["seed"]):
-                continue
-            try:
-                seed, wanted = int(row[0]), row[1].strip()
-                if len(row) != 2:
-                    raise ValueError(
-                        f"{len(row)} values where two were expected; put a prompt that holds "
-                        f"commas in quotation marks"
-                    )
-                check_number("seed", seed)
-            except (ValueError, IndexError) as error:
-                raise _unreadable(file, number, ",".join(row), error) from error
-            found.append((number, seed, wanted))
+    with Path(file).open(newline="", encoding="utf-8-sig") as stream:
+        lines = list(stream)
+    for number, row in enumerate(reader := csv.reader(lines, skipinitialspace=True), start=1):
+        if not row or (number == 1 and [cell.strip().lower() for cell in row][:1] == ["seed"]):
+            continue
+        try:
+            seed, wanted = int(row[0]), row[1].strip()
+            if len(row) != 2:
+                raise ValueError(
+                    f"{len(row)} values where two were expected; put a prompt that holds "
+                    f"commas in quotation marks"
+                )
+            check_number("seed", seed)
+        except (ValueError, IndexError) as error:
+            raise _unreadable(file, number, ",".join(row), error) from error
+        quoted = re.match(r'[^,]*,\s*"', lines[reader.line_num - 1]) is not None
+        found.append(_Line(number, seed, wanted, quoted))
     if not found:
         raise ValueError(f"{file}: expected at least one line 'seed,class', found none")
     return found

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-METRICS = ("fid", "sfid", "is", "precision", "recall")
-"""The metrics that papers publish, in the order of their tables."""
+from sag_dit.evaluation.suite import METRICS
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,47 @@ from sag_dit.evaluation.statistics import Statistics
 from sag_dit.evaluation.subsets import Groups, halves
 from sag_dit.tensors import Labels, home_of_doubles
 
-METRICS = ("fid", "sfid", "is", "precision", "recall")
+
+@dataclass(frozen=True)
+class MetricKind:
+    """What is to be known of a metric beside its computation, stated here alone.
+
+    ``label`` is what tables call it, with some networks' features by another of ``labels``.
+    ``features`` names what of an image's :class:`Features` it looks at, ``reference`` what of a
+    reference it is compared with, None for nothing.
+    """
+
+    metric: type[Metric]
+    label: str
+    features: str
+    reference: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether more of it is better."""
+        return bool(self.metric.higher_is_better)
+
+    def label_with(self, network: str) -> str:
+        """Return what it is called with the features of a network."""
+        return self.labels.get(network, self.label)
+
+    def possible(self, seen: Features, reference: Reference) -> bool:
+        """Whether the features and the reference hold what it needs."""
+        needed = self.reference is None or getattr(reference, self.reference) is not None
+        return needed and getattr(seen, self.features) is not None
+
+
+METRICS: Mapping[str, MetricKind] = {
+    "fid": MetricKind(
+        FrechetDistance, "FD", "pool", "pool", {"inception": "FID", "dinov2": "FD-DINOv2"}
+    ),
+    "sfid": MetricKind(FrechetDistance, "sFD", "spatial", "spatial", {"inception": "sFID"}),
+    "is": MetricKind(InceptionScore, "IS", "logits"),
+    "precision": MetricKind(PrecisionRecall, "precision", "pool", "features"),
+    "recall": MetricKind(PrecisionRecall, "recall", "pool", "features"),
+}
+"""All metrics, in the order of tables."""
 SMALL = 256
 """Features of at most so many dimensions are kept apart by group unasked: 17 MB at most."""
 GROUPS = 32
@@ -52,7 +93,7 @@ class Suite:
         self,
         extractor: FeatureExtractor,
         reference: Reference,
-        metrics: Sequence[str] = METRICS,
+        metrics: Sequence[str] = tuple(METRICS),
         *,
         groups: int | None = None,
         period: int = 1,
@@ -141,11 +182,10 @@ class Suite:
             ValueError: a metric's features are missing, or values are not finite.
         """
         self._each()
-        needed = {"fid": features.pool, "sfid": features.spatial, "is": features.logits}
-        needed["precision_recall"] = features.pool
         used: dict[str, Tensor] = {}
         for name in self._metrics:
-            values = needed[name]
+            kind = METRICS["precision" if name == "precision_recall" else name]
+            values = getattr(features, kind.features)
             if values is None:
                 raise ValueError(
                     f"metrics={list(self.metrics)}: {self.extractor.name} has no features for "

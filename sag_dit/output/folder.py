@@ -16,15 +16,15 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-from numpy.typing import NDArray
+from jaxtyping import UInt8
 from PIL import Image
+from torch import Tensor
 
 from sag_dit.files import atomic
+from sag_dit.output.attention import Pixels, write_arrays, write_sheet
 from sag_dit.output.claim import CONFIG, claim
-from sag_dit.output.gallery import StepView
-from sag_dit.sampling import Request
-
-Pixels = NDArray[np.uint8]
+from sag_dit.sampling import Drawn, Request
+from sag_dit.traces import StepView
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,33 @@ class SampleFolder:
     def count(self) -> int:
         """Return how many images are there."""
         return sum(entry.name.endswith(".png") for entry in os.scandir(self.path / "images"))
+
+    def write(self, drawn: Drawn) -> None:
+        """Write a batch: first what belongs to the images, then the images, which mark completion.
+
+        Example:
+            >>> for batch in drawn(model, requests, settings):
+            ...     folder.write(batch)
+        """
+        shown = dict(zip(drawn.indices.tolist(), drawn.images, strict=True))
+        for index, trace in drawn.traces.items():
+            if trace.maps is not None:
+                sheet = self.attention(index)
+                sheet.parent.mkdir(exist_ok=True)
+                write_arrays(sheet.with_suffix(".npz"), trace.maps)
+                write_sheet(sheet, trace.maps, pixels(shown[index]))
+            if trace.steps:
+                write_views(self.views(index), trace.steps)
+        for index, twin in drawn.twins.items():
+            write_png(self.twin(index), pixels(twin))
+        for index, image in shown.items():
+            write_png(self.image(index), pixels(image))
+
+
+def pixels(image: UInt8[Tensor, "c h w"]) -> Pixels:
+    """Move channels last and to NumPy."""
+    array: Pixels = image.permute(1, 2, 0).contiguous().cpu().numpy()
+    return array
 
 
 def write_png(file: Path, image: Pixels) -> None:

@@ -20,41 +20,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from sag_dit.files import atomic
+from sag_dit.traces import StepView
 
 CELL = 128  # smaller images are enlarged in grid.png until their longer side has as many pixels
 _INK, _SOFT, _LINE = "#1b1b1f", "#6b6b73", "#dededa"
 # Pillow's own font knows little beyond ASCII; the others are looked for when a text needs them.
 _FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "arial.ttf")
-
-
-@dataclass(frozen=True, eq=False)
-class StepView:
-    """What self-attention guidance saw at one sampler step.
-
-    index: place of the step, 0 first; count: steps in all; t: its noise level.
-    saliency: (h, w) float32, attention received by each token, mean 1.
-    mask: (h, w) bool, the tokens that guidance degrades; threshold: the saliency they exceed.
-    Raises: ValueError for arrays of other shapes, or a saliency that is not finite.
-    """
-
-    index: int
-    count: int
-    t: float
-    saliency: NDArray[np.float32]
-    mask: NDArray[np.bool_]
-    threshold: float
-
-    def __post_init__(self) -> None:
-        if self.saliency.ndim != 2 or self.saliency.shape != self.mask.shape:
-            raise ValueError(
-                f"saliency {self.saliency.shape} and mask {self.mask.shape} of step {self.index} "
-                "must be one (h, w) token grid: reshape both to the layer's grid"
-            )
-        if not np.isfinite(self.saliency).all():
-            raise ValueError(
-                f"the saliency of step {self.index} holds nan or inf, expected finite numbers: "
-                "look for the first step whose prediction is not finite"
-            )
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,10 +1,7 @@
-"""Progress of a sampling run: images done of all, rate, and time left."""
+"""Bar: how many images of a set are there, how fast they come, and the time left."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,9 +12,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Task as RichTask
+from rich.table import Column
 from rich.text import Text
 
-from sag_dit.output.folder import SampleFolder
 from sag_dit.sampler import SampleStep
 
 
@@ -31,75 +28,57 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:.1f} images/s" if speed >= 1 else f"{1 / speed:.1f} s/image")
 
 
-class SampleProgress(Callback):
-    """Shows on rank 0 how many images of the whole run are there, whichever rank drew them.
+class Bar:
+    """A line on stderr for one set of images; between batches it moves with the sampler's steps.
 
-    Between finished batches the bar moves with the steps of rank 0's own batch.
+    Example:
+        >>> bar = Bar()
+        >>> bar.begin("sampling", total=300)
+        >>> bar.begin_batch(16)
+        >>> draw_batch(model, requests, settings, watch=bar.step)
+        >>> bar.end_batch()
+        >>> bar.stop()
     """
 
-    def __init__(self, folder: SampleFolder, total: int) -> None:
-        self._folder, self._total = folder, total
+    def __init__(self) -> None:
         self._progress: Progress | None = None
-        self._task: Any = None
-        self._rows = 0
+        self._total = self._done = self._rows = 0
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the bar at what earlier runs have left."""
-        if not trainer.is_global_zero:
-            return
+    def begin(self, text: str, total: int, done: int = 0) -> None:
+        """Show the bar of another set, of which ``done`` images are there already."""
+        self.stop()
+        self._total, self._done = total, done
         self._progress = Progress(
-            TextColumn("sampling"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            _Rate(),
+            _Rate(table_column=Column(no_wrap=True)),
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        self._task = self._progress.add_task(
-            "sampling", total=self._total, completed=self._folder.count()
-        )
+        self._progress.add_task(text, total=total, completed=done)
         self._progress.start()
 
-    def on_predict_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Note how many images the next batch will give."""
-        self._rows = len(batch)
+    def begin_batch(self, rows: int) -> None:
+        """Note how many images the next batch gives, on all ranks."""
+        self._rows = rows
 
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Count what all ranks have written."""
+    def step(self, step: SampleStep) -> None:
+        """Move by one step of the batch that is being drawn."""
+        self._move(self._rows * (step.step.index + 1) // step.step.count)
+
+    def end_batch(self) -> None:
+        """Count the batch as done."""
+        self._done += self._rows
+        self._move(0)
+
+    def _move(self, beyond: int) -> None:
         if self._progress is not None:
-            self._progress.update(self._task, completed=self._folder.count())
+            (task,) = self._progress.task_ids
+            self._progress.update(task, completed=min(self._total, self._done + beyond))
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def stop(self) -> None:
         """Take the bar down."""
-        self._stop()
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Take the bar down, so that the error stands alone."""
-        self._stop()
-
-    def watch(self, step: SampleStep) -> None:
-        """Move the bar by one step of this rank's batch."""
-        if self._progress is not None:
-            self._progress.advance(self._task, self._rows / step.step.count)
-
-    def _stop(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

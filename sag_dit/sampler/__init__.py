@@ -1,5 +1,6 @@
 """Samplers: (denoise, x_T, grid, noise) -> an iterator of steps."""
 
+from sag_dit.sampler.auto import auto
 from sag_dit.sampler.base import Denoise, Sampler, SampleStep
 from sag_dit.sampler.ddim import DDIM
 from sag_dit.sampler.ddpm import Ancestral
@@ -17,4 +18,5 @@ __all__ = [
     "SampleStep",
     "Sampler",
     "StridedDDIM",
+    "auto",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torchvision.utils import make_grid
 from sag_dit.checkpoints import Model, build
 from sag_dit.files import atomic
 from sag_dit.guidance import Term
-from sag_dit.sampling import Request, Settings, draw, labels_of
+from sag_dit.sampling import Request, Settings, draw_batch, labels_of
 from sag_dit.training.module import DiffusionModule
 
 BINS = 4
@@ -222,15 +221,12 @@ class Previews(Callback):
 
     def draw(self, trainer: Trainer, module: DiffusionModule, step: int) -> None:
         """Draw and keep the pairs."""
-        model = replace(module.model, denoiser=module.evaluated)
-        names = model.class_names
-        requests, settings = self._plan(model)
-        was_training = model.denoiser.training
-        model.denoiser.eval()
-        model.codec.to(module.device)
-        unguided = draw(model, requests, replace(settings, guidance=())).cpu()
-        guided = draw(model, requests, settings).cpu()
-        model.denoiser.train(was_training)
+        with module.model_to_draw_with() as model:
+            names = model.class_names
+            requests, settings = self._plan(model)
+            drawn = draw_batch(model, requests, settings, twins=range(len(requests)))
+        guided = drawn.images.cpu()
+        unguided = torch.stack([drawn.twins[i].cpu() for i in range(len(requests))])
         if not trainer.is_global_zero:
             return
         self._out.mkdir(parents=True, exist_ok=True)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from sag_dit.evaluation.suite import Suite
-from sag_dit.sampling import Request, Settings, draw
+from sag_dit.evaluation.suite import METRICS, Suite
+from sag_dit.sampling import Request, Settings, drawn
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.resume import FOLDER
 
@@ -62,38 +59,23 @@ class TrackMetrics(Callback):
 
     def measure(self, trainer: Trainer, module: DiffusionModule) -> dict[str, float]:
         """Draw, and return the metrics of all ranks' images; every rank has to call this."""
-        model = replace(module.model, denoiser=module.evaluated)
-        model.codec.to(module.device)
         suite = self._suite.to(module.device)
         suite.reset()
-        size, rank, world = self._settings.batch_size, trainer.global_rank, trainer.world_size
-        starts = range(0, len(self._requests), size)
-        was_training = model.denoiser.training
-        model.denoiser.eval()
-        try:
-            for turn in range(math.ceil(len(starts) / world)):
-                # Sharded weights need all ranks at each forward, so one without a batch of its own
-                # draws the last one again, for nothing.
-                place = turn * world + rank
-                start = starts[min(place, len(starts) - 1)]
-                batch = self._requests[start : start + size]
-                images = draw(model, batch, self._settings)
-                if place < len(starts):
-                    suite.update(images, torch.tensor([request.index for request in batch]))
-        finally:
-            model.denoiser.train(was_training)
+        rank, world = trainer.global_rank, trainer.world_size
+        with module.model_to_draw_with() as model:
+            for batch in drawn(model, self._requests, self._settings, rank=rank, world=world):
+                suite.update(batch.images, batch.indices)
         return suite.compute()
 
 
 def best_by(metric: str, out: Path, every_n_steps: int) -> ModelCheckpoint:
     """Return a callback that keeps the checkpoint with the best value of a tracked metric."""
-    higher = metric in ("is", "precision", "recall")
     return ModelCheckpoint(
         dirpath=out / FOLDER,
         filename=f"best-{metric}-{{step:08d}}",
         auto_insert_metric_name=False,
         monitor=f"metrics/{metric}",
-        mode="max" if higher else "min",
+        mode="max" if METRICS[metric].higher_is_better else "min",
         save_top_k=1,
         every_n_train_steps=every_n_steps,
         enable_version_counter=False,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,12 +21,9 @@ from sag_dit.checkpoints import Model
 from sag_dit.codec import VAECodec
 from sag_dit.denoiser import ClassConditional, Denoiser
 from sag_dit.noise import generator
-from sag_dit.output.attention import AttentionRecorder, Maps
-from sag_dit.output.sag_trace import ViewRecorder
-from sag_dit.output.writer import Drawn
-from sag_dit.sampler import SampleStep
-from sag_dit.sampling import Request, Settings, Watch, draw
+from sag_dit.sampling import Drawn, Request, Settings, Watch, draw_batch
 from sag_dit.tensors import Images, Labels
+from sag_dit.traces import Maps
 from sag_dit.training.objective import MSE, Losses, Objective
 
 TRAINING = 3
@@ -117,6 +115,21 @@ class DiffusionModule(LightningModule):
         if self.averaged is None:
             return self.denoiser
         return cast(Denoiser, self.averaged.module)
+
+    @contextmanager
+    def model_to_draw_with(self) -> Iterator[Model]:
+        """Lend the model with the averaged weights where there are any, ready to draw.
+
+        Training goes on afterwards as if nothing had been drawn.
+        """
+        denoiser = self.evaluated
+        was_training = denoiser.training
+        self.model.codec.to(self.device)
+        denoiser.eval()
+        try:
+            yield replace(self.model, denoiser=denoiser)
+        finally:
+            denoiser.train(was_training)
 
     def configure_model(self) -> None:
         """Shard denoiser and average block by block where the strategy shards models (FSDP2)."""
@@ -219,31 +232,17 @@ class DiffusionModule(LightningModule):
         self.model.codec.to(self.device)
 
     def predict_step(self, batch: Sequence[Request], batch_idx: int) -> Drawn:
-        """Draw one batch of requests, and for the gallery their twins and views."""
-        shown = [row for row, request in enumerate(batch) if request.index < self.gallery]
-        recorder = ViewRecorder(self.settings, self.denoiser)
-        settings, attention = self.settings, None
-        if shown and self.maps is not None:
-            attention = AttentionRecorder(self.maps, self.denoiser, settings.steps)
-            settings = replace(settings, captures=attention.captures)
-
-        def watch(step: SampleStep) -> None:
-            if shown:
-                recorder(step)
-            if attention is not None:
-                attention(step)
-            if self.watch is not None:
-                self.watch(step)
-
-        images = draw(self.model, batch, settings, watch)
-        twins = {}
-        if shown:
-            unguided = replace(self.settings, guidance=())
-            drawn = draw(self.model, [batch[row] for row in shown], unguided)
-            twins = {batch[row].index: twin for row, twin in zip(shown, drawn, strict=True)}
-        views = {batch[row].index: recorder.views(row) for row in shown}
-        seen = {batch[row].index: attention.view(row) for row in shown} if attention else {}
-        return Drawn(batch, images, twins, views, seen)
+        """Draw one batch of requests, and for the gallery their twins and traces."""
+        shown = range(self.gallery)
+        return draw_batch(
+            self.model,
+            batch,
+            self.settings,
+            twins=shown,
+            traced=shown,
+            maps=self.maps,
+            watch=self.watch,
+        )
 
     def _seed(self, draw: int) -> None:
         """Seed torch for one batch, so that label dropout follows (seed, step) as well."""

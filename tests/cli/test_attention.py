@@ -15,8 +15,8 @@ from sag_dit.attention import AttentionTap, Capture
 from sag_dit.cli import attention, sample
 from sag_dit.cli.app import launch
 from sag_dit.cli.attention import gate_norms
-from sag_dit.output.attention import AttentionRecorder, Maps
 from sag_dit.sampling import Request, Settings, trajectory
+from sag_dit.traces import Maps, Recorder
 from tests.pipelines import tiny
 
 
@@ -71,11 +71,11 @@ def test_sheet_of_a_text_models_prompt(here: Path, capsys: pytest.CaptureFixture
 def test_query_map_is_that_tokens_row() -> None:
     model = sag_dit.load("digits")
     maps = Maps(query=(0.9, 0.2), steps=(1,))
-    recorder = AttentionRecorder(maps, model.denoiser, 3)
-    settings = Settings(steps=3, batch_size=1, captures=recorder.captures)
+    recorder = Recorder(model.denoiser, 3, maps=maps)
+    settings = Settings(steps=3, batch_size=1)
     states = []
     with torch.no_grad():
-        for step in trajectory(model, [Request(0, 0, 5, 0)], settings):
+        for step in trajectory(model, [Request(0, 0, 5, 0)], settings, recorder.captures):
             recorder(step)
             states.append(step)
         layer = model.denoiser.layer("auto")
@@ -83,7 +83,9 @@ def test_query_map_is_that_tokens_row() -> None:
             level = states[1].step.level
             model.denoiser.network(states[0].x, level.times(states[0].x), torch.tensor([5]))
     expected = tap.captured[f"{layer.name}:map"][0].mean(0)[7 * 8 + 1]
-    (seen,) = recorder.view(0).layers
+    maps_kept = recorder.trace(0).maps
+    assert maps_kept is not None
+    (seen,) = maps_kept.layers
     assert seen.query_map is not None
     assert np.allclose(seen.query_map.flatten(), expected, atol=1e-6)
 

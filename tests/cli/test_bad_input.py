@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from PIL import Image
 from torch import Tensor
 
-from sag_dit.cli.app import config_folder
+from sag_dit.cli.composing import compose
 from sag_dit.cli.values import check_requests
 
 Command = Callable[..., Any]
@@ -109,12 +108,11 @@ def test_settings_are_refused_before_anything_is_written(
 
 def test_seeds_beside_requests() -> None:
     """Each line has a seed of its own, so more seeds would draw the same images again."""
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        for keys, told in (("seeds=3 num_images=300", "seeds=3"), ("num_images=7", "num_images=7")):
-            arguments = ["ckpt=digits", "requests=a.csv", *keys.split()]
-            with pytest.raises(ValueError, match=f"{told} beside requests=a.csv"):
-                check_requests(compose("evaluate", arguments))
-        check_requests(compose("evaluate", ["ckpt=digits", "requests=a.csv", "num_images=300"]))
+    for keys, told in (("seeds=3 num_images=300", "seeds=3"), ("num_images=7", "num_images=7")):
+        arguments = ["ckpt=digits", "requests=a.csv", *keys.split()]
+        with pytest.raises(ValueError, match=f"{told} beside requests=a.csv"):
+            check_requests(compose("evaluate", arguments))
+    check_requests(compose("evaluate", ["ckpt=digits", "requests=a.csv", "num_images=300"]))
 
 
 TRAINER = {

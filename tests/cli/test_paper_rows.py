@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from sag_dit.cli import evaluate as evaluate_command
-from sag_dit.cli.app import config_folder
+from sag_dit.cli.composing import config_folder
 from tests import stand_ins
 
 Command = Callable[..., Any]

@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from sag_dit import catalogue
-from sag_dit.cli.app import config_folder, quoted
+from sag_dit.cli.composing import config_folder, quoted
 from sag_dit.cli.presets import SCALES, with_presets
 
 

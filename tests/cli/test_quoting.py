@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sag_dit.cli.app import quoted
+from sag_dit.cli.composing import quoted
 from sag_dit.cli.schema import free_text
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 from PIL import Image
 from torch import Tensor
 
-from sag_dit.cli.app import config_folder, quoted
+from sag_dit.cli.composing import compose
+from sag_dit.cli.keys import Sample
 from sag_dit.cli.sample import Plan, make_plan
 from sag_dit.denoiser import ClassConditional
 
@@ -104,8 +104,8 @@ def test_awkward_paths_go_all_the_way(
 
 
 def plan_of(ckpt: Path, *overrides: str) -> Plan:
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return make_plan(compose("sample", [quoted(f"ckpt={ckpt}"), *map(quoted, overrides)]))
+    config: Sample = compose("sample", [f"ckpt={ckpt}", *overrides])
+    return make_plan(config, config.num_images, config.out)
 
 
 @pytest.fixture(scope="module")

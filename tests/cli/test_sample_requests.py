@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 from PIL import Image
 
 import sag_dit
-from sag_dit.cli.app import config_folder, quoted
+from sag_dit.cli.composing import compose, config_folder
+from sag_dit.cli.keys import Sample
 from sag_dit.cli.sample import Plan, make_plan
 
 Command = Callable[..., Any]
@@ -30,8 +30,23 @@ def manifest(folder: Path) -> list[dict[str, Any]]:
 
 
 def plan_of(ckpt: Path, *overrides: str) -> Plan:
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return make_plan(compose("sample", [quoted(f"ckpt={ckpt}"), *map(quoted, overrides)]))
+    config: Sample = compose("sample", [f"ckpt={ckpt}", *overrides])
+    return make_plan(config, config.num_images, config.out)
+
+
+SaveOfficial = Callable[..., Path]
+
+
+def named_model(save: SaveOfficial, file: Path, names: Sequence[str]) -> Path:
+    """A small model whose classes have names."""
+    stated = {
+        "model": {"num_classes": len(names)},
+        "process": {"schedule": "linear", "num_timesteps": 1000},
+        "kind": "eps",
+        "x_0_range": [-1, 1],
+        "class_names": list(names),
+    }
+    return save(file, num_classes=len(names), stated=stated)
 
 
 @pytest.mark.parametrize(
@@ -45,20 +60,48 @@ def plan_of(ckpt: Path, *overrides: str) -> Plan:
     ],
 )
 def test_classes_by_number_and_by_name(
-    save_official: Callable[..., Path], tmp_path: Path, classes: str, labels: list[int]
+    save_official: SaveOfficial, tmp_path: Path, classes: str, labels: list[int]
 ) -> None:
     names = ["tench", "goldfish", "great white shark"]
-    stated = {
-        "model": {"num_classes": 3},
-        "process": {"schedule": "linear", "num_timesteps": 1000},
-        "kind": "eps",
-        "x_0_range": [-1, 1],
-        "class_names": names,
-    }
-    ckpt = save_official(tmp_path / "fish.pt", num_classes=3, stated=stated)
+    ckpt = named_model(save_official, tmp_path / "fish.pt", names)
     plan = plan_of(ckpt, "num_images=4", f"classes={classes}")
     assert [request.label for request in plan.requests] == labels
     assert plan.model.class_names == tuple(names)
+
+
+def test_a_number_means_one_class_at_every_door(
+    save_official: SaveOfficial, tmp_path: Path
+) -> None:
+    """Folders 0 to 11 are sorted as text, so that the folder 2 is number 4."""
+    folders = sorted(map(str, range(12)))
+    ckpt = named_model(save_official, tmp_path / "folders.pt", folders)
+    file = tmp_path / "wanted.csv"
+    rules = []
+    for classes, line, label in (("[2]", "0,2", 2), ('["2"]', '0,"2"', 4), ("[0]", "0,0", 0)):
+        assert [each.label for each in plan_of(ckpt, f"classes={classes}").requests] == [label] * 16
+        file.write_text(f"{line}\n")
+        plan = plan_of(ckpt, f"requests={file}")
+        assert [each.label for each in plan.requests] == [label]
+        rules.append(plan.pixels["request"])
+    # Folders of former versions, where such a line meant the class of that name, are not mixed.
+    assert ["numbers" in rule for rule in rules] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [
+        ("[日本]", ["日本"]),
+        ("[c#d,a=b]", ["c#d", "a=b"]),
+        ("[jack-o'-lantern, it's]", ["jack-o'-lantern", "it's"]),
+        ("""['a, b',"x]y",plain]""", ["a, b", "x]y", "plain"]),
+        ("[a:b (c),d e]", ["a:b (c)", "d e"]),
+        ("c#d", ["c#d"]),
+        ("[1,null-and-void]", [1, "null-and-void"]),
+    ],
+)
+def test_names_of_classes_may_hold_anything(classes: str, names: list[str | int]) -> None:
+    config: Sample = compose("sample", [f"classes={classes}"])
+    assert (config.classes if isinstance(config.classes, list) else [config.classes]) == names
 
 
 def test_random_classes_follow_seed_and_index(tiny: Path) -> None:

@@ -183,11 +183,23 @@ def test_a_flow_is_trained_measured_sampled_and_fine_tuned(
     assert [bool(row["val/loss"]) for row in logged(folder)][-1]
 
     two = ("steps=2", "num_images=2", "batch_size=2")
-    drawn = in_process("sample", f"ckpt={folder}", *two, "sampler=euler_flow", "cfg_scale=1.5")
+    # The sampler of a flow need not be named, and the folder is that of the one that is meant.
+    asked = (f"ckpt={folder}", *two, "cfg_scale=1.5")
+    drawn = in_process("sample", *asked)
     assert drawn.code == 0, drawn.err
-    refused = in_process("sample", f"ckpt={folder}", *two)
+    record = yaml.safe_load((drawn.folder() / "config.yaml").read_text())
+    assert record["settings"]["sampler"]["name"] == "euler_flow"
+    assert record["config"]["sampler"] == {
+        "_target_": "sag_dit.sampler.EulerFlow",
+        "shift": None,
+    }
+    named = in_process("sample", *asked, "sampler=euler_flow")
+    assert (named.folder(), named.evaluations) == (drawn.folder(), 0)
+    refused = in_process("sample", f"ckpt={folder}", *two, "sampler=ddim")
     assert refused.code == 1
     assert "sampler=ddim" in refused.err and "use sampler=euler_flow" in refused.err
+    noisy = in_process("sample", f"ckpt={folder}", *two, "sampler.eta=1")
+    assert noisy.code == 1 and "eta=1: expected 0" in noisy.err
 
     tuning = ("experiment=finetune", f"ckpt={folder}", "data=digits", "data.classes=[8,9]")
     tuned = run_folder(in_process("train", *tuning, "data.batch_size=16", "max_steps=2", *often))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 from sag_dit import catalogue
-from sag_dit.cli.app import config_folder
+from sag_dit.cli.composing import compose, config_folder
+from sag_dit.cli.keys.key import plain
 from sag_dit.cli.published import expected_of as read
 from sag_dit.cli.values import make_terms
 from sag_dit.evaluation.expected import Expected, differing
@@ -84,10 +84,7 @@ def test_every_row_of_the_paper_is_there() -> None:
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_both_commands_take_the_published_settings(name: str) -> None:
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        both = [
-            compose(command, [f"experiment=paper/{name}"]) for command in ("sample", "evaluate")
-        ]
+    both = [compose(command, [f"experiment=paper/{name}"]) for command in ("sample", "evaluate")]
     for config in both:
         assert isinstance(instantiated(config.sampler), Ancestral)
         active = [term for term in make_terms(config.guidance).values() if not term.off]
@@ -98,8 +95,7 @@ def test_both_commands_take_the_published_settings(name: str) -> None:
         assert config.ckpt == {"256": "DiT-XL-2", "512": "DiT-XL-2-512"}[size]
         assert (config.num_images, config.steps, config.classes) == (50_000, 250, "random")
         assert config.vae == "ema"
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        expected = expected_of(both[1])
+    expected = expected_of(both[1])
     assert tuple(PUBLISHED[name]) == tuple(expected.metrics.values())
     protocol = expected.protocol
     assert (protocol["count"], protocol["steps"]) == (both[1].num_images, both[1].steps)
@@ -133,10 +129,9 @@ def test_every_row_of_the_sag_paper_is_there() -> None:
 
 @pytest.mark.parametrize("name", SAG_ROWS)
 def test_rows_of_the_sag_paper_set_what_it_says(name: str) -> None:
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = compose("evaluate", [f"experiment=paper/{name}"])
-        assert compose("sample", [f"experiment=paper/{name}"]).guidance == config.guidance
-        expected = expected_of(config)
+    config = compose("evaluate", [f"experiment=paper/{name}"])
+    assert compose("sample", [f"experiment=paper/{name}"]).guidance == config.guidance
+    expected = expected_of(config)
     assert expected.protocol["count"] is None
     assert config.ckpt in catalogue.entries("model")
     assert isinstance(instantiated(config.sampler), Ancestral)
@@ -176,9 +171,8 @@ def expected_of(config: Any) -> Expected:
 
 def test_evaluate_has_the_keys_of_sample() -> None:
     """So that whatever determines pixels there can be set here."""
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        sample, evaluate = compose("sample"), compose("evaluate")
+    sample, evaluate = (plain(compose(command)) for command in ("sample", "evaluate"))
     assert set(sample) - {"npz", "maps", "attention"} <= set(evaluate)
-    scales = {str(key) for key in sample if str(key).endswith("_scale")} - {"sag_scale"}
+    scales = {key for key in sample if key.endswith("_scale")} - {"sag_scale"}
     assert scales
     assert {key: sample[key] for key in scales} == {key: evaluate[key] for key in scales}

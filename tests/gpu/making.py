@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 from torch import Tensor
 
 from sag_dit.checkpoints import Model
 from sag_dit.cli import train
-from sag_dit.cli.app import config_folder
+from sag_dit.cli.composing import compose
 from sag_dit.codec import IdentityCodec
 from sag_dit.denoiser import ClassConditional
 from sag_dit.models import DiT
@@ -50,26 +48,22 @@ def differences(left: Tensor, right: Tensor) -> tuple[float, float]:
     return float(apart.max()), float(apart.mean())
 
 
-def config_of(command: str, *arguments: str) -> DictConfig:
-    """Compose the configuration of a command."""
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return compose(command, list(arguments))
-
-
 def train_digits(out: Path, device: str, steps: int, *arguments: str) -> list[float]:
     """Run train.py on the digits in this process, and return the loss of every step it logged."""
     train.run(
-        config_of(
+        compose(
             "train",
-            "experiment=digits",
-            "model.depth=2",
-            f"trainer.accelerator={device}",
-            "trainer.devices=1",
-            "trainer.enable_progress_bar=false",
-            "every_n_steps.log=1",
-            f"max_steps={steps}",
-            f"out='{out}'",
-            *arguments,
+            [
+                "experiment=digits",
+                "model.depth=2",
+                f"trainer.accelerator={device}",
+                "trainer.devices=1",
+                "trainer.enable_progress_bar=false",
+                "every_n_steps.log=1",
+                f"max_steps={steps}",
+                f"out={out}",
+                *arguments,
+            ],
         )
     )
     with (out / "logs" / "metrics.csv").open(newline="") as file:

@@ -23,6 +23,7 @@ from sag_dit.guidance import CFG, SAG
 from sag_dit.sampler import SampleStep
 from sag_dit.sampling import Settings
 from sag_dit.training.module import DiffusionModule
+from sag_dit.training.predicting import Predictor
 from tests.gpu.conftest import Stated
 from tests.gpu.making import differences, requests, train_digits
 
@@ -41,19 +42,9 @@ def predicted(device: str, folder: Path, precision: str) -> tuple[Tensor, Tensor
     steps: list[SampleStep] = []
     model = sag_dit.load("patches")
     module = DiffusionModule(model, settings=SETTINGS, watch=steps.append)
-    trainer = Trainer(
-        accelerator=device,
-        devices=1,
-        precision=precision,
-        logger=False,
-        use_distributed_sampler=False,
-        inference_mode=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
-    trainer.predict(module, datamodule=PendingRequests(requests(4), 4), return_predictions=False)
+    make = partial(Trainer, accelerator=device, devices=1, precision=precision)
+    data = PendingRequests(requests(4), 4)
+    Predictor(make, folder).trainer.predict(module, datamodule=data, return_predictions=False)
     assert len(steps) == SETTINGS.steps
     return steps[-1].x, model.codec.decode(steps[-1].x)
 

@@ -12,7 +12,7 @@ import sag_dit
 from benchmarks import methods
 from sag_dit import guidance
 from sag_dit import methods as index
-from sag_dit.cli.app import config_folder
+from sag_dit.cli.composing import config_folder
 from sag_dit.guidance import CFGZero, GuidedDenoiser, Term
 from sag_dit.identity import plain
 from tests.guidance import test_unet_methods as unet

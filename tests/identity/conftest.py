@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from sag_dit.cli.app import config_folder
+from sag_dit.cli.composing import config_folder
 
 
 @pytest.fixture(scope="module")

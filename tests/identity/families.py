@@ -8,8 +8,6 @@ from contextlib import contextmanager
 
 from sag_dit.checkpoints.config import PROCESSES
 from sag_dit.cli.encode import Encoding
-from sag_dit.cli.jobs import Confidence, Protocol
-from sag_dit.cli.sample import Pixels
 from sag_dit.data.digits import Digits
 from sag_dit.data.emoji import EmojiData
 from sag_dit.data.images import ImageFolderData
@@ -22,6 +20,8 @@ from sag_dit.models.unet.classifier import Classifier
 from sag_dit.models.unet.network import UNet
 from sag_dit.sampler import Sampler
 from sag_dit.sampler.diffusers import DiffusersSampler
+from sag_dit.sampling import Pixels
+from sag_dit.study.measurement import Confidence, Protocol
 from sag_dit.training.objective import Objective
 
 

@@ -14,15 +14,15 @@ from omegaconf import DictConfig, open_dict
 
 from sag_dit.checkpoints import build, describe
 from sag_dit.cli import run_identity
-from sag_dit.cli.jobs import Protocol
-from sag_dit.cli.records import FIRST_METRICS, Record, identity_of
-from sag_dit.cli.sample import Pixels
 from sag_dit.data.digits import Digits
 from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import CFG
 from sag_dit.identity import LATER, later, name_of, settings, written
 from sag_dit.models import DiT
 from sag_dit.sampler import DDIM
+from sag_dit.sampling import Pixels
+from sag_dit.study.measurement import Protocol
+from sag_dit.study.results import FIRST_METRICS, Record, identity_of
 from tests.identity.families import FAMILIES
 
 OPTIONS = Path(__file__).with_name("identities.json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,10 @@ from sag_dit.checkpoints import from_denoiser
 from sag_dit.codec import IdentityCodec, VAECodec
 from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import SAG, GuidedDenoiser, Term
-from sag_dit.output.attention import AttentionRecorder, Maps
-from sag_dit.output.sag_trace import ViewRecorder
 from sag_dit.process import DDPM, Flow
-from sag_dit.sampler import Sampler, SampleStep
-from sag_dit.sampling import Request, Settings, draw
+from sag_dit.sampler import Sampler
+from sag_dit.sampling import Request, Settings, draw_batch
+from sag_dit.traces import Maps
 from tests.conftest import MakeDiT
 from tests.data.making import save_vae
 from tests.guidance import test_unet_methods as unet
@@ -115,25 +113,18 @@ def test_maps_and_views(mps: torch.device) -> None:
     def drawn(device: torch.device | str) -> tuple[Any, ...]:
         model = from_denoiser(moved(MODELS["eps"], device), "small", codec=IdentityCodec())
         settings = Settings.of(model, steps=4, guidance=[SAG(0.7)], batch_size=2)
-        kept = AttentionRecorder(
-            Maps(layers=("all",), steps=2, query=(0.2, 0.7)), model.denoiser, settings.steps
-        )
-        views = ViewRecorder(settings, model.denoiser)
-
-        def watch(step: SampleStep) -> None:
-            kept(step)
-            views(step)
-
-        settings = replace(settings, captures=kept.captures)
         requests = [Request(index, 0, 3, stream=index) for index in range(2)]
-        images = draw(model, requests, settings, watch)
+        maps = Maps(layers=("all",), steps=2, query=(0.2, 0.7))
+        batch = draw_batch(model, requests, settings, traced=[1], maps=maps)
+        trace = batch.traces[1]
+        assert trace.maps is not None
         layers = [
             each
-            for layer in kept.view(1).layers
+            for layer in trace.maps.layers
             for each in (layer.saliency, layer.mask, layer.query_map)
         ]
-        shown = [each for view in views.views(1) for each in (view.saliency, view.mask)]
-        return images.cpu(), *layers, *shown
+        shown = [each for view in trace.steps for each in (view.saliency, view.mask)]
+        return batch.images.cpu(), *layers, *shown
 
     for found, expected in zip(drawn(mps), drawn("cpu"), strict=True):
         assert type(found) is type(expected)

@@ -11,8 +11,8 @@ import pytest
 
 from sag_dit.output.finish import gallery_entries, log_gallery, write_manifest, write_npz
 from sag_dit.output.folder import SampleFolder, write_png, write_views
-from sag_dit.output.gallery import StepView
 from sag_dit.sampling import Request
+from sag_dit.traces import StepView
 
 NAMES = ("tench", "goldfish", "日本の鯉")
 REQUESTS = [Request(0, 5, 2, stream=0), Request(1, 5, 0, stream=1), Request(2, 5, 1, stream=2)]

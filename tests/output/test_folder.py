@@ -18,9 +18,8 @@ from PIL import Image
 
 from sag_dit.files import atomic
 from sag_dit.output.folder import SampleFolder, read_png, read_views, write_png, write_views
-from sag_dit.output.gallery import StepView
-from sag_dit.output.writer import Drawn, PredictionWriter
-from sag_dit.sampling import Request
+from sag_dit.sampling import Drawn, Request
+from sag_dit.traces import StepView, Trace
 
 SETTINGS = {"steps": 50, "guidance": {"sag": {"scale": 1.0}}, "request": {"seed": 0}}
 
@@ -242,8 +241,10 @@ def test_writer_writes_the_image_last(folder: SampleFolder, written: list[Path])
     random = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, 8, 6), dtype=torch.uint8, generator=random)
     twin = torch.randint(0, 256, (3, 8, 6), dtype=torch.uint8, generator=random)
-    drawn = Drawn(requests(2), images, twins={0: twin}, views={0: tuple(views()), 1: ()})
-    PredictionWriter(folder).write(drawn)
+    drawn = Drawn(
+        requests(2), images, twins={0: twin}, traces={0: Trace(tuple(views())), 1: Trace()}
+    )
+    folder.write(drawn)
     # An image says that its request is done, so its views and twin have to be there before.
     assert written == [folder.views(0), folder.twin(0), folder.image(0), folder.image(1)]
     for index in (0, 1):
@@ -255,8 +256,6 @@ def test_writer_writes_the_image_last(folder: SampleFolder, written: list[Path])
 
 
 def test_writer_writes_grey_images_as_grey(folder: SampleFolder) -> None:
-    PredictionWriter(folder).write(
-        Drawn(requests(1), torch.full((1, 1, 8, 8), 77, dtype=torch.uint8))
-    )
+    folder.write(Drawn(requests(1), torch.full((1, 1, 8, 8), 77, dtype=torch.uint8)))
     with Image.open(folder.image(0)) as found:
         assert (found.mode, found.size) == ("L", (8, 8))

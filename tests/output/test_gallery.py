@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sag_dit.output.gallery import CELL, Entry, StepView, heat_colours, write_gallery
+from sag_dit.output.gallery import CELL, Entry, heat_colours, write_gallery
+from sag_dit.traces import StepView
 
 AWKWARD = "</script><script>alert('x')</script>, <b>\"été\" & 日本\n\u2028</b> {{data}}"
 

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch import nn
 
-from sag_dit.cli.app import config_folder
+from sag_dit.cli.composing import compose
 from sag_dit.cli.values import make_terms
 from sag_dit.denoiser.text_conditional import TextConditional, TokenGrid
 from sag_dit.denoiser.text_layouts import layout_of
@@ -113,8 +112,7 @@ def denoiser_of(network: Any, kind: str) -> TextConditional:
 def test_presets_name_the_published_layers(
     preset: str, network: Any, kind: str, expected: dict[str, Any]
 ) -> None:
-    with initialize_config_dir(str(config_folder()), version_base=None):
-        terms = make_terms(compose("sample", [f"guidance={preset}"]).guidance)
+    terms = make_terms(compose("sample", [f"guidance={preset}"]).guidance)
     denoiser = denoiser_of(network(), kind)
     for name, layers in expected.items():
         said = terms[name].identity(denoiser)

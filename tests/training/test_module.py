@@ -181,7 +181,7 @@ def requests(indices: Sequence[int]) -> list[Request]:
     return [Request(i, 0, i % 10, stream=i) for i in indices]
 
 
-def test_predict_step_draws_twins_and_views_for_the_gallery_alone(
+def test_predict_step_draws_twins_and_traces_for_the_gallery_alone(
     make_dit: Callable[..., DiT],
 ) -> None:
     network = make_dit(in_channels=3)
@@ -194,12 +194,12 @@ def test_predict_step_draws_twins_and_views_for_the_gallery_alone(
     drawn = module.predict_step(requests([1, 2, 5]), 0)
     assert drawn.images.shape == (3, 3, 8, 8)
     assert drawn.images.dtype == torch.uint8
-    assert drawn.twins.keys() == drawn.views.keys() == {1}
+    assert drawn.twins.keys() == drawn.traces.keys() == {1}
     assert not torch.equal(drawn.twins[1], drawn.images[0])
     assert seen == list(range(12))  # the twins' steps are not told of
     # Six steps, evenly spread, first and last included, with what guidance saw there.
-    assert [view.index for view in drawn.views[1]] == [0, 2, 4, 7, 9, 11]
-    for view in drawn.views[1]:
+    assert [view.index for view in drawn.traces[1].steps] == [0, 2, 4, 7, 9, 11]
+    for view in drawn.traces[1].steps:
         assert view.count == 12
         assert view.saliency.shape == view.mask.shape == (4, 4)
         assert abs(view.saliency.mean() - 1) < 1e-5
@@ -214,7 +214,7 @@ def test_without_sag_there_are_no_views(
     model = from_denoiser(ClassConditional(make_dit(in_channels=3), DDPM()), "tiny")
     settings = Settings(steps=3, guidance=guidance, batch_size=2)
     drawn = DiffusionModule(model, settings=settings, gallery=9).predict_step(requests([0, 1]), 0)
-    assert drawn.views == {0: (), 1: ()}
+    assert {index: trace.steps for index, trace in drawn.traces.items()} == {0: (), 1: ()}
     for index in (0, 1):  # with nothing to guide, a twin is the image
         assert torch.equal(drawn.twins[index], drawn.images[index])
 
@@ -224,7 +224,7 @@ def test_views_stop_where_guidance_does(make_dit: Callable[..., DiT]) -> None:
     term = SAG(scale=1.0, interval=(0.5, 1.0))
     settings = Settings(steps=6, guidance=(term,), batch_size=1)
     drawn = DiffusionModule(model, settings=settings, gallery=1).predict_step(requests([0]), 0)
-    assert [view.index for view in drawn.views[0]] == [3, 4, 5]
+    assert [view.index for view in drawn.traces[0].steps] == [3, 4, 5]
 
 
 def test_a_warming_average_decays_by_one_plus_n_over_ten_plus_n() -> None:

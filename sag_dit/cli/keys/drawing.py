@@ -6,42 +6,38 @@ from collections.abc import Mapping
 from dataclasses import dataclass, make_dataclass
 from typing import Annotated, Any, ClassVar
 
-from sag_dit.cli.keys.key import AnyKeys, Key, Open
+from sag_dit.cli.keys.key import Closed, Key, Open
 from sag_dit.methods import methods
 
 
-@dataclass
-class AutoTerm(Open):
+class AutoTerm:
     """Autoguidance, for its free text."""
 
     ckpt: Annotated[Any, Key("the second model", text=True)]
 
 
-@dataclass
-class ClassifierTerm(Open):
+class ClassifierTerm:
     """Classifier guidance, for its free text."""
 
     classifier: Annotated[Any, Key("the classifier", text=True)]
 
 
-@dataclass
-class Guidance(Open):
+class Guidance:
     """The terms by name."""
 
-    auto: Annotated[AutoTerm | None, Key("autoguidance")]
-    classifier: Annotated[ClassifierTerm | None, Key("classifier guidance")]
+    auto: Annotated[Open | None, Key("autoguidance", keys=AutoTerm)]
+    classifier: Annotated[Open | None, Key("classifier guidance", keys=ClassifierTerm)]
 
 
-@dataclass
-class Trainer(Open):
+class Trainer:
     """Lightning's Trainer."""
 
     devices: Annotated[int | str | list[int], Key("how many, or which", least=-1, most=1024)]
     num_nodes: Annotated[int, Key("machines", least=1, most=65_536)]
 
 
-@dataclass
-class Text:
+@dataclass(kw_only=True)
+class Text(Closed):
     """For text models alone."""
 
     negative: Annotated[
@@ -59,8 +55,8 @@ class Text:
     guidance: Annotated[float | None, Key("told to models distilled from guidance; null: 3.5")]
 
 
-@dataclass
-class Attention:
+@dataclass(kw_only=True)
+class Attention(Closed):
     """Which attention to keep and show."""
 
     layers: Annotated[
@@ -88,8 +84,8 @@ class Attention:
     threshold: Annotated[float | None, Key("what saliency exceeds in the mask; null: as sag's")]
 
 
-@dataclass
-class LoadsModel:
+@dataclass(kw_only=True)
+class LoadsModel(Closed):
     """Keys of the commands that load a model."""
 
     ckpt: Annotated[
@@ -101,22 +97,39 @@ class LoadsModel:
             determines="model",
         ),
     ]
-    ema: Annotated[bool, Key("false: the raw weights, where a file holds both", determines="model")]
+    ema: Annotated[
+        bool,
+        Key("false: the raw weights, where a file holds both", determines="model", published=True),
+    ]
     vae: Annotated[
         str | None,
         Key(
             "autoencoder, a folder or hub name; null: the model's own",
             text=True,
             determines="model",
+            published=True,
+        ),
+    ]
+    num_heads: Annotated[
+        int | None,
+        Key(
+            "heads of attention, where a checkpoint does not tell",
+            least=1,
+            determines="model",
+            absent=True,
+            added=True,
         ),
     ]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Draws(LoadsModel):
     """Keys of the commands that draw."""
 
-    prompt: Annotated[str | None, Key("what a text model draws", text=True, determines="model")]
+    prompt: Annotated[
+        str | None,
+        Key("what a text model draws", text=True, determines="model", published=True),
+    ]
     classes: Annotated[
         int | str | list[int | str] | None,
         Key(
@@ -124,15 +137,23 @@ class Draws(LoadsModel):
             exact=True,
             expected="numbers or names of classes, such as [3,7], or null",
             words=("labels", "class_labels"),
+            names=True,
             determines="model",
+            published=True,
         ),
     ]
-    text: Annotated[Text, Key("for text models", determines="model")]
+    text: Annotated[Text, Key("for text models", determines="model", published=True)]
     steps: Annotated[
-        int, Key("denoiser steps", least=1, words=("num_inference_steps", "num_steps"))
+        int,
+        Key(
+            "denoiser steps",
+            least=1,
+            words=("num_inference_steps", "num_steps"),
+            published=True,
+        ),
     ]
     seed: Annotated[int, Key("of the noise", least=0, most=2**64 - 1, words=("manual_seed",))]
-    sampler: Annotated[AnyKeys, Key("how steps are taken", words=("scheduler",))]
+    sampler: Annotated[Open, Key("how steps are taken", words=("scheduler",))]
 
 
 Scales = make_dataclass(
@@ -150,13 +171,14 @@ Scales = make_dataclass(
         )
         for method in methods()
     ],
-    bases=(Draws,),
+    bases=(Closed,),
+    kw_only=True,
 )
 """The strength of every guidance method that there is."""
 
 
-@dataclass
-class Guides(Scales):  # type: ignore[misc, valid-type]
+@dataclass(kw_only=True)
+class Guides(Scales, Draws):  # type: ignore[misc, valid-type]
     """Keys of the commands that draw with guidance."""
 
     requests: Annotated[
@@ -165,6 +187,7 @@ class Guides(Scales):  # type: ignore[misc, valid-type]
             "file of 'seed,class' or 'seed,prompt' lines, in place of num_images, classes, seed",
             text=True,
             determines="model",
+            published=True,
         ),
     ]
     batch_size: Annotated[
@@ -174,14 +197,16 @@ class Guides(Scales):  # type: ignore[misc, valid-type]
     max_rows: Annotated[
         int | None, Key("most rows of the network at once; null: no bound", least=1)
     ]
-    guidance: Annotated[Guidance, Key("the methods' own keys")]
-    trainer: Annotated[Trainer, Key("devices and precision, as Lightning's Trainer takes them")]
-    logger: Annotated[AnyKeys | None, Key("where the page goes as well", determines="nothing")]
+    guidance: Annotated[Open, Key("the methods' own keys", keys=Guidance)]
+    trainer: Annotated[
+        Open, Key("devices and precision, as Lightning's Trainer takes them", keys=Trainer)
+    ]
+    logger: Annotated[Open | None, Key("where the page goes as well", determines="nothing")]
     experiment: Annotated[None, Key("settings of a paper", absent=True)]
 
 
-@dataclass
-class SampleGallery:
+@dataclass(kw_only=True)
+class SampleGallery(Closed):
     """The page of images."""
 
     num: Annotated[
@@ -189,7 +214,7 @@ class SampleGallery:
     ]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Sample(Guides):
     """Draw a set of images, on one device or many, and show them beside their unguided twins."""
 

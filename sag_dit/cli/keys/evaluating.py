@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from sag_dit.cli.keys.drawing import Guides
-from sag_dit.cli.keys.key import AnyKeys, Key, Open
+from sag_dit.cli.keys.key import Closed, Key, Open
 
 
-@dataclass
-class EvaluateGallery:
+@dataclass(kw_only=True)
+class EvaluateGallery(Closed):
     """Samples on the page."""
 
     num: Annotated[int, Key("samples of each setting on the page", least=0, determines="nothing")]
 
 
-@dataclass
-class Confidence:
+@dataclass(kw_only=True)
+class Confidence(Closed):
     """How ± is told."""
 
     repeats: Annotated[
@@ -32,14 +32,13 @@ class Confidence:
     ]
 
 
-@dataclass
-class Features(Open):
+class Features:
     """The network that looks at images."""
 
     weights: Annotated[Any, Key("its file", text=True)]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Evaluate(Guides):
     """Measure images on disk, or of a model while it draws: FID and its companions."""
 
@@ -80,6 +79,6 @@ class Evaluate(Guides):
     ]
     plots: Annotated[bool, Key("curves as PNG for a sweep", determines="nothing")]
     gallery: Annotated[EvaluateGallery, Key("the page", determines="nothing")]
-    expected: Annotated[AnyKeys | None, Key("published numbers; see configs/experiment/paper")]
-    features: Annotated[Features | None, Key("the network that looks at images")]
-    compare: Annotated[AnyKeys | None, Key("settings that are drawn where all guidance is off")]
+    expected: Annotated[Open | None, Key("published numbers; see configs/experiment/paper")]
+    features: Annotated[Open | None, Key("the network that looks at images", keys=Features)]
+    compare: Annotated[Open | None, Key("settings that are drawn where all guidance is off")]

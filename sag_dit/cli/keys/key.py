@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Determines = Literal["model", "pixels", "weights", "nothing"]
 
@@ -18,8 +18,14 @@ class Key:
     """What is known of a key beside its type.
 
     ``words`` are what other programs call it. ``text`` may hold anything, so that Hydra's grammar
-    must not read it. ``absent`` keys come with a choice or an experiment. ``later`` is the value
-    that means what runs did before there was the key.
+    must not read it; so may ``names``, which may be numbers as well. ``absent`` keys come with a
+    choice or an experiment; those that are ``added`` stand in no file, and are recorded where they
+    are stated alone. ``later`` is the value that means what runs did before there was the
+    key; the first name of a run's folder leaves out an ``unnamed`` one whatever its value. Of an
+    open mapping, ``keys`` declares those that have bounds of their own, and ``asks`` tells whose
+    arguments all others are where no ``_target_`` does. What is ``by_checkpoint`` is determined by
+    a checkpoint to go on from. Published numbers are compared with those of runs that agree in what
+    is ``published``.
     """
 
     help: str
@@ -33,35 +39,53 @@ class Key:
     words: tuple[str, ...] = ()
     determines: Determines = "pixels"
     text: bool = False
+    names: bool = False
     folder: bool = False
     exact: bool = False
     absent: bool = False
+    added: bool = False
     later: Any = UNSET
+    unnamed: bool = False
+    keys: type | None = None
+    asks: Callable[[], Sequence[str]] = tuple
+    by_checkpoint: bool = False
+    published: bool = False
 
 
-class Open:
-    """A mapping that takes more keys than are declared, none of which has to be there."""
-
-    asks: ClassVar[tuple[str, ...]] = ()
-    """Whose arguments further keys are, where no ``_target_`` tells."""
-
-    @classmethod
-    def asked(cls) -> tuple[str, ...]:
-        """Return whose arguments further keys are."""
-        return cls.asks
+Open = dict[str, Any]
+"""A mapping that takes more keys than are declared, none of which has to be there."""
 
 
-@dataclass
-class AnyKeys(Open):
-    """A mapping of which nothing is known here."""
+@dataclass(kw_only=True)
+class Closed:
+    """A mapping whose keys are all declared: the schema, and once checked the values.
+
+    Example:
+        >>> from sag_dit.cli.composing import compose
+        >>> compose("sample", ["steps=20"]).steps
+        20
+    """
+
+    stated: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    """The keys that were composed, in their order, as a run records them; the others are null."""
+    source: Any = field(default=None, repr=False, compare=False)
+    """Of a command, what :func:`~sag_dit.cli.composing.changed` begins with."""
+
+    def unset(self, missing: Sequence[str]) -> str:
+        """Return what to tell where keys are not set that a command needs."""
+        told = {path: each.help for path, _, each in walk(type(self))}
+        return f"{missing[0]} is not set: expected {missing[0]}=..., {told.get(missing[0], 'any')}"
 
 
 @cache
 def keys_of(schema: type) -> dict[str, tuple[Any, Key]]:
     """Return the declared keys of a schema: name -> type and what is known of it."""
-    hints = get_type_hints(schema, include_extras=True)
-    annotated = {each.name: get_args(hints[each.name]) for each in fields(schema)}
-    return {name: (hint, told) for name, (hint, told) in annotated.items()}
+    found = {}
+    for name, hint in get_type_hints(schema, include_extras=True).items():
+        kind, *more = get_args(hint) or (hint,)
+        if more and isinstance(more[0], Key):
+            found[name] = (kind, more[0])
+    return found
 
 
 def parts(hint: Any) -> tuple[Any, ...]:
@@ -70,16 +94,44 @@ def parts(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if union else (hint,)
 
 
-def mapping_of(hint: Any) -> type | None:
-    """Return the schema of a key that holds a mapping, None for other keys."""
+def is_open(hint: Any) -> bool:
+    """Whether a key holds a mapping that takes more keys than are declared."""
+    return any(get_origin(kind) is dict for kind in parts(hint))
+
+
+def mapping_of(hint: Any, told: Key) -> type | None:
+    """Return the schema of a key that holds a mapping, None where there is none."""
     found = (each for each in parts(hint) if isinstance(each, type) and is_dataclass(each))
-    return next(found, None)
+    return next(found, told.keys)
 
 
 def walk(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, Key]]:
     """Yield every declared key by its path, mappings before what they hold."""
-    for name, (hint, known) in keys_of(schema).items():
-        yield f"{prefix}{name}", hint, known
-        inner = mapping_of(hint)
+    for name, (hint, told) in keys_of(schema).items():
+        yield f"{prefix}{name}", hint, told
+        inner = mapping_of(hint, told)
         if inner is not None:
             yield from walk(inner, f"{prefix}{name}.")
+
+
+def plain(config: Any) -> Any:
+    """Return a checked configuration as plain values, in the order in which it was composed."""
+    if not isinstance(config, Closed):
+        return config
+    return {name: plain(getattr(config, name)) for name in config.stated}
+
+
+def substituted(value: Any, old: str, new: str) -> Any:
+    """Return plain values with a text in place of another wherever it stands."""
+    if isinstance(value, str):
+        return value.replace(old, new)
+    if isinstance(value, Mapping):
+        return {name: substituted(each, old, new) for name, each in value.items()}
+    return [substituted(each, old, new) for each in value] if isinstance(value, list) else value
+
+
+def selected(values: Any, path: str) -> Any:
+    """Return what stands at a path in plain values, None where nothing does."""
+    for name in path.split("."):
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values

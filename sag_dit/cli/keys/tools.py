@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from sag_dit.cli.keys.drawing import Attention, Draws, LoadsModel, Trainer
-from sag_dit.cli.keys.key import Key
+from sag_dit.cli.keys.key import Closed, Key, Open
 
 
-@dataclass
-class EncodeData:
+@dataclass(kw_only=True)
+class EncodeData(Closed):
     """The images to encode."""
 
     root: Annotated[str, Key("class folders, or a flat folder of images", text=True)]
@@ -21,15 +21,8 @@ class EncodeData:
     strict: Annotated[bool, Key("an image that cannot be read is an error", determines="nothing")]
 
 
-@dataclass
-class FabricKeys(Trainer):
-    """Arguments of Lightning's Fabric."""
-
-    asks: ClassVar[tuple[str, ...]] = ("lightning.fabric.Fabric",)
-
-
-@dataclass
-class Encode:
+@dataclass(kw_only=True)
+class Encode(Closed):
     """Encode a folder of images to latents once, on one device or many."""
 
     examples: ClassVar[tuple[str, ...]] = (
@@ -59,10 +52,15 @@ class Encode:
             determines="nothing",
         ),
     ]
-    trainer: Annotated[FabricKeys, Key("devices", determines="nothing")]
+    trainer: Annotated[
+        Open,
+        Key(
+            "devices", keys=Trainer, asks=lambda: ["lightning.fabric.Fabric"], determines="nothing"
+        ),
+    ]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Export(LoadsModel):
     """Write a model in the layout of another program, or our own, with its card."""
 
@@ -80,7 +78,7 @@ class Export(LoadsModel):
     ]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AttentionSheet(Draws):
     """Draw the saliency of every layer over the steps on one sheet, to choose SAG's layer by."""
 

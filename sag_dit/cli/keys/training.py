@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from sag_dit.cli.keys.drawing import Trainer
-from sag_dit.cli.keys.key import AnyKeys, Key, Open
+from sag_dit.cli.keys.key import Closed, Key, Open
 
 
-@dataclass
-class Process(Open):
+class Process:
     """Arguments of the process."""
 
     num_timesteps: Annotated[int, Key("noise levels", least=1, most=100_000, determines="weights")]
 
 
-@dataclass
-class Network(Open):
+def networks() -> list[str]:
+    """Return the network of every family."""
+    from sag_dit.models import families
+
+    found = (each.network() for each in families().values())
+    return [f"{each.__module__}.{each.__qualname__}" for each in found]
+
+
+class Network:
     """Arguments of a network; null is what another one takes."""
 
-    family: Annotated[str | None, Key("null: DiT or UNet", determines="weights", absent=True)]
+    family: Annotated[str | None, Key("null: DiT or UNet", determines="weights", later=None)]
     hidden_size: Annotated[int | None, Key("width of a token", least=1, determines="weights")]
     depth: Annotated[int | None, Key("blocks", least=1, determines="weights")]
     num_heads: Annotated[int | None, Key("heads of attention", least=1, determines="weights")]
@@ -33,17 +39,8 @@ class Network(Open):
         float | None, Key("share of labels made null", least=0, most=1, determines="weights")
     ]
 
-    @classmethod
-    def asked(cls) -> tuple[str, ...]:
-        """Return the network of every family."""
-        from sag_dit.models import families
 
-        networks = (each.network() for each in families().values())
-        return tuple(f"{each.__module__}.{each.__qualname__}" for each in networks)
-
-
-@dataclass
-class Data(Open):
+class Data:
     """Arguments of the data module."""
 
     root: Annotated[str, Key("folder", text=True, determines="weights")]
@@ -55,8 +52,7 @@ class Data(Open):
     ]
 
 
-@dataclass
-class Optimizer(Open):
+class Optimizer:
     """Arguments of the optimiser."""
 
     lr: Annotated[
@@ -67,8 +63,8 @@ class Optimizer(Open):
     ]
 
 
-@dataclass
-class Average:
+@dataclass(kw_only=True)
+class Average(Closed):
     """The average of weights that is sampled with."""
 
     decay: Annotated[
@@ -81,12 +77,12 @@ class Average:
             "decay grows from 0.1; false: as published",
             determines="weights",
             later=False,
+            unnamed=True,
             absent=True,
         ),
     ]
 
 
-@dataclass
 class TrainTrainer(Trainer):
     """Lightning's Trainer, while training."""
 
@@ -97,8 +93,8 @@ class TrainTrainer(Trainer):
     enable_progress_bar: Annotated[bool, Key("a bar", determines="nothing")]
 
 
-@dataclass
-class Every:
+@dataclass(kw_only=True)
+class Every(Closed):
     """Steps between what is done now and then."""
 
     checkpoint: Annotated[int, Key("steps between checkpoints", least=1, determines="nothing")]
@@ -107,20 +103,21 @@ class Every:
     log: Annotated[int, Key("steps between numbers logged", least=1, determines="nothing")]
 
 
-@dataclass
-class Preview:
+@dataclass(kw_only=True)
+class Preview(Closed):
     """Images that are drawn while training."""
 
     classes: Annotated[
         int | str | list[int | str] | None,
-        Key("numbers or names; null: the first eight", exact=True, determines="nothing"),
+        Key(
+            "numbers or names; null: the first eight", names=True, exact=True, determines="nothing"
+        ),
     ]
     steps: Annotated[int, Key("denoiser steps", least=1, determines="nothing")]
-    guidance: Annotated[AnyKeys, Key("terms", determines="nothing")]
+    guidance: Annotated[Open, Key("terms", determines="nothing")]
 
 
-@dataclass
-class Adapters(Open):
+class Adapters:
     """Low-rank adapters, with experiment=finetune."""
 
     rank: Annotated[int | None, Key("of the adapters", least=1, most=16_384, determines="weights")]
@@ -130,8 +127,8 @@ class Adapters(Open):
     ]
 
 
-@dataclass
-class Train:
+@dataclass(kw_only=True)
+class Train(Closed):
     """Train a denoiser and leave a run folder that sample.py reads; a run goes on if repeated."""
 
     examples: ClassVar[tuple[str, ...]] = (
@@ -141,8 +138,20 @@ class Train:
     habits: ClassVar[Mapping[str, str]] = {
         "resume": "repeat the same command: the run goes on where it stopped"
     }
+
+    def unset(self, missing: Sequence[str]) -> str:
+        """Return what to tell where it is not said what to train."""
+        if not {"name", "max_steps"} & set(missing):
+            return super().unset(missing)
+        fresh = "experiment=digits or experiment=folder data.root=photos/"
+        return (
+            f"name and max_steps are not set: choose what to train, such as "
+            f"{fresh if self.ckpt is None else f'experiment=finetune ckpt={self.ckpt}'}"
+        )
+
     name: Annotated[
-        str | int | float, Key("short name, part of the run's folder", determines="weights")
+        str | int | float,
+        Key("short name, part of the run's folder", names=True, determines="weights"),
     ]
     out: Annotated[
         str | None,
@@ -179,17 +188,35 @@ class Train:
         str | None,
         Key("autoencoder; null: the checkpoint's, or pixels", text=True, determines="weights"),
     ]
+    num_heads: Annotated[
+        int | None,
+        Key(
+            "heads of attention, where ckpt does not tell; of a fresh model model.num_heads",
+            least=1,
+            determines="weights",
+            absent=True,
+            added=True,
+        ),
+    ]
     resolution: Annotated[
         int | None,
         Key("pixels along each side", least=1, words=("image_size",), determines="weights"),
     ]
     patch_size: Annotated[
-        int | None, Key("pixels of a token's side", least=1, determines="weights")
+        int | None,
+        Key("pixels of a token's side", least=1, by_checkpoint=True, determines="weights"),
     ]
-    num_classes: Annotated[int | None, Key("null: the data's", least=1, determines="weights")]
+    num_classes: Annotated[
+        int | None, Key("null: the data's", least=1, by_checkpoint=True, determines="weights")
+    ]
     kind: Annotated[
         Literal["eps", "v", "x_0"] | None,
-        Key("what the network puts out", words=("prediction_type",), determines="weights"),
+        Key(
+            "what the network puts out",
+            words=("prediction_type",),
+            by_checkpoint=True,
+            determines="weights",
+        ),
     ]
     max_skipped: Annotated[
         int, Key("stop after so many steps without finite gradients", least=1, determines="nothing")
@@ -202,21 +229,33 @@ class Train:
         Literal["highest", "high", "medium"], Key("float32 products", determines="weights")
     ]
     freeze: Annotated[
-        Any, Key("patterns of what is not trained", absent=True, determines="weights")
+        list[str] | None,
+        Key("patterns of what is not trained", names=True, absent=True, determines="weights"),
     ]
     sampling: Annotated[
-        AnyKeys, Key("recommended settings, written into the result", determines="weights")
+        Open, Key("recommended settings, written into the result", determines="weights")
     ]
-    model: Annotated[Network | None, Key("the network", determines="weights")]
-    process: Annotated[Process | None, Key("noise levels", determines="weights")]
-    data: Annotated[Data, Key("images", determines="weights")]
-    objective: Annotated[AnyKeys | None, Key("the loss", determines="weights")]
-    optimizer: Annotated[Optimizer, Key("the optimiser", determines="weights")]
-    schedule: Annotated[AnyKeys | None, Key("of the learning rate", determines="weights")]
+    model: Annotated[
+        Open | None,
+        Key(
+            "the network",
+            keys=Network,
+            asks=networks,
+            by_checkpoint=True,
+            determines="weights",
+        ),
+    ]
+    process: Annotated[
+        Open | None, Key("noise levels", keys=Process, by_checkpoint=True, determines="weights")
+    ]
+    data: Annotated[Open, Key("images", keys=Data, determines="weights")]
+    objective: Annotated[Open | None, Key("the loss", determines="weights")]
+    optimizer: Annotated[Open, Key("the optimiser", keys=Optimizer, determines="weights")]
+    schedule: Annotated[Open | None, Key("of the learning rate", determines="weights")]
     ema: Annotated[Average, Key("the average", determines="weights")]
-    lora: Annotated[Adapters | None, Key("adapters", absent=True, determines="weights")]
-    trainer: Annotated[TrainTrainer, Key("Lightning's Trainer", determines="weights")]
+    lora: Annotated[Open | None, Key("adapters", keys=Adapters, absent=True, determines="weights")]
+    trainer: Annotated[Open, Key("Lightning's Trainer", keys=TrainTrainer, determines="weights")]
     every_n_steps: Annotated[Every, Key("how often", determines="nothing")]
     preview: Annotated[Preview, Key("previews", determines="nothing")]
-    logger: Annotated[AnyKeys | None, Key("where numbers go", determines="nothing")]
-    track: Annotated[AnyKeys | None, Key("metrics while training", determines="nothing")]
+    logger: Annotated[Open | None, Key("where numbers go", determines="nothing")]
+    track: Annotated[Open | None, Key("metrics while training", determines="nothing")]

@@ -334,7 +334,7 @@ def head_count(hidden: int, depth: int, path: Path) -> int:
     heads = by_width.get(hidden) or guesses[0]
     log.warning(
         "%s: weights do not tell the number of attention heads; %d of width %d are assumed. If "
-        "that is wrong, so are the pictures: %s, or call load(..., num_heads=N)",
+        "that is wrong, so are the pictures: %s, or num_heads=N, also of load(...)",
         path,
         heads,
         hidden // heads,

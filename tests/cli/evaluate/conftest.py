@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 from torch import Tensor
 
 from sag_dit.cli import evaluate as command
-from sag_dit.cli.app import config_folder
+from sag_dit.cli.composing import compose
+from sag_dit.cli.keys import Evaluate as Keys
 from sag_dit.denoiser import ClassConditional
 
 
@@ -49,10 +48,10 @@ Evaluate = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="session")
-def defaults() -> DictConfig:
-    """The configuration of ``python evaluate.py``; copy before changing it."""
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return compose("evaluate")
+def defaults() -> Keys:
+    """The configuration of ``python evaluate.py``."""
+    config: Keys = compose("evaluate")
+    return config
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from omegaconf import DictConfig
 
+from sag_dit.cli.composing import changed
 from sag_dit.cli.evaluate import run
+from sag_dit.cli.keys import Evaluate as Keys
 
 Evaluate = Callable[..., Any]
 
@@ -66,7 +67,7 @@ STORED: dict[str, Any] = {"samples": "few.npz", "features": DIGITS}
 )
 @pytest.mark.usefixtures("evaluate")
 def test_values(
-    defaults: DictConfig,
+    defaults: Keys,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     values: dict[str, Any],
@@ -77,11 +78,8 @@ def test_values(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr("torch.hub.download_url_to_file", _no_network)
     monkeypatch.setattr("sag_dit.training.module.DiffusionModule.predict_step", _no_drawing)
-    config = defaults.copy()
-    for key, value in values.items():
-        config[key] = value
     with pytest.raises(ValueError, match=told):
-        run(config)
+        run(changed("evaluate", defaults, values))
     assert not (tmp_path / "outputs").exists()
 
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig
 
-from sag_dit.cli.jobs import base_name, make_jobs
-from sag_dit.cli.records import Record, Result, combine, compared
+from sag_dit.cli.composing import changed
+from sag_dit.cli.keys import Evaluate as Keys
+from sag_dit.cli.measurements import make_measurements
 from sag_dit.cli.rows import make_rows
+from sag_dit.study.measurement import base_name
+from sag_dit.study.results import Record, Result, combine, compared
 
 Evaluate = Callable[..., Any]
 
@@ -72,14 +74,13 @@ def test_a_base_that_cannot_be_is_refused_before_drawing(
 
 @pytest.mark.parametrize("against", ["CFG 1.5", "cfg"])
 def test_a_base_goes_by_its_name_and_by_its_key(
-    defaults: DictConfig, kept_references: Path, monkeypatch: pytest.MonkeyPatch, against: str
+    defaults: Keys, kept_references: Path, monkeypatch: pytest.MonkeyPatch, against: str
 ) -> None:
     monkeypatch.setenv("SAG_DIT_CACHE", str(kept_references))
-    config = defaults.copy()
-    config.merge_with({"ckpt": "digits", "seeds": 2, "num_images": 30})
-    jobs = make_jobs(make_rows(config, None), torch.device("cpu"))
-    assert base_name(jobs, against) == "CFG 1.5"
-    assert base_name(jobs, None) is None
+    config = changed("evaluate", defaults, {"ckpt": "digits", "seeds": 2, "num_images": 30})
+    measurements = make_measurements(make_rows(config, None), torch.device("cpu"))
+    assert base_name(measurements, against) == "CFG 1.5"
+    assert base_name(measurements, None) is None
 
 
 def test_what_is_no_number_is_told_as_none() -> None:

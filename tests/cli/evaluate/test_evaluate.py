@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 import sag_dit
 from sag_dit.cli import sample as sample_command
 from sag_dit.cli.app import launch
-from sag_dit.cli.jobs import make_jobs
-from sag_dit.cli.rows import Row
+from sag_dit.cli.composing import changed
+from sag_dit.cli.keys import Evaluate as Keys
+from sag_dit.cli.measurements import make_measurements
+from sag_dit.cli.rows import Configured
 from sag_dit.evaluation.classifier import bundled_classifier
 from sag_dit.evaluation.reference import load_reference
 from sag_dit.evaluation.suite import Suite
@@ -154,7 +155,7 @@ def test_what_is_measured_is_not_measured_again(draw: Evaluate) -> None:
     ],
 )
 def test_numbers_are_kept_by_what_determines_them(
-    defaults: DictConfig,
+    defaults: Keys,
     kept_references: Path,
     monkeypatch: pytest.MonkeyPatch,
     key: str,
@@ -162,11 +163,10 @@ def test_numbers_are_kept_by_what_determines_them(
     same: bool,
 ) -> None:
     monkeypatch.setenv("SAG_DIT_CACHE", str(kept_references))
-    config = defaults.copy()
-    config.merge_with({"ckpt": "digits", "cfg_scale": 1.5, "num_images": 30})
-    changed = config.copy()
-    OmegaConf.update(changed, key, value)
-    first, second = make_jobs([Row("", i, {}, c) for i, c in enumerate((config, changed))], CPU)
+    own = {"ckpt": "digits", "cfg_scale": 1.5, "num_images": 30}
+    configs = [changed("evaluate", defaults, each) for each in (own, {**own, key: value})]
+    rows = [Configured("", i, {}, each) for i, each in enumerate(configs)]
+    first, second = make_measurements(rows, CPU)
     assert (first.identity == second.identity) == same
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 
-from sag_dit.cli.app import config_folder
-from sag_dit.cli.published import deviations, expected_of
+from sag_dit.cli.composing import compose
+from sag_dit.cli.keys import Evaluate
+from sag_dit.cli.published import expected_of, otherwise
+from sag_dit.evaluation.expected import Expected
 
 FACTS = {
     "count": 50000, "model": "ADM-256-uncond", "sampler": "Ancestral", "steps": 250,
@@ -18,11 +20,9 @@ FACTS = {
 COUNT = "count: not published, here 50,000"
 
 
-@pytest.fixture(autouse=True)
-def configurations() -> Iterator[None]:
-    """Configurations are found, as within the command."""
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        yield
+def deviations(config: Evaluate, expected: Expected, facts: Mapping[str, Any]) -> list[str]:
+    """What stands beside published numbers: of the protocol, then of the settings."""
+    return [*expected.deviations(facts), *otherwise(config, expected)]
 
 
 @pytest.mark.parametrize(

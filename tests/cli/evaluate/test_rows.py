@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sag_dit.cli.rows import guidance_text
+from sag_dit.study.measurement import guidance_text
 
 Evaluate = Callable[..., Any]
 

@@ -45,7 +45,7 @@ def named(commands: Sequence[str], runs: dict[str, str]) -> list[str]:
 
 def names(runs: dict[str, str]) -> dict[str, list[object]]:
     """Return the folder, or the records, that each command of NAMED has."""
-    from sag_dit.cli.jobs import make_jobs
+    from sag_dit.cli.measurements import make_measurements
     from sag_dit.cli.rows import make_rows
 
     found: dict[str, list[object]] = {"sample": [], "train": [], "evaluate": []}
@@ -58,9 +58,9 @@ def names(runs: dict[str, str]) -> dict[str, list[object]]:
             found["train"].append(str(train.run_folder(config)))
         for arguments in NAMED["evaluate"]:
             rows = make_rows(compose("evaluate", [*arguments]), None)
-            jobs = make_jobs(rows, torch.device("cpu"))
-            found["evaluate"].append([job.identity for job in jobs])
-            found["reference"] = [jobs[0].instruments.reference_sha256]
+            measurements = make_measurements(rows, torch.device("cpu"))
+            found["evaluate"].append([each.identity for each in measurements])
+            found["reference"] = [measurements[0].setup.reference_sha256]
     return found
 
 

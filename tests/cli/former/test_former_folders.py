@@ -14,16 +14,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
 
-from sag_dit.cli import evaluate, instruments, records
-from sag_dit.cli.app import config_folder, quoted
-from sag_dit.cli.instruments import Instruments
-from sag_dit.cli.jobs import make_jobs
+from sag_dit.cli import evaluate
+from sag_dit.cli.composing import compose
+from sag_dit.cli.keys.key import plain
+from sag_dit.cli.measurements import make_measurements
 from sag_dit.cli.rows import make_rows
 from sag_dit.cli.run_identity import run_folder
 from sag_dit.cli.sample import make_plan
 from sag_dit.denoiser import ClassConditional
+from sag_dit.study import results as records
+from sag_dit.study import setup as setups
+from sag_dit.study.setup import Setup
 from tests.cli.conftest import Command
 from tests.cli.former.commands import DRAWN, FOUR, FOUR_METRICS, NAMED, ONE_ROW, SWEPT, TRAINED
 from tests.identity.families import MOVABLE, moved
@@ -47,7 +49,7 @@ def same_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     Others round them otherwise, and a record is of one set of statistics.
     """
     (sha256,) = NAMES["reference"]
-    monkeypatch.setattr(instruments, "_digest", lambda _: sha256)
+    monkeypatch.setattr(setups, "_digest", lambda _: sha256)
 
 
 @pytest.fixture
@@ -211,13 +213,13 @@ def test_a_metric_that_came_later_is_measured_alone(
     """As if recall had not been there when the folder was made."""
     monkeypatch.setattr(records, "FIRST_METRICS", frozenset(FOUR))
     asked = []
-    suite = Instruments.suite
+    suite = Setup.suite
 
-    def noting(instruments: Instruments, *arguments: Any) -> Any:
-        asked.append(instruments.metrics)
-        return suite(instruments, *arguments)
+    def noting(setup: Setup, *arguments: Any) -> Any:
+        asked.append(setup.metrics)
+        return suite(setup, *arguments)
 
-    monkeypatch.setattr(Instruments, "suite", noting)
+    monkeypatch.setattr(Setup, "suite", noting)
     before = state(FINISHED)
     (whole,) = measure(*ONE_ROW)
     assert measure.rows == 20 * 2 * 2
@@ -263,21 +265,19 @@ def test_settings_of_one_record_measure_each_metric_once(
 @pytest.mark.parametrize("number", range(len(NAMED["sample"])))
 def test_folders_of_images_keep_their_names(places: dict[str, str], number: int) -> None:
     arguments = named(NAMED["sample"][number], places)
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        plan = make_plan(compose("sample", [quoted(each) for each in arguments]))
+    config = compose("sample", arguments)
+    plan = make_plan(config, config.num_images, config.out)
     assert str(plan.folder.path) == NAMES["sample"][number]
 
 
 @pytest.mark.parametrize("number", range(len(NAMED["train"])))
 def test_folders_of_training_runs_keep_their_names(number: int) -> None:
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = compose("train", list(NAMED["train"][number]))
-    assert str(run_folder(config)) == NAMES["train"][number]
+    config = compose("train", NAMED["train"][number])
+    assert str(run_folder(plain(config))) == NAMES["train"][number]
 
 
 @pytest.mark.parametrize("number", range(len(NAMED["evaluate"])))
 def test_records_keep_their_names(places: dict[str, str], number: int) -> None:
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        rows = make_rows(compose("evaluate", list(NAMED["evaluate"][number])), None)
-        jobs = make_jobs(rows, torch.device("cpu"))
-    assert [job.identity for job in jobs] == NAMES["evaluate"][number]
+    rows = make_rows(compose("evaluate", NAMED["evaluate"][number]), None)
+    measurements = make_measurements(rows, torch.device("cpu"))
+    assert [each.identity for each in measurements] == NAMES["evaluate"][number]

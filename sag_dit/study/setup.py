@@ -1,34 +1,41 @@
-"""What a set of images is measured with: features, reference and metrics, chosen and checked."""
+"""The set-up of a measurement: features, reference and metrics, chosen and checked."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from sag_dit.checkpoints import Model
 from sag_dit.checkpoints.zoo import WEIGHTS_FOLDER, local_folders
-from sag_dit.cli.app import config_folder
 from sag_dit.data.digits import CLASS_NAMES as DIGITS
 from sag_dit.data.patches import CLASS_NAMES as PATCHES
+from sag_dit.evaluation.classifier import bundled_classifier
+from sag_dit.evaluation.dino import DINOv2
 from sag_dit.evaluation.features import FeatureExtractor
+from sag_dit.evaluation.inception import Inception
 from sag_dit.evaluation.reference import Reference, load_reference
 from sag_dit.evaluation.suite import GROUPS, METRICS, SMALL, Suite
-from sag_dit.output.charts import Metric
+from sag_dit.study.results import Metric
 
 Shape = tuple[int, ...]
 
 BUNDLED = {"digits": ((1, 8, 8), DIGITS), "patches": ((3, 32, 32), PATCHES)}
 """Features with a reference of their own: the images and the classes they are made for."""
+
+FEATURES: Mapping[str, Callable[[], FeatureExtractor]] = {
+    "digits": partial(bundled_classifier, "digits"),
+    "dinov2": DINOv2,
+    "inception": Inception,
+    "patches": partial(bundled_classifier, "patches"),
+}
+"""Feature networks by name, each with the weights that it finds itself."""
 
 ADM_FILES = {
     64: "VIRTUAL_imagenet64_labeled.npz",
@@ -49,8 +56,13 @@ FEW_GROUPS = 10
 
 
 @dataclass(frozen=True, eq=False)
-class Instruments:
-    """Features, a reference and metrics that fit each other and the images."""
+class Setup:
+    """Features, a reference and metrics that fit each other and the images.
+
+    Example:
+        >>> setup = Setups("cpu").setup(example_of(model), model.class_names)
+        >>> suite = setup.suite(count=300, period=10, spread=True)
+    """
 
     extractor: FeatureExtractor
     reference: Reference
@@ -81,17 +93,11 @@ class Instruments:
 
     def labels(self) -> dict[str, Metric]:
         """Return what the metrics are called with these features."""
-        name = self.extractor.name
-        known = {"inception": ("FID", "sFID", "IS"), "dinov2": ("FD-DINOv2", "sFD", "IS")}
-        fid, sfid, score = known.get(name, ("FD", "sFD", "IS"))
-        named = {
-            "fid": Metric(fid, higher=False),
-            "sfid": Metric(sfid, higher=False),
-            "is": Metric(score, higher=True),
-            "precision": Metric("precision", higher=True),
-            "recall": Metric("recall", higher=True),
+        network = self.extractor.name
+        return {
+            name: Metric(METRICS[name].label_with(network), METRICS[name].higher_is_better)
+            for name in self.metrics
         }
-        return {name: named[name] for name in self.metrics}
 
 
 def even_groups(runs: int, most: int) -> int:
@@ -122,83 +128,79 @@ def check_metrics(metrics: Sequence[str] | None) -> None:
         )
 
 
-class Cabinet:
-    """Instruments by configuration, each made once."""
+class Setups:
+    """Set-ups of measurements on one device; a network or a reference is loaded once.
 
-    def __init__(self, device: torch.device) -> None:
+    Example:
+        >>> setups = Setups("cuda")
+        >>> setups.setup(example_of(model), features="dinov2", reference="photos/")
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
         self._device = device
         self._extractors: dict[str, FeatureExtractor] = {}
         self._references: dict[str, Reference] = {}
 
-    def instruments(
-        self, config: DictConfig, example: Tensor, class_names: Sequence[str]
-    ) -> Instruments:
+    def setup(
+        self,
+        example: Tensor,
+        class_names: Sequence[str] = (),
+        *,
+        features: FeatureExtractor | str | None = None,
+        reference: str | None = None,
+        metrics: Sequence[str] | None = None,
+    ) -> Setup:
         """Return what to measure images like ``example``, uint8 (1, c, h, w), with.
+
+        ``features`` is a network or the name of one in ``FEATURES``, ``reference`` a folder, an npz
+        or a split such as digits:report, ``metrics`` some of ``METRICS``. What is None is chosen by
+        the images: a bundled model's own network and reference, else Inception and ADM's file of
+        ImageNet, and all metrics that are possible.
 
         Raises:
             ValueError: weights or a reference that cannot be found, images that the features cannot
                 read, or metrics that features or reference do not allow.
         """
         bundled = _bundled(tuple(example.shape[1:]), class_names)
-        features = config.features
-        if not features:
-            features = OmegaConf.load(
-                config_folder() / "features" / f"{bundled or 'inception'}.yaml"
-            )
-        if not OmegaConf.is_dict(features) or "_target_" not in features:
-            raise ValueError(
-                f"features={features}: expected inception, dinov2, digits or patches, or a mapping "
-                f"with _target_, the class of a FeatureExtractor"
-            )
-        extractor = self._extractor(features)
+        extractor = self._extractor(features or bundled or "inception")
         size = (example.shape[2], example.shape[3])
-        if config.reference:
-            source = _stored(str(config.reference))
+        if reference:
+            source = _stored(reference)
         else:
             source = _default_reference(extractor.name, size, class_names)
-        reference = self._reference(source, extractor)
+        known = self._reference(source, extractor)
         with torch.no_grad():
             seen = extractor(example.to(self._device))
-        if reference.pool is not None and seen.pool.shape[1] != reference.pool.mean.numel():
+        if known.pool is not None and seen.pool.shape[1] != known.pool.mean.numel():
             raise ValueError(
-                f"{extractor.name} gives {seen.pool.shape[1]} features and {reference.name} has "
-                f"{reference.pool.mean.numel()}: expected the same; choose another reference"
+                f"{extractor.name} gives {seen.pool.shape[1]} features and {known.name} has "
+                f"{known.pool.mean.numel()}: expected the same; choose another reference"
             )
-        allowed = {
-            "fid": reference.pool is not None,
-            "sfid": reference.spatial is not None and seen.spatial is not None,
-            "is": seen.logits is not None,
-            "precision": reference.features is not None,
-            "recall": reference.features is not None,
-        }
-        wanted = [name for name in METRICS if allowed[name]]
-        if config.metrics is not None:
-            wanted = [str(name) for name in config.metrics]
-            missing = [name for name in wanted if not allowed[name]]
-            if missing:
-                raise ValueError(
-                    f"metrics={', '.join(missing)}: not possible with the features "
-                    f"{extractor.name} and the reference {reference.name}; possible are "
-                    f"{', '.join(name for name in METRICS if allowed[name])}"
-                )
-        return Instruments(extractor, reference, tuple(wanted), _digest(reference))
+        possible = [name for name, kind in METRICS.items() if kind.possible(seen, known)]
+        wanted = possible if metrics is None else list(metrics)
+        missing = [name for name in wanted if name not in possible]
+        if missing:
+            raise ValueError(
+                f"metrics={', '.join(missing)}: not possible with the features "
+                f"{extractor.name} and the reference {known.name}; possible are "
+                f"{', '.join(possible)}"
+            )
+        return Setup(extractor, known, tuple(wanted), _digest(known))
 
-    def _extractor(self, features: Any) -> FeatureExtractor:
-        key = OmegaConf.to_yaml(features, resolve=True)
-        if key not in self._extractors:
-            try:
-                made = instantiate(features, _convert_="all")
-            except InstantiationException as error:
-                if isinstance(error.__cause__, ValueError):
-                    raise ValueError(f"features: {error.__cause__}") from error
-                raise
-            if not isinstance(made, FeatureExtractor):
+    def _extractor(self, features: FeatureExtractor | str) -> FeatureExtractor:
+        if isinstance(features, str):
+            if features not in FEATURES:
                 raise ValueError(
-                    f"features: {features['_target_']} makes a {type(made).__name__}; expected a "
-                    f"subclass of sag_dit.evaluation.features.FeatureExtractor"
+                    f"features={features}: expected one of {', '.join(FEATURES)}, or a "
+                    f"FeatureExtractor"
                 )
-            self._extractors[key] = made.eval().requires_grad_(False).to(self._device)
-        return self._extractors[key]
+            if features not in self._extractors:
+                try:
+                    self._extractors[features] = FEATURES[features]()
+                except ValueError as error:
+                    raise ValueError(f"features: {error}") from error
+            features = self._extractors[features]
+        return features.eval().requires_grad_(False).to(self._device)
 
     def _reference(self, source: str, extractor: FeatureExtractor) -> Reference:
         key = json.dumps([source, extractor.name, dict(extractor.protocol)], default=str)

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from numpy.typing import NDArray
-
-Value = float | int | str | bool | None
+from sag_dit.study.results import Metric, Result, Value
 
 AXES = {
     "sag_scale": "SAG scale (0 is off)",
@@ -27,36 +25,6 @@ SHORT = {"sag_scale": "SAG", "cfg_scale": "CFG", "blur_scale": "blur"}
 
 TRADE_OFFS = (("is", "fid"), ("recall", "precision"))
 """Pairs of metrics of which guidance usually gains one at the other's cost: (x, y)."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How a metric is called, and whether more of it is better."""
-
-    label: str
-    higher: bool
-
-    @property
-    def title(self) -> str:
-        """The label with the direction of the better."""
-        return f"{self.label} {'↑' if self.higher else '↓'}"
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One measured setting.
-
-    axes: what distinguishes it in a sweep, empty for a named one; metrics: by name; spread: what
-    stands behind ±, for some or all of them; images: (H, W, 1 or 3) uint8, the first few samples;
-    notes: sentences to show beside it.
-    """
-
-    name: str
-    axes: Mapping[str, Value]
-    metrics: Mapping[str, float]
-    spread: Mapping[str, float] = field(default_factory=dict)
-    images: Sequence[NDArray] = ()  # type: ignore[type-arg]
-    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -100,7 +68,7 @@ def is_number(value: Value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def numeric_axes(rows: Sequence[Row]) -> list[str]:
+def numeric_axes(rows: Sequence[Result]) -> list[str]:
     """Return the axes along which every row has a number, and not all the same one."""
     keys = rows[0].axes if rows else ()
     return [
@@ -118,7 +86,7 @@ def text_of(value: Value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def places(rows: Sequence[Row], name: str) -> int:
+def places(rows: Sequence[Result], name: str) -> int:
     """Return how many decimals the values of a metric are written with, the same for all."""
     sizes = (
         abs(row.metrics[name]) for row in rows if math.isfinite(row.metrics.get(name, math.nan))
@@ -127,7 +95,7 @@ def places(rows: Sequence[Row], name: str) -> int:
     return next((n for n, least in enumerate((100, 10, 1, 0.01), start=1) if size >= least), 6)
 
 
-def charts(rows: Sequence[Row], metrics: Mapping[str, Metric]) -> list[Chart]:
+def charts(rows: Sequence[Result], metrics: Mapping[str, Metric]) -> list[Chart]:
     """Return the trade-offs, then every metric along every numeric axis.
 
     A line runs along one axis; settings that differ in others are lines of their own. The
@@ -152,7 +120,7 @@ def charts(rows: Sequence[Row], metrics: Mapping[str, Metric]) -> list[Chart]:
     return [chart for chart in made if chart.series]
 
 
-def _series(rows: Sequence[Row], along: str | None, x: str | None, y: str) -> tuple[Series, ...]:
+def _series(rows: Sequence[Result], along: str | None, x: str | None, y: str) -> tuple[Series, ...]:
     groups: dict[str, list[Point]] = {}
     for number, row in enumerate(rows):
         if along is None:

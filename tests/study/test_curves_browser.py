@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sag_dit.output.charts import Metric, Row, charts
-from sag_dit.output.curves import write_curves
+from sag_dit.study.charts import charts
+from sag_dit.study.curves import write_curves
+from sag_dit.study.results import Metric, Result
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install playwright"
@@ -37,18 +38,18 @@ def browser() -> Iterator[playwright.Browser]:
 def test_the_page(browser: playwright.Browser, tmp_path: Path, scheme: str, width: int) -> None:
     random = np.random.default_rng(0)
     rows = [
-        Row(
+        Result(
             f"SAG {scale:g}",
             {"sag_scale": scale},
             {"fid": 5 - scale, "is": 2 + scale**2},
             {"fid": 0.1},
-            [random.integers(0, 256, (8, 8, 1), dtype=np.uint8) for _ in range(3)],
         )
         for scale in (0.0, 0.5, 1.0, 2.0)
     ]
+    images = [[random.integers(0, 256, (8, 8, 1), dtype=np.uint8) for _ in range(3)] for _ in rows]
     page_file = write_curves(
         tmp_path, rows, METRICS, charts(rows, METRICS), title="<b>t</b>", lead="l", spread="s",
-        notes=["n"], settings={"k": "v" * 300},
+        notes=["n"], settings={"k": "v" * 300}, images=images, remarks=[[]] * len(rows),
     )  # fmt: skip
     context = browser.new_context(
         offline=True, color_scheme=scheme, viewport={"width": width, "height": 800}

@@ -1,8 +1,7 @@
-"""What has been measured: kept by identity, put together over seeds, written as JSON and CSV."""
+"""Results: the numbers of a set of images, kept by identity, and put together over seeds."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -12,10 +11,10 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
-from sag_dit.cli.sweep import Value
 from sag_dit.evaluation.expected import Expected
 from sag_dit.files import atomic
-from sag_dit.output.charts import Metric
+
+Value = float | int | str | bool | None
 
 LAYOUT = 1
 """Changes when a number kept under an identity would come out differently, or be kept otherwise."""
@@ -24,6 +23,19 @@ FIRST_METRICS = frozenset({"fid", "sfid", "is", "precision", "recall"})
 
 Those that came later are not: a record that lacks one of them is completed and keeps its name.
 """
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is called, and whether more of it is better."""
+
+    label: str
+    higher: bool
+
+    @property
+    def title(self) -> str:
+        """The label with the direction of the better."""
+        return f"{self.label} {'↑' if self.higher else '↓'}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,7 @@ def read_record(folder: Path, identity: str) -> Record | None:
 def write_record(folder: Path, identity: str, record: Record) -> None:
     """Keep what was measured."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / f"{identity}.json", asdict(record))
+    write_json(folder / f"{identity}.json", asdict(record))
 
 
 @dataclass(frozen=True)
@@ -112,9 +124,9 @@ class Result:
     name: str
     axes: Mapping[str, Value]
     metrics: Mapping[str, float]
-    spread: Mapping[str, float]
-    facts: Mapping[str, Any]
-    warnings: Sequence[str]
+    spread: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
     seeds: Sequence[Mapping[str, Any]] = ()
     identities: Sequence[str] = ()
     against: str | None = None
@@ -173,42 +185,17 @@ def _change(result: Result, base: Result) -> dict[str, Any]:
     if seeds[0] != seeds[1] or len(pairs) < 2:
         return {}
     change = {}
-    for name in result.metrics.keys() & base.metrics.keys():
+    for name in result.metrics:
+        if name not in base.metrics:
+            continue
         differences = [_number(a["metrics"][name]) - _number(b["metrics"][name]) for a, b in pairs]
         error = deviation(differences) / math.sqrt(len(pairs))
         change[name] = (sum(differences) / len(pairs), error)
     return {"against": base.name, "change": change}
 
 
-def write_results(
-    folder: Path, results: Sequence[Result], metrics: Mapping[str, Metric], spread: str
-) -> tuple[Path, Path]:
-    """Write ``results.json`` and ``results.csv``: every number with its facts beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for result in results:
-        row = asdict(result)
-        deviations = row.pop("deviations")
-        if result.expected is not None:
-            row["expected"]["differences"] = {
-                name: difference
-                for name, (*_, difference) in result.expected.differences(result.metrics).items()
-            }
-            row["expected"]["deviations"] = deviations
-        rows.append(row)
-    as_json, as_csv = folder / "results.json", folder / "results.csv"
-    labels = {name: metric.label for name, metric in metrics.items()}
-    _write_json(as_json, {"metrics": labels, "spread": spread, "results": rows})
-    flat = [_flat_row(result, metrics) for result in results]
-    columns = list(dict.fromkeys(key for row in flat for key in row))
-    with atomic(as_csv) as temporary, temporary.open("w", newline="", encoding="utf-8") as lines:
-        writer = csv.DictWriter(lines, columns)
-        writer.writeheader()
-        writer.writerows(flat)
-    return as_json, as_csv
-
-
-def _flat_row(result: Result, metrics: Iterable[str]) -> dict[str, Any]:
+def flat_row(result: Result, metrics: Iterable[str]) -> dict[str, Any]:
+    """Return a result as one row of a table: metrics, their ± and changes, and all facts."""
     row: dict[str, Any] = {"setting": result.name, **result.axes}
     for name in metrics:
         row[name] = result.metrics.get(name)
@@ -228,16 +215,17 @@ def flat_facts(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str
             yield f"{prefix}{key}", json.dumps(value) if isinstance(value, list) else value
 
 
-def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Write values that JSON knows; a number that is not finite becomes null."""
     with atomic(file) as temporary:
-        text = json.dumps(_plain(values), indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(plain(values), indent=1, ensure_ascii=False, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return JSON values; a number that is not finite is null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

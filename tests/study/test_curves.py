@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sag_dit.output.charts import Metric, Row, charts, numeric_axes, places
-from sag_dit.output.curves import write_curves
+from sag_dit.study.charts import charts, numeric_axes, places
+from sag_dit.study.curves import write_curves
+from sag_dit.study.results import Metric, Result
 
 METRICS = {
     "fid": Metric("FID", higher=False),
@@ -30,23 +31,23 @@ def image(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (8, 8, 1), dtype=np.uint8)
 
 
-def sweep() -> list[Row]:
+def sweep() -> list[Result]:
     rows = []
     for cfg in (1, 1.5):
         for sag in (1.0, 0.0, 0.5):  # not in order
             values = {"fid": 3 + sag - cfg, "is": 100 + sag, "precision": 0.5, "recall": cfg / 3}
             axes = {"cfg_scale": cfg, "sag_scale": sag, "sampler": "ddim"}
             name = f"{cfg} {sag} {AWKWARD}"
-            images = [image(len(rows)), image(50 + len(rows))]
-            rows.append(Row(name, axes, values, {"fid": 0.25}, images))
+            rows.append(Result(name, axes, values, {"fid": 0.25}))
     return rows
 
 
-def write(folder: Path, rows: list[Row]) -> str:
+def write(folder: Path, rows: list[Result]) -> str:
     drawn = charts(rows, METRICS) if len(rows) > 1 else []
     page = write_curves(
         folder, rows, METRICS, drawn, title=AWKWARD, lead="lead", spread="±", notes=[AWKWARD],
-        settings={"a": {"b": 1}},
+        images=[[image(place), image(50 + place)] for place in range(len(rows))],
+        remarks=[[]] * len(rows), settings={"a": {"b": 1}},
     )  # fmt: skip
     return page.read_text(encoding="utf-8")
 
@@ -91,7 +92,7 @@ def test_lines_run_along_one_axis_in_its_order() -> None:
 
 
 def test_named_settings_are_points_of_their_own() -> None:
-    rows = [Row(name, {}, row.metrics) for name, row in zip("ab", sweep(), strict=False)]
+    rows = [Result(name, {}, row.metrics) for name, row in zip("ab", sweep(), strict=False)]
     drawn = charts(rows, METRICS)
     assert [chart.name for chart in drawn] == ["trade_off", "trade_off"]
     assert [(series.label, len(series.points)) for series in drawn[0].series] == [
@@ -102,7 +103,7 @@ def test_named_settings_are_points_of_their_own() -> None:
 
 def test_a_number_that_is_not_finite_is_no_point() -> None:
     rows = sweep()
-    rows[1] = Row(rows[1].name, rows[1].axes, {**rows[1].metrics, "fid": math.nan}, {}, [])
+    rows[1] = Result(rows[1].name, rows[1].axes, {**rows[1].metrics, "fid": math.nan})
     drawn = charts(rows, METRICS)
     assert sum(len(series.points) for series in drawn[0].series) == 5
 
@@ -111,12 +112,14 @@ def test_a_number_that_is_not_finite_is_no_point() -> None:
     ("value", "decimals"), [(278.24, 1), (12.0, 2), (2.27, 3), (0.67, 4), (0.0, 6)]
 )
 def test_places(value: float, decimals: int) -> None:
-    assert places([Row("a", {}, {"fid": value}), Row("b", {}, {"fid": 0.0})], "fid") == decimals
+    assert (
+        places([Result("a", {}, {"fid": value}), Result("b", {}, {"fid": 0.0})], "fid") == decimals
+    )
 
 
 def test_the_page_holds_numbers_charts_and_samples(tmp_path: Path) -> None:
     rows = sweep()
-    rows[2] = Row("broken", rows[2].axes, {**rows[2].metrics, "fid": math.nan}, {}, [])
+    rows[2] = Result("broken", rows[2].axes, {**rows[2].metrics, "fid": math.nan})
     page = write(tmp_path, rows)
     data = read(page)
     assert data["rows"][0]["name"] == rows[0].name
@@ -135,7 +138,7 @@ def test_the_page_holds_numbers_charts_and_samples(tmp_path: Path) -> None:
 
 
 def test_plots_are_pictures_with_labelled_axes(tmp_path: Path) -> None:
-    from sag_dit.output import plots
+    from sag_dit.study import plots
 
     rows = sweep()
     group = [chart for chart in charts(rows, METRICS) if chart.name == "trade_off"]

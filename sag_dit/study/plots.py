@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sag_dit.files import atomic
-from sag_dit.output.charts import AXES, Chart, Series
+from sag_dit.study.charts import AXES, Chart, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

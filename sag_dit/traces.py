@@ -1,0 +1,251 @@
+"""What self-attention said while images were drawn: kept step by step, for whoever shows it.
+
+One :class:`Recorder` watches a batch. From what it kept are made, for each image, what
+self-attention guidance saw (its saliency and mask) and the maps of the layers asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32
+from numpy.typing import NDArray
+
+from sag_dit.attention import AttentionLayer, CaptureKind
+from sag_dit.denoiser import Denoiser
+from sag_dit.guidance import SAG, Term
+from sag_dit.guidance.guided import base_key
+from sag_dit.guidance.masks import attention_mask
+from sag_dit.process import Step
+from sag_dit.sampler import SampleStep
+
+SHOWN = 6
+"""Steps at which it is shown what guidance saw, evenly spread over the run."""
+
+Captures = Callable[[Step], Sequence[tuple[str, CaptureKind]]]
+"""Which layers' attention to read at a step, beside what guidance reads."""
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What to keep of attention.
+
+    ``layers``: names as guidance takes them, or ``("all",)``. ``steps``: so many, evenly spread
+    over the run with both ends, or the numbers of the steps. ``query``: the place (down, across)
+    in the image, in [0, 1), whose token's attention to all others is kept, None for none.
+    ``limit``: guidance whose threshold or quantile saliency exceeds where the mask is set.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    layers: tuple[str, ...] = ("auto",)
+    steps: int | tuple[int, ...] = 6
+    query: tuple[float, float] | None = (0.5, 0.5)
+    limit: SAG = field(default_factory=SAG)
+
+    def __post_init__(self) -> None:
+        steps = self.steps
+        if steps == () or (isinstance(steps, int) and steps < 1):
+            raise ValueError(
+                f"steps={steps}: expected how many steps to show, 1 or more, or their numbers"
+            )
+        if not self.layers:
+            raise ValueError("layers=[]: expected names of self-attention layers, or all")
+        query = self.query
+        if query is not None and not all(0 <= at < 1 for at in query):
+            raise ValueError(
+                f"query={query}: expected a place in the image, (down, across), each from 0 to "
+                f"less than 1, or null"
+            )
+
+    def layers_of(self, denoiser: Denoiser) -> list[AttentionLayer]:
+        """Return the layers meant.
+
+        Raises:
+            ValueError: no layer of that name.
+        """
+        if self.layers == ("all",):
+            return list(denoiser.layers.values())
+        return list({(found := denoiser.layer(name)).name: found for name in self.layers}.values())
+
+    def indices(self, count: int) -> list[int]:
+        """Return the steps meant of a run of ``count``.
+
+        Raises:
+            ValueError: a number that the run does not reach.
+        """
+        if isinstance(self.steps, int):
+            places = np.linspace(0, count - 1, min(self.steps, count))
+            return sorted({round(place) for place in places.tolist()})
+        beyond = [index for index in self.steps if not 0 <= index < count]
+        if beyond:
+            raise ValueError(f"step {beyond[0]} does not exist: expected 0 to {count - 1}")
+        return sorted(set(self.steps))
+
+
+@dataclass(frozen=True, eq=False)
+class LayerView:
+    """One layer at the chosen steps, of one image: saliency has mean 1 at each step."""
+
+    name: str
+    saliency: Float32[NDArray[np.float32], "s h w"]
+    mask: Bool[NDArray[np.bool_], "s h w"]
+    query_map: Float32[NDArray[np.float32], "s h w"] | None
+    """What the chosen query attends to, mean over heads; sums to 1 at each step."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionView:
+    """What was kept of one image: the steps by number and time, and each layer's arrays."""
+
+    steps: tuple[int, ...]
+    times: tuple[float, ...]
+    layers: tuple[LayerView, ...]
+    query: tuple[float, float] | None
+
+
+@dataclass(frozen=True, eq=False)
+class StepView:
+    """What self-attention guidance saw at one sampler step.
+
+    index: place of the step, 0 first; count: steps in all; t: its noise level.
+    saliency: (h, w) float32, attention received by each token, mean 1.
+    mask: (h, w) bool, the tokens that guidance degrades; threshold: the saliency they exceed.
+    Raises: ValueError for arrays of other shapes, or a saliency that is not finite.
+    """
+
+    index: int
+    count: int
+    t: float
+    saliency: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+    threshold: float
+
+    def __post_init__(self) -> None:
+        if self.saliency.ndim != 2 or self.saliency.shape != self.mask.shape:
+            raise ValueError(
+                f"saliency {self.saliency.shape} and mask {self.mask.shape} of step {self.index} "
+                "must be one (h, w) token grid: reshape both to the layer's grid"
+            )
+        if not np.isfinite(self.saliency).all():
+            raise ValueError(
+                f"the saliency of step {self.index} holds nan or inf, expected finite numbers: "
+                "look for the first step whose prediction is not finite"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What attention said while one image was drawn.
+
+    ``steps``: what self-attention guidance saw, at up to ``SHOWN`` steps; empty without it.
+    ``maps``: the layers that were asked for, None where none were.
+    """
+
+    steps: tuple[StepView, ...] = ()
+    maps: AttentionView | None = None
+
+
+class Recorder:
+    """Watches one batch and keeps what its traces are made of.
+
+    It is called after every step, and tells before it what else is to be read (:meth:`captures`).
+    What is read for ``maps`` is the given condition's, whichever branch guidance degrades.
+
+    Example:
+        >>> recorder = Recorder(model.denoiser, steps=50, guidance=[SAG(0.5)])
+        >>> images = draw(model, requests, settings, recorder, recorder.captures)
+        >>> recorder.trace(0).steps[-1].mask
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        steps: int,
+        guidance: Sequence[Term] = (),
+        maps: Maps | None = None,
+    ) -> None:
+        self._denoiser, self._maps = denoiser, maps
+        terms = (term for term in guidance if isinstance(term, SAG) and not term.off)
+        # The other masks are not made of what attention says, so there is nothing to see of them.
+        self._sag = next((term for term in terms if term.mask == "attention"), None)
+        self._guided = {round(i * (steps - 1) / (SHOWN - 1)) for i in range(SHOWN)}
+        self._layers = maps.layers_of(denoiser) if maps else []
+        self._mapped = set(maps.indices(steps)) if maps else set()
+        self._kept: list[SampleStep] = []
+
+    def captures(self, step: Step) -> Sequence[tuple[str, CaptureKind]]:
+        """Return what is to be read at a step beside what guidance reads."""
+        if self._maps is None or step.index not in self._mapped:
+            return ()
+        kinds: tuple[CaptureKind, ...] = ("saliency", "map") if self._maps.query else ("saliency",)
+        return [(layer.name, kind) for layer in self._layers for kind in kinds]
+
+    def __call__(self, step: SampleStep) -> None:
+        """Keep a step that is wanted."""
+        if self._saw(step) or step.step.index in self._mapped:
+            self._kept.append(step)
+
+    def _saw(self, step: SampleStep) -> bool:
+        """Whether guidance acted at a step that is shown."""
+        shown = step.step.index in self._guided
+        return shown and self._sag is not None and self._sag.active(step.step)
+
+    def trace(self, row: int) -> Trace:
+        """Return what was kept of one image of the batch."""
+        return Trace(self._steps(row), None if self._maps is None else self._view(self._maps, row))
+
+    def _steps(self, row: int) -> tuple[StepView, ...]:
+        views = []
+        for kept in filter(self._saw, self._kept):
+            assert self._sag is not None
+            attention = kept.prediction.attention
+            read = {
+                key: attention[key][row : row + 1] for key in self._sag.readings(self._denoiser)
+            }
+            saliency, mask = self._sag.attended(read, self._denoiser)
+            views.append(
+                StepView(
+                    index=kept.step.index,
+                    count=kept.step.count,
+                    t=float(kept.step.level.t),
+                    saliency=saliency[0].cpu().numpy(),
+                    mask=mask[0].cpu().numpy(),
+                    threshold=float(self._sag.limit(saliency)),
+                )
+            )
+        return tuple(views)
+
+    def _view(self, maps: Maps, row: int) -> AttentionView:
+        mapped = [kept for kept in self._kept if kept.step.index in self._mapped]
+        return AttentionView(
+            steps=tuple(kept.step.index for kept in mapped),
+            times=tuple(float(kept.step.level.t) for kept in mapped),
+            layers=tuple(_layer_view(maps, layer, mapped, row) for layer in self._layers),
+            query=maps.query,
+        )
+
+
+def _layer_view(
+    maps: Maps, layer: AttentionLayer, steps: Sequence[SampleStep], row: int
+) -> LayerView:
+    attention = [kept.prediction.attention for kept in steps]
+    saliency = torch.stack([read[base_key(layer.name, "saliency")][row] for read in attention])
+    seen = None
+    if maps.query is not None:
+        height, width = layer.grid
+        down, across = maps.query
+        token = int(down * height) * width + int(across * width)
+        key = base_key(layer.name, "map")
+        seen = torch.stack([read[key][row].mean(0)[token] for read in attention])
+    on_grid = saliency.unflatten(1, layer.grid)
+    return LayerView(
+        layer.name,
+        on_grid.cpu().numpy(),
+        attention_mask(saliency, layer.grid, maps.limit.limit(on_grid)).cpu().numpy(),
+        None if seen is None else seen.unflatten(1, layer.grid).cpu().numpy(),
+    )

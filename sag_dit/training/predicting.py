@@ -1,0 +1,155 @@
+"""Predictor: the one loop in which the ranks of a Trainer draw, or read, sets of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+
+from sag_dit.checkpoints import Model
+from sag_dit.data.requests import PendingRequests
+from sag_dit.output.progress import Bar
+from sag_dit.sampling import Request, Settings
+from sag_dit.traces import Maps
+from sag_dit.training.module import DiffusionModule
+
+Consumer = Callable[[Any], object]
+"""Takes each batch of this rank as soon as it is there, in its own way: writes it, measures it."""
+
+
+class Predictor:
+    """Draws sets of images on all ranks of one Trainer and hands each batch to consumers.
+
+    ``make`` builds the Trainer from the options that drawing needs; what it adds (devices,
+    precision) is the caller's. ``folder`` is where Lightning may write.
+
+    Example:
+        >>> predictor = Predictor(partial(Trainer, accelerator="cpu"), folder.path)
+        >>> predictor.draw(model, requests, settings, [folder.write])
+    """
+
+    def __init__(
+        self, make: Callable[..., Trainer], folder: Path, callbacks: Sequence[Callback] = ()
+    ) -> None:
+        self._loop = _Loop()
+        self.trainer = make(
+            logger=False,
+            callbacks=[self._loop, *callbacks],
+            # Ours instead: sharding of the requests, no_grad, and a bar over all ranks' images.
+            use_distributed_sampler=False,
+            inference_mode=False,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            default_root_dir=str(folder),
+        )
+
+    def draw(
+        self,
+        model: Model,
+        requests: Sequence[Request],
+        settings: Settings,
+        consumers: Sequence[Consumer],
+        *,
+        gallery: int = 0,
+        maps: Maps | None = None,
+        text: str = "sampling",
+        done: int = 0,
+    ) -> None:
+        """Draw the requests; consumers get :class:`~sag_dit.sampling.Drawn` batches.
+
+        The first ``gallery`` indices come with twins and traces. ``text`` stands before the bar,
+        which counts from the ``done`` images of the set that are there already.
+        """
+        module = DiffusionModule(
+            model, settings=settings, gallery=gallery, maps=maps, watch=self._loop.bar.step
+        )
+        data = PendingRequests(requests, settings.batch_size)
+        self._run(module, data, consumers, text, done + len(requests), done)
+
+    def read(
+        self,
+        data: LightningDataModule,
+        consumers: Sequence[Consumer],
+        *,
+        text: str,
+        total: int,
+        read: Callable[[Any], Any] = lambda batch: batch,
+    ) -> None:
+        """Hand what ``read`` makes of each batch of ``data`` to consumers; nothing is drawn."""
+        self._run(_Reading(read), data, consumers, text, total, 0)
+
+    def _run(
+        self,
+        module: LightningModule,
+        data: LightningDataModule,
+        consumers: Sequence[Consumer],
+        text: str,
+        total: int,
+        done: int,
+    ) -> None:
+        self._loop.consumers, self._loop.told = consumers, (text, total, done)
+        self.trainer.predict(module, datamodule=data, return_predictions=False)
+
+
+class _Reading(LightningModule):
+    """A module without weights that reads batches."""
+
+    def __init__(self, read: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._read = read
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self._read(batch)
+
+
+class _Loop(Callback):
+    """Gives each batch to the consumers, and shows on rank 0 how many images are there.
+
+    Ranks have equal shares, so that rank 0's own count tells for all.
+    """
+
+    def __init__(self) -> None:
+        self.bar = Bar()
+        self.consumers: Sequence[Consumer] = ()
+        self.told = ("", 0, 0)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.bar.begin(*self.told)
+
+    def on_predict_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        # Requests are listed; of images from disk there is a pair, (images, indices).
+        rows = len(batch) if isinstance(batch[0], Request) else len(batch[0])
+        self.bar.begin_batch(rows * trainer.world_size)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        for consume in self.consumers:
+            consume(outputs)
+        self.bar.end_batch()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.bar.stop()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        # So that the error stands alone.
+        self.bar.stop()
