@@ -60,7 +60,7 @@ def make_measurements(rows: Sequence[Configured], device: torch.device) -> list[
         setup = setups.setup(
             example,
             names,
-            features=_features(config.features, networks),
+            features=make_features(config.features, networks),
             reference=None if config.reference is None else str(config.reference),
             metrics=None if config.metrics is None else [str(name) for name in config.metrics],
         )
@@ -107,8 +107,12 @@ def _opened(row: Configured) -> ImageSet:
         raise ValueError(f"samples: {error}") from error
 
 
-def _features(node: Any, networks: dict[str, FeatureExtractor]) -> FeatureExtractor | None:
-    """Return the configured network, made once; None where the images choose it."""
+def make_features(node: Any, networks: dict[str, FeatureExtractor]) -> FeatureExtractor | None:
+    """Return the configured network, made once; None where the images choose it.
+
+    Raises:
+        ValueError: it is no network of features, or its weights are not here.
+    """
     if not node:
         return None
     if not OmegaConf.is_dict(node) or "_target_" not in node:

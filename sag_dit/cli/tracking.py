@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from omegaconf import DictConfig
 
 from sag_dit.checkpoints import Model
+from sag_dit.cli.measurements import make_features
 from sag_dit.data.requests import make_requests
 from sag_dit.sampling import Settings
 from sag_dit.study.setup import FEATURES, Setups, check_metrics, example_of
@@ -25,14 +26,16 @@ def trackers(config: DictConfig, model: Model, out: Path, device: torch.device) 
     if not wanted:
         return []
     check_metrics(wanted.metrics)
-    features = None if wanted.features in (None, "auto") else wanted.features
-    if features is not None and features not in FEATURES:
+    features = wanted.features
+    if not isinstance(features, str):
+        features = make_features(features, {})
+    elif features not in (*FEATURES, "auto"):
         raise ValueError(f"track.features={features}: expected one of auto, {', '.join(FEATURES)}")
     names = model.class_names
     setup = Setups(device).setup(
         example_of(model),
         names,
-        features=features,
+        features=None if features == "auto" else features,
         reference=wanted.reference,
         metrics=wanted.metrics,
     )
