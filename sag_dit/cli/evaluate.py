@@ -61,6 +61,7 @@ def run(config: Evaluate, choices: Sequence[Choice] | None = None) -> None:
     from sag_dit.study.results import read_record
     from sag_dit.training.predicting import Predictor
 
+    # Everything is checked and put together on every rank before anything is drawn.
     check(config, rows)
     finished = Path(config.finished)
     predictor = Predictor(partial(make, config.trainer, "trainer"), finished, [LeaveWhenTold()])
@@ -82,6 +83,7 @@ def run(config: Evaluate, choices: Sequence[Choice] | None = None) -> None:
             known[each.identity] = measure(
                 predictor, each, finished, text=text, known=so_far, num=num
             )
+    # Rank 0 puts the seeds of each setting together, shows the table and writes the page.
     if trainer.is_global_zero:
         records = {key: record for key, record in known.items() if record is not None}
         comparison = Comparison.of(measurements, records, config.against)

@@ -58,7 +58,7 @@ def make_measurements(rows: Sequence[Configured], device: torch.device) -> list[
         setup = setups.setup(
             example,
             names,
-            features=_features(config.features, networks),
+            features=make_features(config.features, networks),
             reference=config.reference,
             metrics=config.metrics,
         )
@@ -102,8 +102,12 @@ def _opened(row: Configured) -> ImageSet:
         raise ValueError(f"samples: {error}") from error
 
 
-def _features(node: Any, networks: dict[str, FeatureExtractor]) -> FeatureExtractor | None:
-    """Return the configured network, made once; None where the images choose it."""
+def make_features(node: Any, networks: dict[str, FeatureExtractor]) -> FeatureExtractor | None:
+    """Return the configured network, made once; None where the images choose it.
+
+    Raises:
+        ValueError: it is no network of features, or its weights are not here.
+    """
     if not node:
         return None
     if not isinstance(node, dict) or "_target_" not in node:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 
 from sag_dit.checkpoints import Model
+from sag_dit.cli.measurements import make_features
 from sag_dit.data.requests import make_requests
 from sag_dit.sampling import Settings
 from sag_dit.study.setup import FEATURES, Setups, check_metrics, example_of
@@ -28,14 +29,16 @@ def trackers(
         return []
     metrics, best, every = track["metrics"], track["best"], track["every_n_steps"]
     check_metrics(metrics)
-    features = None if track["features"] in (None, "auto") else track["features"]
-    if features is not None and features not in FEATURES:
+    features = track["features"]
+    if not isinstance(features, str):
+        features = make_features(features, {})
+    elif features not in (*FEATURES, "auto"):
         raise ValueError(f"track.features={features}: expected one of auto, {', '.join(FEATURES)}")
     names = model.class_names
     setup = Setups(device).setup(
         example_of(model),
         names,
-        features=features,
+        features=None if features == "auto" else features,
         reference=track["reference"],
         metrics=metrics,
     )

@@ -71,6 +71,7 @@ def compare(
         reference=reference,
         metrics=metrics,
     )
+    # A measurement for each setting and seed: the same requests, so the same noise and classes.
     rule = "all" if classes is None else classes
     measurements: list[Measurement] = []
     for name, chosen in settings.items():
@@ -90,6 +91,7 @@ def compare(
             images = ToDraw(model, how, requests, pixels, cost)
             measurements.append(measurement(setting, images, setup, repeats))
     base_name(measurements, against)
+    # Only now anything is drawn.
     records = _measured(measurements, setup, progress)
     return Comparison.of(measurements, records, against)
 

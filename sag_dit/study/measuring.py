@@ -142,6 +142,7 @@ def measure(
     shots = finished / measurement.identity
     device = trainer.strategy.root_device
     measuring = Measuring(measurement, device, known, shots, 0 if known else num)
+    # All ranks show their images to the measurement: read, drawn, or drawn before and read back.
     if not isinstance(images, ToDraw):
         predictor.read(Stored(images, READ), [measuring], text=text, total=measurement.count)
     elif images.folder is None:
@@ -155,6 +156,7 @@ def measure(
             total=measurement.count,
             read=partial(read_back, images.folder),
         )
+    # The numbers are those of all ranks; one of them writes.
     record = measuring.record()
     if trainer.is_global_zero:
         if isinstance(images, ToDraw) and images.folder is not None:

@@ -116,40 +116,27 @@ class _Loop(Callback):
         self.consumers: Sequence[Consumer] = ()
         self.told = ("", 0, 0)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_start(self, trainer: Trainer, *_: Any) -> None:
         if trainer.is_global_zero:
             self.bar.begin(*self.told)
 
     def on_predict_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any
     ) -> None:
         # Requests are listed; of images from disk there is a pair, (images, indices).
         rows = len(batch) if isinstance(batch[0], Request) else len(batch[0])
         self.bar.begin_batch(rows * trainer.world_size)
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
         for consume in self.consumers:
             consume(outputs)
         self.bar.end_batch()
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_end(self, *_: Any) -> None:
         self.bar.stop()
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, *_: Any) -> None:
         # So that the error stands alone.
         self.bar.stop()

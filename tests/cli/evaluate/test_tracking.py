@@ -75,6 +75,17 @@ def test_the_averaged_weights_are_measured_every_so_often(train: Command) -> Non
     assert kept.name == f"best-fid-{best:08d}.ckpt"
 
 
+def test_features_go_by_their_name_and_by_their_class(train: Command) -> None:
+    mapping = "{_target_: sag_dit.evaluation.classifier.bundled_classifier, name: digits}"
+    found = []
+    for place, features in enumerate(("auto", "digits", mapping)):
+        few = ("max_steps=2", "every_n_steps.checkpoint=2", f"out=run{place}")
+        outcome = train(*TRACKED, "track.metrics=[fid]", f"track.features={features}", *few)
+        assert outcome.code == 0, outcome.err
+        found.append(logged(Path(f"run{place}")))
+    assert found[0][2] and found[0] == found[1] == found[2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
 def test_two_ranks_track_what_one_measures(
