@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from sag_dit.cli.app import KILL, launch, literal, quiet_lightning
 from sag_dit.cli.models import load_model
 from sag_dit.cli.presets import with_presets
-from sag_dit.cli.values import check_logger, check_requests, make_maps, make_terms
+from sag_dit.cli.values import check_logger, check_requests, make_maps, make_terms, with_models
 from sag_dit.identity import digest, written
 from sag_dit.identity import settings as identity_of
 
@@ -81,6 +81,7 @@ def make_plan(config: DictConfig, model: Model | None = None) -> Plan:
     guidance = make_terms(config.guidance)
     sampler = instantiate(config.sampler)
     model = model or load_model(config)
+    guidance = with_models(guidance)
     settings = Settings(
         sampler=sampler,
         steps=config.steps,

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sag_dit.cli.app import KILL, launch, literal, quiet_lightning
 from sag_dit.cli.run_identity import go_on_as_begun, identity, run_folder
-from sag_dit.cli.values import check_logger, make_terms
+from sag_dit.cli.values import check_logger, make_terms, with_models
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
@@ -173,7 +173,7 @@ def make_trainer(config: DictConfig, out: Path) -> Trainer:
             out,
             every["preview"],
             classes,
-            tuple(make_terms(config.preview.guidance).values()),
+            tuple(with_models(make_terms(config.preview.guidance)).values()),
             config.preview.steps,
             config.seed,
         ),
