@@ -11,6 +11,7 @@ import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,18 @@ OF_ALL = ("interval", "interval_in", "schedule")
 class Method:
     """What a method's file says of it.
 
-    ``name`` is its class, in ``module``; ``settings`` are the defaults of its fields beside the
-    scale, as YAML writes them, those that all methods have last. Fields that only take objects of
-    Python, such as a network, are none.
+    ``name`` is its class, in ``module``. ``settings`` are the defaults of its fields beside the
+    scale, as YAML writes them; those that all methods have come last, and fields that take objects
+    of Python alone, such as a network, are left out. ``remarks`` say what the settings mean.
     """
 
     name: str
     module: str
     key: str
+    title: str
     neutral: float
     settings: Mapping[str, Any]
+    remarks: Mapping[str, str]
 
 
 @cache
@@ -52,7 +55,15 @@ def methods() -> tuple[Method, ...]:
             if isinstance(node, ast.ClassDef):
                 classes[node.name] = (f"sag_dit.guidance.{file.stem}", node)
     return tuple(
-        Method(name, module, _value(own["key"]), _neutral(name, classes), _settings(name, classes))
+        Method(
+            name,
+            module,
+            key=_value(own["key"]),
+            title=_value(own["title"]),
+            neutral=_neutral(name, classes),
+            settings=_settings(name, classes),
+            remarks=_remarks(name, classes),
+        )
         for name, (module, node) in classes.items()
         if "key" in (own := _constants(node))
     )
@@ -126,6 +137,20 @@ def _settings(name: str, classes: Classes) -> dict[str, Any]:
         **{key: value for key, value in found.items() if key not in OF_ALL},
         **{key: found[key] for key in OF_ALL},
     }
+
+
+def _remarks(name: str, classes: Classes) -> dict[str, str]:
+    """Return the sentences that stand below fields, a class's own before those it derives from."""
+    found: dict[str, str] = {}
+    for node in _lineage(name, classes):
+        for each, after in pairwise(node.body):
+            match each, after:
+                case (
+                    ast.AnnAssign(target=ast.Name(id=field)),
+                    ast.Expr(value=ast.Constant(value=str(remark))),
+                ):
+                    found[field] = remark
+    return found
 
 
 def _value(node: ast.expr) -> Any:

@@ -46,8 +46,11 @@ class APG(Term):
 
     _: KW_ONLY
     eta: float = 0.0
+    """Share of the update that is parallel to the prediction; with 1 it is CFG."""
     norm_threshold: float = 0.0
+    """The longest update, by the size of the latent 2.5 to 15; 0 is off."""
     momentum: float = -0.5
+    """Share of the update before that is added."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -49,8 +49,11 @@ class Autoguidance(BranchTerm):
 
     _: KW_ONLY
     ckpt: str | None = None
+    """A smaller model, or an earlier checkpoint of the same run."""
     ema: bool | None = True
+    """Its averaged weights, or else its raw ones."""
     worse: nn.Module | None = None
+    """The worse model itself, in Python."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -63,7 +63,9 @@ class CFG(Term):
 
     _: KW_ONLY
     channels: int | None = None
+    """The first so many channels are guided; 3 as the published DiT sampler does."""
     rescale: float = field(default=0.0, metadata=LATER)
+    """phi of Lin et al., 0 to 1; 0 is off."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

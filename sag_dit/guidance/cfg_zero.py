@@ -44,6 +44,7 @@ class CFGZero(Term):
 
     _: KW_ONLY
     zero_steps: int = 1
+    """The first so many steps move nothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

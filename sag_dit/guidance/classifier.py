@@ -94,7 +94,9 @@ class ClassifierGuidance(Term):
 
     _: KW_ONLY
     classifier: nn.Module | str | None = None
+    """Published name, path, or a module (x_t, t) -> logits by _target_."""
     form: Literal["score", "mean"] = "score"
+    """score, for any sampler; mean: as published, for sampler=ddpm."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -71,6 +71,7 @@ class FDG(Term):
 
     _: KW_ONLY
     low: float = 1.0
+    """The scale of low frequencies; 1 leaves them as they are."""
 
     def contribution(self, ask: Question) -> Asking:
         """Return (w_low - 1) low + (w_high - 1) high of v_cond - v_null."""

@@ -74,6 +74,7 @@ class Perturbed(BranchTerm):
 
     _: KW_ONLY
     layers: Layer | Sequence[Layer] = "auto"
+    """Self-attention layers by name or number; auto: in the middle of the depth."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

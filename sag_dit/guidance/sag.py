@@ -75,9 +75,13 @@ class BlurGuidance(BranchTerm):
 
     _: KW_ONLY
     branch: BranchName = "auto"
+    """Which prediction is degraded: cond, null, or auto: null beside CFG, else cond."""
     blur_sigma: float = 1.0
+    """Of the Gaussian blur, in the unit blur_in."""
     kernel_size: int | None = 9
+    """Odd, in latent cells; null: three sigmas to either side."""
     blur_in: Literal["cells", "grid"] = field(default="cells", metadata=LATER)
+    """cells of the latent; grid: a share of its shorter side."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,10 +174,15 @@ class SAG(BlurGuidance):
 
     _: KW_ONLY
     layer: Layer | Sequence[Layer] = "auto"
+    """Whose saliency is read, one or several; auto: in the middle of the depth."""
     threshold: float = 1.0
+    """Times the mean saliency: what is above is blurred."""
     quantile: float | None = field(default=None, metadata=LATER)
+    """Of the image's own saliency, in place of the threshold."""
     mask: MaskKind = field(default="attention", metadata=LATER)
+    """attention, or one it is compared with: random, high_frequency, square, global."""
     heads: int | None = field(default=None, metadata=LATER)
+    """Read the layer with so many heads, as the authors read ADM's 16 as 4."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -76,6 +76,7 @@ class SEG(Perturbed):
 
     _: KW_ONLY
     blur_sigma: float = math.inf
+    """In tokens; .inf: every query is the mean of all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

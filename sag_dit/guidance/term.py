@@ -165,8 +165,11 @@ class Term(ABC):
     scale: float = 1.0
     _: KW_ONLY
     interval: tuple[Bound, Bound] = (0.0, 1.0)
+    """Where the method acts; outside it costs nothing."""
     interval_in: Unit = field(default="progress", metadata=LATER)
+    """The unit of the bounds: progress from noise (0) to image (1), t, or sigma."""
     schedule: Schedule = field(default="constant", metadata=LATER)
+    """What the contribution is multiplied by: constant, linear, cosine, or a function."""
 
     key: ClassVar[str]
     """What the identity of a run calls the method, wherever its code lies: no other one's key."""
@@ -262,6 +265,7 @@ class BranchTerm(Term):
 
     _: KW_ONLY
     branch: BranchName = "cond"
+    """Which prediction is made worse: cond, null, or auto: null beside CFG, else cond."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

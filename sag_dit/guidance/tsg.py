@@ -56,8 +56,11 @@ class TSG(BranchTerm):
 
     _: KW_ONLY
     noise: float = 2.0
+    """Of the time embedding, in its standard deviations."""
     power: float = 1.0
+    """How fast the noise fades towards the image; 0: not at all."""
     depth: int = 10
+    """The first so many blocks are given the noisy embedding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
