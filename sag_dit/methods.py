@@ -27,6 +27,10 @@ class Method:
     ``name`` is its class, in ``module``. ``settings`` are the defaults of its fields beside the
     scale, as YAML writes them; those that all methods have come last, and fields that take objects
     of Python alone, such as a network, are left out. ``remarks`` say what the settings mean.
+
+    Example:
+        >>> next(method for method in methods() if method.key == "cfg").neutral
+        1.0
     """
 
     name: str

@@ -44,7 +44,13 @@ def generator(seed: int, index: int, draw: int, purpose: int = 0) -> np.random.G
 
 @dataclass(frozen=True)
 class NoiseSource:
-    """Draws the noise of one batch of images, each from its own streams."""
+    """Draws the noise of one batch of images, each from its own streams.
+
+    Example:
+        >>> source = NoiseSource(seeds=[0, 0], indices=[4, 5])
+        >>> source.normal(0, (4, 8, 8)).shape
+        torch.Size([2, 4, 8, 8])
+    """
 
     seeds: Sequence[int]
     indices: Sequence[int]

@@ -62,6 +62,13 @@ class AttentionTap:
     Raises:
         ValueError: a module does not exist (those that attend are listed), or the context ended
             without a captured or edited attention layer having called fused attention.
+
+    Example::
+
+        layer = AttentionLayer("blocks.5.attn", grid=(16, 16))
+        with AttentionTap(network, [Capture(layer)]) as tap:
+            network(x_t, t, labels)
+        saliency = tap.captured["blocks.5.attn"]
     """
 
     def __init__(

@@ -60,6 +60,10 @@ class Digits(StepData):
 
     Raises:
         ValueError: ``classes`` are not different digits.
+
+    Example::
+
+        trainer.fit(module, Digits(batch_size=64, classes=[3, 7]))
     """
 
     key = "digits"

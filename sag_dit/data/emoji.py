@@ -59,6 +59,11 @@ class Emoji:
         labels: the class of each.
         splits: ``train``, ``tune`` or ``report``.
         images: (n, 3, 64, 64), uint8.
+
+    Example::
+
+        table = all_emoji()
+        chosen = table.images[table.places("train")]
     """
 
     class_names: tuple[str, ...]
@@ -160,6 +165,10 @@ class EmojiData(StepData):
 
     Raises:
         ValueError: Pillow cannot read the bundled file, or a value is out of its range.
+
+    Example::
+
+        trainer.fit(module, EmojiData(batch_size=64))
     """
 
     key = "emoji"

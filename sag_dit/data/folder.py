@@ -23,6 +23,11 @@ class ImageFiles:
         names: paths relative to it, with ``/``.
         labels: the class of each.
         class_names: names of the class folders; of a flat folder its own name.
+
+    Example::
+
+        files = find_images("photos/")
+        print(len(files), files.class_names, files.path(0))
     """
 
     root: Path

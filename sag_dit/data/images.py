@@ -40,6 +40,11 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
 
     Raises:
         ValueError: a value out of its range.
+
+    Example::
+
+        crops = Crops(find_images("photos/"), size=256)
+        image, label = crops[0]
     """
 
     def __init__(
@@ -161,6 +166,10 @@ class ImageFolderData(NamedData):
 
     Raises:
         ValueError: the folder holds no usable images, or a value is out of its range.
+
+    Example::
+
+        trainer.fit(module, ImageFolderData("photos/", size=256, batch_size=64))
     """
 
     key = "folder"

@@ -47,6 +47,11 @@ class Latents(Dataset[tuple[Moments, Labels, int]]):
 
     Raises:
         ValueError: a shard is missing, truncated, or not what the index says.
+
+    Example::
+
+        latents = Latents(folder, read_index(folder))
+        moments, label, step = latents[0]
     """
 
     def __init__(self, folder: Path, index: Index) -> None:
@@ -126,6 +131,10 @@ class LatentData(NamedData):
 
     Raises:
         ValueError: the folder is incomplete or damaged, or a value is out of its range.
+
+    Example::
+
+        trainer.fit(module, LatentData("outputs/latents/photos-1f3a", batch_size=256))
     """
 
     key = "latents"

@@ -132,7 +132,13 @@ def patches(split: Split) -> tuple[Images, Labels]:
 
 
 class Crops(Dataset[tuple[Tensor, Tensor]]):
-    """Crops at a list of places, mirrored where the batch says so."""
+    """Crops at a list of places, mirrored where the batch says so.
+
+    Example::
+
+        crops = Crops(held_out_places("tune"))
+        images, labels = crops.__getitems__(Batch(0, [0, 1], [False, True]))
+    """
 
     def __init__(self, places: Places) -> None:
         self.places = places
@@ -152,6 +158,10 @@ class Patches(StepData):
 
     Raises:
         ValueError: the photographs are not there, or a value is out of its range.
+
+    Example::
+
+        trainer.fit(module, Patches(batch_size=64))
     """
 
     key = "patches"

@@ -111,6 +111,11 @@ class PendingRequests(LightningDataModule):
     """Batches of the requests still to be drawn; rank r of w takes every w-th from the r-th on.
 
     A rank may have none: Lightning allows that only when told.
+
+    Example::
+
+        requests = make_requests(8, 0, [3, 7], model.class_names)
+        trainer.predict(module, PendingRequests(requests, batch_size=4))
     """
 
     def __init__(self, pending: Sequence[Request], batch_size: int) -> None:

@@ -46,6 +46,10 @@ class Shard:
         bytes: its size.
         sha256: of the whole file.
         skipped: names of images that would be in it, had they been readable.
+
+    Example:
+        >>> Shard("000.safetensors", rows=2, bytes=100, sha256="1f3a").skipped
+        ()
     """
 
     file: str
@@ -77,6 +81,11 @@ class Index:
         flips: 2 if mirror images are there, else 1.
         counts: images of each class.
         shards: the files, in order.
+
+    Example::
+
+        index = read_index(folder)
+        print(index.images, index.shape, index.class_names)
     """
 
     config: dict[str, Any]
@@ -146,7 +155,13 @@ def sha256(file: Path) -> str:
 
 
 class Rows(NamedTuple):
-    """A shard's arrays, mapped from its file."""
+    """A shard's arrays, mapped from its file.
+
+    Example::
+
+        rows = map_shard(folder, index.shards[0], index)
+        mean = rows.moments[0, 0, 0]  # of the first image, not mirrored
+    """
 
     moments: NDArray[Any]
     labels: Indices

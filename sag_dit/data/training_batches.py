@@ -34,7 +34,12 @@ Indices = NDArray[np.int64]
 
 
 class Batch(NamedTuple):
-    """What a step asks of a dataset's ``__getitems__``."""
+    """What a step asks of a dataset's ``__getitems__``.
+
+    Example:
+        >>> Batch(step=0, indices=[4, 2], mirrored=[False, True]).indices
+        [4, 2]
+    """
 
     step: int
     indices: list[int]
@@ -51,6 +56,11 @@ class TrainingBatches(Sampler[Batch]):
 
     Coins are drawn for the batch of all ranks together, so that images and their mirroring do not
     depend on how many ranks share a global batch.
+
+    Example:
+        >>> batches = TrainingBatches(np.arange(10), 4, seed=0, flip=False)
+        >>> batches.batch(7) == batches.batch(7)
+        True
     """
 
     def __init__(
@@ -165,6 +175,12 @@ class StepData(LightningDataModule, ABC):
 
     Raises:
         ValueError: a value out of its range.
+
+    Example::
+
+        data = Digits(batch_size=64)  # one of its subclasses
+        for images, labels in data.train_dataloader():
+            module.training_step((images, labels), 0)
     """
 
     class_names: tuple[str, ...]
@@ -258,7 +274,13 @@ class StepData(LightningDataModule, ABC):
 
 
 class NamedData(StepData):
-    """Images with names, of which ``held_out``, a share, is kept for validation."""
+    """Images with names, of which ``held_out``, a share, is kept for validation.
+
+    Example::
+
+        data = ImageFolderData("photos/", held_out=0.1)  # one of its subclasses
+        print(data.held_out_images.sum())
+    """
 
     def __init__(
         self, *, batch_size: int, seed: int, flip: bool, held_out: float, workers: int | None

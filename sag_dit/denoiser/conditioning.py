@@ -12,7 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class PerImage:
-    """A tensor whose first dimension is images; what is not wrapped is common to all images."""
+    """A tensor whose first dimension is images; what is not wrapped is common to all images.
+
+    Example:
+        >>> PerImage(torch.zeros(2, 77, 768)).rows.shape
+        torch.Size([2, 77, 768])
+    """
 
     rows: Tensor
 
@@ -22,6 +27,11 @@ class Inputs:
     """A condition: the network's further arguments by name, in any nesting.
 
     ``channels`` is concatenated behind x_t: the mask and the masked image of an inpainting model.
+
+    Example:
+        >>> text = Inputs.of({"encoder_hidden_states": torch.zeros(2, 77, 768)}, count=2)
+        >>> text.take(slice(1)).join([text]).count
+        3
     """
 
     arguments: Mapping[str, Any]

@@ -23,6 +23,10 @@ class Wording:
         max_length: the most text tokens of a T5.
         guidance: what a model distilled from guidance is told, None for others.
         tells_size: whether the network is told the image's size (PixArt-alpha at 1024 pixels).
+
+    Example:
+        >>> Wording(size=(1024, 1024), cells=(128, 128), negative="blurry").max_length
+        256
     """
 
     size: tuple[int, int]

@@ -29,7 +29,12 @@ KEPT = 16
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """What a call tells of its sequence: the size of x_t and the number of text tokens."""
+    """What a call tells of its sequence: the size of x_t and the number of text tokens.
+
+    Example:
+        >>> TokenGrid((128, 128), text_tokens=77).size
+        (128, 128)
+    """
 
     size: tuple[int, int]
     text_tokens: int = 0
@@ -52,6 +57,11 @@ class TextConditional(Denoiser):
         x_name: its argument for x_t.
         time_unit: its unit of time in the scheduler's, whose whole is 1000.
         shared: its arguments that are never one row per image.
+
+    Example::
+
+        denoiser = sag_dit.load_text("FOLDER", ["a corgi"], size=(512, 512)).denoiser
+        prediction = denoiser(x_t, level, denoiser.conditions([0]))
     """
 
     network_class: ClassVar[str]

@@ -17,6 +17,10 @@ class UNetText(TextConditional):
 
     The grid halves, rounding up, with each downsampling. ``auto`` is the first self-attention of
     the middle block, SAG's published choice.
+
+    Example::
+
+        layers = list(UNetText.find_layers(pipe.unet, TokenGrid((64, 64))))
     """
 
     network_class = "UNet2DConditionModel"
@@ -58,7 +62,12 @@ def _patches(network: Any, grid: TokenGrid) -> tuple[int, int]:
 
 
 class PixArtText(TextConditional):
-    """PixArt-alpha and Sigma: patches of the image alone attend to each other, text by itself."""
+    """PixArt-alpha and Sigma: patches of the image alone attend to each other, text by itself.
+
+    Example::
+
+        layers = list(PixArtText.find_layers(pipe.transformer, TokenGrid((128, 128))))
+    """
 
     network_class = "PixArtTransformer2DModel"
 
@@ -72,7 +81,12 @@ class PixArtText(TextConditional):
 
 
 class DiTLabels(PixArtText):
-    """DiT as diffusers computes it, with class labels in the place of text."""
+    """DiT as diffusers computes it, with class labels in the place of text.
+
+    Example::
+
+        layers = list(DiTLabels.find_layers(pipe.transformer, TokenGrid((32, 32))))
+    """
 
     network_class = "DiTTransformer2DModel"
 
@@ -81,6 +95,10 @@ class JointText(TextConditional):
     """Stable Diffusion 3: image and text in one sequence, the image's tokens first.
 
     Some blocks have a second attention, ``attn2``, of the image alone.
+
+    Example::
+
+        layers = list(JointText.find_layers(pipe.transformer, TokenGrid((128, 128))))
     """
 
     network_class = "SD3Transformer2DModel"
@@ -104,7 +122,14 @@ class JointText(TextConditional):
 
 
 class PackedText(TextConditional):
-    """FLUX: text first, then the image's tokens of 2 x 2 latent cells; in the end one stream."""
+    """FLUX: text first, then the image's tokens of 2 x 2 latent cells; in the end one stream.
+
+    Example:
+        >>> import torch
+        >>> tokens = PackedText.packed(torch.zeros(1, 16, 64, 64))
+        >>> tokens.shape, PackedText.unpacked(tokens, TokenGrid((64, 64))).shape
+        (torch.Size([1, 1024, 64]), torch.Size([1, 16, 64, 64]))
+    """
 
     network_class = "FluxTransformer2DModel"
     time_unit = 1000.0

@@ -38,6 +38,10 @@ class DINOv2(FeatureExtractor):
         ValueError: no such model, weights that do not fit or cannot be downloaded.
 
     Source: Oquab et al., arXiv 2304.07193; Stein et al., arXiv 2306.04675 (dgm-eval).
+
+    Example::
+
+        reference = load_reference("photos/", DINOv2())
     """
 
     name = "dinov2"

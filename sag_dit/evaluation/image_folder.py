@@ -26,6 +26,11 @@ class FolderImages(ImageSet):
 
     Raises:
         ValueError: there are none, or they lie both in class folders and beside them.
+
+    Example::
+
+        for images, indices in FolderImages(folder).read(batch_size=64):
+            suite.update(images, indices)
     """
 
     def __init__(self, path: Path, size: int | None = None) -> None:

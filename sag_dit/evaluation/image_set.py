@@ -19,6 +19,11 @@ class ImageSet(ABC):
     """Images in one order, each with an index of its own.
 
     ``protocol`` says, as plain JSON values, what was done to them before they are read.
+
+    Example::
+
+        images = open_images("digits:report")
+        print(len(images), images.shape, images.balance())
     """
 
     name: str

@@ -61,7 +61,14 @@ def read_images(
 
 
 class DatasetImages(ImageSet):
-    """A map-style dataset of (image (c, h, w) uint8, label)."""
+    """A map-style dataset of (image (c, h, w) uint8, label).
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> pixels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+        >>> DatasetImages(TensorDataset(pixels, torch.arange(4)), "black").shape
+        (3, 8, 8)
+    """
 
     def __init__(self, dataset: Dataset[Any], name: str) -> None:
         if not hasattr(dataset, "__len__") or not len(dataset):

@@ -41,6 +41,11 @@ class Inception(FeatureExtractor):
         ValueError: torch-fidelity is not installed, or the file is missing, damaged or foreign.
 
     Source: Szegedy et al., arXiv 1512.00567; openai/guided-diffusion, evaluations/evaluator.py.
+
+    Example::
+
+        features = Inception()(images)  # uint8 (b, 3, h, w)
+        print(features.pool.shape)
     """
 
     name = "inception"

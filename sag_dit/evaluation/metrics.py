@@ -26,6 +26,12 @@ class Moments(Metric):
 
     Raises:
         ValueError: ``groups`` or ``period`` is below 1.
+
+    Example:
+        >>> moments = Moments()
+        >>> moments.update(torch.tensor([[0.0], [2.0]]))
+        >>> float(moments.statistics().mean)
+        1.0
     """
 
     full_state_update = True
@@ -91,7 +97,16 @@ class Moments(Metric):
 
 
 class FrechetDistance(Moments):
-    """The Fréchet distance of images' features to a reference: FID, sFID, FD-DINOv2 by features."""
+    """The Fréchet distance of images' features to a reference: FID, sFID, FD-DINOv2 by features.
+
+    Example:
+        >>> moments = Moments()
+        >>> moments.update(torch.tensor([[0.0], [2.0]]))
+        >>> fid = FrechetDistance(moments.statistics())
+        >>> fid.update(torch.tensor([[1.0], [3.0]]))
+        >>> float(fid.compute())
+        1.0
+    """
 
     higher_is_better = False
 
@@ -125,6 +140,12 @@ class InceptionScore(Metric):
         ValueError: a parameter is below 1.
 
     Source: Salimans et al., arXiv 1606.03498; openai/guided-diffusion, evaluations/evaluator.py.
+
+    Example:
+        >>> score = InceptionScore()
+        >>> score.update(torch.tensor([[50.0, 0.0], [0.0, 50.0]]), torch.arange(2))
+        >>> round(float(score.compute()), 3)
+        2.0
     """
 
     full_state_update = True

@@ -31,6 +31,14 @@ class PrecisionRecall(Metric):
 
     Source: Kynkäänniemi et al., arXiv 1904.06991; openai/guided-diffusion, evaluations/evaluator.py
     (which computes the squared distances in half precision where these do not overflow).
+
+    Example:
+        >>> real = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+        >>> metric = PrecisionRecall(real, k=1)
+        >>> metric.update(torch.tensor([[0.5], [9.0], [9.5], [1.5]]), torch.arange(4))
+        >>> precision, recall = metric.value(None)
+        >>> round(float(precision), 2)
+        0.5
     """
 
     full_state_update = True

@@ -47,6 +47,11 @@ class Reference:
         features: pooled features (m, d) for precision and recall; m is at most what was asked for.
         protocol: all that changes a number, as plain JSON values: the extractor's protocol, source,
             sha256, counts, image size, label balance.
+
+    Example::
+
+        reference = load_reference("digits:report", extractor)
+        print(reference.count, reference.protocol["network"])
     """
 
     name: str

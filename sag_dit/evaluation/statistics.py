@@ -14,7 +14,13 @@ COLUMNS = 256
 
 
 class Statistics(NamedTuple):
-    """Mean (d) and unbiased covariance (d, d) of ``number`` vectors; None if nobody told."""
+    """Mean (d) and unbiased covariance (d, d) of ``number`` vectors; None if nobody told.
+
+    Example:
+        >>> one = torch.ones(1, 1, dtype=torch.float64)
+        >>> frechet_distance(Statistics(9, one[0], one), Statistics(9, 3 * one[0], one))
+        4.0
+    """
 
     number: int | None
     mean: Float64[Tensor, "d"]

@@ -46,6 +46,13 @@ class Suite:
     Raises:
         ValueError: an unknown metric, a reference that lacks what one needs, or one whose features
             come from another network or preprocessing.
+
+    Example::
+
+        suite = Suite(extractor, reference, ["fid", "is"])
+        for pixels, indices in batches:
+            suite.update(pixels, indices)
+        print(suite.compute())
     """
 
     def __init__(

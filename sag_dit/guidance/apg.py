@@ -32,6 +32,10 @@ class APG(Term):
 
     Raises:
         ValueError: r is negative, beta is not in (-1, 1), or the model has no null condition.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], guidance=[APG(2.0, norm_threshold=10.0)])
     """
 
     key = "apg"

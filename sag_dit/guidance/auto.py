@@ -35,7 +35,7 @@ class Autoguidance(BranchTerm):
     Example::
 
         worse = sag_dit.load("EARLIER.ckpt").denoiser
-        sag_dit.sample(model, guidance=[Autoguidance(2.0, worse=worse)])
+        sag_dit.sample(model, [3, 7], guidance=[Autoguidance(2.0, worse=worse)])
     """
 
     key = "auto"

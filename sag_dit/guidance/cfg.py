@@ -49,6 +49,12 @@ class CFG(Term):
     Raises:
         ValueError: ``channels`` is not positive, ``rescale`` is not in [0, 1], or the model has
             fewer channels or no null condition.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], guidance=[CFG(1.5)])
+        limited = CFG(2.1, interval=(0.28, 2.9), interval_in="sigma")
+        sag_dit.sample(model, [3, 7], guidance=[limited])
     """
 
     key = "cfg"

@@ -29,6 +29,10 @@ class CFGZero(Term):
     Raises:
         ValueError: ``zero_steps`` is negative, or not 0 beside a schedule, which would zero a share
             only; or the model is no flow or has no null condition.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], guidance=[CFGZero(4.0, zero_steps=1)])
     """
 
     key = "cfgzero"

@@ -23,6 +23,10 @@ class Gradient(Denoiser):
 
     Thus it shares their rounds, batches and bound on rows. ``network`` is any module
     (x_t, t) -> logits.
+
+    Example::
+
+        v = Gradient(classifier, denoiser).evaluate(x_t, t, labels)
     """
 
     def __init__(self, classifier: nn.Module, guided: Denoiser) -> None:
@@ -77,10 +81,8 @@ class ClassifierGuidance(Term):
 
     Example::
 
-        from sag_dit.checkpoints import load_classifier
-
-        classifier = load_classifier("ADM-classifier-128")
-        sag_dit.sample(model, guidance=[ClassifierGuidance(0.5, classifier=classifier)])
+        classifier = sag_dit.checkpoints.load_classifier("ADM-classifier-128")
+        sag_dit.sample(model, [3, 7], guidance=[ClassifierGuidance(0.5, classifier=classifier)])
     """
 
     key = "classifier"

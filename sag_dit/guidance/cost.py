@@ -25,6 +25,10 @@ class Cost:
     """Network evaluations of each step: how many wait for one another, and rows of one image.
 
     ``others`` are rows of further networks: a worse model, a classifier.
+
+    Example:
+        >>> print(Cost(rounds=(2, 2), rows=(3, 2), others=(0, 0)))
+        2 rounds, 2.5 (at most 3) rows per image and step
     """
 
     rounds: tuple[int, ...]

@@ -30,6 +30,11 @@ class Talk:
     """One term's generator while it runs: what it asks now, and in the end its contribution.
 
     ``read`` is what it captured on the way.
+
+    Example::
+
+        talk = Talk(term, term.contribution(question))
+        talk.tell(None)  # now talk.wants is what the term asks
     """
 
     term: Term
@@ -83,6 +88,11 @@ class GuidedDenoiser:
     terms read, of whichever branch they read it, so that a caller can show what they saw; of two
     that read one layer, the first counts. What the caller itself captures of the base has a name of
     its own, :func:`base_key`.
+
+    Example::
+
+        guided = GuidedDenoiser(model.denoiser, [CFG(1.5), SAG(0.5)], max_rows=64)
+        prediction = guided(x_t, step, labels)
     """
 
     def __init__(

@@ -26,6 +26,10 @@ class ICG(Term):
 
     Raises:
         ValueError: the model is not one of several classes.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], guidance=[ICG(1.4)])
     """
 
     key = "icg"

@@ -70,6 +70,13 @@ class Perturbed(BranchTerm):
 
     Raises:
         ValueError: ``layers`` names none, or the model lacks one or the null condition.
+
+    Example::
+
+        @dataclass(frozen=True)
+        class WithoutAttention(Perturbed):
+            def edits(self, layers: Sequence[AttentionLayer], ask: Question) -> tuple[Edit, ...]:
+                return tuple(Skip(layer.name) for layer in layers)
     """
 
     _: KW_ONLY

@@ -65,6 +65,10 @@ class BlurGuidance(BranchTerm):
     given condition otherwise.
 
     Source: Hong et al. 2023, section 4.2.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], guidance=[BlurGuidance(0.5, blur_sigma=2.0)])
     """
 
     key = "blur"
@@ -163,6 +167,10 @@ class SAG(BlurGuidance):
     Raises:
         ValueError: the mask is unknown, ``quantile`` is not in [0, 1) or is beside a threshold, or
             a layer does not exist.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], guidance=[SAG(0.5, layer="blocks.5", interval=(0.0, 0.5))])
     """
 
     key = "sag"

@@ -47,6 +47,10 @@ class Branch:
 
     What is captured on the way (layer, "saliency" or "map", heads) does not change the answer and
     so is no part of the question's identity: two branches that differ only there are asked once.
+
+    Example::
+
+        good, worse = yield branch, branch.edited(Skip("blocks.5"))
     """
 
     model: Denoiser
@@ -87,6 +91,10 @@ class Question:
     none). ``guided_by_cfg`` says whether classifier-free guidance is active at this step.
     ``memory`` is the term's own store for one run; it starts empty. ``noise`` is the images' own
     randomness, for terms that draw.
+
+    Example::
+
+        cond, null = yield ask.base, ask.required_null()
     """
 
     step: Step
@@ -160,6 +168,14 @@ class Term(ABC):
     Raises:
         ValueError: a number is not finite or not whole, the interval is the wrong way round, or the
             schedule is unknown.
+
+    Example::
+
+        @dataclass(frozen=True)
+        class MyCFG(Term):
+            def contribution(self, ask: Question) -> Asking:
+                cond, null = yield ask.base, ask.required_null()
+                return self.scale * (cond.v - null.v)
     """
 
     scale: float = 1.0
@@ -261,6 +277,15 @@ class BranchTerm(Term):
 
     Raises:
         ValueError: another branch, or ``null`` for a model without a null condition.
+
+    Example::
+
+        @dataclass(frozen=True)
+        class Noisier(BranchTerm):
+            def contribution(self, ask: Question) -> Asking:
+                branch = ask.branch(self.branch)
+                good, worse = yield branch, branch.at(branch.x_t * 1.1)
+                return self.scale * (good.v - worse.v)
     """
 
     _: KW_ONLY

@@ -19,7 +19,12 @@ PURPOSE = 5
 
 @dataclass(frozen=True, eq=False)
 class Shifted(InputEdit):
-    """What enters a module is moved by so much."""
+    """What enters a module is moved by so much.
+
+    Example::
+
+        worse = branch.edited(Shifted("blocks.0.adaLN_modulation", by))
+    """
 
     by: Tensor
 
@@ -43,6 +48,10 @@ class TSG(BranchTerm):
 
     Raises:
         ValueError: ``noise`` or ``depth`` is not positive, or the model is not a DiT.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], guidance=[TSG(2.5, noise=2.0, depth=10)])
     """
 
     key = "tsg"

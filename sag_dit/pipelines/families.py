@@ -20,6 +20,10 @@ class Family:
         network: the pipeline's attribute that holds the network.
         own_cfg: the order of the rows under the pipeline's own classifier-free guidance; ``apart``
             is a second call for the null prompt, after that for the prompt.
+
+    Example:
+        >>> [family.name for family in FAMILIES if "FluxPipeline" in family.pipelines]
+        ['FLUX']
     """
 
     name: str

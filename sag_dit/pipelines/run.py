@@ -68,6 +68,11 @@ class Run:
 
     ``layout`` is the denoiser of the network's token layout; ``max_rows`` bounds the rows evaluated
     at once, ``seed`` keys the randomness of terms that draw.
+
+    Example::
+
+        run = Run(pipe, network, layout, "null first", terms, max_rows=None, seed=0)
+        output = run.output(x, t, {"encoder_hidden_states": text}, cfg=True)
     """
 
     def __init__(

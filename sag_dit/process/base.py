@@ -33,6 +33,11 @@ class NoiseLevel:
     Values are Python floats (double precision) while sampling, where a whole batch shares one
     level, and tensors in training: ``t`` of shape (b,), the others broadcastable to images.
     ``t`` is the time that the network is told; larger is noisier.
+
+    Example:
+        >>> level = NoiseLevel(t=500.0, alpha=0.8, sigma=0.6, d_alpha=-0.6, d_sigma=0.8)
+        >>> level.times(torch.zeros(2, 3, 8, 8))
+        tensor([500, 500])
     """
 
     t: Scalar
@@ -56,6 +61,11 @@ class Step:
 
     A solver that evaluates twice a step makes two of these of it, so ``count`` is the number of
     evaluations, and ``next`` may then be as noisy as ``level``.
+
+    Example::
+
+        grid = process.grid(50)
+        first = Step(index=0, count=50, level=grid[0], next=grid[1])
     """
 
     index: int
@@ -79,6 +89,11 @@ class Prediction:
     so the sampler finishes it (Nichol & Dhariwal 2021, equation 15).
     ``unclamped``, shape (b, c, h, w), is the part of ``v`` that clamping x_0 leaves alone.
     ``attention`` maps what was captured to a layer's saliency (rows, n) or map (rows, k, n, n).
+
+    Example::
+
+        prediction = model.denoiser(x_t, level, labels)
+        image, noise = prediction.x_0, prediction.eps
     """
 
     x_t: Images
@@ -126,7 +141,13 @@ class Prediction:
 
 
 class Process(ABC):
-    """A forward process: times, noise levels and grids of them."""
+    """A forward process: times, noise levels and grids of them.
+
+    Example::
+
+        process = model.denoiser.process
+        x_t = process.add_noise(x_0, eps, process.level(500))
+    """
 
     max_steps: int
     """The largest number of steps a grid can have."""

@@ -84,6 +84,10 @@ class DDPM(Process):
 
     Times are 0 to ``num_timesteps`` - 1 and the network is always told the original time, also on
     a respaced grid. Tables are float64.
+
+    Example:
+        >>> [level.t for level in DDPM().grid(3)]
+        [999.0, 500.0, 0.0, 0.0]
     """
 
     schedule: Literal["linear", "scaled_linear", "cosine"] = "linear"
@@ -152,6 +156,11 @@ class Posterior:
     mean = of_x_0 x_0 + of_x_t x_t. ``log_lower`` is the posterior's own variance (beta tilde),
     ``log_upper`` that of the forward step (beta): the bounds of a learned variance.
     Source: Ho et al. 2020, equations 6 and 7; Nichol & Dhariwal 2021, equation 15.
+
+    Example:
+        >>> posterior = Posterior.of(DDPM().grid(50))
+        >>> len(posterior.of_x_0)
+        50
     """
 
     of_x_0: tuple[float, ...]

@@ -34,6 +34,10 @@ class Flow(Process):
 
     Raises:
         ValueError: ``time_scale`` or ``shift`` is not positive, or ``start`` is not in (0, 1].
+
+    Example:
+        >>> [level.t for level in Flow().grid(4)]
+        [1.0, 0.75, 0.5, 0.25, 0.0]
     """
 
     time_scale: float = 1.0

@@ -24,6 +24,10 @@ class DDIM(Sampler):
 
     Raises:
         ValueError: eta is not in [0, 1].
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], sampler=DDIM(eta=0.5), steps=50)
     """
 
     key = "ddim"

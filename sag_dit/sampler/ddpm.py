@@ -27,6 +27,10 @@ class Ancestral(Sampler):
     published default. The last step draws no noise.
 
     Source: Ho et al. 2020, algorithm 2; Nichol & Dhariwal 2021, equation 15.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], sampler=Ancestral(), steps=250)
     """
 
     key = "ddpm"

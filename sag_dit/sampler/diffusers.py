@@ -28,6 +28,10 @@ class Recipe:
     ``scaled``: its state is x_0 + s eps, of which ``scale_model_input`` makes x_t.
     ``output``: what it wants to be given; v loses no digits where alpha is small.
     ``least``: the fewest steps that do not overshoot; ``schedules``: the betas it is proven on.
+
+    Example:
+        >>> PROVEN["heun"].least
+        5
     """
 
     scheduler: str
@@ -138,6 +142,10 @@ class DiffusersSampler(Sampler):
 
     Raises:
         ValueError: the name is not that of a proven scheduler.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], sampler=DiffusersSampler("dpmpp_2m"), steps=25)
     """
 
     name: str

@@ -37,6 +37,10 @@ class FlowSampler(Sampler):
 
     ``shift`` spaces the grid instead of the process's own, above 1 for more steps near noise (see
     :class:`sag_dit.process.Flow`); None leaves the process's.
+
+    Example:
+        >>> [level.t for level in HeunFlow(shift=3.0).flow(Flow()).grid(2)]
+        [1.0, 0.75, 0.0]
     """
 
     shift: float | None = None
@@ -62,6 +66,10 @@ class EulerFlow(FlowSampler):
     The last step returns the x_0 that is expected. No noise is drawn.
 
     Source: Liu et al. 2023 (rectified flow), section 2.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], sampler=EulerFlow(shift=3.0), steps=50)
     """
 
     key = "euler_flow"
@@ -92,6 +100,10 @@ class HeunFlow(FlowSampler):
     of the run, and the second of each pair ends at the level it begins. No noise is drawn.
 
     Source: Karras et al. 2022, algorithm 1.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], sampler=HeunFlow(), steps=25)
     """
 
     key = "heun_flow"

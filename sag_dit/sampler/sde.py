@@ -31,6 +31,10 @@ class EulerMaruyama(FlowSampler):
 
     Raises:
         ValueError: an unknown ``diffusion``, a negative ``norm``, or a ``last_step`` not in (0, 1).
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], sampler=EulerMaruyama(diffusion="constant"), steps=250)
     """
 
     key = "sde_flow"

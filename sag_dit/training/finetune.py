@@ -36,6 +36,11 @@ class Adapted:
         kept: classes that the checkpoint knows by the same name.
         new: classes that it does not know.
         remade: parameters that were computed or composed anew, and how, in words.
+
+    Example::
+
+        adapted = adapt(base, "cats", ["tabby", "siamese"], resolution=256)
+        print(report(base, adapted))
     """
 
     model: Model

@@ -22,6 +22,12 @@ class CSVLog(Logger):
 
     ``first_step`` is the step at which the run goes on. Rows from there on, which a killed run had
     logged after its last checkpoint, are dropped, as they are going to be logged again.
+
+    Example::
+
+        from lightning.pytorch import Trainer
+
+        trainer = Trainer(logger=CSVLog("outputs/train/photos-1f3a"))
     """
 
     def __init__(self, save_dir: str | Path, first_step: int = 0) -> None:

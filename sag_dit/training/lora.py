@@ -31,6 +31,10 @@ class LoRA:
         ValueError: a value out of its range, or peft is not installed.
 
     Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1.
+
+    Example::
+
+        layers = add_adapters(network, LoRA(rank=16))
     """
 
     rank: int

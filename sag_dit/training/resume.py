@@ -27,7 +27,15 @@ SIGTERM_EXIT = 128 + signal.SIGTERM
 
 
 class Stopped(SystemExit):
-    """Raised on every rank at the same step boundary after SIGTERM; its exit code is 143."""
+    """Raised on every rank at the same step boundary after SIGTERM; its exit code is 143.
+
+    Example::
+
+        try:
+            trainer.fit(module, data)
+        except Stopped as stop:
+            print(stop.code)
+    """
 
     def __init__(self) -> None:
         super().__init__(SIGTERM_EXIT)
@@ -38,6 +46,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Lightning's own keeps a second copy in memory and a third in the system's folder for temporary
     files, from where it is not renamed but copied if that is another disk.
+
+    Example::
+
+        trainer = Trainer(plugins=[AtomicCheckpointIO()])
     """
 
     def save_checkpoint(
@@ -86,6 +98,10 @@ class LastCheckpoints(Checkpoint):
 
     Raises:
         ValueError: there is no room for a checkpoint.
+
+    Example::
+
+        trainer = Trainer(callbacks=[LastCheckpoints(out, every_n_steps=1000)])
     """
 
     def __init__(self, out: Path, every_n_steps: int) -> None:

@@ -92,6 +92,10 @@ class Hybrid(Objective):
 
     Raises:
         ValueError: ``vlb_weight`` is not a finite number of 0 or more.
+
+    Example::
+
+        losses = Hybrid(vlb_weight=1.0)(model.denoiser, x_0, labels)
     """
 
     key = "dit"

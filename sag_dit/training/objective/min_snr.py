@@ -56,6 +56,10 @@ class MinSNR(Objective):
 
     Raises:
         ValueError: gamma is not a finite number above 0.
+
+    Example::
+
+        losses = MinSNR(gamma=5.0)(model.denoiser, x_0, labels)
     """
 
     key = "min_snr"

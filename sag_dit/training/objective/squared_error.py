@@ -35,6 +35,10 @@ class MSE(Objective):
     """The mean squared error of eps, v or x_0, as the denoiser's kind has it, at uniform times.
 
     Source: Ho et al. 2020, equation 14; for v, Salimans & Ho 2022, section 4.
+
+    Example::
+
+        losses = MSE()(model.denoiser, x_0, labels)
     """
 
     key = "mse"
