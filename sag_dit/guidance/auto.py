@@ -85,19 +85,22 @@ class Autoguidance(BranchTerm):
         """Refuse a worse model that answers other questions than the model, or the same as it."""
         super().check(model)
         worse = self.worse_than(model)
+        # Both must answer the same question: x_t of one shape and process, the same classes.
         for name in ("latent_shape", "process", "num_classes", "dtype"):
             theirs, ours = getattr(worse, name, None), getattr(model, name, None)
             if theirs != ours:
                 raise ValueError(
                     f"the worse model's {name} is {theirs}: expected that of the model, {ours}"
                 )
-        # A text model's conditions, the null prompt's too, are the model's own for both.
+        # Both text models are asked with the conditions of the guided one, so that only a model of
+        # classes can lack a null condition of its own.
         own = not isinstance(model, TextConditional)
         if own and self.branch != "cond" and model.null(1) is not None and worse.null(1) is None:
             raise ValueError(
                 f"branch={self.branch!r}: the worse model has no null condition (trained without "
                 f"label dropout), and the model has; use branch='cond'"
             )
+        # The same network, or equal weights in another one, would leave nothing to guide with.
         pairs = zip(worse.parameters(), model.parameters(), strict=False)
         if worse.network is model.network or (
             worse.device == model.device

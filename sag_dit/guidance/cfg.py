@@ -19,7 +19,7 @@ def rescaled(guided: Prediction, cond: Prediction, model: Denoiser, phi: float) 
     """Return the guided prediction with, at phi = 1, the standard deviation of the conditional one.
 
     out = phi (std(cond) / std(guided)) guided + (1 - phi) guided, per image, where guided and cond
-    are what the network puts out: eps, v or x_0.
+    are what the network puts out: eps, v or x_0. Of a network of scores eps is used.
 
     Source: Lin et al. 2023, arXiv 2305.08891, equations 15 and 16; there phi = 0.7 with w = 7.5.
     """

@@ -21,8 +21,8 @@ from sag_dit.tensors import Images, Labels
 class Gradient(Denoiser):
     """A classifier of noisy images, asked as denoisers are: v is the gradient of log p(y | x_t).
 
-    Thus it shares their rounds, batches and bound on rows. ``network`` is any module
-    (x_t, t) -> logits.
+    So its questions are batched with the others of a round and count towards ``max_rows``.
+    ``network`` is any module (x_t, t) -> logits.
 
     Example::
 
@@ -162,6 +162,7 @@ class ClassifierGuidance(Term):
         base = ask.base
         gradient = ask.memory.setdefault("gradient", Gradient(self.module(), base.model))
         clean, guiding = yield base, replace(base, model=gradient.to(base.x_t.device), captures=())
+        # How much of the gradient is added, for each unit of the scale.
         level = ask.step.level
         if self.form == "score":
             alpha = float(level.alpha)
@@ -198,10 +199,10 @@ def check_fit(classifier: nn.Module, model: ClassConditional) -> None:
 
 
 def variance_share(clean: Prediction, step: Step, before: NoiseLevel | None) -> Tensor:
-    """Return variance / c_0 of an ancestral step: what moves the mean by the variance, in x_0.
+    """Return variance / c_0 of an ancestral step: a change of x_0 that moves the mean by variance.
 
-    ``before`` is the level before this one: the last step's own posterior has no variance, and the
-    step before lends its.
+    ``before`` is the level of the step before. The last step's own posterior has no variance, so
+    that of the step before is used for it.
     """
     if float(step.next.sigma) > 0:
         posterior, i = Posterior.of([step.level, step.next, CLEAN]), 0

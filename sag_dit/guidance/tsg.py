@@ -43,8 +43,8 @@ class TSG(BranchTerm):
     Published: DiT-XL/2 with classes w = 2.5, noise 2, power 1, depth 10; without w = 5, noise 1,
     power 0 (the schedule "constant"), interval (200, 800) in t.
 
-    Source: section 5 and appendix G of the paper, which leaves open that its t is in [0, 1] here
-    and that the embedding is the one after the MLP.
+    Source: section 5 and appendix G of the paper. It leaves two things open, which were chosen: t
+    runs over [0, 1], and the embedding is the one after the MLP.
 
     Raises:
         ValueError: ``noise`` or ``depth`` is not positive, or the model is not a DiT.
@@ -101,8 +101,10 @@ class TSG(BranchTerm):
             time = float(level.t) / process.num_timesteps
         else:
             time = float(level.sigma)
+        # The noise: fading with u, as large as the embedding's own spread, each image's own.
         n = ask.draw(embedding.shape[1:], PURPOSE)
         by = self.noise * time**self.power * embedding.std() * n
+        # It enters the modulation of the first blocks, as an edit of their input.
         blocks = range(min(self.depth, len(network.blocks)))
         edits = [Shifted(f"blocks.{i}.adaLN_modulation", by) for i in blocks]
         good, worse = yield branch, branch.edited(*edits)
