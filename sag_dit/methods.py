@@ -65,7 +65,7 @@ def methods() -> tuple[Method, ...]:
             key=_value(own["key"]),
             title=_value(own["title"]),
             neutral=_neutral(name, classes),
-            settings=_settings(name, classes),
+            settings=_defaults(name, classes),
             remarks=_remarks(name, classes),
         )
         for name, (module, node) in classes.items()
@@ -126,7 +126,7 @@ def _neutral(name: str, classes: Classes) -> float:
     return found
 
 
-def _settings(name: str, classes: Classes) -> dict[str, Any]:
+def _defaults(name: str, classes: Classes) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for node in _lineage(name, classes):
         for each in node.body:

@@ -24,17 +24,17 @@ def with_presets(command: str, arguments: Sequence[str]) -> list[str]:
         for argument in arguments
         if "=" in argument and "={" not in argument  # A mapping is merged into a choice.
     )
-    default = _read(f"{command}.yaml")["ckpt"]
+    default = _yaml(f"{command}.yaml")["ckpt"]
     model = str(stated.get("ckpt", default)).strip("'\"")
     if not {model} <= {*choices("guidance")} & {*choices("compare")} or "experiment" in stated:
         return list(arguments)
     preset = {"guidance": model}
     if command == "sample":
-        preset |= _read(f"compare/{model}.yaml")["sag"]
+        preset |= _yaml(f"compare/{model}.yaml")["sag"]
     else:
         preset |= {"compare": model}
     return [*(f"{key}={value}" for key, value in preset.items() if key not in stated), *arguments]
 
 
-def _read(file: str) -> Any:
+def _yaml(file: str) -> Any:
     return yaml.safe_load((config_folder() / file).read_text(encoding="utf-8"))

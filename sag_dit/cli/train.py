@@ -108,7 +108,7 @@ def adapt_model(config: DictConfig, base: Model, data: StepData) -> tuple[Model,
     Raises:
         ValueError: the data does not fit, or a pattern to freeze or to adapt matches nothing.
     """
-    from sag_dit.training.finetune import TABLE, adapt, freeze, report
+    from sag_dit.training.finetune import TABLE, adapt, adaptation_report, freeze
     from sag_dit.training.lora import add_adapters
 
     adapted = adapt(base, config.name, data.class_names, config.resolution)
@@ -116,11 +116,11 @@ def adapt_model(config: DictConfig, base: Model, data: StepData) -> tuple[Model,
     frozen = freeze(network, config.get("freeze") or ())
     lora = lora_settings(config)
     if lora is None:
-        return adapted.model, report(base, adapted)
+        return adapted.model, adaptation_report(base, adapted)
     layers = add_adapters(network, lora, frozen)
     # New classes have no rows but those that are learned now.
     network.get_parameter(TABLE).requires_grad_(TABLE in adapted.remade and TABLE not in frozen)
-    return replace(adapted.model, lora=lora.description), report(base, adapted, layers)
+    return replace(adapted.model, lora=lora.description), adaptation_report(base, adapted, layers)
 
 
 def make_module(config: DictConfig, model: Model) -> DiffusionModule:
@@ -219,7 +219,7 @@ def run(config: DictConfig) -> None:
 
     from sag_dit.cli.tracking import trackers
     from sag_dit.output.claim import claim
-    from sag_dit.training.resume import export, newest_checkpoint
+    from sag_dit.training.resume import export_run, newest_checkpoint
 
     check_logger(config.logger)
     base = load_base(config) if config.ckpt else None
@@ -250,7 +250,7 @@ def run(config: DictConfig) -> None:
         logger.log_hyperparams(settings)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        export(trainer, module, out)
+        export_run(trainer, module, out)
     except BaseException:
         # Ranks that Lightning has started would wait for this one, holding their devices.
         if trainer.strategy.launcher is not None:

@@ -144,7 +144,7 @@ def write_images(root: Path, split: Split, limit: int | None = None) -> None:
             mirrored.save(folder / f"{table.codes[place]}-mirrored.png")
 
 
-class _Pixels(Dataset[tuple[Tensor, Tensor]]):
+class _EmojiImages(Dataset[tuple[Tensor, Tensor]]):
     """Images in memory, mirrored where the batch says so and the class allows it."""
 
     def __getitems__(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -188,9 +188,9 @@ class EmojiData(StepData):
         self.class_names, self.balance = all_emoji().class_names, balance
 
     @property
-    def dataset(self) -> _Pixels:
+    def dataset(self) -> _EmojiImages:
         """All emoji; those to report are never asked for."""
-        return _Pixels()
+        return _EmojiImages()
 
     @cached_property
     def held_out_images(self) -> NDArray[np.bool_]:

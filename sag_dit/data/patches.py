@@ -131,12 +131,12 @@ def patches(split: Split) -> tuple[Images, Labels]:
     return cut(held_out_places(split))
 
 
-class Crops(Dataset[tuple[Tensor, Tensor]]):
+class PatchCrops(Dataset[tuple[Tensor, Tensor]]):
     """Crops at a list of places, mirrored where the batch says so.
 
     Example::
 
-        crops = Crops(held_out_places("tune"))
+        crops = PatchCrops(held_out_places("tune"))
         images, labels = crops.__getitems__(Batch(0, [0, 1], [False, True]))
     """
 
@@ -183,9 +183,9 @@ class Patches(StepData):
         self._places = np.concatenate([training_places(), held_out_places()])
 
     @property
-    def dataset(self) -> Crops:
+    def dataset(self) -> PatchCrops:
         """The crops to train on, then the held-out ones."""
-        return Crops(self._places)
+        return PatchCrops(self._places)
 
     @cached_property
     def held_out_images(self) -> NDArray[np.bool_]:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from sag_dit.noise import check_number, generator
+from sag_dit.noise import check_key, generator
 from sag_dit.sampling import Request, labels_of
 
 LABELS = 4
@@ -94,7 +94,7 @@ def _lines(file: str | Path) -> list[tuple[int, int, str]]:
                         f"{len(row)} values where two were expected; put a prompt that holds "
                         f"commas in quotation marks"
                     )
-                check_number("seed", seed)
+                check_key("seed", seed)
             except (ValueError, IndexError) as error:
                 raise _unreadable(file, number, ",".join(row), error) from error
             found.append((number, seed, wanted))

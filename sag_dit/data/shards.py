@@ -148,7 +148,7 @@ def pack(moments: Moments, labels: Labels, names: Labels) -> bytes:
     )
 
 
-def sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
     """Return the sha256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -210,7 +210,7 @@ def verify(folder: Path, shards: Sequence[Shard]) -> None:
         OSError: a file cannot be read.
     """
     with ThreadPoolExecutor(4) as pool:
-        digests = pool.map(lambda shard: sha256(folder / shard.file), shards)
+        digests = pool.map(lambda shard: file_sha256(folder / shard.file), shards)
         for shard, digest in zip(shards, digests, strict=True):
             if digest != shard.sha256:
                 raise ValueError(

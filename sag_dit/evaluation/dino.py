@@ -68,7 +68,7 @@ class DINOv2(FeatureExtractor):
         if not isinstance(network, VisionTransformer) or network.pos_embed is None:
             raise ValueError(f"model={model!r}: expected a vision transformer, such as {MODEL}")
         if weights is not None:
-            _load(network, Path(weights).expanduser())
+            _load_weights(network, Path(weights).expanduser())
         grid = SIDE // network.patch_embed.patch_size[0]
         network.pos_embed = torch.nn.Parameter(
             shrunk(network.pos_embed.detach(), grid, network.num_prefix_tokens)
@@ -79,7 +79,7 @@ class DINOv2(FeatureExtractor):
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
         self.protocol = {
             "architecture": model,
-            "weights": _digest(network),
+            "weights": _weights_sha256(network),
             "resize": f"{SIDE} x {SIDE}, bicubic, antialiased, rounded to 0..255",
             "range": "x / 255, ImageNet's mean and deviation",
             "positions": "bicubic, scale (grid + 0.1) / 37, as in DINOv2's own code",
@@ -131,7 +131,7 @@ def shrunk(
     return torch.cat([first, scaled.permute(0, 2, 3, 1).flatten(1, 2)], 1)
 
 
-def _load(network: torch.nn.Module, file: Path) -> None:
+def _load_weights(network: torch.nn.Module, file: Path) -> None:
     state = load_file(file) if container(file) == "safetensors" else read_torch(file)
     try:
         network.load_state_dict({name: value for name, value in state.items()})
@@ -143,7 +143,7 @@ def _load(network: torch.nn.Module, file: Path) -> None:
         ) from None
 
 
-def _digest(network: torch.nn.Module) -> str:
+def _weights_sha256(network: torch.nn.Module) -> str:
     """Return a sha256 over all weights, whatever file they came from."""
     total = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):

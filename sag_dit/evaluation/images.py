@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from sag_dit.data.splits import SPLITS, split
+from sag_dit.data.splits import SPLITS, read_split
 from sag_dit.evaluation.image_folder import FolderImages
 from sag_dit.evaluation.image_set import ImageBatch, ImageSet, share
 from sag_dit.evaluation.npz import NpzImages
@@ -37,7 +37,7 @@ def open_images(source: Source, *, size: int | None = None) -> ImageSet:
         return DatasetImages(source, type(source).__name__)
     text, path = str(source), Path(source).expanduser()
     if text in SPLITS:
-        return DatasetImages(TensorDataset(*split(text)), text)
+        return DatasetImages(TensorDataset(*read_split(text)), text)
     if path.is_dir():
         return FolderImages(path, size)
     if path.is_file() and path.suffix == ".npz":

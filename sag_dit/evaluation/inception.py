@@ -60,7 +60,7 @@ class Inception(FeatureExtractor):
                 f"{file}: sha256 is {found}, expected {SHA256}; the file is damaged: delete it and "
                 f"repeat the command"
             )
-        self.network = _network(file)
+        self.network = _inception(file)
         self._spatial: list[Tensor] = []
         branch = self.network.get_submodule("Mixed_6d.branch1x1")
         branch.register_forward_hook(lambda _, __, output: self._spatial.append(output))
@@ -117,7 +117,7 @@ def find_weights() -> Path:
     return hub / FILE
 
 
-def _network(file: Path) -> nn.Module:
+def _inception(file: Path) -> nn.Module:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ModuleNotFoundError:

@@ -68,7 +68,7 @@ class Reference:
             ValueError: it was made with another, or with other preprocessing; the difference is
                 named.
         """
-        own, other = self.protocol["network"], network_of(extractor)
+        own, other = self.protocol["network"], description_of(extractor)
         differences = [
             f"{key} {own.get(key)!r} and {other.get(key)!r}"
             for key in sorted(own.keys() | other.keys())
@@ -81,7 +81,7 @@ class Reference:
             )
 
 
-def network_of(extractor: FeatureExtractor) -> dict[str, Any]:
+def description_of(extractor: FeatureExtractor) -> dict[str, Any]:
     """Return an extractor's name and protocol as JSON values."""
     told = {"name": extractor.name, **extractor.protocol}
     plain: dict[str, Any] = json.loads(json.dumps(told))
@@ -140,7 +140,7 @@ def load_reference(
         "statistics": "of the file" if fits else "of the images",
         "features": 0 if made is None else len(made.features),
         "sample_count": sample_count or (ADM_SAMPLES if fits else None),
-        "network": network_of(extractor),
+        "network": description_of(extractor),
         **content,
     }
     told = given if fits else made
@@ -210,12 +210,12 @@ def _cached(
     """Return what was made of these images before, or make it and keep it."""
     if cache is None:
         return _make(images, extractor, batch_size, features)
-    key = json.dumps([LAYOUT, digest, network_of(extractor), features], sort_keys=True)
+    key = json.dumps([LAYOUT, digest, description_of(extractor), features], sort_keys=True)
     folder = (default_cache() if cache == "auto" else Path(cache).expanduser()) / "references"
     file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if file.is_file():
         try:
-            return _load(file)
+            return _read_made(file)
         except (SafetensorError, OSError, KeyError) as error:
             log.warning("%s cannot be read (%s); made again", file, error)
     made = _make(images, extractor, batch_size, features)
@@ -238,7 +238,7 @@ def _tensors(made: _Made) -> dict[str, Tensor]:
     return tensors
 
 
-def _load(file: Path) -> _Made:
+def _read_made(file: Path) -> _Made:
     with safe_open(file, framework="pt") as stored:
         names = set(stored.keys())
 

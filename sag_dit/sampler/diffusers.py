@@ -105,7 +105,7 @@ REFUSED: Mapping[str, str] = {
 }
 
 
-def _plain(name: str) -> str:
+def _bare(name: str) -> str:
     """Return a name without what its spellings differ in: case, separators, the word scheduler."""
     return "".join(c for c in name.lower() if c.isalnum()).removesuffix("scheduler")
 
@@ -117,12 +117,12 @@ def _refusal(name: str) -> str:
     if same:
         return f"sampler {name!r}: expected a short name, here {' or '.join(same)}; {proven}"
     for refused, reason in REFUSED.items():
-        if _plain(name) in (_plain(refused), _plain(refused).removesuffix("multistep")):
+        if _bare(name) in (_bare(refused), _bare(refused).removesuffix("multistep")):
             return f"sampler {name!r} is not offered: {reason}; {proven}"
-    spellings = {_plain(short): short for short in PROVEN}
+    spellings = {_bare(short): short for short in PROVEN}
     for short, recipe in PROVEN.items():
-        spellings.setdefault(_plain(recipe.scheduler), short)
-    near = get_close_matches(_plain(name), spellings, n=1)
+        spellings.setdefault(_bare(recipe.scheduler), short)
+    near = get_close_matches(_bare(name), spellings, n=1)
     hint = f"did you mean {spellings[near[0]]}? " if near else ""
     return f"sampler {name!r} is unknown or not proven; {hint}{proven}"
 

@@ -40,7 +40,7 @@ class Adapted:
     Example::
 
         adapted = adapt(base, "cats", ["tabby", "siamese"], resolution=256)
-        print(report(base, adapted))
+        print(adaptation_report(base, adapted))
     """
 
     model: Model
@@ -189,7 +189,7 @@ def default_objective(denoiser: ClassConditional) -> Objective:
     return Hybrid() if denoiser.network.learn_sigma else MSE()
 
 
-def report(base: Model, adapted: Adapted, adapters: Sequence[str] = ()) -> str:
+def adaptation_report(base: Model, adapted: Adapted, adapters: Sequence[str] = ()) -> str:
     """Return in a few lines what was loaded, re-made and frozen, with counts of parameters.
 
     ``adapters`` are the layers that were given LoRA's.
@@ -207,9 +207,9 @@ def report(base: Model, adapted: Adapted, adapters: Sequence[str] = ()) -> str:
         f"fine-tuning {base.name} ({base.config['weights']} weights, sha256 {base.sha256[:8]})",
         f"  loaded   {count(loaded)} parameters in {len(loaded)} tensors, unchanged",
         *(f"  re-made  {what}" for what in adapted.remade.values()),
-        f"  classes  {len(adapted.kept)} known{_some(adapted.kept)}, "
-        f"{len(adapted.new)} new{_some(adapted.new)}",
-        f"  frozen   {count(frozen)} parameters in {len(frozen)} tensors{_some(frozen)}",
+        f"  classes  {len(adapted.kept)} known{_in_brackets(adapted.kept)}, "
+        f"{len(adapted.new)} new{_in_brackets(adapted.new)}",
+        f"  frozen   {count(frozen)} parameters in {len(frozen)} tensors{_in_brackets(frozen)}",
         f"  trained  {count(trained)} of {count(parameters)} parameters; positions never are",
     ]
     if adapters:
@@ -219,7 +219,7 @@ def report(base: Model, adapted: Adapted, adapters: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
-def _some(names: Sequence[str]) -> str:
+def _in_brackets(names: Sequence[str]) -> str:
     if not names:
         return ""
     return f" ({', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)})"

@@ -176,7 +176,7 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.ckpt"), reverse=True)
 
 
-def export(trainer: Trainer, module: DiffusionModule, out: Path) -> None:
+def export_run(trainer: Trainer, module: DiffusionModule, out: Path) -> None:
     """Write the weights that are to be sampled with as safetensors; all ranks take part.
 
     Sharded weights are gathered one at a time; rank 0 writes.

@@ -16,10 +16,10 @@ from sag_dit.training.finetune import (
     POSITIONS,
     TABLE,
     adapt,
+    adaptation_report,
     default_objective,
     freeze,
     relabelled,
-    report,
     resolution_of,
 )
 from sag_dit.training.objective import MSE, FlowMatching, Hybrid, Objective
@@ -176,7 +176,7 @@ def test_the_report_counts() -> None:
     adapted = adapt(base, "tuned", ("corgi", "dog"), 12)
     network = adapted.model.denoiser.network
     freeze(network, ["x_embedder"])
-    text = report(base, adapted)
+    text = adaptation_report(base, adapted)
     sizes = {name: p.numel() for name, p in network.named_parameters()}
     loaded = sum(sizes.values()) - 3 * 24 - 36 * 24
     frozen = 24 * 3 * 4 + 24
