@@ -108,7 +108,7 @@ class AttentionEdit(Edit, ABC):
 
 
 def attending(edit: AttentionEdit, before: Attend) -> Attend:
-    """Return attention with one more edit; what it is restricted to also holds for those before."""
+    """Return attention with one more edit, whose ``allowed`` also restricts the edits before it."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
         outer = allowed
@@ -124,7 +124,7 @@ def attending(edit: AttentionEdit, before: Attend) -> Attend:
 
 
 def both(mask: Tensor | None, allowed: Tensor | None) -> Tensor | None:
-    """Return a mask, boolean or added to the logits, that also forbids what is not allowed."""
+    """Return a mask that also forbids what is not allowed; it is boolean or added to the logits."""
     if mask is None or allowed is None:
         return allowed if mask is None else mask
     return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, -torch.inf)

@@ -18,10 +18,10 @@ class Wording:
 
     Attributes:
         size: the image's (height, width).
-        cells: the latent's.
-        negative: the prompt of the null condition; empty is the pipeline's own.
+        cells: the latent's (height, width).
+        negative: the prompt of the null condition; if empty, the pipeline's own is used.
         max_length: the most text tokens of a T5.
-        guidance: what a model distilled from guidance is told, None for others.
+        guidance: the scale that a model distilled from guidance is told, None for others.
         tells_size: whether the network is told the image's size (PixArt-alpha at 1024 pixels).
 
     Example:

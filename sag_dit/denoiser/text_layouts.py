@@ -1,4 +1,4 @@
-"""The token layouts that are known: where the image's tokens are in each of diffusers' networks."""
+"""Where the image's tokens are in each of diffusers' networks that is known."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class JointText(TextConditional):
 
 
 class PackedText(TextConditional):
-    """FLUX: text first, then the image's tokens of 2 x 2 latent cells; in the end one stream.
+    """FLUX: text first, then the image's tokens of 2 x 2 latent cells; later blocks join both.
 
     Example:
         >>> import torch
@@ -145,7 +145,7 @@ class PackedText(TextConditional):
         """Read the grid from the positions that the tokens are given.
 
         Raises:
-            ValueError: there are tokens of something else than the image that is drawn.
+            ValueError: some tokens are not of the image that is drawn.
         """
         ids: Tensor = arguments["img_ids"]
         ids = ids if ids.ndim == 2 else ids[0]
@@ -170,6 +170,7 @@ class PackedText(TextConditional):
     @staticmethod
     def unpacked(x: Tensor, grid: TokenGrid) -> Images:
         """Turn tokens (b, h/2 w/2, 4 c), ordered (c, row, column), into (b, c, h, w)."""
+        # (b, i, j, c, row, column) -> (b, c, i, row, j, column)
         cells = x.unflatten(1, (grid.size[0] // 2, grid.size[1] // 2)).unflatten(-1, (-1, 2, 2))
         images: Tensor = cells.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
         return images
@@ -177,6 +178,7 @@ class PackedText(TextConditional):
     @staticmethod
     def packed(x_t: Images) -> Tensor:
         """Turn (b, c, h, w) into tokens of 2 x 2 cells."""
+        # (b, c, i, row, j, column) -> (b, i, j, c, row, column)
         cells = x_t.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
         tokens: Tensor = cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return tokens
@@ -195,7 +197,7 @@ def layout_of(network: nn.Module) -> type[TextConditional]:
     """Return the denoiser of a network's token layout.
 
     Raises:
-        ValueError: the layout is not known; those that are, are listed.
+        ValueError: the layout is not known; the message lists the known ones.
     """
     names = [each.__name__ for each in type(network).__mro__]
     for layout in LAYOUTS:

@@ -73,7 +73,7 @@ def family_of(pipe: Any) -> Family:
     """Return the family of a pipeline.
 
     Raises:
-        ValueError: it is none that is known; those that are, are listed.
+        ValueError: it is not known; the message lists the known pipelines.
     """
     names = [each.__name__ for each in type(pipe).__mro__]
     for family in FAMILIES:

@@ -59,8 +59,8 @@ class NoiseLevel:
 class Step:
     """One evaluation within a sampler's run: it stands at ``level`` and ``next`` comes after it.
 
-    A solver that evaluates twice a step makes two of these of it, so ``count`` is the number of
-    evaluations, and ``next`` may then be as noisy as ``level``.
+    A solver that evaluates the network twice in a step makes two of these. So ``count`` is the
+    number of evaluations, and ``next`` may be as noisy as ``level``.
 
     Example::
 
@@ -75,7 +75,7 @@ class Step:
 
     @property
     def progress(self) -> float:
-        """Share of the run's evaluations that lies behind this one, in [0, 1)."""
+        """The share of the run's evaluations that are done before this one, in [0, 1)."""
         return self.index / self.count
 
 
@@ -83,12 +83,12 @@ class Step:
 class Prediction:
     """What a denoiser says of one noisy batch; immutable.
 
-    Shapes: ``x_t``, ``v`` and ``variance_fraction`` are (b, c, h, w).
-    ``variance_fraction`` places the log-variance of the reverse step between its lower bound (0,
-    the posterior's) and its upper bound (1, beta's); the bounds depend on the length of the step,
-    so the sampler finishes it (Nichol & Dhariwal 2021, equation 15).
-    ``unclamped``, shape (b, c, h, w), is the part of ``v`` that clamping x_0 leaves alone.
-    ``attention`` maps what was captured to a layer's saliency (rows, n) or map (rows, k, n, n).
+    Shapes: ``x_t``, ``v`` and ``variance_fraction`` are (b, c, h, w). ``variance_fraction`` places
+    the log-variance of the reverse step between its lower bound (0, the posterior's) and its upper
+    bound (1, beta's); the bounds depend on the length of the step, so the sampler finishes it
+    (Nichol & Dhariwal 2021, equation 15). ``unclamped``, shape (b, c, h, w), is the part of ``v``
+    that stays out when x_0 is clamped. ``attention`` maps the key of each capture to a layer's
+    saliency (rows, n) or map (rows, k, n, n).
 
     Example::
 
@@ -105,19 +105,20 @@ class Prediction:
 
     @property
     def x_0(self) -> Images:
-        """The clean image that is expected, x_0 = d_sigma x_t - sigma v."""
+        """The predicted clean image, x_0 = d_sigma x_t - sigma v."""
         return self.level.d_sigma * self.x_t - self.level.sigma * self.v
 
     @property
     def eps(self) -> Images:
-        """The noise that is expected, eps = -d_alpha x_t + alpha v."""
+        """The predicted noise, eps = -d_alpha x_t + alpha v."""
         return self.level.alpha * self.v - self.level.d_alpha * self.x_t
 
     def clamped(self, x_0_range: tuple[float, float] | None) -> Prediction:
         """Return the prediction whose x_0 is clamped and whose eps explains the same x_t.
 
-        v = (d_sigma x_t - x_0) / sigma, x_0 being clamped without ``unclamped``, which then is
-        added to v again. Only defined where sigma > 0, as at every step of a grid.
+        v = (d_sigma x_t - x_0) / sigma, with the clamped x_0. ``unclamped`` is taken out of v
+        before, and added again afterwards. Only defined where sigma > 0, as at every step of a
+        grid.
         """
         if x_0_range is None:
             return self
@@ -178,8 +179,8 @@ class Process(ABC):
         """Turn a network's output of any kind into a prediction.
 
         v = output; (eps + d_alpha x_t) / alpha; or (d_sigma x_t - x_0) / sigma. A score is -eps /
-        sigma. An eps or score model cannot be read where alpha = 0, nor an x_0 model where sigma =
-        0: their output says nothing there.
+        sigma. Where alpha = 0 the output of an eps or score model says nothing of v, and where
+        sigma = 0 that of an x_0 model does not.
 
         Raises:
             ValueError: another kind.

@@ -22,7 +22,7 @@ Denoise = Callable[[Images, Step], Prediction]
 
 @dataclass(frozen=True)
 class SampleStep:
-    """One finished step: ``x`` is the state after it, ``prediction`` what led there (unclamped).
+    """One finished step: ``x`` is the state after it, ``prediction`` its prediction, unclamped.
 
     Example::
 
@@ -80,7 +80,7 @@ class Sampler(ABC):
     ) -> Iterator[SampleStep]:
         """Yield the steps from noise ``x`` (unit variance, b c h w) to the clean image.
 
-        ``x_0_range`` clamps the clean image expected at each step. ``noise`` supplies the
+        ``x_0_range`` clamps the clean image that is predicted at each step. ``noise`` supplies the
         randomness of each image and step.
 
         Raises:

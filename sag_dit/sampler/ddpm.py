@@ -83,6 +83,7 @@ class Ancestral(Sampler):
             i = step.index
             prediction = denoise(x, step)
             x_0 = prediction.clamped(x_0_range).x_0
+            # The mean of the posterior for the predicted x_0, and noise unless the image is done.
             mean = posterior.of_x_0[i] * x_0 + posterior.of_x_t[i] * x
             log_variance = self.log_variance(posterior, i, prediction)
             if i < num_steps - 1:

@@ -109,6 +109,7 @@ class EulerMaruyama(FlowSampler):
             step = Step(index, num_steps, grid[index], grid[index + 1])
             prediction = denoise(x, step)
             clamped = prediction.clamped(x_0_range)
+            # The drift, then noise unless the image is done.
             h, w = -length(step.level, step.next), self.strength(step.level)
             x = x - h * (clamped.v + w / float(step.level.sigma) * clamped.eps)
             if w > 0 and index < num_steps - 1:

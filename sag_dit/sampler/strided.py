@@ -47,7 +47,7 @@ class StridedDDPM(DDPM):
 class StridedDDIM(DDIM):
     """DDIM on the times 0, s, 2 s, ..., which guided-diffusion calls ``ddim25`` and so on.
 
-    With 25 of 1,000 steps it starts at t = 960, where :class:`DDIM` starts at 999.
+    With 25 of 1,000 steps it starts at t = 960, and :class:`DDIM` at 999.
 
     Source: Song et al. 2021, section D.2; guided-diffusion, respace.py.
 
