@@ -116,7 +116,7 @@ def emoji(split: Split) -> tuple[Images, Labels]:
 
 
 def mirrorable(labels: Indices) -> NDArray[np.bool_]:
-    """Return of which images, by their classes, the mirror image is as good."""
+    """Return which images may be mirrored, by their classes."""
     names = all_emoji().class_names
     return ~np.isin(labels, [names.index(name) for name in NOT_MIRRORED])
 

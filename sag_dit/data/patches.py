@@ -4,9 +4,10 @@ Every photograph is scaled to 288 x 288 pixels (ADM's centre crop), so that a cr
 several bricks, stones or blood vessels and not one edge, and so that all weigh the same. One
 quarter of each, 144 x 144, is held out: no crop to train on shares a pixel with it.
 
-Which quarter: the one whose crops are most like those of the rest, by the Frechet distance of their
-mean colours, contrasts and gradients. So a distance to the held-out crops measures the samples more
-than the photographer's composition; the upper right quarter of ``china``, say, is empty sky.
+The quarter was chosen whose crops are most like those of the rest, by the Frechet distance of their
+mean colours, contrasts and gradients. With another one a distance to the held-out crops would also
+measure the photograph's composition: the upper right quarter of ``china``, for example, is empty
+sky.
 
 A held-out quarter is four blocks of 72 x 72. The two on its falling diagonal are to choose settings
 with (``tune``), the two on the rising one to report them (``report``); crops do not cross blocks.

@@ -33,6 +33,7 @@ def make_requests(
     """
     if num_images < 1:
         raise ValueError(f"num_images={num_images}: expected 1 or more")
+    # Each image's class: drawn, or the listed ones in turn.
     if classes == "random":
         labels = [
             int(generator(seed, index, 0, LABELS).integers(len(class_names)))
@@ -127,7 +128,7 @@ class PendingRequests(LightningDataModule):
     def transfer_batch_to_device(
         self, batch: list[Request], device: torch.device, dataloader_idx: int
     ) -> list[Request]:
-        """Return the batch: requests are no tensors, their noise is drawn where it is needed."""
+        """Return the batch as it is: requests hold no tensors."""
         return batch
 
     def predict_dataloader(self) -> DataLoader[Request]:

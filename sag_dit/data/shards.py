@@ -118,6 +118,7 @@ def read_index(folder: Path) -> Index:
         raise ValueError(
             f"data.root={folder}: no {INDEX}; expected a folder that encode.py has finished"
         )
+    # Read the index, and check that its parts agree with each other.
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         version, images = values.pop("format"), values.pop("images")
@@ -179,6 +180,7 @@ def map_shard(folder: Path, shard: Shard, index: Index) -> Rows:
     if size != shard.bytes:
         found = "is missing" if size is None else f"has {size} bytes"
         raise ValueError(f"{file} {found}, expected {shard.bytes} bytes; {REMEDY}")
+    # Map the file, and compare its header with what the index says before anything is viewed.
     # Not numpy's own mapping, which keeps a file open for each of perhaps thousands of shards.
     content = torch.from_file(str(file), size=size, dtype=torch.uint8)
     expected = {

@@ -55,6 +55,7 @@ class DINOv2(FeatureExtractor):
             raise ValueError(
                 f"model={model!r}: expected a DINOv2 of timm without registers, such as {MODEL}"
             )
+        # The network, with published weights, those of a file, or random ones.
         try:
             network = timm.create_model(
                 model, pretrained=pretrained and weights is None, num_classes=0
@@ -69,11 +70,13 @@ class DINOv2(FeatureExtractor):
             raise ValueError(f"model={model!r}: expected a vision transformer, such as {MODEL}")
         if weights is not None:
             _load_weights(network, Path(weights).expanduser())
+        # Scale its position embeddings to images of 224 pixels.
         grid = SIDE // network.patch_embed.patch_size[0]
         network.pos_embed = torch.nn.Parameter(
             shrunk(network.pos_embed.detach(), grid, network.num_prefix_tokens)
         )
         network.patch_embed.set_input_size(img_size=(SIDE, SIDE))
+        # Preprocessing, and all that changes a feature.
         self.network = network.requires_grad_(False).eval()
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
@@ -106,9 +109,9 @@ class DINOv2(FeatureExtractor):
 def resized(images: UInt8[Tensor, "b c h w"], side: int = SIDE) -> Float[Tensor, "b c s s"]:
     """Return images scaled as Pillow's bicubic filter does, of whole values in 0..255.
 
-    Rows are scaled first, then columns, each rounded to 0..255: where the filter overshoots, one
-    pass of both gives other pixels. (Newer releases of Pillow scale the columns of tall images
-    first; square images are the same.)
+    Rows are scaled first, then columns, and each result is rounded to 0..255. Scaling both at once
+    would give other pixels where the filter overshoots. (Newer releases of Pillow scale the columns
+    of tall images first; for square images that is the same.)
     """
     scaled = images.float()
     for size in ((images.shape[2], side), (side, side)):

@@ -16,7 +16,7 @@ class Features:
     """What one network says of b images.
 
     ``pool`` (b, d) is compared by FID, precision and recall, ``spatial`` (b, s) by sFID, and the
-    softmax of ``logits`` (b, k) by the Inception Score. A network without the latter leaves None.
+    softmax of ``logits`` (b, k) by the Inception Score. What a network lacks is None.
 
     Example:
         >>> import torch

@@ -36,6 +36,7 @@ class FolderImages(ImageSet):
     def __init__(self, path: Path, size: int | None = None) -> None:
         if size is not None and size < 1:
             raise ValueError(f"size={size}: expected 1 or more pixels")
+        # A folder of sample.py holds its images in a folder of their own.
         self._manifest = path / "manifest.jsonl"
         sampled = self._manifest.is_file() or (path / "config.yaml").is_file()
         root = path / "images" if sampled and (path / "images").is_dir() else path
@@ -46,6 +47,7 @@ class FolderImages(ImageSet):
         self.name = path.resolve().name
         self.size = size
         self.protocol = {"crop": None if size is None else f"ADM's centre crop to {size} pixels"}
+        # The indices are the files' names where these are different numbers, else their places.
         stems = [Path(name).stem for name in self._files.names]
         numbers = [int(stem) for stem in stems if stem.isdecimal()]
         by_name = len(set(numbers)) == len(stems) and len(self._files.class_names) == 1

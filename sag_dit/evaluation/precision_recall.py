@@ -14,7 +14,7 @@ from sag_dit.evaluation.subsets import Groups, group_of
 from sag_dit.tensors import Labels
 
 BLOCK = 4096
-"""Distances are held for so many by so many vectors at once, 134 MB."""
+"""The distances of so many to so many vectors are held at once, 134 MB."""
 
 
 class PrecisionRecall(Metric):

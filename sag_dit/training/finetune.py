@@ -29,7 +29,7 @@ SHOWN = 5
 
 @dataclass(frozen=True, eq=False)
 class Adapted:
-    """A model that fits its new data, and what became of the checkpoint's weights.
+    """A model that fits its new data, and what happened to the checkpoint's weights.
 
     Attributes:
         model: to train; its name is the run's.
@@ -54,8 +54,8 @@ def relabelled(
 ) -> tuple[Float[Tensor, "new_rows d"], tuple[str, ...]]:
     """Return the label table (len(now) rows, and the null row if there is one) and the names kept.
 
-    A class whose name exactly one class had before keeps its row. A new class starts from the null
-    row, which the network was trained to draw any class for; without one, from the mean row.
+    A class keeps its row if exactly one class had its name before. A new class starts from the null
+    row, which was trained to stand for any class. If there is none, it starts from the mean row.
     """
     null = table[len(before) :]
     start = null[0] if len(null) else table.mean(dim=0)
@@ -107,6 +107,7 @@ def adapt(base: Model, name: str, class_names: Sequence[str], resolution: int) -
         ValueError: no class, a resolution that the autoencoder and the patches do not divide, or a
             UNet.
     """
+    # Refuse what cannot be made to fit.
     before, names = base.denoiser, tuple(class_names)
     if not isinstance(before.network, DiT):
         raise ValueError(
@@ -121,6 +122,7 @@ def adapt(base: Model, name: str, class_names: Sequence[str], resolution: int) -
             f"resolution={resolution}: expected a multiple of {cell}, the autoencoder's factor "
             f"{base.codec.factor} times the checkpoint's patch size {before.network.patch_size}"
         )
+    # The same architecture, with the new classes and the new grid.
     description = base.description
     side = resolution // base.codec.factor
     description["model"] |= {"input_size": side, "num_classes": len(names)}
@@ -128,6 +130,7 @@ def adapt(base: Model, name: str, class_names: Sequence[str], resolution: int) -
     with torch.device("meta"):
         denoiser = build(description)
 
+    # All weights are kept but for the label table and the positions, where these do not fit.
     state = dict(before.network.state_dict())
     remade = {}
     kept = names
@@ -147,9 +150,9 @@ def adapt(base: Model, name: str, class_names: Sequence[str], resolution: int) -
 
 
 def matching(names: Iterable[str], pattern: str) -> set[str]:
-    """Return the names that a pattern means (with ``*``, ``?``, ``[...]``).
+    """Return the names that match a pattern (with ``*``, ``?``, ``[...]``).
 
-    That of a module stands for all in it: ``blocks.0.*`` and ``blocks.0`` are the same.
+    The name of a module stands for all in it: ``blocks.0`` means the same as ``blocks.0.*``.
     """
     return {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")}
 
@@ -194,6 +197,7 @@ def adaptation_report(base: Model, adapted: Adapted, adapters: Sequence[str] = (
 
     ``adapters`` are the layers that were given LoRA's.
     """
+    # Sort the parameters by what became of them.
     parameters = dict(adapted.model.denoiser.network.named_parameters())
     added = {name for name in parameters if ".lora_" in name}
     loaded = set(parameters) - set(adapted.remade) - added
@@ -203,6 +207,7 @@ def adaptation_report(base: Model, adapted: Adapted, adapters: Sequence[str] = (
     def count(names: Iterable[str]) -> str:
         return f"{sum(parameters[name].numel() for name in names):,}"
 
+    # A line for each, LoRA's before the last two.
     lines = [
         f"fine-tuning {base.name} ({base.config['weights']} weights, sha256 {base.sha256[:8]})",
         f"  loaded   {count(loaded)} parameters in {len(loaded)} tensors, unchanged",

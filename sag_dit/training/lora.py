@@ -75,6 +75,7 @@ def add_adapters(network: nn.Module, lora: LoRA, frozen: Collection[str] = ()) -
     # Imported here, since peft is an extra and imports transformers.
     from peft import LoraConfig, inject_adapter_in_model
 
+    # Which layers: those that match, unless they are frozen.
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     chosen: set[str] = set()
     for pattern in lora.targets:
