@@ -49,17 +49,6 @@ def open_images(source: Source, *, size: int | None = None) -> ImageSet:
     )
 
 
-def read_images(
-    source: Source, batch_size: int, *, size: int | None = None, rank: int = 0, world: int = 1
-) -> Iterator[ImageBatch]:
-    """Yield (uint8 images (b, c, h, w), indices (b)) of a source, of one rank's share of it.
-
-    Raises:
-        ValueError: the source is not readable; a file that is to blame is named.
-    """
-    yield from open_images(source, size=size).read(batch_size, rank, world)
-
-
 class DatasetImages(ImageSet):
     """A map-style dataset of (image (c, h, w) uint8, label).
 
