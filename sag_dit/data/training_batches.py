@@ -128,7 +128,7 @@ def name_hash(name: str) -> int:
 
 
 def held_out(hashes: Indices, labels: Indices, share: float) -> NDArray[np.bool_]:
-    """Choose the images to hold out: those whose hash is in the lowest ``share`` of all hashes.
+    """Choose the images to hold out: those with the lowest hashes, ``share`` of their range.
 
     So an image stays on its side when others are added. Every class keeps at least one image to
     train on, and at least one image is held out unless ``share`` is 0.

@@ -25,7 +25,7 @@ class APG(Term):
     than ``norm_threshold`` r it is shortened to r; r = 0 shortens nothing. D is split into a part
     parallel to x_0_cond and one orthogonal to it, and x_0 = x_0_cond + (w - 1) (D_orthogonal +
     ``eta`` D_parallel). w = 1 is off. With eta = 1, r = 0 and beta = 0 it is CFG. D_before is that
-    of the last step in which the term acted.
+    of the last step in which the term acted, before it was shortened.
 
     Published: eta = 0; beta from -0.75 to -0.5; r belongs to the size of the latent, 2.5 to 15.
 

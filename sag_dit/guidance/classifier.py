@@ -81,7 +81,9 @@ class ClassifierGuidance(Term):
 
     Example::
 
-        classifier = sag_dit.checkpoints.load_classifier("ADM-classifier-128")
+        from sag_dit.checkpoints import load_classifier
+
+        classifier = load_classifier("ADM-classifier-128")
         sag_dit.sample(model, [3, 7], guidance=[ClassifierGuidance(0.5, classifier=classifier)])
     """
 
