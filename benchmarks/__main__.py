@@ -20,7 +20,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.measure import flops, peak_memory, ratio
+from benchmarks.measure import flops, peak_memory, randomise, ratio
 from sag_dit.attention import Capture
 from sag_dit.checkpoints import Model
 from sag_dit.codec import IdentityCodec
@@ -37,9 +37,7 @@ def denoiser(input_size: int) -> ClassConditional:
     """Return a DiT-S/2 with random weights, none of them zero."""
     torch.manual_seed(0)
     network = dit("DiT-S/2", input_size=input_size)
-    for name, parameter in network.named_parameters():
-        if name != "pos_embed":
-            torch.nn.init.normal_(parameter, std=0.02)
+    randomise(network)
     return ClassConditional(network.to(DEVICE), DDPM()).eval()
 
 

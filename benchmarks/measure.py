@@ -7,10 +7,18 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 Work = Callable[[], object]
+
+
+def randomise(network: nn.Module) -> None:
+    """Give every weight a small random value, but not the positions, so that none is zero."""
+    for name, parameter in network.named_parameters():
+        if name != "pos_embed":
+            nn.init.normal_(parameter, std=0.02)
 
 
 def synchronised() -> float:

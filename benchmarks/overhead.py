@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import ratio
+from benchmarks.measure import randomise, ratio
 from benchmarks.methods import classes, setting
 from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import GuidedDenoiser
@@ -30,9 +30,7 @@ def network(depth: int, width: int, size: int) -> DiT:
     """Return a DiT with random weights, none of them zero."""
     torch.manual_seed(0)
     made = DiT(size, 2, 4, width, depth, width // 64, num_classes=10, learn_sigma=False)
-    for name, parameter in made.named_parameters():
-        if name != "pos_embed":
-            nn.init.normal_(parameter, std=0.02)
+    randomise(made)
     return made.to(DEVICE).eval().requires_grad_(False)
 
 

@@ -38,6 +38,10 @@ class Name(str):
 
     ``former`` holds the names that identities had for the same class before it had a key; the first
     is the one that they are hashed with.
+
+    Example:
+        >>> Name("sag", ("old.SAG",)).former
+        ('old.SAG',)
     """
 
     former: tuple[str, ...]

@@ -11,6 +11,7 @@ import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,22 @@ OF_ALL = ("interval", "interval_in", "schedule")
 class Method:
     """What a method's file says of it.
 
-    ``name`` is its class, in ``module``; ``settings`` are the defaults of its fields beside the
-    scale, as YAML writes them, those that all methods have last. Fields that only take objects of
-    Python, such as a network, are none.
+    ``name`` is its class, in ``module``. ``settings`` are the defaults of its fields beside the
+    scale, as YAML writes them; those that all methods have come last, and fields that take objects
+    of Python alone, such as a network, are left out. ``remarks`` say what the settings mean.
+
+    Example:
+        >>> next(method for method in methods() if method.key == "cfg").neutral
+        1.0
     """
 
     name: str
     module: str
     key: str
+    title: str
     neutral: float
     settings: Mapping[str, Any]
+    remarks: Mapping[str, str]
 
 
 @cache
@@ -52,9 +59,9 @@ def methods() -> tuple[Method, ...]:
             if isinstance(node, ast.ClassDef):
                 classes[node.name] = (f"sag_dit.guidance.{file.stem}", node)
     return tuple(
-        Method(name, module, _value(own["key"]), _neutral(name, classes), _settings(name, classes))
+        _method(name, module, classes)
         for name, (module, node) in classes.items()
-        if "key" in (own := _constants(node))
+        if any(ast.unparse(each).startswith("key = ") for each in node.body)
     )
 
 
@@ -78,21 +85,6 @@ def entries() -> dict[str, dict[str, Any]]:
 Classes = Mapping[str, tuple[str, ast.ClassDef]]
 
 
-def _constants(node: ast.ClassDef) -> dict[str, ast.expr]:
-    """Return what a class states of itself, fields excepted."""
-    found: dict[str, ast.expr] = {}
-    for each in node.body:
-        if isinstance(each, ast.Assign):
-            target = each.targets[0]
-        elif isinstance(each, ast.AnnAssign) and "ClassVar" in ast.unparse(each.annotation):
-            target = each.target
-        else:
-            continue
-        if isinstance(target, ast.Name) and each.value is not None:
-            found[target.id] = each.value
-    return found
-
-
 def _lineage(name: str, classes: Classes) -> Iterator[ast.ClassDef]:
     """Yield a class and what it derives from in this package, the class itself last."""
     if name not in classes:
@@ -103,29 +95,34 @@ def _lineage(name: str, classes: Classes) -> Iterator[ast.ClassDef]:
     yield node
 
 
-def _neutral(name: str, classes: Classes) -> float:
-    found = 0.0
-    for node in _lineage(name, classes):
-        constants = _constants(node)
-        found = float(_value(constants["neutral"])) if "neutral" in constants else found
-    return found
-
-
-def _settings(name: str, classes: Classes) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for node in _lineage(name, classes):
-        for each in node.body:
-            if not (isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)):
-                continue
-            kind = ast.unparse(each.annotation)
-            if "ClassVar" in kind or each.target.id == "scale" or each.value is None:
-                continue
-            if kind != "nn.Module | None":
-                found[each.target.id] = _value(each.value)
-    return {
-        **{key: value for key, value in found.items() if key not in OF_ALL},
-        **{key: found[key] for key in OF_ALL},
-    }
+def _method(name: str, module: str, classes: Classes) -> Method:
+    """Return what a class says of itself, or inherits."""
+    constants: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
+    remarks: dict[str, str] = {}
+    for each, after in pairwise(each for node in _lineage(name, classes) for each in node.body):
+        # A field, or what the class states of itself.
+        match each:
+            case ast.Assign(targets=[ast.Name(id=target)], value=value):
+                constants[target] = value
+            case ast.AnnAssign(target=ast.Name(id=target), annotation=kind, value=value) if value:
+                if "ClassVar" in ast.unparse(kind):
+                    constants[target] = value
+                elif target != "scale" and ast.unparse(kind) != "nn.Module | None":
+                    defaults[target] = _value(value)
+        # The sentence below a field says what it means.
+        match each, after:
+            case ast.AnnAssign(target=ast.Name(id=target)), ast.Expr(ast.Constant(str(remark))):
+                remarks[target] = remark
+    return Method(
+        name,
+        module,
+        key=_value(constants["key"]),
+        title=_value(constants["title"]),
+        neutral=float(_value(constants["neutral"])),
+        settings={key: defaults[key] for key in sorted(defaults, key=OF_ALL.__contains__)},
+        remarks=remarks,
+    )
 
 
 def _value(node: ast.expr) -> Any:

@@ -18,7 +18,7 @@ START = 0
 """The draw that x_T is made of; step i of a sampler draws from stream i + 1."""
 
 
-def check_number(name: str, value: int) -> None:
+def check_key(name: str, value: int) -> None:
     """Refuse what cannot key a stream, such as a negative seed.
 
     Raises:
@@ -35,7 +35,7 @@ def generator(seed: int, index: int, draw: int, purpose: int = 0) -> np.random.G
         ValueError: a value is negative or needs more than 64 bits.
     """
     for name, value in {"seed": seed, "index": index, "draw": draw, "purpose": purpose}.items():
-        check_number(name, value)
+        check_key(name, value)
     key = np.array([seed, index], dtype=np.uint64)
     # The lowest word of the counter is left to count within the stream.
     counter = np.array([0, 0, purpose, draw], dtype=np.uint64)
@@ -44,7 +44,13 @@ def generator(seed: int, index: int, draw: int, purpose: int = 0) -> np.random.G
 
 @dataclass(frozen=True)
 class NoiseSource:
-    """Draws the noise of one batch of images, each from its own streams."""
+    """Draws the noise of one batch of images, each from its own streams.
+
+    Example:
+        >>> source = NoiseSource(seeds=[0, 0], indices=[4, 5])
+        >>> source.normal(0, (4, 8, 8)).shape
+        torch.Size([2, 4, 8, 8])
+    """
 
     seeds: Sequence[int]
     indices: Sequence[int]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.measure import randomise
 from sag_dit.models import DiT
 from sag_dit.models.unet import published
 from tests.checkpoints.openai import shapes
@@ -25,9 +26,7 @@ def save_dit(path: Path, in_channels: int, input_size: int = 8) -> Path:
     """Write a small DiT of 1000 classes, none of whose weights is zero, as the official .pt is."""
     torch.manual_seed(0)
     network = DiT(input_size, 2, in_channels, 64, 2, 1, num_classes=1000)
-    for name, parameter in network.named_parameters():
-        if name != "pos_embed":
-            torch.nn.init.normal_(parameter, std=SPREAD)
+    randomise(network)
     torch.save(network.state_dict(), path)
     return path
 

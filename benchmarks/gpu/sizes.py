@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
+from benchmarks.measure import randomise
 from sag_dit.checkpoints import Model, from_denoiser
 from sag_dit.codec import VAECodec
 from sag_dit.denoiser import ClassConditional
@@ -95,9 +95,7 @@ def network(size: dict[str, int], latent: int) -> DiT:
     torch.manual_seed(0)
     with torch.device(DEVICE):
         made = DiT(latent, num_classes=1000, **size)  # type: ignore[arg-type]
-        for name, parameter in made.named_parameters():
-            if name != "pos_embed":
-                nn.init.normal_(parameter, std=0.02)
+        randomise(made)
     return made.eval()
 
 

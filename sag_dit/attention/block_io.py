@@ -1,4 +1,4 @@
-"""The rows of a batch that a capture or an edit is about."""
+"""What goes into a module and comes out of it, for the rows that a capture or an edit is about."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IMAGE = "hidden_states"
 """What diffusers' blocks call their first input where they are called by keywords alone."""
 
 TEXT_FIRST = ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
-"""Blocks of diffusers that return (encoder_hidden_states, hidden_states)."""
+"""Blocks of diffusers that return the text before the image."""
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any], module: str) -> Tensor:
@@ -32,18 +32,20 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any], module: str) -> T
 def paired(
     block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, module: str
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """Return each output of a module that returns several beside the input that it follows from.
+    """Return pairs (input, output) of a module that returns several tensors.
 
-    Blocks of two streams (text and image) give back what they were given, in an order of their
-    own. Where that is not known, an output belongs to the one input of its shape.
+    A block of two streams, text and image, returns both, in an order of its own. Where that order
+    is not known, an output belongs to the input that has its shape.
 
     Raises:
-        ValueError: there is no such input, or more than one.
+        ValueError: no input has its shape, or more than one has.
     """
+    # Known blocks return the text first.
     if type(block).__name__ in TEXT_FIRST and isinstance(output, tuple):
         given = signature(block.forward).bind(*args, **kwargs).arguments
         text, image = output
         return [(given["encoder_hidden_states"], text), (given[IMAGE], image)]
+    # Of others, look for the input of the same shape. None stands for a stream that ends here.
     inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     pairs: list[tuple[Tensor, Tensor | None]] = []
     for out in output if isinstance(output, tuple) else (output,):

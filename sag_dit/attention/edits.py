@@ -20,6 +20,11 @@ class Attend(Protocol):
     """Fused attention with the call's own mask and scale: (query, key, value) -> output.
 
     ``allowed`` further restricts it to the pairs (query, key) that are true.
+
+    Example::
+
+        def edit_attention(self, query, key, value, attend: Attend):
+            return attend(query * 0.5, key, value)
     """
 
     def __call__(
@@ -34,13 +39,26 @@ class Attend(Protocol):
 
 @dataclass(frozen=True)
 class Edit:
-    """The base of all edits; ``module`` is the dotted name of a module of the network."""
+    """The base of all edits; ``module`` is the dotted name of a module of the network.
+
+    Example:
+        >>> Edit("blocks.5") == Edit("blocks.5")
+        True
+    """
 
     module: str
 
 
 class InputEdit(Edit, ABC):
-    """Changes the first input of a module."""
+    """Changes the first input of a module.
+
+    Example::
+
+        @dataclass(frozen=True)
+        class Halved(InputEdit):
+            def edit_input(self, x: Tensor) -> Tensor:
+                return x / 2
+    """
 
     @abstractmethod
     def edit_input(self, x: Float[Tensor, "r ..."]) -> Float[Tensor, "r ..."]:
@@ -48,7 +66,15 @@ class InputEdit(Edit, ABC):
 
 
 class OutputEdit(Edit, ABC):
-    """Changes the output of a module."""
+    """Changes the output of a module.
+
+    Example::
+
+        @dataclass(frozen=True)
+        class Skipped(OutputEdit):
+            def edit_output(self, x: Tensor, output: Tensor) -> Tensor:
+                return x
+    """
 
     @abstractmethod
     def edit_output(
@@ -58,7 +84,17 @@ class OutputEdit(Edit, ABC):
 
 
 class AttentionEdit(Edit, ABC):
-    """Changes the fused attention called within a module."""
+    """Changes the fused attention called within a module.
+
+    Example::
+
+        @dataclass(frozen=True)
+        class Cooler(AttentionEdit):
+            def edit_attention(
+                self, query: Tensor, key: Tensor, value: Tensor, attend: Attend
+            ) -> Tensor:
+                return attend(query * 2, key, value)
+    """
 
     @abstractmethod
     def edit_attention(
@@ -72,7 +108,7 @@ class AttentionEdit(Edit, ABC):
 
 
 def attending(edit: AttentionEdit, before: Attend) -> Attend:
-    """Return attention with one more edit; what it is restricted to also holds for those before."""
+    """Return attention with one more edit, whose ``allowed`` also restricts the edits before it."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
         outer = allowed
@@ -88,7 +124,7 @@ def attending(edit: AttentionEdit, before: Attend) -> Attend:
 
 
 def both(mask: Tensor | None, allowed: Tensor | None) -> Tensor | None:
-    """Return a mask, boolean or added to the logits, that also forbids what is not allowed."""
+    """Return a mask that also forbids what is not allowed; it is boolean or added to the logits."""
     if mask is None or allowed is None:
         return allowed if mask is None else mask
     return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, -torch.inf)

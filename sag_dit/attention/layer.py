@@ -18,6 +18,10 @@ class AttentionLayer:
 
     ``grid`` is the (height, width) of the image's tokens, row-major. ``tokens`` is their slice of
     the sequence, None where the sequence holds nothing else.
+
+    Example:
+        >>> AttentionLayer("blocks.0.attn", grid=(16, 16), tokens=slice(77, 333)).span
+        (77, 333)
     """
 
     name: str
@@ -36,6 +40,10 @@ class Capture:
 
     ``key`` names what was read in the answer; left out, it is :func:`capture_key`. ``heads`` reads
     the layer's channels as if it had so many heads, see :func:`regrouped`.
+
+    Example:
+        >>> Capture(AttentionLayer("blocks.0.attn", (16, 16)), kind="map").key
+        'blocks.0.attn:map'
     """
 
     layer: AttentionLayer

@@ -15,9 +15,9 @@ from torch import Tensor
 from sag_dit.tensors import Saliency
 
 CHUNK_ELEMENTS = 1 << 20
-"""Most attention probabilities held at once, 4 MiB in float32, ..."""
+"""The most attention probabilities that are held at once, 4 MiB in float32."""
 LEAST_ROWS = 32
-"""... unless so many queries need more: a large batch is still a few large operations."""
+"""The fewest queries taken at once, so that a large batch does not mean many small operations."""
 
 
 def _probabilities(
@@ -47,10 +47,10 @@ def regrouped(
     value: Float[Tensor, "b k n e"],
     heads: int,
 ) -> tuple[Float[Tensor, "b heads n f"], Float[Tensor, "b heads n f"]]:
-    """Read query, key and value, laid out head by head, as if there were ``heads`` heads.
+    """Return query and key of a layer that is read as if it had ``heads`` heads.
 
-    For reproduction only: the commands published with SAG for 256 pixels rebuild the map of a
-    model of 16 heads with 4, which mixes the three (k e = heads f).
+    For reproduction only: the commands published with SAG for 256 pixels read a model of 16 heads
+    as one of 4, which mixes query, key and value (k e = heads f).
 
     Raises:
         ValueError: the channels do not divide into so many heads.
@@ -80,6 +80,7 @@ def saliency(
 
     Source: Hong et al. 2023, section 4.3 (there before thresholding).
     """
+    # As many queries at a time as fit the bound.
     stop = query.shape[-2]
     first, last, _ = (tokens or slice(None)).indices(stop)
     rows = max(LEAST_ROWS, CHUNK_ELEMENTS // (query.shape[0] * query.shape[1] * key.shape[-2]))
@@ -91,6 +92,7 @@ def saliency(
             query[..., start:end, :], key, scale, _mask_rows(mask, start, end)
         )
         received += probabilities.sum(dim=-2).mean(dim=1)
+    # Of a longer sequence keep the image's tokens, and make their mean 1 again.
     if tokens is None:
         return received
     received = received[:, first:last]

@@ -62,6 +62,13 @@ class AttentionTap:
     Raises:
         ValueError: a module does not exist (those that attend are listed), or the context ended
             without a captured or edited attention layer having called fused attention.
+
+    Example::
+
+        layer = AttentionLayer("blocks.5.attn", grid=(16, 16))
+        with AttentionTap(network, [Capture(layer)]) as tap:
+            network(x_t, t, labels)
+        saliency = tap.captured["blocks.5.attn"]
     """
 
     def __init__(
@@ -186,12 +193,14 @@ class AttentionTap:
                 f"meant; choose the attention module within it"
             )
 
+        # Fused attention as it was called, restricted further where an edit asks for it.
         def attend(
             q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, *, mask: Tensor | None
         ) -> Tensor:
             mask = both(mask, allowed)
             return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale)
 
+        # Read what is to be captured of this layer.
         for capture in self._captures:
             if capture.layer.name == name:
                 read = saliency if capture.kind == "saliency" else attention_map
@@ -207,13 +216,14 @@ class AttentionTap:
                         mask=rows_of(attn_mask, capture.rows, query.shape[0]),
                         tokens=capture.layer.tokens,
                     )
+        # Attend as the network would, then once more for the edited rows.
         output = attend(query, key, value, mask=attn_mask)
         edited: dict[tuple[int, int], Attend] = {}
         for edit, rows in self._edits:
             if isinstance(edit, AttentionEdit) and edit.module == name:
                 start, stop, _ = rows.indices(query.shape[0])
                 mask = rows_of(attn_mask, rows, query.shape[0])
-                # An edit attends through those before it, so that edits of the same rows all act.
+                # An edit calls the edit before it in place of attention, so that both act.
                 before = edited.get((start, stop), partial(attend, mask=mask))
                 edited[start, stop] = attending(edit, before)
         for (start, stop), attend_edited in edited.items():

@@ -10,6 +10,7 @@ from sag_dit.cli.keys import COMMANDS
 from sag_dit.cli.keys.key import mapping_of, parts, selected, walk
 from sag_dit.cli.schema import shown
 from sag_dit.cli.typed import choices, experiments, groups
+from sag_dit.methods import OF_ALL, Method, methods
 
 
 def help_text(command: str, topic: str | None = None) -> str:
@@ -45,8 +46,26 @@ def _group_help(group: str) -> str:
         raise ValueError(f"--help {group}: no such group")
     first = "default" if "default" in listed else listed[0]
     text = (config_folder() / group / f"{first}.yaml").read_text()
+    if group == "guidance":
+        text = _methods_help()
     head = f"{group}: {', '.join(listed)}"
     return f"{head}\n\n{group}={first}; change a key as {group}.KEY=VALUE\n{text}"
+
+
+def _methods_help() -> str:
+    """Return the settings of every guidance method with their defaults and meanings."""
+
+    def told(key: str, method: Method, name: str) -> str:
+        setting = f"  guidance.{key}.{name}={shown(method.settings[name])}"
+        return f"{setting:44} {method.remarks.get(name, '')}".rstrip()
+
+    lines = []
+    for method in methods():
+        lines.append(f"{method.key}_scale: {method.title}; {method.neutral:g} is off")
+        lines += [told(method.key, method, name) for name in method.settings if name not in OF_ALL]
+    return "\n".join(
+        [*lines, "every method", *(told("KEY", methods()[0], name) for name in OF_ALL)]
+    )
 
 
 def _kind(hint: Any) -> str:

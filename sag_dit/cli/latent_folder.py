@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sag_dit.data.shards import INDEX, Index, Shard, map_shard, read_index, read_shard, sha256
+from sag_dit.data.shards import INDEX, Index, Shard, file_sha256, map_shard, read_index, read_shard
 from sag_dit.files import atomic
 
 CONFIG = "config.json"
@@ -92,7 +92,7 @@ class LatentFolder:
             return None
         file = self.path / shard.file
         whole = file.is_file() and file.stat().st_size == shard.bytes
-        return shard if whole and sha256(file) == shard.sha256 else None
+        return shard if whole and file_sha256(file) == shard.sha256 else None
 
     def write(self, number: int, content: bytes, rows: int, skipped: Sequence[str]) -> Shard:
         """Write a shard, then its record."""

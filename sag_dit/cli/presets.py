@@ -1,17 +1,17 @@
 """What the bundled models are drawn and measured with unless the user states otherwise.
 
-The settings stand in configs/guidance and configs/compare under the models' names; how they were
-chosen, docs/evaluation.md tells.
+A model has settings where configs/guidance and configs/compare have a file of its name; SAG's scale
+is that of the comparison's row ``sag``. docs/evaluation.md tells how they were chosen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-SCALES = {"digits": {"sag_scale": "0.3"}, "patches": {"sag_scale": "0.5"}}
-"""SAG's scale of each bundled model in ``sample.py``."""
-DRAWN = {"sample": "digits"}
-"""The model of a command that is told none."""
+import yaml
+
+from sag_dit.cli.typed import choices, config_folder
 
 
 def with_presets(command: str, arguments: Sequence[str]) -> list[str]:
@@ -24,9 +24,17 @@ def with_presets(command: str, arguments: Sequence[str]) -> list[str]:
         for argument in arguments
         if "=" in argument and "={" not in argument  # A mapping is merged into a choice.
     )
-    model = stated.get("ckpt", DRAWN.get(command, "")).strip("'\"")
-    if model not in SCALES or "experiment" in stated:
+    default = _yaml(f"{command}.yaml")["ckpt"]
+    model = str(stated.get("ckpt", default)).strip("'\"")
+    if not {model} <= {*choices("guidance")} & {*choices("compare")} or "experiment" in stated:
         return list(arguments)
     preset = {"guidance": model}
-    preset |= SCALES[model] if command == "sample" else {"compare": model}
+    if command == "sample":
+        preset |= _yaml(f"compare/{model}.yaml")["sag"]
+    else:
+        preset |= {"compare": model}
     return [*(f"{key}={value}" for key, value in preset.items() if key not in stated), *arguments]
+
+
+def _yaml(file: str) -> Any:
+    return yaml.safe_load((config_folder() / file).read_text(encoding="utf-8"))

@@ -23,6 +23,7 @@ from sag_dit.cli.values import (
     make_maps,
     make_terms,
     own_sampler,
+    with_models,
 )
 from sag_dit.identity import digest, written
 from sag_dit.identity import settings as identity_of
@@ -72,6 +73,7 @@ def make_plan(config: Guides, num_images: int, out: str | None, model: Model | N
     model = model or load_model(config, config.requests)
     stated = own_sampler(config.sampler, model.denoiser.process)
     sampler = make(stated, "sampler")
+    guidance = with_models(guidance)
     settings = Settings(
         sampler=sampler,
         steps=config.steps,

@@ -12,7 +12,7 @@ from sag_dit.cli.composing import make, placed, refuse_strangers
 from sag_dit.cli.keys.key import keys_of, plain
 from sag_dit.cli.keys.training import Train
 from sag_dit.cli.run_identity import go_on_as_begun, identity, run_folder
-from sag_dit.cli.values import check_logger, make_terms
+from sag_dit.cli.values import check_logger, make_terms, with_models
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
@@ -118,7 +118,7 @@ def adapt_model(config: Train, base: Model, data: StepData) -> tuple[Model, str]
         ValueError: the data does not fit, or a pattern to freeze or to adapt matches nothing.
     """
     from sag_dit.models import families
-    from sag_dit.training.finetune import adapt, freeze, report, resolution_of
+    from sag_dit.training.finetune import adapt, adaptation_report, freeze, resolution_of
     from sag_dit.training.lora import add_adapters
 
     side = config.resolution or resolution_of(base)
@@ -127,12 +127,12 @@ def adapt_model(config: Train, base: Model, data: StepData) -> tuple[Model, str]
     frozen = freeze(network, config.freeze or ())
     lora = lora_settings(config)
     if lora is None:
-        return adapted.model, report(base, adapted)
+        return adapted.model, adaptation_report(base, adapted)
     layers = add_adapters(network, lora, frozen)
     # New classes have no rows but those that are learned now.
     table = families()[network.key].label_table
     network.get_parameter(table).requires_grad_(table in adapted.remade and table not in frozen)
-    return replace(adapted.model, lora=lora.description), report(base, adapted, layers)
+    return replace(adapted.model, lora=lora.description), adaptation_report(base, adapted, layers)
 
 
 def make_module(config: Train, model: Model) -> DiffusionModule:
@@ -184,7 +184,7 @@ def make_trainer(config: Train, out: Path) -> Trainer:
             out,
             every.preview,
             classes,
-            tuple(make_terms(preview.guidance, "preview.guidance").values()),
+            tuple(with_models(make_terms(preview.guidance, "preview.guidance")).values()),
             preview.steps,
             config.seed,
         ),
@@ -224,7 +224,7 @@ def run(config: Train) -> None:
     from sag_dit.cli.stopping import ending_together
     from sag_dit.cli.tracking import trackers
     from sag_dit.output.claim import claim
-    from sag_dit.training.resume import export, newest_checkpoint
+    from sag_dit.training.resume import export_run, newest_checkpoint
 
     check_logger(config.logger)
     base = None
@@ -256,7 +256,7 @@ def run(config: Train) -> None:
         logger.log_hyperparams(settings)
     with ending_together(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        export(trainer, module, out)
+        export_run(trainer, module, out)
     if trainer.is_global_zero:
         print(f"run: {out.resolve()}")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,8 @@ from sag_dit.cli.keys.drawing import Attention, Guides
 from sag_dit.cli.keys.evaluating import Evaluate
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from sag_dit.checkpoints import Model
     from sag_dit.guidance import Term
     from sag_dit.process import Process
@@ -113,6 +117,43 @@ def make_terms(guidance: Mapping[str, Any], where: str = "guidance") -> dict[str
             )
         terms[name] = term
     return terms
+
+
+def with_models(terms: Mapping[str, Term]) -> dict[str, Term]:
+    """Return the terms with the models that those that are on name by a path or a name loaded.
+
+    Raises:
+        ValueError: one is not found, damaged, or of another kind.
+    """
+    from sag_dit.guidance import Autoguidance, ClassifierGuidance
+
+    made = dict(terms)
+    for name, term in terms.items():
+        if term.off:
+            continue
+        if isinstance(term, Autoguidance) and term.ckpt is not None:
+            worse = _worse_model(term.ckpt, bool(term.ema))
+            # A folder's name tells the worse model by its weights, so that its path is no part.
+            made[name] = replace(term, ckpt=None, ema=None, worse=worse)
+        elif isinstance(term, ClassifierGuidance) and isinstance(term.classifier, str):
+            made[name] = replace(term, classifier=_classifier(term.classifier))
+    return made
+
+
+@cache
+def _worse_model(ckpt: str, ema: bool) -> nn.Module:
+    """Return a worse model, read once for all rows of a comparison and all jobs of a sweep."""
+    from sag_dit.checkpoints import load_denoiser
+
+    return load_denoiser(ckpt, ema=ema)
+
+
+@cache
+def _classifier(name: str) -> nn.Module:
+    """Return a classifier, read once as well."""
+    from sag_dit.checkpoints import load_classifier
+
+    return load_classifier(name)
 
 
 def make_maps(wanted: Attention, model: Model, steps: int, guidance: Iterable[Term] = ()) -> Maps:

@@ -14,7 +14,15 @@ MODES = {1: "L", 3: "RGB"}
 
 
 class UnreadableImageError(ValueError):
-    """An image file that cannot be decoded; names the file and says why."""
+    """An image file that cannot be decoded; names the file and says why.
+
+    Example::
+
+        try:
+            pixels = read_crop(path, 256)
+        except UnreadableImageError as error:
+            print(error)
+    """
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

@@ -42,7 +42,7 @@ def digits(split: Literal["train", "held_out"]) -> tuple[Images, Labels]:
     return images[chosen], labels[chosen]
 
 
-class _Pixels(Dataset[tuple[Images, Labels]]):
+class _DigitImages(Dataset[tuple[Images, Labels]]):
     """Images and labels in memory, served by the batch."""
 
     def __init__(self, images: Images, labels: Labels) -> None:
@@ -60,6 +60,10 @@ class Digits(StepData):
 
     Raises:
         ValueError: ``classes`` are not different digits.
+
+    Example::
+
+        trainer.fit(module, Digits(batch_size=64, classes=[3, 7]))
     """
 
     key = "digits"
@@ -87,10 +91,10 @@ class Digits(StepData):
         return images[labels >= 0], labels[labels >= 0]
 
     @cached_property
-    def dataset(self) -> _Pixels:
+    def dataset(self) -> _DigitImages:
         """The digits to train on, then the held-out ones."""
         parts = zip(self._split("train"), self._split("held_out"), strict=True)
-        return _Pixels(*(torch.cat(pair) for pair in parts))
+        return _DigitImages(*(torch.cat(pair) for pair in parts))
 
     @cached_property
     def held_out_images(self) -> NDArray[np.bool_]:

@@ -59,6 +59,11 @@ class Emoji:
         labels: the class of each.
         splits: ``train``, ``tune`` or ``report``.
         images: (n, 3, 64, 64), uint8.
+
+    Example::
+
+        table = all_emoji()
+        chosen = table.images[table.places("train")]
     """
 
     class_names: tuple[str, ...]
@@ -111,7 +116,7 @@ def emoji(split: Split) -> tuple[Images, Labels]:
 
 
 def mirrorable(labels: Indices) -> NDArray[np.bool_]:
-    """Return of which images, by their classes, the mirror image is as good."""
+    """Return which images may be mirrored, by their classes."""
     names = all_emoji().class_names
     return ~np.isin(labels, [names.index(name) for name in NOT_MIRRORED])
 
@@ -139,7 +144,7 @@ def write_images(root: Path, split: Split, limit: int | None = None) -> None:
             mirrored.save(folder / f"{table.codes[place]}-mirrored.png")
 
 
-class _Pixels(Dataset[tuple[Tensor, Tensor]]):
+class _EmojiImages(Dataset[tuple[Tensor, Tensor]]):
     """Images in memory, mirrored where the batch says so and the class allows it."""
 
     def __getitems__(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -160,6 +165,10 @@ class EmojiData(StepData):
 
     Raises:
         ValueError: Pillow cannot read the bundled file, or a value is out of its range.
+
+    Example::
+
+        trainer.fit(module, EmojiData(batch_size=64))
     """
 
     key = "emoji"
@@ -179,9 +188,9 @@ class EmojiData(StepData):
         self.class_names, self.balance = all_emoji().class_names, balance
 
     @property
-    def dataset(self) -> _Pixels:
+    def dataset(self) -> _EmojiImages:
         """All emoji; those to report are never asked for."""
-        return _Pixels()
+        return _EmojiImages()
 
     @cached_property
     def held_out_images(self) -> NDArray[np.bool_]:

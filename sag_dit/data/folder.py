@@ -23,6 +23,11 @@ class ImageFiles:
         names: paths relative to it, with ``/``.
         labels: the class of each.
         class_names: names of the class folders; of a flat folder its own name.
+
+    Example::
+
+        files = find_images("photos/")
+        print(len(files), files.class_names, files.path(0))
     """
 
     root: Path
@@ -48,6 +53,7 @@ def find_images(root: str | Path) -> ImageFiles:
         ValueError: no such folder, no image in it, a class without image, or images beside class
             folders.
     """
+    # What stands in the folder: class folders, or images.
     folder = Path(root).expanduser()
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "does not exist"
@@ -60,6 +66,7 @@ def find_images(root: str | Path) -> ImageFiles:
             f"data.root={root}: {len(loose)} images ({loose[0]}, ...) lie beside the folders "
             f"{_some(classes)}; expected either class folders or images alone"
         )
+    # List the images, class by class; a flat folder is one class of its own name.
     if not classes:
         names, labels, classes = loose, [0] * len(loose), [folder.resolve().name]
     else:

@@ -34,12 +34,18 @@ log = logging.getLogger(__name__)
 class Crops(Dataset[tuple[Tensor, Tensor]]):
     """Centre crops of image files, (c, size, size) uint8, with their labels.
 
-    An image that cannot be decoded gives way to the next of its group that can, which is the same
-    one every time; its name is logged once. With ``strict`` it is an error. ``groups`` keeps images
-    to train on and held-out ones apart.
+    In place of an image that cannot be decoded stands the next image of its group, the same one
+    every time, and the name of the unreadable one is logged once. With ``strict`` it is an error.
+    ``groups`` says which images are to train on and which are held out, so that neither stands in
+    for the other.
 
     Raises:
         ValueError: a value out of its range.
+
+    Example::
+
+        crops = Crops(find_images("photos/"), size=256)
+        image, label = crops[0]
     """
 
     def __init__(
@@ -59,12 +65,12 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         self.files, self.size, self.channels = files, size, channels
         self.upright, self.strict = upright, strict
         self._groups = np.zeros(len(files), dtype=np.bool_) if groups is None else groups
-        # Shared with loader processes, so that what one has met the others know.
+        # Shared with loader processes, so that an image that one has met is known to all.
         self._unreadable = torch.zeros(len(files), dtype=torch.bool).share_memory_()
 
     @property
     def skipped(self) -> list[str]:
-        """Names of the images that were met and could not be decoded."""
+        """Names of the images that could not be decoded so far."""
         return [self.files.names[i] for i in self._unreadable.nonzero().flatten().tolist()]
 
     def read(self, index: int) -> PixelArray | None:
@@ -129,6 +135,7 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
             except UnreadableImageError as error:
                 return error
 
+        # Several threads read the headers; what is found is told in the order of the files.
         small: list[int] = []
         with ThreadPoolExecutor(8) as pool:
             for index, found in enumerate(pool.map(size, range(len(self.files)))):
@@ -156,11 +163,15 @@ class ImageFolderData(NamedData):
     """Batches (uint8 images (b, c, size, size), labels) of a folder of images.
 
     ``flip`` mirrors an image with probability 1/2. ``upright`` turns photos as their camera noted.
-    ``strict`` makes an error of an image that cannot be decoded or is smaller than ``size``;
-    otherwise the one is left out and the other enlarged, and both are logged.
+    An image that cannot be decoded is left out, and one smaller than ``size`` is enlarged; both are
+    logged. With ``strict`` either is an error.
 
     Raises:
         ValueError: the folder holds no usable images, or a value is out of its range.
+
+    Example::
+
+        trainer.fit(module, ImageFolderData("photos/", size=256, batch_size=64))
     """
 
     key = "folder"
@@ -211,7 +222,7 @@ class ImageFolderData(NamedData):
         return np.array([name_hash(name) for name in self.files.names], dtype=np.int64)
 
     def prepare_data(self) -> None:
-        """Look at the images before the first step, unless there are very many."""
+        """Read the images' headers before the first step, unless there are very many images."""
         if self._crops.strict or len(self.files) <= CHECKED_UP_FRONT:
             self._crops.inspect()
 

@@ -47,6 +47,11 @@ class Latents(Dataset[tuple[Moments, Labels, int]]):
 
     Raises:
         ValueError: a shard is missing, truncated, or not what the index says.
+
+    Example::
+
+        latents = Latents(folder, read_index(folder))
+        moments, label, step = latents[0]
     """
 
     def __init__(self, folder: Path, index: Index) -> None:
@@ -66,7 +71,8 @@ class Latents(Dataset[tuple[Moments, Labels, int]]):
         return self._mapped
 
     def __getstate__(self) -> dict[str, Any]:
-        # A loader process that is spawned maps the files itself; they would be copied into it.
+        # Without the mapped files, or they would be copied into every spawned loader process, which
+        # can map them itself.
         return {**self.__dict__, "_mapped": None}
 
     def __len__(self) -> int:
@@ -90,7 +96,7 @@ class Latents(Dataset[tuple[Moments, Labels, int]]):
 
 
 def sample_posterior(moments: Moments, seed: int, step: int, rank: int) -> Images:
-    """Return x_0 = mean + std z in float32, z being a function of (seed, step, rank) alone."""
+    """Return x_0 = mean + std z in float32; z depends on (seed, step, rank) alone."""
     bits = generator(seed, step, rank, POSTERIOR).integers(2**63)
     source = torch.Generator(device=moments.device).manual_seed(int(bits))
     mean, std = moments.float().unbind(dim=1)
@@ -118,14 +124,18 @@ def _second(folder: Path, first: Index) -> Latents:
 class LatentData(NamedData):
     """Batches (x_0 (b, c, h, w) float32, labels) of a folder that ``encode.py`` wrote.
 
-    Loader processes only copy mean and standard deviation; x_0 is drawn once the batch is where the
-    model is, since drawing takes far longer than copying. ``flip`` takes an image or its mirror
-    image with probability 1/2; None means whatever was encoded. ``verify`` compares every shard's
-    sha256 before the first step. ``balance`` repeats the images of small classes, see
+    Loader processes only copy means and standard deviations. x_0 is drawn from them on the model's
+    device, since drawing takes far longer than copying. ``flip`` takes an image or its mirror image
+    with probability 1/2; None does so if mirror images were encoded. ``verify`` compares every
+    shard's sha256 before the first step. ``balance`` repeats the images of small classes, see
     :func:`sag_dit.data.balance.balanced`. ``validation`` is a second folder, to validate with.
 
     Raises:
         ValueError: the folder is incomplete or damaged, or a value is out of its range.
+
+    Example::
+
+        trainer.fit(module, LatentData("outputs/latents/photos-1f3a", batch_size=256))
     """
 
     key = "latents"
@@ -145,6 +155,7 @@ class LatentData(NamedData):
         balance: float = 0.0,
         validation: str | Path | None = None,
     ) -> None:
+        # What the folder holds, and what to validate with: a share of it, or a second folder.
         folder = Path(root).expanduser()
         self.index = read_index(folder)
         if validation is not None and held_out:
@@ -153,6 +164,7 @@ class LatentData(NamedData):
                 f"share of the images or a folder of others"
             )
         self._validation = None if validation is None else _second(Path(validation), self.index)
+        # Mirror images can be drawn only where they were encoded.
         self.balance = balance
         if flip and self.index.flips == 1:
             raise ValueError(
@@ -166,6 +178,7 @@ class LatentData(NamedData):
             held_out=held_out,
             workers=workers,
         )
+        # What the model to be trained has to fit.
         self._folder, self._verify = folder, verify
         self.class_names = self.index.class_names
         self.channels, self.vae = self.index.shape[0], self.index.vae

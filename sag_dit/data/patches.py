@@ -4,9 +4,10 @@ Every photograph is scaled to 288 x 288 pixels (ADM's centre crop), so that a cr
 several bricks, stones or blood vessels and not one edge, and so that all weigh the same. One
 quarter of each, 144 x 144, is held out: no crop to train on shares a pixel with it.
 
-Which quarter: the one whose crops are most like those of the rest, by the Frechet distance of their
-mean colours, contrasts and gradients. So a distance to the held-out crops measures the samples more
-than the photographer's composition; the upper right quarter of ``china``, say, is empty sky.
+The quarter was chosen whose crops are most like those of the rest, by the Frechet distance of their
+mean colours, contrasts and gradients. With another one a distance to the held-out crops would also
+measure the photograph's composition: the upper right quarter of ``china``, for example, is empty
+sky.
 
 A held-out quarter is four blocks of 72 x 72. The two on its falling diagonal are to choose settings
 with (``tune``), the two on the rising one to report them (``report``); crops do not cross blocks.
@@ -131,8 +132,14 @@ def patches(split: Split) -> tuple[Images, Labels]:
     return cut(held_out_places(split))
 
 
-class Crops(Dataset[tuple[Tensor, Tensor]]):
-    """Crops at a list of places, mirrored where the batch says so."""
+class PatchCrops(Dataset[tuple[Tensor, Tensor]]):
+    """Crops at a list of places, mirrored where the batch says so.
+
+    Example::
+
+        crops = PatchCrops(held_out_places("tune"))
+        images, labels = crops.__getitems__(Batch(0, [0, 1], [False, True]))
+    """
 
     def __init__(self, places: Places) -> None:
         self.places = places
@@ -152,6 +159,10 @@ class Patches(StepData):
 
     Raises:
         ValueError: the photographs are not there, or a value is out of its range.
+
+    Example::
+
+        trainer.fit(module, Patches(batch_size=64))
     """
 
     key = "patches"
@@ -173,9 +184,9 @@ class Patches(StepData):
         self._places = np.concatenate([training_places(), held_out_places()])
 
     @property
-    def dataset(self) -> Crops:
+    def dataset(self) -> PatchCrops:
         """The crops to train on, then the held-out ones."""
-        return Crops(self._places)
+        return PatchCrops(self._places)
 
     @cached_property
     def held_out_images(self) -> NDArray[np.bool_]:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from sag_dit.noise import check_number, generator
+from sag_dit.noise import check_key, generator
 from sag_dit.sampling import Request, labels_of
 
 LABELS = 4
@@ -35,6 +35,7 @@ def make_requests(
     """
     if num_images < 1:
         raise ValueError(f"num_images={num_images}: expected 1 or more")
+    # Each image's class: drawn, or the listed ones in turn.
     if classes == "random":
         labels = [
             int(generator(seed, index, 0, LABELS).integers(len(class_names)))
@@ -124,7 +125,7 @@ def _lines(file: str | Path) -> list[_Line]:
                     f"{len(row)} values where two were expected; put a prompt that holds "
                     f"commas in quotation marks"
                 )
-            check_number("seed", seed)
+            check_key("seed", seed)
         except (ValueError, IndexError) as error:
             raise _unreadable(file, number, ",".join(row), error) from error
         quoted = re.match(r'[^,]*,\s*"', lines[reader.line_num - 1]) is not None
@@ -142,6 +143,11 @@ class PendingRequests(LightningDataModule):
     """Batches of the requests still to be drawn; rank r of w takes every w-th from the r-th on.
 
     A rank may have none: Lightning allows that only when told.
+
+    Example::
+
+        requests = make_requests(8, 0, [3, 7], model.class_names)
+        trainer.predict(module, PendingRequests(requests, batch_size=4))
     """
 
     def __init__(self, pending: Sequence[Request], batch_size: int) -> None:
@@ -153,7 +159,7 @@ class PendingRequests(LightningDataModule):
     def transfer_batch_to_device(
         self, batch: list[Request], device: torch.device, dataloader_idx: int
     ) -> list[Request]:
-        """Return the batch: requests are no tensors, their noise is drawn where it is needed."""
+        """Return the batch as it is: requests hold no tensors."""
         return batch
 
     def predict_dataloader(self) -> DataLoader[Request]:

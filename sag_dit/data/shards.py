@@ -46,6 +46,10 @@ class Shard:
         bytes: its size.
         sha256: of the whole file.
         skipped: names of images that would be in it, had they been readable.
+
+    Example:
+        >>> Shard("000.safetensors", rows=2, bytes=100, sha256="1f3a").skipped
+        ()
     """
 
     file: str
@@ -77,6 +81,11 @@ class Index:
         flips: 2 if mirror images are there, else 1.
         counts: images of each class.
         shards: the files, in order.
+
+    Example::
+
+        index = read_index(folder)
+        print(index.images, index.shape, index.class_names)
     """
 
     config: dict[str, Any]
@@ -109,6 +118,7 @@ def read_index(folder: Path) -> Index:
         raise ValueError(
             f"data.root={folder}: no {INDEX}; expected a folder that encode.py has finished"
         )
+    # Read the index, and check that its parts agree with each other.
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         version, images = values.pop("format"), values.pop("images")
@@ -139,14 +149,20 @@ def pack(moments: Moments, labels: Labels, names: Labels) -> bytes:
     )
 
 
-def sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
     """Return the sha256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class Rows(NamedTuple):
-    """A shard's arrays, mapped from its file."""
+    """A shard's arrays, mapped from its file.
+
+    Example::
+
+        rows = map_shard(folder, index.shards[0], index)
+        mean = rows.moments[0, 0, 0]  # of the first image, not mirrored
+    """
 
     moments: NDArray[Any]
     labels: Indices
@@ -164,6 +180,7 @@ def map_shard(folder: Path, shard: Shard, index: Index) -> Rows:
     if size != shard.bytes:
         found = "is missing" if size is None else f"has {size} bytes"
         raise ValueError(f"{file} {found}, expected {shard.bytes} bytes; {REMEDY}")
+    # Map the file, and compare its header with what the index says before anything is viewed.
     # Not numpy's own mapping, which keeps a file open for each of perhaps thousands of shards.
     content = torch.from_file(str(file), size=size, dtype=torch.uint8)
     expected = {
@@ -195,7 +212,7 @@ def verify(folder: Path, shards: Sequence[Shard]) -> None:
         OSError: a file cannot be read.
     """
     with ThreadPoolExecutor(4) as pool:
-        digests = pool.map(lambda shard: sha256(folder / shard.file), shards)
+        digests = pool.map(lambda shard: file_sha256(folder / shard.file), shards)
         for shard, digest in zip(shards, digests, strict=True):
             if digest != shard.sha256:
                 raise ValueError(

@@ -35,11 +35,12 @@ SPLITS: dict[str, Callable[[], tuple[Images, Labels]]] = {
 }
 
 
-def split(name: str) -> tuple[Images, Labels]:
+def read_split(name: str) -> tuple[Images, Labels]:
     """Return images (b, c, h, w), uint8, and labels of a split that ``SPLITS`` names.
 
-    ``held_out`` is all that no bundled model was trained on. Its halves share no image and, of the
-    patches, no pixel: settings are chosen on ``tune``, and what they give is told on ``report``.
+    ``held_out`` holds all images that no bundled model was trained on. Its halves share no image,
+    and those of the patches no pixel. Settings are chosen with ``tune``; ``report`` tells how good
+    they are.
 
     Raises:
         ValueError: there is no such split.

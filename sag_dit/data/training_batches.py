@@ -34,7 +34,12 @@ Indices = NDArray[np.int64]
 
 
 class Batch(NamedTuple):
-    """What a step asks of a dataset's ``__getitems__``."""
+    """What a step asks of a dataset's ``__getitems__``.
+
+    Example:
+        >>> Batch(step=0, indices=[4, 2], mirrored=[False, True]).indices
+        [4, 2]
+    """
 
     step: int
     indices: list[int]
@@ -44,13 +49,18 @@ class Batch(NamedTuple):
 class TrainingBatches(Sampler[Batch]):
     """The endless batches of one rank, from step ``first`` on.
 
-    The chosen images are one endless sequence of shuffled epochs; step s of a world of w ranks
-    takes the next w * batch_size from place s * w * batch_size on, and each rank its contiguous
-    part. So the batch depends on nothing but (seed, step): not on workers, and not on where a run
-    was resumed.
+    The chosen images form one endless sequence of shuffled epochs. Step s on w ranks takes the w *
+    batch_size images from place s * w * batch_size on, and each rank takes a contiguous part of
+    them. So a batch depends on (seed, step) alone: not on workers, and not on where a run was
+    resumed.
 
-    Coins are drawn for the batch of all ranks together, so that images and their mirroring do not
-    depend on how many ranks share a global batch.
+    Which images are mirrored is drawn for the batch of all ranks together. So it does not depend on
+    how many ranks share the batch.
+
+    Example:
+        >>> batches = TrainingBatches(np.arange(10), 4, seed=0, flip=False)
+        >>> batches.batch(7) == batches.batch(7)
+        True
     """
 
     def __init__(
@@ -77,11 +87,13 @@ class TrainingBatches(Sampler[Batch]):
 
     def batch(self, step: int) -> Batch:
         """Return this rank's part of one step."""
+        # The places, which may run on into the next epoch.
         size = self._batch_size
         epoch, offset = divmod((step * self._world + self._rank) * size, len(self._chosen))
         places = self.order(epoch)[offset : offset + size]
         if len(places) < size:
             places = np.concatenate([places, self.order(epoch + 1)[: size - len(places)]])
+        # This rank's coins.
         mirrored = [False] * size
         if self._flip:
             coins = generator(self._seed, step, 0, FLIP).random(size * self._world) < 0.5
@@ -97,8 +109,9 @@ def validation_batches(
 ) -> list[Batch]:
     """Return one rank's share of held-out images in order, none mirrored.
 
-    All ranks get equally many batches, or those that reduce a metric together would wait for ever:
-    the first images are repeated where the count is no multiple of the ranks.
+    All ranks get the same number of batches, since ranks that reduce a metric together would
+    otherwise wait for ever. Where the count is no multiple of the ranks the first images are
+    repeated.
     """
     each = -(-len(chosen) // world)
     share = chosen[(np.arange(each) * world + rank) % len(chosen)].tolist()
@@ -115,10 +128,10 @@ def name_hash(name: str) -> int:
 
 
 def held_out(hashes: Indices, labels: Indices, share: float) -> NDArray[np.bool_]:
-    """Choose the images to hold out: those whose hash is among the lowest ``share`` of its range.
+    """Choose the images to hold out: those with the lowest hashes, ``share`` of their range.
 
-    So adding images moves no other one. Every class keeps at least one image to train on, and at
-    least one image is held out unless ``share`` is 0.
+    So an image stays on its side when others are added. Every class keeps at least one image to
+    train on, and at least one image is held out unless ``share`` is 0.
 
     Raises:
         ValueError: no class has an image to spare.
@@ -126,11 +139,13 @@ def held_out(hashes: Indices, labels: Indices, share: float) -> NDArray[np.bool_
     chosen: NDArray[np.bool_] = hashes < share * HASH_RANGE
     if share == 0:
         return chosen
+    # Of each class the image of the highest hash stays to train on.
     order = np.lexsort((hashes, labels))
     last_of_class = np.append(labels[order][1:] != labels[order][:-1], True)
     kept = np.zeros(len(labels), dtype=np.bool_)
     kept[order[last_of_class]] = True
     chosen &= ~kept
+    # Where none was chosen, take the one of the lowest hash that its class can spare.
     if not chosen.any():
         spare = np.flatnonzero(~kept)
         if not len(spare):
@@ -142,7 +157,7 @@ def held_out(hashes: Indices, labels: Indices, share: float) -> NDArray[np.bool_
 
 
 def workers_per_process(processes: int = 1) -> int:
-    """Return how many loader processes suit each of several processes on this machine."""
+    """Return the number of loader processes for each of several processes on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(MOST_WORKERS, (cores or 1) // processes))
 
@@ -165,6 +180,12 @@ class StepData(LightningDataModule, ABC):
 
     Raises:
         ValueError: a value out of its range.
+
+    Example::
+
+        data = Digits(batch_size=64)  # one of its subclasses
+        for images, labels in data.train_dataloader():
+            module.training_step((images, labels), 0)
     """
 
     class_names: tuple[str, ...]
@@ -258,7 +279,13 @@ class StepData(LightningDataModule, ABC):
 
 
 class NamedData(StepData):
-    """Images with names, of which ``held_out``, a share, is kept for validation."""
+    """Images with names, of which ``held_out``, a share, is kept for validation.
+
+    Example::
+
+        data = ImageFolderData("photos/", held_out=0.1)  # one of its subclasses
+        print(data.held_out_images.sum())
+    """
 
     def __init__(
         self, *, batch_size: int, seed: int, flip: bool, held_out: float, workers: int | None

@@ -12,7 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class PerImage:
-    """A tensor whose first dimension is images; what is not wrapped is common to all images."""
+    """A tensor whose first dimension is images; what is not wrapped so is shared by all images.
+
+    Example:
+        >>> PerImage(torch.zeros(2, 77, 768)).rows.shape
+        torch.Size([2, 77, 768])
+    """
 
     rows: Tensor
 
@@ -22,6 +27,11 @@ class Inputs:
     """A condition: the network's further arguments by name, in any nesting.
 
     ``channels`` is concatenated behind x_t: the mask and the masked image of an inpainting model.
+
+    Example:
+        >>> text = Inputs.of({"encoder_hidden_states": torch.zeros(2, 77, 768)}, count=2)
+        >>> text.take(slice(1)).join([text]).count
+        3
     """
 
     arguments: Mapping[str, Any]
@@ -52,11 +62,11 @@ class Inputs:
         return self._with(lambda value: value[rows], self)
 
     def join(self, others: Sequence[Inputs]) -> Inputs:
-        """Return the condition of all images; what they have in common is taken from the first."""
+        """Return the condition of all images; what is shared is taken from the first condition."""
         return self._with(lambda *values: torch.cat(values), self, *others)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Inputs:
-        """Return the condition elsewhere, what is no whole number in another type."""
+        """Return the condition on a device, its floating-point tensors in a type."""
 
         def moved(value: Tensor) -> Tensor:
             return value.to(device, dtype if value.is_floating_point() else None)
@@ -64,7 +74,7 @@ class Inputs:
         return self._with(moved, self)
 
     def plain(self) -> dict[str, Any]:
-        """Return the arguments in containers of their own: some networks change theirs."""
+        """Return the arguments in fresh containers, as some networks change what they are given."""
         return {name: _unwrapped(value) for name, value in self.arguments.items()}
 
     def _with(self, function: Callable[..., Tensor], *all_inputs: Inputs) -> Inputs:

@@ -18,11 +18,15 @@ class Wording:
 
     Attributes:
         size: the image's (height, width).
-        cells: the latent's.
-        negative: the prompt of the null condition; empty is the pipeline's own.
+        cells: the latent's (height, width).
+        negative: the prompt of the null condition; if empty, the pipeline's own is used.
         max_length: the most text tokens of a T5.
-        guidance: what a model distilled from guidance is told, None for others.
+        guidance: the scale that a model distilled from guidance is told, None for others.
         tells_size: whether the network is told the image's size (PixArt-alpha at 1024 pixels).
+
+    Example:
+        >>> Wording(size=(1024, 1024), cells=(128, 128), negative="blurry").max_length
+        256
     """
 
     size: tuple[int, int]
@@ -41,7 +45,7 @@ def _sd(pipe: Any, prompt: str | None, wording: Wording, device: torch.device) -
     given, null = pipe.encode_prompt(
         prompt or "", device, 1, prompt is None, wording.negative or None
     )
-    return _row({"encoder_hidden_states": given if prompt is not None else null})
+    return _one_row({"encoder_hidden_states": given if prompt is not None else null})
 
 
 def _sdxl(pipe: Any, prompt: str | None, wording: Wording, device: torch.device) -> Inputs:
@@ -56,7 +60,7 @@ def _sdxl(pipe: Any, prompt: str | None, wording: Wording, device: torch.device)
     sizes = torch.tensor([[height, width, 0, 0, height, width]], device=device)
     hidden, pooled = (given, pooled) if prompt is not None else (null, null_pooled)
     added = {"text_embeds": pooled, "time_ids": sizes.to(pooled.dtype)}
-    return _row({"encoder_hidden_states": hidden, "added_cond_kwargs": added})
+    return _one_row({"encoder_hidden_states": hidden, "added_cond_kwargs": added})
 
 
 def _pixart(pipe: Any, prompt: str | None, wording: Wording, device: torch.device) -> Inputs:
@@ -73,7 +77,7 @@ def _pixart(pipe: Any, prompt: str | None, wording: Wording, device: torch.devic
         height, width = wording.size
         added["resolution"] = torch.tensor([[height, width]], device=device, dtype=hidden.dtype)
         added["aspect_ratio"] = torch.tensor([[height / width]], device=device, dtype=hidden.dtype)
-    return _row(
+    return _one_row(
         {
             "encoder_hidden_states": hidden,
             "encoder_attention_mask": mask,
@@ -93,7 +97,7 @@ def _sd3(pipe: Any, prompt: str | None, wording: Wording, device: torch.device) 
         max_sequence_length=wording.max_length,
     )
     hidden, pooled = (given, pooled) if prompt is not None else (null, null_pooled)
-    return _row({"encoder_hidden_states": hidden, "pooled_projections": pooled})
+    return _one_row({"encoder_hidden_states": hidden, "pooled_projections": pooled})
 
 
 def _flux(pipe: Any, prompt: str | None, wording: Wording, device: torch.device) -> Inputs:
@@ -114,7 +118,7 @@ def _flux(pipe: Any, prompt: str | None, wording: Wording, device: torch.device)
     return Inputs.of({**arguments, **shared}, 1, tuple(shared))
 
 
-def _row(arguments: Mapping[str, Any]) -> Inputs:
+def _one_row(arguments: Mapping[str, Any]) -> Inputs:
     return Inputs.of(arguments, 1)
 
 

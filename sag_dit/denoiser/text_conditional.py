@@ -24,12 +24,17 @@ from sag_dit.process.base import OutputKind
 from sag_dit.tensors import Images
 
 KEPT = 16
-"""Prompts whose encodings are kept: the images of one prompt mostly follow one another."""
+"""How many prompts' encodings are kept; images of one prompt mostly follow one another."""
 
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """What a call tells of its sequence: the size of x_t and the number of text tokens."""
+    """What a call tells of its sequence: the size of x_t and the number of text tokens.
+
+    Example:
+        >>> TokenGrid((128, 128), text_tokens=77).size
+        (128, 128)
+    """
 
     size: tuple[int, int]
     text_tokens: int = 0
@@ -42,16 +47,22 @@ Encoder = Callable[[str | None, torch.device], Inputs]
 class TextConditional(Denoiser):
     """A diffusers network at one size of x_t, asked with :class:`Inputs`.
 
-    Within a pipeline, whose calls bring these, ``empty`` is the condition of the null prompt, None
-    where it is not known. By itself the denoiser has ``prompts``, its classes, and ``encoder``
-    makes conditions of them when they are asked for. Predictions are float32, whatever the
-    network's precision ``dtype``, by default that of its parameters.
+    It is used in two ways. Within a pipeline the calls bring the conditions; ``empty`` is that of
+    the null prompt, or None where it is not known. On its own the denoiser has ``prompts``, which
+    are its classes, and ``encoder`` makes their conditions when they are asked for. The network is
+    asked in the precision ``dtype``, by default that of its parameters, and predictions are
+    float32.
 
     Attributes:
         network_class: diffusers' name of the network.
         x_name: its argument for x_t.
         time_unit: its unit of time in the scheduler's, whose whole is 1000.
         shared: its arguments that are never one row per image.
+
+    Example::
+
+        denoiser = sag_dit.load_text("FOLDER", ["a corgi"], size=(512, 512)).denoiser
+        prediction = denoiser(x_t, level, denoiser.conditions([0]))
     """
 
     network_class: ClassVar[str]
@@ -207,7 +218,7 @@ class TextConditional(Denoiser):
 
 
 SPLIT = ("SlicedAttnProcessor", "XFormersAttnProcessor", "XLAFlashAttnProcessor2_0")
-"""Processors of diffusers that do what AttnProcessor2_0 does by other means."""
+"""Processors of diffusers that compute the same as AttnProcessor2_0 in another way."""
 
 FUSED = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
 """Backends of diffusers that call PyTorch's fused attention."""
@@ -217,8 +228,8 @@ FUSED = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_nati
 def native_attention(network: nn.Module, names: set[str]) -> Iterator[None]:
     """Have the named layers call PyTorch's fused attention, whatever was chosen for the network.
 
-    Attention slicing and backends other than native would pass by an :class:`AttentionTap`. All
-    other layers keep theirs, and these have theirs again when the context ends.
+    An :class:`AttentionTap` does not see attention slicing or other backends. All other layers keep
+    their processors, and these get theirs back when the context ends.
     """
     with ExitStack() as undo:
         for name in names:
@@ -232,7 +243,7 @@ def native_attention(network: nn.Module, names: set[str]) -> Iterator[None]:
 
 
 def _native(processor: Any) -> Any:
-    """Return the processor's equal on PyTorch's fused attention, None if it is that itself."""
+    """Return the same processor on PyTorch's fused attention; None if it already calls that."""
     from diffusers.models import attention_processor
 
     name = type(processor).__name__

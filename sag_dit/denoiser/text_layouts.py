@@ -1,4 +1,4 @@
-"""The token layouts that are known: where the image's tokens are in each of diffusers' networks."""
+"""Where the image's tokens are in each of diffusers' networks that is known."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ class UNetText(TextConditional):
 
     The grid halves, rounding up, with each downsampling. ``auto`` is the first self-attention of
     the middle block, SAG's published choice.
+
+    Example::
+
+        layers = list(UNetText.find_layers(pipe.unet, TokenGrid((64, 64))))
     """
 
     network_class = "UNet2DConditionModel"
@@ -58,7 +62,12 @@ def _patches(network: Any, grid: TokenGrid) -> tuple[int, int]:
 
 
 class PixArtText(TextConditional):
-    """PixArt-alpha and Sigma: patches of the image alone attend to each other, text by itself."""
+    """PixArt-alpha and Sigma: patches of the image alone attend to each other, text by itself.
+
+    Example::
+
+        layers = list(PixArtText.find_layers(pipe.transformer, TokenGrid((128, 128))))
+    """
 
     network_class = "PixArtTransformer2DModel"
 
@@ -72,7 +81,12 @@ class PixArtText(TextConditional):
 
 
 class DiTLabels(PixArtText):
-    """DiT as diffusers computes it, with class labels in the place of text."""
+    """DiT as diffusers computes it, with class labels in the place of text.
+
+    Example::
+
+        layers = list(DiTLabels.find_layers(pipe.transformer, TokenGrid((32, 32))))
+    """
 
     network_class = "DiTTransformer2DModel"
 
@@ -103,6 +117,10 @@ class JointText(TextConditional):
     """Stable Diffusion 3: image and text in one sequence, the image's tokens first.
 
     Some blocks have a second attention, ``attn2``, of the image alone.
+
+    Example::
+
+        layers = list(JointText.find_layers(pipe.transformer, TokenGrid((128, 128))))
     """
 
     network_class = "SD3Transformer2DModel"
@@ -126,7 +144,14 @@ class JointText(TextConditional):
 
 
 class PackedText(TextConditional):
-    """FLUX: text first, then the image's tokens of 2 x 2 latent cells; in the end one stream."""
+    """FLUX: text first, then the image's tokens of 2 x 2 latent cells; later blocks join both.
+
+    Example:
+        >>> import torch
+        >>> tokens = PackedText.packed(torch.zeros(1, 16, 64, 64))
+        >>> tokens.shape, PackedText.unpacked(tokens, TokenGrid((64, 64))).shape
+        (torch.Size([1, 1024, 64]), torch.Size([1, 16, 64, 64]))
+    """
 
     network_class = "FluxTransformer2DModel"
     time_unit = 1000.0
@@ -142,7 +167,7 @@ class PackedText(TextConditional):
         """Read the grid from the positions that the tokens are given.
 
         Raises:
-            ValueError: there are tokens of something else than the image that is drawn.
+            ValueError: some tokens are not of the image that is drawn.
         """
         ids: Tensor = arguments["img_ids"]
         ids = ids if ids.ndim == 2 else ids[0]
@@ -167,6 +192,7 @@ class PackedText(TextConditional):
     @staticmethod
     def unpacked(x: Tensor, grid: TokenGrid) -> Images:
         """Turn tokens (b, h/2 w/2, 4 c), ordered (c, row, column), into (b, c, h, w)."""
+        # (b, i, j, c, row, column) -> (b, c, i, row, j, column)
         cells = x.unflatten(1, (grid.size[0] // 2, grid.size[1] // 2)).unflatten(-1, (-1, 2, 2))
         images: Tensor = cells.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
         return images
@@ -174,6 +200,7 @@ class PackedText(TextConditional):
     @staticmethod
     def packed(x_t: Images) -> Tensor:
         """Turn (b, c, h, w) into tokens of 2 x 2 cells."""
+        # (b, c, i, row, j, column) -> (b, i, j, c, row, column)
         cells = x_t.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
         tokens: Tensor = cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return tokens
@@ -192,7 +219,7 @@ def layout_of(network: nn.Module) -> type[TextConditional]:
     """Return the denoiser of a network's token layout.
 
     Raises:
-        ValueError: the layout is not known; those that are, are listed.
+        ValueError: the layout is not known; the message lists the known ones.
     """
     names = [each.__name__ for each in type(network).__mro__]
     for layout in LAYOUTS:

@@ -1,4 +1,4 @@
-"""What a reader of the numbers should be told: departures from the protocol, degenerate inputs."""
+"""What a reader of the numbers should know: departures from the protocol, degenerate inputs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ def caveats(
     constant: Mapping[str, bool],
     split_size: int,
 ) -> list[str]:
-    """Return a sentence for all that makes ``values`` of ``count`` images less than comparable.
+    """Return a sentence for each thing that makes ``values`` of ``count`` images less comparable.
 
-    ``constant`` says of each Fréchet distance whether the images' features do not vary.
+    ``constant`` says for each Fréchet distance whether all images have the same features.
     """
+    # Published numbers are of a certain count, on which FID and recall depend.
     found = []
     expected = reference.protocol.get("sample_count")
     if expected is not None and count != expected:
@@ -25,6 +26,7 @@ def caveats(
             f"{count:,} images, but numbers published against {reference.name} are of "
             f"{expected:,}: FID is larger and recall differs with fewer images"
         )
+    # A covariance of no more images than dimensions is singular, and so is one of equal features.
     for name, statistics in (("fid", reference.pool), ("sfid", reference.spatial)):
         if name not in values or statistics is None:
             continue
@@ -37,6 +39,7 @@ def caveats(
                 )
         if constant.get(name):
             found.append(f"{name}: all images have the same features, so nothing varies")
+    # The Inception Score of images that all look alike, or with a short last split.
     if values.get("is", 2.0) < 1 + 1e-6:
         found.append("is: the score is 1, every image is given the same classes")
     short = count % split_size
@@ -44,6 +47,7 @@ def caveats(
         found.append(
             f"is: the last split has {short:,} images and counts as much as those of {split_size:,}"
         )
+    # A reference with unequal classes.
     labels = reference.protocol.get("labels")
     if labels and labels["most"] > 1.5 * labels["fewest"]:
         found.append(

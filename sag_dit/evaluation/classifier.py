@@ -27,7 +27,12 @@ SPATIAL_CHANNELS = 2
 
 @dataclass(frozen=True)
 class Kind:
-    """Shape of one classifier: its images (c, size, size), channels per stage, and classes."""
+    """Shape of one classifier: its images (c, size, size), channels per stage, and classes.
+
+    Example:
+        >>> KINDS["digits"].classes
+        10
+    """
 
     channels: int
     size: int
@@ -60,6 +65,11 @@ class SmallClassifier(FeatureExtractor):
     ``pool`` is the mean (b, 32) of the last map, ``spatial`` (b, 32) its first two channels at all
     of its 4 x 4 places, as ADM's sFID takes the first seven of a map of Inception's, ``logits`` the
     classes' with their bias. ``name`` is one of ``KINDS``.
+
+    Example::
+
+        features = bundled_classifier("digits")(images)
+        labels = features.logits.argmax(dim=1)
     """
 
     def __init__(self, name: str) -> None:

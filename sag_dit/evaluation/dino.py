@@ -38,6 +38,10 @@ class DINOv2(FeatureExtractor):
         ValueError: no such model, weights that do not fit or cannot be downloaded.
 
     Source: Oquab et al., arXiv 2304.07193; Stein et al., arXiv 2306.04675 (dgm-eval).
+
+    Example::
+
+        reference = load_reference("photos/", DINOv2())
     """
 
     name = "dinov2"
@@ -51,6 +55,7 @@ class DINOv2(FeatureExtractor):
             raise ValueError(
                 f"model={model!r}: expected a DINOv2 of timm without registers, such as {MODEL}"
             )
+        # The network, with published weights, those of a file, or random ones.
         try:
             network = timm.create_model(
                 model, pretrained=pretrained and weights is None, num_classes=0
@@ -64,18 +69,20 @@ class DINOv2(FeatureExtractor):
         if not isinstance(network, VisionTransformer) or network.pos_embed is None:
             raise ValueError(f"model={model!r}: expected a vision transformer, such as {MODEL}")
         if weights is not None:
-            _load(network, Path(weights).expanduser())
+            _load_weights(network, Path(weights).expanduser())
+        # Scale its position embeddings to images of 224 pixels.
         grid = SIDE // network.patch_embed.patch_size[0]
         network.pos_embed = torch.nn.Parameter(
             shrunk(network.pos_embed.detach(), grid, network.num_prefix_tokens)
         )
         network.patch_embed.set_input_size(img_size=(SIDE, SIDE))
+        # Preprocessing, and all that changes a feature.
         self.network = network.requires_grad_(False).eval()
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
         self.protocol = {
             "architecture": model,
-            "weights": _digest(network),
+            "weights": _weights_sha256(network),
             "resize": f"{SIDE} x {SIDE}, bicubic, antialiased, rounded to 0..255",
             "range": "x / 255, ImageNet's mean and deviation",
             "positions": "bicubic, scale (grid + 0.1) / 37, as in DINOv2's own code",
@@ -102,9 +109,9 @@ class DINOv2(FeatureExtractor):
 def resized(images: UInt8[Tensor, "b c h w"], side: int = SIDE) -> Float[Tensor, "b c s s"]:
     """Return images scaled as Pillow's bicubic filter does, of whole values in 0..255.
 
-    Rows are scaled first, then columns, each rounded to 0..255: where the filter overshoots, one
-    pass of both gives other pixels. (Newer releases of Pillow scale the columns of tall images
-    first; square images are the same.)
+    Rows are scaled first, then columns, and each result is rounded to 0..255. Scaling both at once
+    would give other pixels where the filter overshoots. (Newer releases of Pillow scale the columns
+    of tall images first; for square images that is the same.)
     """
     scaled = images.float()
     for size in ((images.shape[2], side), (side, side)):
@@ -127,7 +134,7 @@ def shrunk(
     return torch.cat([first, scaled.permute(0, 2, 3, 1).flatten(1, 2)], 1)
 
 
-def _load(network: torch.nn.Module, file: Path) -> None:
+def _load_weights(network: torch.nn.Module, file: Path) -> None:
     state = load_file(file) if container(file) == "safetensors" else read_torch(file)
     try:
         network.load_state_dict({name: value for name, value in state.items()})
@@ -139,7 +146,7 @@ def _load(network: torch.nn.Module, file: Path) -> None:
         ) from None
 
 
-def _digest(network: torch.nn.Module) -> str:
+def _weights_sha256(network: torch.nn.Module) -> str:
     """Return a sha256 over all weights, whatever file they came from."""
     total = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):

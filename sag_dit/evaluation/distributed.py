@@ -1,4 +1,4 @@
-"""How the states of metrics meet: sums and rows of all ranks, also of ranks without any data.
+"""How the states of metrics are joined over ranks, also those of ranks without any data.
 
 torchmetrics gathers a state from every rank before it reduces it, and expects equal shapes or at
 least equal dimensions; a rank that saw no image knows neither. Both functions are given to a metric

@@ -21,6 +21,11 @@ class Expected:
 
     Raises:
         ValueError: no source, no numbers, an unknown metric, or something that is no number.
+
+    Example::
+
+        for metric, published in expected.metrics.items():
+            print(metric, published)
     """
 
     source: str

@@ -16,7 +16,12 @@ class Features:
     """What one network says of b images.
 
     ``pool`` (b, d) is compared by FID, precision and recall, ``spatial`` (b, s) by sFID, and the
-    softmax of ``logits`` (b, k) by the Inception Score. A network without the latter leaves None.
+    softmax of ``logits`` (b, k) by the Inception Score. What a network lacks is None.
+
+    Example:
+        >>> import torch
+        >>> Features(pool=torch.zeros(2, 32)).logits is None
+        True
     """
 
     pool: Float[Tensor, "b d"]
@@ -30,6 +35,14 @@ class FeatureExtractor(nn.Module, ABC):
     ``name`` is short and stands beside every number. ``protocol`` holds, as plain JSON values, all
     that changes a number: size and kind of the resize, antialiasing, the range of pixel values, the
     sha256 of the weights. Two extractors with equal name and protocol give equal features.
+
+    Example::
+
+        class Colours(FeatureExtractor):
+            name, protocol = "colours", {"range": [0, 255]}
+
+            def forward(self, images: Tensor) -> Features:
+                return Features(images.float().mean(dim=(2, 3)))
     """
 
     name: str

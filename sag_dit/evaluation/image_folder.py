@@ -26,11 +26,17 @@ class FolderImages(ImageSet):
 
     Raises:
         ValueError: there are none, or they lie both in class folders and beside them.
+
+    Example::
+
+        for images, indices in FolderImages(folder).read(batch_size=64):
+            suite.update(images, indices)
     """
 
     def __init__(self, path: Path, size: int | None = None) -> None:
         if size is not None and size < 1:
             raise ValueError(f"size={size}: expected 1 or more pixels")
+        # A folder of sample.py holds its images in a folder of their own.
         self._manifest = path / "manifest.jsonl"
         sampled = self._manifest.is_file() or (path / "config.yaml").is_file()
         root = path / "images" if sampled and (path / "images").is_dir() else path
@@ -41,6 +47,7 @@ class FolderImages(ImageSet):
         self.name = path.resolve().name
         self.size = size
         self.protocol = {"crop": None if size is None else f"ADM's centre crop to {size} pixels"}
+        # The indices are the files' names where these are different numbers, else their places.
         stems = [Path(name).stem for name in self._files.names]
         # Only a manifest makes a number in a name a place: elsewhere it may be anything.
         own = all(stem.isdecimal() and int(stem) in self._sampled for stem in stems)

@@ -19,6 +19,11 @@ class ImageSet(ABC):
     """Images in one order, each with an index of its own.
 
     ``protocol`` says, as plain JSON values, what was done to them before they are read.
+
+    Example::
+
+        images = open_images("digits:report")
+        print(len(images), images.shape, images.balance())
     """
 
     name: str
@@ -27,7 +32,7 @@ class ImageSet(ABC):
     @property
     @abstractmethod
     def labels(self) -> list[int] | None:
-        """The class of every image, None if nobody told."""
+        """The class of every image, None if it is not known."""
 
     @property
     @abstractmethod
@@ -55,5 +60,5 @@ class ImageSet(ABC):
 
 
 def share(count: int, rank: int, world: int) -> range:
-    """Return the places of one rank's consecutive images; they differ by one in number at most."""
+    """Return a rank's consecutive places; how many each rank has differs by one at most."""
     return range(count * rank // world, count * (rank + 1) // world)

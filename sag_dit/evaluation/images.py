@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from sag_dit.data.splits import SPLITS, split
+from sag_dit.data.splits import SPLITS, read_split
 from sag_dit.evaluation.image_folder import FolderImages
 from sag_dit.evaluation.image_set import ImageBatch, ImageSet, share
 from sag_dit.evaluation.npz import NpzImages
@@ -37,7 +37,7 @@ def open_images(source: Source, *, size: int | None = None) -> ImageSet:
         return DatasetImages(source, type(source).__name__)
     text, path = str(source), Path(source).expanduser()
     if text in SPLITS:
-        return DatasetImages(TensorDataset(*split(text)), text)
+        return DatasetImages(TensorDataset(*read_split(text)), text)
     if path.is_dir():
         return FolderImages(path, size)
     if path.is_file() and path.suffix == ".npz":
@@ -49,19 +49,15 @@ def open_images(source: Source, *, size: int | None = None) -> ImageSet:
     )
 
 
-def read_images(
-    source: Source, batch_size: int, *, size: int | None = None, rank: int = 0, world: int = 1
-) -> Iterator[ImageBatch]:
-    """Yield (uint8 images (b, c, h, w), indices (b)) of a source, of one rank's share of it.
-
-    Raises:
-        ValueError: the source is not readable; a file that is to blame is named.
-    """
-    yield from open_images(source, size=size).read(batch_size, rank, world)
-
-
 class DatasetImages(ImageSet):
-    """A map-style dataset of (image (c, h, w) uint8, label)."""
+    """A map-style dataset of (image (c, h, w) uint8, label).
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> pixels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+        >>> DatasetImages(TensorDataset(pixels, torch.arange(4)), "black").shape
+        (3, 8, 8)
+    """
 
     def __init__(self, dataset: Dataset[Any], name: str) -> None:
         if not hasattr(dataset, "__len__") or not len(dataset):

@@ -41,6 +41,11 @@ class Inception(FeatureExtractor):
         ValueError: torch-fidelity is not installed, or the file is missing, damaged or foreign.
 
     Source: Szegedy et al., arXiv 1512.00567; openai/guided-diffusion, evaluations/evaluator.py.
+
+    Example::
+
+        features = Inception()(images)  # uint8 (b, 3, h, w)
+        print(features.pool.shape)
     """
 
     name = "inception"
@@ -55,7 +60,7 @@ class Inception(FeatureExtractor):
                 f"{file}: sha256 is {found}, expected {SHA256}; the file is damaged: delete it and "
                 f"repeat the command"
             )
-        self.network = _network(file)
+        self.network = _inception(file)
         self._spatial: list[Tensor] = []
         branch = self.network.get_submodule("Mixed_6d.branch1x1")
         branch.register_forward_hook(lambda _, __, output: self._spatial.append(output))
@@ -112,7 +117,7 @@ def find_weights() -> Path:
     return hub / FILE
 
 
-def _network(file: Path) -> nn.Module:
+def _inception(file: Path) -> nn.Module:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ModuleNotFoundError:

@@ -26,6 +26,12 @@ class Moments(Metric):
 
     Raises:
         ValueError: ``groups`` or ``period`` is below 1.
+
+    Example:
+        >>> moments = Moments()
+        >>> moments.update(torch.tensor([[0.0], [2.0]]))
+        >>> float(moments.statistics().mean)
+        1.0
     """
 
     full_state_update = True
@@ -77,7 +83,7 @@ class Moments(Metric):
         return self.statistics()
 
     def statistics(self, groups: Groups = None) -> Statistics:
-        """Return the statistics of some groups, of this rank unless the states are synced.
+        """Return the statistics of some groups, of this rank or, while synced, of all.
 
         Raises:
             ValueError: there are fewer than two vectors.
@@ -91,7 +97,16 @@ class Moments(Metric):
 
 
 class FrechetDistance(Moments):
-    """The Fréchet distance of images' features to a reference: FID, sFID, FD-DINOv2 by features."""
+    """The Fréchet distance of images' features to a reference: FID, sFID, FD-DINOv2 by features.
+
+    Example:
+        >>> moments = Moments()
+        >>> moments.update(torch.tensor([[0.0], [2.0]]))
+        >>> fid = FrechetDistance(moments.statistics())
+        >>> fid.update(torch.tensor([[1.0], [3.0]]))
+        >>> float(fid.compute())
+        1.0
+    """
 
     higher_is_better = False
 
@@ -108,7 +123,7 @@ class FrechetDistance(Moments):
         return self.number.new_tensor(self.value())
 
     def value(self, groups: Groups = None) -> float:
-        """Return the distance of some groups, of this rank unless the states are synced."""
+        """Return the distance of some groups, of this rank or, while synced, of all."""
         own = self.statistics(groups)
         mean, covariance = (each.to(own.mean) for each in self.reference[1:])
         return frechet_distance(own, Statistics(self.reference.number, mean, covariance))
@@ -117,14 +132,20 @@ class FrechetDistance(Moments):
 class InceptionScore(Metric):
     """exp of the mean over images of KL(p(y|x) || p(y)), averaged over splits of images.
 
-    As ADM computes it: an image belongs to split index // ``split_size``, so that it does not
-    matter when and where it comes; a last split that is short counts like the others; ``logits``
-    are the network's without bias. A split needs sum p, sum p log p and n alone: k + 2 numbers.
+    As ADM computes it. An image of index i belongs to split i // ``split_size``, whenever and on
+    whichever rank it comes. A short last split counts like the others. ``logits`` are the network's
+    without bias. Of each split only sum p, sum p log p and n are kept, k + 2 numbers.
 
     Raises:
         ValueError: a parameter is below 1.
 
     Source: Salimans et al., arXiv 1606.03498; openai/guided-diffusion, evaluations/evaluator.py.
+
+    Example:
+        >>> score = InceptionScore()
+        >>> score.update(torch.tensor([[50.0, 0.0], [0.0, 50.0]]), torch.arange(2))
+        >>> round(float(score.compute()), 3)
+        2.0
     """
 
     full_state_update = True
@@ -154,6 +175,7 @@ class InceptionScore(Metric):
             raise ValueError(f"indices {indices.tolist()}: expected {len(rows)} of 0 or more")
         if not len(rows):
             return
+        # Of each image p, p log p and a 1, added up by group and split.
         log_p = rows.log_softmax(1)
         p = log_p.exp()
         each = torch.cat([p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])], 1)
@@ -172,7 +194,7 @@ class InceptionScore(Metric):
         return self.sums.new_tensor(self.value())
 
     def value(self, groups: Groups = None) -> float:
-        """Return the score of some groups, of this rank unless the states are synced."""
+        """Return the score of some groups, of this rank or, while synced, of all."""
         sums = total(self.sums, groups)
         sums = sums[sums[:, -1] > 0] if sums.numel() else sums
         if not sums.numel():

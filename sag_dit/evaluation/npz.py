@@ -25,7 +25,12 @@ EXPECTED = "expected arr_0, uint8 images (n, h, w, 1 or 3), as sample.py writes 
 
 @dataclass(frozen=True)
 class NpzStatistics:
-    """Statistics that stand in an npz, and whether its images do."""
+    """Statistics that stand in an npz, and whether its images do.
+
+    Example::
+
+        given = read_statistics("VIRTUAL_imagenet256_labeled.npz")
+    """
 
     pool: Statistics
     spatial: Statistics | None
@@ -74,6 +79,11 @@ class NpzImages(ImageSet):
 
     Raises:
         ValueError: it is no npz of images.
+
+    Example::
+
+        for images, indices in NpzImages(file).read(batch_size=64):
+            suite.update(images, indices)
     """
 
     def __init__(self, path: Path) -> None:

@@ -14,7 +14,7 @@ from sag_dit.evaluation.subsets import Groups, group_of
 from sag_dit.tensors import Labels
 
 BLOCK = 4096
-"""Distances are held for so many by so many vectors at once, 134 MB."""
+"""The distances of so many to so many vectors are held at once, 134 MB."""
 
 
 class PrecisionRecall(Metric):
@@ -31,6 +31,14 @@ class PrecisionRecall(Metric):
 
     Source: Kynkäänniemi et al., arXiv 1904.06991; openai/guided-diffusion, evaluations/evaluator.py
     (which computes the squared distances in half precision where these do not overflow).
+
+    Example:
+        >>> real = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+        >>> metric = PrecisionRecall(real, k=1)
+        >>> metric.update(torch.tensor([[0.5], [9.0], [9.5], [1.5]]), torch.arange(4))
+        >>> precision, recall = metric.value(None)
+        >>> round(float(precision), 2)
+        0.5
     """
 
     full_state_update = True

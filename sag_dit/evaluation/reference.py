@@ -28,7 +28,7 @@ from sag_dit.files import atomic
 from sag_dit.tensors import home_of_doubles
 
 ADM_SAMPLES = 50_000
-"""Numbers published against ADM's reference files are of so many samples."""
+"""With so many samples are numbers against ADM's reference files published."""
 LAYOUT = 1
 """Changes when what a cached file holds changes."""
 
@@ -44,9 +44,14 @@ class Reference:
         count: images it has; 0 where a file holds statistics alone.
         pool: statistics of pooled features.
         spatial: statistics of spatial features, None if the network has none.
-        features: pooled features (m, d) for precision and recall; m is at most what was asked for.
+        features: pooled features (m, d) for precision and recall, at most as many as asked for.
         protocol: all that changes a number, as plain JSON values: the extractor's protocol, source,
             sha256, counts, image size, label balance.
+
+    Example::
+
+        reference = load_reference("digits:report", extractor)
+        print(reference.count, reference.protocol["network"])
     """
 
     name: str
@@ -63,7 +68,7 @@ class Reference:
             ValueError: it was made with another, or with other preprocessing; the difference is
                 named.
         """
-        own, other = self.protocol["network"], network_of(extractor)
+        own, other = self.protocol["network"], description_of(extractor)
         differences = [
             f"{key} {own.get(key)!r} and {other.get(key)!r}"
             for key in sorted(own.keys() | other.keys())
@@ -76,7 +81,7 @@ class Reference:
             )
 
 
-def network_of(extractor: FeatureExtractor) -> dict[str, Any]:
+def description_of(extractor: FeatureExtractor) -> dict[str, Any]:
     """Return an extractor's name and protocol as JSON values."""
     told = {"name": extractor.name, **extractor.protocol}
     plain: dict[str, Any] = json.loads(json.dumps(told))
@@ -96,19 +101,21 @@ def load_reference(
 ) -> Reference:
     """Read a reference: an npz, a folder of images, ``digits:held_out`` or a dataset.
 
-    An npz with ``mu`` and ``sigma`` (and ``mu_s``, ``sigma_s``), such as ADM's VIRTUAL_*.npz, gives
-    statistics made with ADM's Inception; they are used if ``extractor`` is that network. All else
-    is made from the images. ``features`` vectors, evenly spaced over the images, are kept for
-    precision and recall; ADM takes all 10,000 of its file. ``size`` crops images to squares as ADM
-    does. ``sample_count`` is how many samples published numbers against this reference are of; for
-    ADM's files it is known.
+    An npz with ``mu`` and ``sigma`` (and ``mu_s``, ``sigma_s``), such as ADM's VIRTUAL_*.npz, holds
+    statistics made with ADM's Inception. They are used if ``extractor`` is that network. Everything
+    else is computed from the images. For precision and recall ``features`` vectors are kept, evenly
+    spaced over the images; ADM takes all 10,000 of its file. ``size`` crops images to squares as
+    ADM does. ``sample_count`` is the number of samples with which numbers against this reference
+    are published; for ADM's files it is known.
 
-    What was made is kept in ``cache``, a folder ($SAG_DIT_CACHE or ~/.cache/sag_dit if ``auto``;
-    None for nowhere), by the content of the images and the network's protocol.
+    What was made from images is kept in the folder ``cache``, and found again by the images'
+    content and the network's protocol. ``auto`` is $SAG_DIT_CACHE or ~/.cache/sag_dit, None is
+    nowhere.
 
     Raises:
         ValueError: the source is not readable, or holds neither images nor fitting statistics.
     """
+    # Statistics that the file holds, if they are of this network.
     given = read_statistics(source) if isinstance(source, (str, Path)) else None
     fits = given is not None and bool(extractor.protocol.get("adm_statistics"))
     if given is not None and not given.has_images and not fits:
@@ -116,6 +123,7 @@ def load_reference(
             f"reference={source}: it holds statistics of ADM's Inception but no images, and the "
             f"network is {extractor.name}; expected images, or the network `inception`"
         )
+    # What is made from the images, where there are any: now, or by an earlier run.
     images = None
     if given is None or given.has_images:
         images = open_images(source, size=size)
@@ -129,15 +137,17 @@ def load_reference(
             **images.protocol,
         }
         made = _cached(images, content["sha256"], extractor, batch_size, features, cache)
+    # All that changes a number, to stand beside the numbers.
     protocol: dict[str, Any] = {
         "reference": name or (images.name if images else Path(str(source)).name),
         "count": len(images) if images else 0,
         "statistics": "of the file" if fits else "of the images",
         "features": 0 if made is None else len(made.features),
         "sample_count": sample_count or (ADM_SAMPLES if fits else None),
-        "network": network_of(extractor),
+        "network": description_of(extractor),
         **content,
     }
+    # The file's own statistics go before those of its images.
     told = given if fits else made
     return Reference(
         name=protocol["reference"],
@@ -162,8 +172,10 @@ def _make(images: ImageSet, extractor: FeatureExtractor, batch_size: int, featur
     tensors = (*extractor.parameters(), *extractor.buffers())
     device = tensors[0].device if tensors else torch.device("cpu")
     extractor = extractor.eval()
+    # Vectors of so many images are kept, evenly spaced over all.
     count = min(features, len(images))
     kept = torch.arange(count) * len(images) // max(1, count)
+    # One pass over the images: sums for the statistics, and the vectors to keep.
     home = home_of_doubles(device)
     pool, spatial = Moments().to(home), Moments().to(home)
     vectors, place = [], 0
@@ -205,12 +217,12 @@ def _cached(
     """Return what was made of these images before, or make it and keep it."""
     if cache is None:
         return _make(images, extractor, batch_size, features)
-    key = json.dumps([LAYOUT, digest, network_of(extractor), features], sort_keys=True)
+    key = json.dumps([LAYOUT, digest, description_of(extractor), features], sort_keys=True)
     folder = (default_cache() if cache == "auto" else Path(cache).expanduser()) / "references"
     file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if file.is_file():
         try:
-            return _load(file)
+            return _read_made(file)
         except (SafetensorError, OSError, KeyError) as error:
             log.warning("%s cannot be read (%s); made again", file, error)
     made = _make(images, extractor, batch_size, features)
@@ -233,7 +245,7 @@ def _tensors(made: _Made) -> dict[str, Tensor]:
     return tensors
 
 
-def _load(file: Path) -> _Made:
+def _read_made(file: Path) -> _Made:
     with safe_open(file, framework="pt") as stored:
         names = set(stored.keys())
 

@@ -14,7 +14,13 @@ COLUMNS = 256
 
 
 class Statistics(NamedTuple):
-    """Mean (d) and unbiased covariance (d, d) of ``number`` vectors; None if nobody told."""
+    """Mean (d) and unbiased covariance (d, d) of ``number`` vectors, None if that is not known.
+
+    Example:
+        >>> one = torch.ones(1, 1, dtype=torch.float64)
+        >>> frechet_distance(Statistics(9, one[0], one), Statistics(9, 3 * one[0], one))
+        4.0
+    """
 
     number: int | None
     mean: Float64[Tensor, "d"]
@@ -26,8 +32,8 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
         |mu_a - mu_b|^2 + tr A + tr B - 2 tr (A B)^(1/2)
 
-    With A = F F^T, A B has the eigenvalues of the symmetric F^T B F, and zeros. So the last trace
-    is a sum of roots of real, non-negative numbers, also where A or B is singular.
+    With A = F F^T, the non-zero eigenvalues of A B are those of the symmetric F^T B F. So the last
+    trace is a sum of square roots of non-negative numbers, also where A or B is singular.
 
     Raises:
         ValueError: the two differ in dimension, or hold values that are not finite.
@@ -40,7 +46,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
             f"network and preprocessing on both sides"
         )
     if a.number is not None and b.number is not None and b.number < a.number:
-        a, b = b, a  # the smaller set has the covariance of lower rank, so the smaller factor
+        a, b = b, a  # the smaller set has a covariance of lower rank, and so a smaller factor F
     for each in (a, b):
         if not (each.mean.isfinite().all() and each.covariance.isfinite().all()):
             raise ValueError("the statistics hold NaN or infinity: expected finite features")

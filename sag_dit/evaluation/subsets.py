@@ -25,9 +25,9 @@ _GOLDEN, _MIX = -7046029254386353131, -4658895280553007687
 def group_of(indices: Labels, groups: int, period: int = 1) -> Labels:
     """Return each image's group, 0 to ``groups`` - 1, a function of its index alone.
 
-    Of ``groups`` consecutive runs of ``period`` images each run goes to another group, in an order
-    that differs from one such block to the next. Where the classes recur with ``period``, every
-    group has as many images of each class.
+    The indices are cut into runs of ``period`` images. Of each ``groups`` runs in a row every one
+    goes to another group, in an order that differs from one such block to the next. So where the
+    classes recur with ``period``, every group has the same number of images of each class.
     """
     run = indices.long() // period
     mixed = (run // groups + 1) * _GOLDEN
@@ -39,7 +39,7 @@ def halves(groups: int, repeats: int, seed: int) -> list[list[int]]:
     """Draw ``repeats`` random halves of the groups.
 
     Raises:
-        ValueError: a number of groups or of repeats from which no spread can be told.
+        ValueError: there are too few groups or repeats to estimate a spread.
     """
     if groups < 4 or groups % 2:
         raise ValueError(f"groups={groups}: expected an even number of 4 or more groups of images")

@@ -66,7 +66,7 @@ METRICS: Mapping[str, MetricKind] = {
 }
 """All metrics, in the order of tables."""
 SMALL = 256
-"""Features of at most so many dimensions are kept apart by group unasked: 17 MB at most."""
+"""Features of so many dimensions or fewer are kept by group unless told otherwise: 17 MB."""
 GROUPS = 32
 
 
@@ -77,16 +77,24 @@ class Suite:
     come from (FD-DINOv2 with DINOv2's), ``sfid`` spatial ones, ``is`` needs logits alone,
     ``precision`` and ``recall`` keep the features.
 
-    ``groups`` (even, 4 or more; 1 for none) are the parts of which :meth:`confidence` takes halves;
-    FID's state grows by as many times. Left out, it is 32 where features are small, else 1.
-    ``period`` is the distance at which classes recur over the indices, 1 where they are random.
+    ``groups`` is the number of parts into which the images are divided, for :meth:`confidence` to
+    take random halves of: an even number of 4 or more, or 1 for no parts. FID keeps its sums once
+    for each part. Left out, it is 32 where features are small, and 1 otherwise. ``period`` is the
+    distance in index at which classes recur, or 1 where they are random.
 
-    Every rank calls :meth:`update` as often as it likes, perhaps never, and all of them call the
-    other methods, in one order.
+    Every rank may call :meth:`update` any number of times, also never. The other methods are called
+    by all ranks, in the same order.
 
     Raises:
         ValueError: an unknown metric, a reference that lacks what one needs, or one whose features
             come from another network or preprocessing.
+
+    Example::
+
+        suite = Suite(extractor, reference, ["fid", "is"])
+        for pixels, indices in batches:
+            suite.update(pixels, indices)
+        print(suite.compute())
     """
 
     def __init__(
@@ -100,6 +108,7 @@ class Suite:
         split_size: int = 5_000,
         k: int = 3,
     ) -> None:
+        # What is measured, with which network, against which reference.
         unknown = [name for name in metrics if name not in METRICS]
         if unknown or not metrics:
             raise ValueError(f"metrics={list(metrics)}: expected some of {', '.join(METRICS)}")
@@ -107,12 +116,14 @@ class Suite:
         self.extractor = extractor.eval().requires_grad_(False)
         self.reference = reference
         self.metrics = tuple(metrics)
+        # How many groups: many where their sums are small.
         pool, spatial = reference.pool, reference.spatial
         if groups is None:
             compared = [pool] * ("fid" in metrics) + [spatial] * ("sfid" in metrics)
             widths = [each.mean.numel() for each in compared if each is not None]
             groups = GROUPS if max(widths, default=0) <= SMALL else 1
         self.groups, self.period, self.split_size = groups, period, split_size
+        # The states of the metrics asked for; precision and recall share one.
         self._images = _Indices()
         self._metrics: dict[str, FrechetDistance | InceptionScore | PrecisionRecall] = {}
         if "fid" in metrics:
@@ -156,7 +167,8 @@ class Suite:
 
     def _each(self) -> list[Metric]:
         metrics = [self._images, *self._metrics.values()]
-        # Where that is the CPU, there are no ranks that would have to meet on the device.
+        # Sums stay where float64 exists. A device without it runs on one rank alone, so that no
+        # ranks have to meet there.
         home = home_of_doubles(self.device)
         return [metric.to(home) for metric in metrics]
 
@@ -229,9 +241,9 @@ class Suite:
         """Return each metric's mean and standard deviation over random halves of the images.
 
         The deviation estimates the standard error of the metric on all images (the delete-half
-        jackknife over groups of images, see :mod:`sag_dit.evaluation.subsets`). The reference is
-        taken as given. The mean is that of halves: beside the metric itself it shows how far FID
-        still depends on the number of images.
+        jackknife over groups of images, see :mod:`sag_dit.evaluation.subsets`). The reference
+        counts as exact. The mean is over halves: its difference to the metric on all images shows
+        how much FID still depends on the number of images.
 
         Raises:
             ValueError: there are no groups, see ``groups``, or too few images in a half.
@@ -313,7 +325,7 @@ def _values(name: str, metric: Metric, groups: Groups) -> dict[str, float]:
 
 
 def _quietly(compute: Callable[[], Any]) -> Any:
-    """Compute without torchmetrics' advice to a rank that has no images."""
+    """Compute without the warning that torchmetrics gives on a rank that has no images."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
         return compute()

@@ -19,12 +19,13 @@ def inner(a: Images, b: Images) -> Images:
 
 @dataclass(frozen=True)
 class APG(Term):
-    """CFG without what oversaturates: the part of its update that is parallel to the prediction.
+    """CFG without the part of its update that is parallel to the prediction and oversaturates.
 
-    With D = x_0_cond - x_0_null + beta D_before (``momentum`` beta), shortened to length
-    ``norm_threshold`` r where it is longer (0: never), and split into a part parallel to x_0_cond
-    and an orthogonal one, x_0 = x_0_cond + (w - 1) (D_orthogonal + ``eta`` D_parallel). w = 1 is
-    off; with eta = 1, r = 0 and beta = 0 it is CFG. The momentum is of the steps in which it acts.
+    The update is D = x_0_cond - x_0_null + beta D_before, with ``momentum`` beta. Where D is longer
+    than ``norm_threshold`` r it is shortened to r; r = 0 shortens nothing. D is split into a part
+    parallel to x_0_cond and one orthogonal to it, and x_0 = x_0_cond + (w - 1) (D_orthogonal +
+    ``eta`` D_parallel). w = 1 is off. With eta = 1, r = 0 and beta = 0 it is CFG. D_before is that
+    of the last step in which the term acted, before it was shortened.
 
     Published: eta = 0; beta from -0.75 to -0.5; r belongs to the size of the latent, 2.5 to 15.
 
@@ -32,6 +33,10 @@ class APG(Term):
 
     Raises:
         ValueError: r is negative, beta is not in (-1, 1), or the model has no null condition.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], guidance=[APG(2.0, norm_threshold=10.0)])
     """
 
     key = "apg"
@@ -46,8 +51,11 @@ class APG(Term):
 
     _: KW_ONLY
     eta: float = 0.0
+    """Share of the update that is parallel to the prediction; with 1 it is CFG."""
     norm_threshold: float = 0.0
+    """The longest update, by the size of the latent 2.5 to 15; 0 is off."""
     momentum: float = -0.5
+    """Share of the update before that is added."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,11 +67,14 @@ class APG(Term):
     def contribution(self, ask: Question) -> Asking:
         """Return the update of x_0 as one of v: -1 / sigma of it."""
         cond, null = yield ask.base, ask.required_null()
+        # The update of CFG in x_0, with momentum: a share of the step before is added.
         update = cond.x_0 - null.x_0 + self.momentum * ask.memory.get("update", 0.0)
         ask.memory["update"] = update
+        # Shorten it to the threshold.
         if self.norm_threshold:
             length = inner(update, update).sqrt()
             update = update * (self.norm_threshold / length).clamp(max=1)
+        # Keep a share eta of the part that is parallel to the prediction, which oversaturates.
         direction = cond.x_0 / inner(cond.x_0, cond.x_0).sqrt().clamp(min=1e-12)
         parallel = inner(update, direction) * direction
         update = update - parallel + self.eta * parallel

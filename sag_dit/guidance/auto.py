@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from sag_dit.checkpoints import load_denoiser
 from sag_dit.denoiser import Denoiser
 from sag_dit.denoiser.text_conditional import TextConditional
 from sag_dit.guidance.term import Asking, BranchTerm, Question
-from sag_dit.identity import weights
-
-loaded = cache(load_denoiser)
-"""Once for a run, not once for a batch."""
 
 
 @dataclass(frozen=True)
 class Autoguidance(BranchTerm):
     """pred = worse + w (pred - worse), where a worse model of the same kind answers; w = 1 is off.
 
-    The worse model is a smaller one, or an earlier checkpoint of the same run. It is given as a
-    denoiser, ``worse``, or as ``ckpt``, anything that :func:`sag_dit.load` reads, of which ``ema``
-    chooses the averaged weights. In a guided pipeline ``worse`` is the network of another one, such
-    as ``other.unet``, which is asked with the guided pipeline's prompts.
+    ``worse`` is the denoiser of a smaller model, or of an earlier checkpoint of the same run. In a
+    guided pipeline it is the network of another one, such as ``other.unet``, which is asked with
+    the guided pipeline's prompts. The command line names a checkpoint instead, ``ckpt``, and with
+    ``ema`` its averaged or raw weights, and loads ``worse`` from it before anything is drawn.
 
     Published: EDM2-S at 512 pixels w = 2.1 and EDM2-XXL w = 2.05, guided by EDM2-XS after a
     sixteenth of the training.
@@ -34,8 +28,14 @@ class Autoguidance(BranchTerm):
     Source: equation 3 of the paper.
 
     Raises:
-        ValueError: not exactly one of ``worse`` and ``ckpt`` is given, or the worse model is of
-            another kind, without the null condition that it would be asked for, or the very same.
+        ValueError: not exactly one of ``worse`` and ``ckpt`` is given, or ``ckpt`` was not loaded;
+            or the worse model is of another kind, lacks the null condition that it would be asked
+            for, or is the guided model itself.
+
+    Example::
+
+        worse = sag_dit.load("EARLIER.ckpt").denoiser
+        sag_dit.sample(model, [3, 7], guidance=[Autoguidance(2.0, worse=worse)])
     """
 
     key = "auto"
@@ -49,8 +49,11 @@ class Autoguidance(BranchTerm):
 
     _: KW_ONLY
     ckpt: str | None = None
-    ema: bool = True
+    """A smaller model, or an earlier checkpoint of the same run."""
+    ema: bool | None = True
+    """Its averaged weights, or else its raw ones."""
     worse: nn.Module | None = None
+    """The worse model itself, in Python."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,14 +62,18 @@ class Autoguidance(BranchTerm):
                 "autoguidance needs a worse model: set ckpt (guidance.auto.ckpt=PATH) to a smaller "
                 "model or an earlier checkpoint, or give worse a denoiser; not both"
             )
+        if self.ckpt is not None and self.ema is None:
+            raise ValueError(f"ema={self.ema}: expected true or false")
 
     def worse_than(self, model: Denoiser) -> Denoiser:
         """Return the worse model, to be asked as the model is."""
         if isinstance(self.worse, Denoiser):
             return self.worse
         if self.worse is None:
-            assert self.ckpt is not None
-            return loaded(self.ckpt, ema=self.ema)
+            raise ValueError(
+                f"ckpt={self.ckpt!r}: the command line loads it, and Python gives the denoiser "
+                f"itself: worse=sag_dit.load({self.ckpt!r}).denoiser"
+            )
         if not isinstance(model, TextConditional):
             raise ValueError(
                 f"worse={type(self.worse).__name__}: expected a denoiser, as in "
@@ -78,19 +85,22 @@ class Autoguidance(BranchTerm):
         """Refuse a worse model that answers other questions than the model, or the same as it."""
         super().check(model)
         worse = self.worse_than(model)
+        # Both must answer the same question: x_t of one shape and process, the same classes.
         for name in ("latent_shape", "process", "num_classes", "dtype"):
             theirs, ours = getattr(worse, name, None), getattr(model, name, None)
             if theirs != ours:
                 raise ValueError(
                     f"the worse model's {name} is {theirs}: expected that of the model, {ours}"
                 )
-        # A text model's conditions, the null prompt's too, are the model's own for both.
+        # Both text models are asked with the conditions of the guided one, so that only a model of
+        # classes can lack a null condition of its own.
         own = not isinstance(model, TextConditional)
         if own and self.branch != "cond" and model.null(1) is not None and worse.null(1) is None:
             raise ValueError(
                 f"branch={self.branch!r}: the worse model has no null condition (trained without "
                 f"label dropout), and the model has; use branch='cond'"
             )
+        # The same network, or equal weights in another one, would leave nothing to guide with.
         pairs = zip(worse.parameters(), model.parameters(), strict=False)
         if worse.network is model.network or (
             worse.device == model.device
@@ -98,13 +108,6 @@ class Autoguidance(BranchTerm):
             and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
         ):
             raise ValueError("the worse model is the model itself, which guides nowhere")
-
-    def identity(self, model: Denoiser) -> dict[str, Any]:
-        """Return the term with the worse model by its weights, wherever they lie."""
-        values = super().identity(model)
-        if self.ckpt is not None:
-            values |= {"ckpt": None, "ema": None, "worse": weights(self.worse_than(model))}
-        return values
 
     def contribution(self, ask: Question) -> Asking:
         """Return (w - 1) (v - v_worse)."""

@@ -19,7 +19,7 @@ def rescaled(guided: Prediction, cond: Prediction, model: Denoiser, phi: float) 
     """Return the guided prediction with, at phi = 1, the standard deviation of the conditional one.
 
     out = phi (std(cond) / std(guided)) guided + (1 - phi) guided, per image, where guided and cond
-    are what the network puts out: eps, v or x_0.
+    are what the network puts out: eps, v or x_0. Of a network of scores eps is used.
 
     Source: Lin et al. 2023, arXiv 2305.08891, equations 15 and 16; there phi = 0.7 with w = 7.5.
     """
@@ -49,6 +49,12 @@ class CFG(Term):
     Raises:
         ValueError: ``channels`` is not positive, ``rescale`` is not in [0, 1], or the model has
             fewer channels or no null condition.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], guidance=[CFG(1.5)])
+        limited = CFG(2.1, interval=(0.28, 2.9), interval_in="sigma")
+        sag_dit.sample(model, [3, 7], guidance=[limited])
     """
 
     key = "cfg"
@@ -63,7 +69,9 @@ class CFG(Term):
 
     _: KW_ONLY
     channels: int | None = None
+    """The first so many channels are guided; 3 as the published DiT sampler does."""
     rescale: float = field(default=0.0, metadata=LATER)
+    """phi of Lin et al., 0 to 1; 0 is off."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,10 +16,11 @@ class CFGZero(Term):
     """CFG whose null velocity is first scaled to fit: v = s v_null + w (v_cond - s v_null).
 
     s = <v_cond, v_null> / |v_null|^2 per image. In the first ``zero_steps`` steps of the run v is 0
-    instead, where a flow's first velocities are worse than none: what is taken away is the model's
-    own velocity, so terms beside it still act. A step of a solver that evaluates twice is zeroed
-    whole. Steps outside the interval are not zeroed; those before it count, twice for such a
-    solver. w = 1 is off, and then no step is zeroed.
+    instead, because a flow's first velocities are worse than none. Only the model's own velocity is
+    taken away, so other terms still act there. With a solver that evaluates a step twice, both
+    evaluations are zeroed. Steps outside the interval are not zeroed. Steps before the interval
+    count towards ``zero_steps``, and with such a solver each of them counts twice. w = 1 is off,
+    and then no step is zeroed.
 
     Published: Stable Diffusion 3.5 and FLUX one zero step, Wan 2.1 the first 4 % of the steps.
 
@@ -28,6 +29,10 @@ class CFGZero(Term):
     Raises:
         ValueError: ``zero_steps`` is negative, or not 0 beside a schedule, which would zero a share
             only; or the model is no flow or has no null condition.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], guidance=[CFGZero(4.0, zero_steps=1)])
     """
 
     key = "cfgzero"
@@ -43,6 +48,7 @@ class CFGZero(Term):
 
     _: KW_ONLY
     zero_steps: int = 1
+    """The first so many steps move nothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,12 +70,14 @@ class CFGZero(Term):
             )
 
     def contribution(self, ask: Question) -> Asking:
-        """Return v_guided - v_cond = (w - 1) (v_cond - s v_null)."""
+        """Return (w - 1) (v_cond - s v_null), and -v_cond in the first ``zero_steps`` steps."""
         cond, null = yield ask.base, ask.required_null()
+        # Count the steps begun, this one included. A second evaluation of a solver's step stands at
+        # the level where the step ends, and begins no new one.
         step, begun = ask.step, ask.memory.get("begun", ask.step.index)
-        # A second evaluation of a step stands at the level where the step ends.
         ask.memory["begun"] = begun = begun + (float(step.level.t) != float(step.next.t))
         if begun <= self.zero_steps:
             return -cond.v
+        # Scale the null velocity to the multiple that is nearest to v_cond.
         fitting = inner(cond.v, null.v) / (inner(null.v, null.v) + 1e-8)
         return (self.scale - 1) * (cond.v - fitting * null.v)

@@ -4,34 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sag_dit.checkpoints import load_classifier
 from sag_dit.denoiser import ClassConditional, Denoiser
 from sag_dit.denoiser.text_conditional import TextConditional
 from sag_dit.guidance.term import Asking, Question, Term
-from sag_dit.identity import weights
 from sag_dit.process import DDPM, NoiseLevel, Prediction, Step
 from sag_dit.process.ddpm import CLEAN, Posterior
 from sag_dit.sampler import Ancestral, Sampler
 from sag_dit.tensors import Images, Labels
 
-if TYPE_CHECKING:
-    from sag_dit.models.unet.classifier import Classifier
-
-loaded = cache(load_classifier)
-"""Once for a run, not once for a batch."""
-
 
 class Gradient(Denoiser):
     """A classifier of noisy images, asked as denoisers are: v is the gradient of log p(y | x_t).
 
-    Thus it shares their rounds, batches and bound on rows. ``network`` is any module
-    (x_t, t) -> logits.
+    So its questions are batched with the others of a round and count towards ``max_rows``.
+    ``network`` is any module (x_t, t) -> logits.
+
+    Example::
+
+        v = Gradient(classifier, denoiser).evaluate(x_t, t, labels)
     """
 
     def __init__(self, classifier: nn.Module, guided: Denoiser) -> None:
@@ -70,17 +65,26 @@ class ClassifierGuidance(Term):
     c_0 the posterior's coefficient of x_0 and the variance that the network learned (else beta). A
     sampler that clamps x_0 does so before the classifier's shift, as the published code does.
 
-    The classes are those that the images are asked for; of a UNet without classes the images are
-    asked for the classifier's own. ``classifier`` is any module (x_t, t) ->
-    logits, or the name or path of a published one.
+    y are the classes that images are requested with. A UNet without classes is given the
+    classifier's: its images are requested with those. ``classifier`` is any module (x_t, t) ->
+    logits. At the command line it may be the name or path of a published one, which is loaded
+    before anything is drawn.
 
     Published: ADM 256 s = 1 beside classes and 10 without, ADM 128 0.5.
 
     Source: algorithms 1 (mean) and 2 (score) of the paper.
 
     Raises:
-        ValueError: there is no classifier, the model has no classes, the form is unknown, or it is
-            ``mean`` for a process without one.
+        ValueError: there is no classifier, or it was not loaded; it sees other images or knows
+            other classes than the model; the model is asked with text; or ``form`` is unknown, or
+            ``mean`` for a process or sampler without ancestral steps.
+
+    Example::
+
+        from sag_dit.checkpoints import load_classifier
+
+        classifier = load_classifier("ADM-classifier-128")
+        sag_dit.sample(model, [3, 7], guidance=[ClassifierGuidance(0.5, classifier=classifier)])
     """
 
     key = "classifier"
@@ -94,7 +98,9 @@ class ClassifierGuidance(Term):
 
     _: KW_ONLY
     classifier: nn.Module | str | None = None
+    """Published name, path, or a module (x_t, t) -> logits by _target_."""
     form: Literal["score", "mean"] = "score"
+    """score, for any sampler; mean: as published, for sampler=ddpm."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,21 +114,21 @@ class ClassifierGuidance(Term):
             )
 
     def module(self) -> nn.Module:
-        """Return the classifier."""
-        if isinstance(self.classifier, nn.Module):
-            return self.classifier
-        assert self.classifier is not None
-        return loaded(self.classifier)
+        """Return the classifier, which a name alone is not.
 
-    def identity(self, model: Denoiser) -> dict[str, Any]:
-        """Return the term with its classifier by its weights, wherever they lie."""
-        values = super().identity(model)
-        if isinstance(self.classifier, str):
-            values["classifier"] = weights(self.module())
-        return values
+        Raises:
+            ValueError: it was named and not loaded.
+        """
+        if not isinstance(self.classifier, nn.Module):
+            raise ValueError(
+                f"classifier={self.classifier!r}: the command line loads it, and Python gives the "
+                f"module itself: classifier=sag_dit.checkpoints.load_classifier("
+                f"{self.classifier!r})"
+            )
+        return self.classifier
 
     def check(self, model: Denoiser) -> None:
-        """Find the classifier, and refuse models that are not asked with classes, or its form."""
+        """Refuse models that are not asked with classes, a classifier of others, and a form."""
         super().check(model)
         if isinstance(model, TextConditional):
             raise ValueError(
@@ -130,9 +136,8 @@ class ClassifierGuidance(Term):
                 f"a pipeline tells it, and a classifier knows classes; use a model that "
                 f"sag_dit.load reads, or set classifier_scale=0"
             )
-        self.module()
-        if isinstance(self.classifier, str) and isinstance(model, ClassConditional):
-            check_fit(loaded(self.classifier), self.classifier, model)
+        if isinstance(model, ClassConditional):
+            check_fit(self.module(), model)
         if self.form == "mean" and not isinstance(model.process, DDPM):
             raise ValueError(
                 f"form='mean': ancestral sampling is of variance-preserving models, and this "
@@ -159,6 +164,7 @@ class ClassifierGuidance(Term):
         base = ask.base
         gradient = ask.memory.setdefault("gradient", Gradient(self.module(), base.model))
         clean, guiding = yield base, replace(base, model=gradient.to(base.x_t.device), captures=())
+        # How much of the gradient is added, for each unit of the scale.
         level = ask.step.level
         if self.form == "score":
             alpha = float(level.alpha)
@@ -169,31 +175,36 @@ class ClassifierGuidance(Term):
         return -self.scale * share * guiding.v
 
 
-def check_fit(classifier: Classifier, name: str, model: ClassConditional) -> None:
-    """Refuse a classifier of other images or of other classes than the model's.
+def check_fit(classifier: nn.Module, model: ClassConditional) -> None:
+    """Refuse a classifier that says of itself that it is for other images or other classes.
+
+    ADM's say so, with ``in_channels``, ``input_size`` and ``num_classes``. A module that states no
+    size is taken as it is.
 
     Raises:
         ValueError: they differ; both sides are named.
     """
-    seen, drawn = (classifier.in_channels, *classifier.input_size), model.latent_shape
+    size, known = getattr(classifier, "input_size", None), getattr(classifier, "num_classes", None)
+    if not isinstance(size, tuple):
+        return
+    seen, drawn = (getattr(classifier, "in_channels", None), *size), model.latent_shape
     if seen != drawn:
         raise ValueError(
-            f"classifier={name}: it sees images {seen}, and the model's are {drawn} (channels, "
-            f"height, width); set guidance.classifier.classifier to one of the model's size"
+            f"the classifier sees images {seen}, and the model's are {drawn} (channels, height, "
+            f"width); set guidance.classifier.classifier to one of the model's size"
         )
-    if model.network.num_classes not in (0, classifier.num_classes):
+    if model.network.num_classes not in (0, known):
         raise ValueError(
-            f"classifier={name}: it knows {classifier.num_classes} classes, and the model "
-            f"{model.num_classes}, other classes; use a classifier of the model's classes, or set "
-            f"classifier_scale=0"
+            f"the classifier knows {known} classes, and the model {model.num_classes}, other "
+            f"classes; use a classifier of the model's classes, or set classifier_scale=0"
         )
 
 
 def variance_share(clean: Prediction, step: Step, before: NoiseLevel | None) -> Tensor:
-    """Return variance / c_0 of an ancestral step: what moves the mean by the variance, in x_0.
+    """Return variance / c_0 of an ancestral step: a change of x_0 that moves the mean by variance.
 
-    ``before`` is the level before this one: the last step's own posterior has no variance, and the
-    step before lends its.
+    ``before`` is the level of the step before. The last step's own posterior has no variance, so
+    that of the step before is used for it.
     """
     if float(step.next.sigma) > 0:
         posterior, i = Posterior.of([step.level, step.next, CLEAN]), 0

@@ -25,6 +25,10 @@ class Cost:
     """Network evaluations of each step: how many wait for one another, and rows of one image.
 
     ``others`` are rows of further networks: a worse model, a classifier.
+
+    Example:
+        >>> print(Cost(rounds=(2, 2), rows=(3, 2), others=(0, 0)))
+        2 rounds, 2.5 (at most 3) rows per image and step
     """
 
     rounds: tuple[int, ...]
@@ -33,9 +37,11 @@ class Cost:
 
     def __str__(self) -> str:
         """Say it in one line; where steps differ, as a mean and the most."""
-        further = f" and {_spread(self.others)} of further networks" if any(self.others) else ""
-        rounds = f"{_spread(self.rounds)} round{'s' * (max(self.rounds) > 1)}"
-        rows = f"{_spread(self.rows)} row{'s' * (max(self.rows) > 1)}"
+        further = (
+            f" and {_mean_and_most(self.others)} of further networks" if any(self.others) else ""
+        )
+        rounds = f"{_mean_and_most(self.rounds)} round{'s' * (max(self.rounds) > 1)}"
+        rows = f"{_mean_and_most(self.rows)} row{'s' * (max(self.rows) > 1)}"
         return f"{rounds}, {rows}{further} per image and step"
 
     def plain(self) -> dict[str, float | int]:
@@ -49,7 +55,7 @@ class Cost:
         }
 
 
-def _spread(counts: Sequence[int]) -> str:
+def _mean_and_most(counts: Sequence[int]) -> str:
     if min(counts) == max(counts):
         return str(counts[0])
     return f"{sum(counts) / len(counts):.4g} (at most {max(counts)})"
@@ -71,7 +77,7 @@ def some_condition(model: Denoiser) -> Condition:
 
 
 class _Counting(GuidedDenoiser):
-    """Runs the terms as ever, and answers them with nothing: no network is evaluated."""
+    """Runs the terms as in a real run, but answers with zeros instead of asking a network."""
 
     def __init__(self, model: Denoiser, terms: Sequence[Term], noise: NoiseSource) -> None:
         super().__init__(model, terms, noise=noise)
@@ -106,8 +112,8 @@ def _nothing(branch: Branch, step: Step) -> Prediction:
 def cost_of(model: Denoiser, terms: Sequence[Term], sampler: Sampler, steps: int) -> Cost:
     """Return what a run costs, by making it with a network that answers nothing.
 
-    The sampler and the terms are the real ones, on one image of zeros, so intervals, schedules and
-    what terms share are counted as they come.
+    The sampler and the terms are the real ones, and draw one image of zeros. So intervals,
+    schedules and questions that several terms share are counted as in a real run.
     """
     noise = NoiseSource([0], [0])
     counting = _Counting(model, terms, noise)

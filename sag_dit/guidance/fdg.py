@@ -16,7 +16,7 @@ TAPS = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 def smoothed(x: Images) -> Images:
     """Return images blurred by the binomial kernel of Burt and Adelson, edges reflected.
 
-    A side of two pixels or fewer, too short to be reflected, repeats its edge.
+    An image with a side of two pixels or fewer is too small to reflect, and repeats its edges.
     """
     channels = x.shape[1]
     taps = x.new_tensor(TAPS)
@@ -71,6 +71,7 @@ class FDG(Term):
 
     _: KW_ONLY
     low: float = 1.0
+    """The scale of low frequencies; 1 leaves them as they are."""
 
     def contribution(self, ask: Question) -> Asking:
         """Return (w_low - 1) low + (w_high - 1) high of v_cond - v_null."""

@@ -30,6 +30,11 @@ class Talk:
     """One term's generator while it runs: what it asks now, and in the end its contribution.
 
     ``read`` is what it captured on the way.
+
+    Example::
+
+        talk = Talk(term, term.contribution(question))
+        talk.tell(None)  # now talk.wants is what the term asks
     """
 
     term: Term
@@ -76,13 +81,18 @@ class GuidedDenoiser:
     One instance serves one run over one batch of images, since terms may remember what happened at
     earlier steps. Each round gathers what all terms ask, drops duplicates, merges captures and
     evaluates one batch per model, split between branches so that it has at most ``max_rows`` rows.
-    Questions that need no answer of an earlier round are asked together, so CFG and SAG together
-    take two calls of the network instead of three.
+    Questions that do not depend on an earlier answer are asked in the same round, so CFG and SAG
+    together take two calls of the network instead of three.
 
-    Log-variance comes from the clean base branch alone. The answer's ``attention`` holds what the
-    terms read, of whichever branch they read it, so that a caller can show what they saw; of two
-    that read one layer, the first counts. What the caller itself captures of the base has a name of
-    its own, :func:`base_key`.
+    The variance comes from the base branch alone, which is asked about the image as it is. The
+    answer's ``attention`` holds what the terms read, so that a caller can show what they saw. If
+    two terms read the same layer, it holds what the first one read. What the caller itself captures
+    of the base stands under names of its own, :func:`base_key`.
+
+    Example::
+
+        guided = GuidedDenoiser(model.denoiser, [CFG(1.5), SAG(0.5)], max_rows=64)
+        prediction = guided(x_t, step, labels)
     """
 
     def __init__(
@@ -111,6 +121,7 @@ class GuidedDenoiser:
         captures: Sequence[tuple[str, CaptureKind]] = (),
     ) -> Prediction:
         """Return the guided prediction at ``x_t``; ``captures`` are read from the base besides."""
+        # What every term is told: the given condition, the null condition, and whether CFG is on.
         base = Branch(self.model, x_t, cond)
         shown = base
         for layer, kind in captures:
@@ -124,6 +135,7 @@ class GuidedDenoiser:
             guided_by_cfg=any(self.terms[i].from_null for i in active),
             noise=self._noise,
         )
+        # Start the active terms. Each asks its first questions.
         talks = [
             Talk(
                 self.terms[i],
@@ -131,11 +143,13 @@ class GuidedDenoiser:
             )
             for i in active
         ]
+        for talk in talks:
+            talk.tell(None)
+        # Answer in rounds: all that the terms want now is one batch per model; the answers lead the
+        # terms to their next questions, until none has any.
         answers: dict[Key, Prediction] = {}
         # Every branch of the step is kept alive here: an answer's key holds the ids of its tensors.
         asked: list[Branch] = [shown]
-        for talk in talks:
-            talk.tell(None)
         wanted = [shown, *(branch for talk in talks for branch in talk.wants)]
         while wanted:
             asked += wanted
@@ -148,6 +162,7 @@ class GuidedDenoiser:
                 if talk.wants:
                     talk.tell(tuple(answers[branch.key] for branch in talk.wants))
             wanted = [branch for talk in talks for branch in talk.wants]
+        # Add the contributions, in the order of the terms.
         result = answers[base.key]
         v, unclamped = result.v, None
         for talk in talks:
@@ -155,6 +170,7 @@ class GuidedDenoiser:
             v = v + contribution
             if not talk.term.clamped:
                 unclamped = contribution if unclamped is None else unclamped + contribution
+        # Hand on what was read: the caller's own captures, and what the terms saw.
         attention = {
             base_key(layer, kind): result.attention[capture_key(layer, kind)]
             for layer, kind, _ in shown.captures
@@ -206,6 +222,7 @@ def _merged(wanted: Sequence[Branch], answers: Mapping[Key, Prediction]) -> list
 
 def _evaluate_together(branches: Sequence[Branch], step: Step) -> dict[Key, Prediction]:
     """Evaluate branches of one model as one batch and cut the answer apart."""
+    # Give each branch its own rows of the batch, and aim its captures and edits at them.
     model = branches[0].model
     size = branches[0].x_t.shape[0]
     captures: list[Capture] = []
@@ -217,12 +234,14 @@ def _evaluate_together(branches: Sequence[Branch], step: Step) -> dict[Key, Pred
             for name, kind, heads in branch.captures
         ]
         edits += [(edit, rows) for edit in branch.edits]
+    # Evaluate all at once. A single branch keeps its own tensors, without a copy.
     if len(branches) == 1:
         x_t, cond = branches[0].x_t, branches[0].cond
     else:
         x_t = torch.cat([branch.x_t for branch in branches])
         cond = model.join([branch.cond for branch in branches])
     answer = model(x_t, step.level, cond, captures, edits)
+    # Cut the rows apart again, each with its own x_t and what was captured of it.
     return {
         branch.key: replace(
             answer.rows(i * size, (i + 1) * size),

@@ -17,8 +17,9 @@ PURPOSE = 4
 class ICG(Term):
     """CFG whose null condition is a random class: pred = random + w (cond - random); w = 1 is off.
 
-    For models trained without label dropout too. Every image draws a class of its own at every
-    step, from its own randomness; once in num_classes it is the class asked for.
+    It also guides models that were trained without label dropout. Every image draws a class of its
+    own at every step, from its own randomness. Sometimes, once in num_classes draws, that is the
+    class asked for.
 
     Published: DiT-XL/2 w = 1.4 where CFG has 1.5; EDM2 1.25.
 
@@ -26,6 +27,10 @@ class ICG(Term):
 
     Raises:
         ValueError: the model is not one of several classes.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], guidance=[ICG(1.4)])
     """
 
     key = "icg"

@@ -33,7 +33,7 @@ def attention_mask(saliency: Saliency, grid: tuple[int, int], threshold: Scalar)
 def mean_saliency(
     attention: Mapping[str, Tensor], layers: Sequence[AttentionLayer], heads: int | None = None
 ) -> Float[Tensor, "b h w"]:
-    """Return the mean over layers of what was captured, on the finest of their grids."""
+    """Return the saliency that was captured, averaged over layers on the finest of their grids."""
     finest = max((layer.grid for layer in layers), key=lambda grid: grid[0] * grid[1])
     maps = []
     for layer in layers:
@@ -55,13 +55,13 @@ def of_same_area(scores: Float[Tensor, "b h w"], mask: Mask) -> Mask:
 def detail(
     x_0: Float[Tensor, "b c h w"], blurred: Float[Tensor, "b c h w"], grid: tuple[int, int]
 ) -> Float[Tensor, "b gh gw"]:
-    """Return the energy of what a blur takes away, mean over the cells of each token."""
+    """Return the energy of what a blur takes away, averaged over the latent cells of each token."""
     energy = (x_0 - blurred).square().mean(dim=1, keepdim=True)
     return F.adaptive_avg_pool2d(energy, grid)[:, 0]
 
 
 def centrality(mask: Mask) -> Float[Tensor, "b h w"]:
-    """Return scores that fall with the distance to the middle, in squares."""
+    """Return scores that fall with the distance to the middle; equal scores form squares."""
     rows, columns = (
         (torch.arange(size, device=mask.device) - (size - 1) / 2).abs() for size in mask.shape[1:]
     )

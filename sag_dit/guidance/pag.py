@@ -16,7 +16,12 @@ from sag_dit.guidance.term import Question
 
 @dataclass(frozen=True)
 class IdentityAttention(AttentionEdit):
-    """The image's tokens look at themselves only, and at what else is in the sequence (text)."""
+    """The image's tokens look at themselves only, and at what else is in the sequence (text).
+
+    Example::
+
+        worse = branch.edited(IdentityAttention("blocks.5.attn"))
+    """
 
     tokens: Span | None = None
 
@@ -40,6 +45,10 @@ class PAG(Perturbed):
     from 1.
 
     Source: equations 16 and 17 of the paper.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], guidance=[PAG(3.0, layers=[5, 6])])
     """
 
     key = "pag"

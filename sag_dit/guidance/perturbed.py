@@ -21,7 +21,7 @@ def layers_of(model: Denoiser, wanted: Layer | Sequence[Layer]) -> tuple[Attenti
     """Return layers by name (``auto`` is the middle of the depth) or by number.
 
     Raises:
-        ValueError: one does not exist; those that exist are listed.
+        ValueError: one does not exist; the message lists the layers that do.
     """
     asked = [wanted] if isinstance(wanted, (str, int)) else list(wanted)
     names = list(model.layers)
@@ -54,7 +54,8 @@ def checked_layers(name: str, wanted: object) -> Layer | tuple[Layer, ...]:
 def block_of(model: Denoiser, layer: AttentionLayer) -> str:
     """Return the name of the block of a self-attention layer: the module around it.
 
-    In a UNet whose attention stands by itself in a list, residual included, it is the layer.
+    In some UNets attention layers stand by themselves in a list, with their residual connection
+    inside. There the block is the layer itself.
     """
     around = layer.name.rpartition(".")[0]
     alone = isinstance(model.network.get_submodule(around), (nn.ModuleList, nn.Sequential))
@@ -65,15 +66,23 @@ def block_of(model: Denoiser, layer: AttentionLayer) -> str:
 class Perturbed(BranchTerm):
     """pred + s (pred - perturbed): both at the same x_t, so s (v - v_perturbed) in any space.
 
-    s = 0 is off. ``layers`` names what is perturbed, of the branch of the given condition, as
-    published, unless ``branch`` says otherwise.
+    s = 0 is off. ``layers`` names the self-attention layers that are perturbed. ``branch`` says in
+    which prediction; as published it is that of the given condition.
 
     Raises:
-        ValueError: ``layers`` names none, or the model lacks one or the null condition.
+        ValueError: ``layers`` is empty, or the model lacks a layer or the null condition.
+
+    Example::
+
+        @dataclass(frozen=True)
+        class WithoutAttention(Perturbed):
+            def edits(self, layers: Sequence[AttentionLayer], ask: Question) -> tuple[Edit, ...]:
+                return tuple(Skip(layer.name) for layer in layers)
     """
 
     _: KW_ONLY
     layers: Layer | Sequence[Layer] = "auto"
+    """Self-attention layers by name or number; auto: in the middle of the depth."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

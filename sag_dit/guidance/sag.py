@@ -65,6 +65,10 @@ class BlurGuidance(BranchTerm):
     given condition otherwise.
 
     Source: Hong et al. 2023, section 4.2.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], guidance=[BlurGuidance(0.5, blur_sigma=2.0)])
     """
 
     key = "blur"
@@ -75,9 +79,13 @@ class BlurGuidance(BranchTerm):
 
     _: KW_ONLY
     branch: BranchName = "auto"
+    """Which prediction is degraded: cond, null, or auto: null beside CFG, else cond."""
     blur_sigma: float = 1.0
+    """Of the Gaussian blur, in the unit blur_in."""
     kernel_size: int | None = 9
+    """Odd, in latent cells; null: three sigmas to either side."""
     blur_in: Literal["cells", "grid"] = field(default="cells", metadata=LATER)
+    """cells of the latent; grid: a share of its shorter side."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,13 +135,17 @@ class BlurGuidance(BranchTerm):
 
     def contribution(self, ask: Question) -> Asking:
         """Return s (v - v_bar - d_alpha delta)."""
+        # Predict the clean image, and take away what guidance should keep.
         branch = self.question(ask)
         (base,) = yield (branch,)
         x_0 = base.clamped(branch.model.x_0_range).x_0
         x_0_tilde = self.degraded(x_0, base, ask)
+        # Noise it again with the predicted noise, and ask what the network says of that.
         level = base.level
         x_bar = level.alpha * x_0_tilde + level.sigma * base.eps
         (worse,) = yield (branch.at(x_bar),)
+        # The difference of the two eps, written in v. See "One parametrisation" in the
+        # architecture.
         delta = base.x_0 - x_0_tilde
         return self.scale * (base.v - worse.v - level.d_alpha * delta)
 
@@ -144,11 +156,12 @@ class SAG(BlurGuidance):
 
     x_0_tilde = mask blur(x_0) + (1 - mask) x_0, upsampled by nearest to the latent, where mask is
     saliency > ``threshold`` psi on the grid of ``layer``, or > the ``quantile`` of the image's own
-    saliency. ``layer`` may name several, whose saliency is averaged (``auto`` is the middle of the
-    depth). The masks that the paper compares with have as many tokens as this one: ``random``, the
-    tokens of most detail (``high_frequency``), or a ``square`` in the middle; ``global`` is blur
-    guidance and reads no attention, whatever ``layer``, ``heads`` and the limits are. ``heads``
-    re-reads the map with another number of heads, to reproduce the authors' 256-pixel commands (4).
+    saliency. ``layer`` may name several layers, whose saliency is averaged; ``auto`` is the one in
+    the middle of the depth. The other masks are those that the paper compares with. Each has as
+    many tokens as the attention's: ``random`` ones, those of most detail (``high_frequency``), or a
+    ``square`` in the middle. ``global`` blurs everywhere and reads no attention, so that ``layer``,
+    ``heads``, ``threshold`` and ``quantile`` do not matter. ``heads`` reads the layer as if it had
+    another number of heads: the authors' commands for 256 pixels do so, with 4.
 
     Published: ADM 256 output block 2, kernel 31, sigma 9, s = 0.5 and 0.8 without classes, 0.2
     with, there heads = 4; ADM 128 output block 8, sigma 3, s = 0.1; Stable Diffusion middle block,
@@ -159,6 +172,10 @@ class SAG(BlurGuidance):
     Raises:
         ValueError: the mask is unknown, ``quantile`` is not in [0, 1) or is beside a threshold, or
             a layer does not exist.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], guidance=[SAG(0.5, layer="blocks.5", interval=(0.0, 0.5))])
     """
 
     key = "sag"
@@ -170,10 +187,15 @@ class SAG(BlurGuidance):
 
     _: KW_ONLY
     layer: Layer | Sequence[Layer] = "auto"
+    """Whose saliency is read, one or several; auto: in the middle of the depth."""
     threshold: float = 1.0
+    """Times the mean saliency: what is above is blurred."""
     quantile: float | None = field(default=None, metadata=LATER)
+    """Of the image's own saliency, in place of the threshold."""
     mask: MaskKind = field(default="attention", metadata=LATER)
+    """attention, or one it is compared with: random, high_frequency, square, global."""
     heads: int | None = field(default=None, metadata=LATER)
+    """Read the layer with so many heads, as the authors read ADM's 16 as 4."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -193,7 +215,7 @@ class SAG(BlurGuidance):
     def check(self, model: Denoiser) -> None:
         """Refuse a layer that the model does not have, and heads that do not divide its channels.
 
-        Of a layer whose projections have names of their own, the first evaluation tells.
+        Where the layer's projections have names that are not known, the first evaluation refuses.
         """
         super().check(model)
         layers = self.layers(model)
@@ -251,6 +273,7 @@ class SAG(BlurGuidance):
         blurred = self.blurred(x_0)
         if self.mask == "global":
             return blurred
+        # The paper's mask, or one of equal area that it is compared with.
         _, mask = self.attended(base.attention, ask.base.model)
         grid = (mask.shape[1], mask.shape[2])
         if self.mask == "high_frequency":
@@ -259,5 +282,6 @@ class SAG(BlurGuidance):
             mask = of_same_area(ask.draw(grid, PURPOSE), mask)
         elif self.mask == "square":
             mask = of_same_area(centrality(mask), mask)
+        # Blur there: each token's cells of the latent are taken from the blurred image.
         area = F.interpolate(mask[:, None].to(x_0.dtype), x_0.shape[-2:], mode="nearest")
         return area * blurred + (1 - area) * x_0

@@ -21,6 +21,7 @@ def bounds(interval: object, unit: Unit) -> tuple[Bound, Bound]:
     Raises:
         ValueError: not two numbers, in the wrong order, or outside the run.
     """
+    # The unit, and two bounds that are numbers or None.
     if unit not in get_args(Unit):
         raise ValueError(f"interval_in={unit!r}: expected one of {', '.join(get_args(Unit))}")
     try:
@@ -32,6 +33,7 @@ def bounds(interval: object, unit: Unit) -> tuple[Bound, Bound]:
     except (TypeError, ValueError):
         names = "(start, stop)" if unit == "progress" else "(low, high)"
         raise ValueError(f"interval={interval!r}: expected two numbers, {names}") from None
+    # Their order and range: progress runs from 0 to 1, t and sigma have no common range.
     if unit == "progress":
         start, stop = 0.0 if start is None else start, 1.0 if stop is None else stop
         if not 0 <= start <= stop <= 1:
@@ -48,10 +50,10 @@ def bounds(interval: object, unit: Unit) -> tuple[Bound, Bound]:
 
 
 def check_times(interval: tuple[Bound, Bound], process: Process) -> None:
-    """Refuse an interval in t whose bounds are shares, as progress has them, of longer times.
+    """Refuse an interval in t whose bounds look like shares of the run, as progress has them.
 
     Raises:
-        ValueError: it ends by t = 1, where the process begins later.
+        ValueError: it ends at t = 1 or before, and the times of the process are larger.
     """
     first, high = float(process.grid(1)[0].t), interval[1]
     if high is not None and high <= 1 < first:
@@ -78,7 +80,7 @@ def acts(interval: tuple[Bound, Bound], unit: Unit, step: Step) -> bool:
 
 
 def weight_of(schedule: Schedule, progress: float) -> float:
-    """Return a schedule's weight at a share of the run that lies behind, in [0, 1)."""
+    """Return a schedule's weight when ``progress`` of the run is done, in [0, 1)."""
     if callable(schedule):
         return float(schedule(progress))
     if schedule == "linear":

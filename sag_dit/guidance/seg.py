@@ -24,6 +24,10 @@ class BlurredQueries(AttentionEdit):
 
     Blurring queries blurs the logits, since (G q) k = G (q k). The kernel is 6 sigma wide, at most
     the grid's shorter side, or one more where that is even.
+
+    Example::
+
+        worse = branch.edited(BlurredQueries("blocks.5.attn", grid=(16, 16), sigma=2.0))
     """
 
     grid: tuple[int, int]
@@ -64,6 +68,10 @@ class SEG(Perturbed):
 
     Raises:
         ValueError: ``blur_sigma`` is not above 0, or the model lacks a layer or null condition.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], guidance=[SEG(3.0, blur_sigma=10.0)])
     """
 
     key = "seg"
@@ -76,6 +84,7 @@ class SEG(Perturbed):
 
     _: KW_ONLY
     blur_sigma: float = math.inf
+    """In tokens; .inf: every query is the mean of all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,12 @@ from sag_dit.guidance.term import Question
 
 @dataclass(frozen=True)
 class Skip(OutputEdit):
-    """The module returns what it was given."""
+    """The module returns what it was given.
+
+    Example::
+
+        worse = branch.edited(Skip("blocks.5"))
+    """
 
     def edit_output(self, x: Tensor, output: Tensor) -> Tensor:
         """Return the input."""
@@ -29,6 +34,10 @@ class SLG(Perturbed):
 
     Source: Stability AI's sd3.5 reference code; spatio-temporal skip guidance (Hyung et al. 2024,
     arXiv 2411.18664) is the same for video.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], guidance=[SLG(2.8, layers=[7, 8, 9], interval=(0.01, 0.2))])
     """
 
     key = "slg"

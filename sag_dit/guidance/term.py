@@ -37,16 +37,20 @@ from sag_dit.tensors import Images
 
 BranchName = Literal["auto", "cond", "null"]
 Need = Literal["classes", "flow", "blocks", "dit", "worse", "classifier"]
-"""A model of several classes, one that puts out a flow, one of transformer blocks, one whose time
-embedding is known; a second model, a classifier of noisy images."""
+"""What the model must be: one of several classes, a flow, one of transformer blocks, or this
+package's DiT. Or what the user must give: a worse model, or a classifier of noisy images."""
 
 
 @dataclass(frozen=True, eq=False)
 class Branch:
     """An immutable question to a denoiser: which model, which x, which condition, which edits.
 
-    What is captured on the way (layer, "saliency" or "map", heads) does not change the answer and
-    so is no part of the question's identity: two branches that differ only there are asked once.
+    What is captured on the way (layer, "saliency" or "map", heads) does not change the answer. So
+    two branches that differ only in their captures are one question, and are asked once.
+
+    Example::
+
+        good, worse = yield branch, branch.edited(Skip("blocks.5"))
     """
 
     model: Denoiser
@@ -83,10 +87,14 @@ class Branch:
 class Question:
     """What a term is told at one evaluation.
 
-    ``base`` is the given condition, ``null`` the null condition of the same model (None if it knows
-    none). ``guided_by_cfg`` says whether classifier-free guidance is active at this step.
-    ``memory`` is the term's own store for one run; it starts empty. ``noise`` is the images' own
-    randomness, for terms that draw.
+    ``base`` asks with the given condition, ``null`` with the null condition of the same model; it
+    is None if the model knows none. ``guided_by_cfg`` says whether classifier-free guidance is
+    active at this step. ``memory`` is the term's own store for one run; it starts empty. ``noise``
+    is the images' own randomness, for terms that draw.
+
+    Example::
+
+        cond, null = yield ask.base, ask.required_null()
     """
 
     step: Step
@@ -143,16 +151,18 @@ Asking: TypeAlias = Generator[tuple[Branch, ...], tuple[Prediction, ...], Tensor
 class Term(ABC):
     """One guidance method; its contribution is multiplied by ``schedule`` at every step.
 
-    ``scale`` means what the method's paper means by it; at ``neutral`` the term is off, as is one
-    of several ``strengths`` where all are.
-    ``interval``, in the unit ``interval_in``, says where it acts. In ``progress`` it is the
-    half-open share [start, stop) of the run, 0 being pure noise. In ``t``, the network's time, or
-    ``sigma``, the ratio sigma / alpha of noise to image, it is (low, high]; None leaves a side
-    open. Either way the bound on the side of noise is included, so intervals that adjoin never
-    overlap, and one of equal bounds is empty.
-    ``schedule`` weighs the contribution, and so the scale's excess over ``neutral``: ``constant``
-    1, ``linear`` 2 p and ``cosine`` 1 - cos(pi p) of progress p, both with mean 1 over a run, or a
-    function of p. A term that is off, outside its interval or of weight 0 never starts and costs
+    ``scale`` means what the method's paper means by it. At ``neutral`` the term is off; a term with
+    several ``strengths`` is off when all of them are neutral.
+
+    ``interval`` says where the term acts, in the unit ``interval_in``. In ``progress`` it is the
+    half-open share [start, stop) of the run, where 0 is pure noise. In ``t``, the network's time,
+    or ``sigma``, the ratio sigma / alpha of noise to image, it is (low, high], and None leaves a
+    side open. In every unit the noisier bound belongs to the interval and the cleaner one does not.
+    So two intervals that meet at a bound share no step, and an interval of equal bounds holds none.
+
+    ``schedule`` multiplies the contribution, at progress p of the run: ``constant`` by 1,
+    ``linear`` by 2 p, ``cosine`` by 1 - cos(pi p), or by a function of p. The first three have mean
+    1 over a run. A term that is off, outside its interval or multiplied by 0 never starts and costs
     nothing.
 
     Source: Kynkaanniemi et al. 2024 (intervals); Wang et al. 2024, arXiv 2404.13040 (schedules).
@@ -160,13 +170,24 @@ class Term(ABC):
     Raises:
         ValueError: a number is not finite or not whole, the interval is the wrong way round, or the
             schedule is unknown.
+
+    Example::
+
+        @dataclass(frozen=True)
+        class MyCFG(Term):
+            def contribution(self, ask: Question) -> Asking:
+                cond, null = yield ask.base, ask.required_null()
+                return self.scale * (cond.v - null.v)
     """
 
     scale: float = 1.0
     _: KW_ONLY
     interval: tuple[Bound, Bound] = (0.0, 1.0)
+    """Where the method acts; outside it costs nothing."""
     interval_in: Unit = field(default="progress", metadata=LATER)
+    """The unit of the bounds: progress from noise (0) to image (1), t, or sigma."""
     schedule: Schedule = field(default="constant", metadata=LATER)
+    """What the contribution is multiplied by: constant, linear, cosine, or a function."""
 
     key: ClassVar[str]
     """What the identity of a run calls the method, wherever its code lies: no other one's key."""
@@ -258,10 +279,20 @@ class BranchTerm(Term):
 
     Raises:
         ValueError: another branch, or ``null`` for a model without a null condition.
+
+    Example::
+
+        @dataclass(frozen=True)
+        class Noisier(BranchTerm):
+            def contribution(self, ask: Question) -> Asking:
+                branch = ask.branch(self.branch)
+                good, worse = yield branch, branch.at(branch.x_t * 1.1)
+                return self.scale * (good.v - worse.v)
     """
 
     _: KW_ONLY
     branch: BranchName = "cond"
+    """Which prediction is made worse: cond, null, or auto: null beside CFG, else cond."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

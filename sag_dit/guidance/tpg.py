@@ -18,7 +18,13 @@ PURPOSE = 3
 
 @dataclass(frozen=True, eq=False)
 class Shuffle(InputEdit):
-    """The tokens that enter a module, in each image's own order."""
+    """The tokens that enter a module, in each image's own order.
+
+    Example::
+
+        order = numbers.argsort(dim=1)  # (images, tokens)
+        worse = branch.edited(Shuffle("blocks.5", order))
+    """
 
     order: Int[Tensor, "r n"]
 
@@ -46,6 +52,10 @@ class TPG(Perturbed):
 
     Raises:
         ValueError: the model lacks a layer or the null condition, or has no block around a layer.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], guidance=[TPG(3.0, layers=[5, 6])])
     """
 
     key = "tpg"

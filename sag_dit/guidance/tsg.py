@@ -19,7 +19,12 @@ PURPOSE = 5
 
 @dataclass(frozen=True, eq=False)
 class Shifted(InputEdit):
-    """What enters a module is moved by so much."""
+    """What enters a module is moved by so much.
+
+    Example::
+
+        worse = branch.edited(Shifted("blocks.0.adaLN_modulation", by))
+    """
 
     by: Tensor
 
@@ -38,11 +43,15 @@ class TSG(BranchTerm):
     Published: DiT-XL/2 with classes w = 2.5, noise 2, power 1, depth 10; without w = 5, noise 1,
     power 0 (the schedule "constant"), interval (200, 800) in t.
 
-    Source: section 5 and appendix G of the paper, which leaves open that its t is in [0, 1] here
-    and that the embedding is the one after the MLP.
+    Source: section 5 and appendix G of the paper. It leaves two things open, which were chosen: t
+    runs over [0, 1], and the embedding is the one after the MLP.
 
     Raises:
         ValueError: ``noise`` or ``depth`` is not positive, or the model is not a DiT.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], guidance=[TSG(2.5, noise=2.0, depth=10)])
     """
 
     key = "tsg"
@@ -56,8 +65,11 @@ class TSG(BranchTerm):
 
     _: KW_ONLY
     noise: float = 2.0
+    """Of the time embedding, in its standard deviations."""
     power: float = 1.0
+    """How fast the noise fades towards the image; 0: not at all."""
     depth: int = 10
+    """The first so many blocks are given the noisy embedding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,8 +98,10 @@ class TSG(BranchTerm):
         assert isinstance(network, TimeEmbedded)
         embedding = network.embed_time(level.times(branch.x_t)[:1])
         time = process.elapsed(level)
+        # The noise: fading with u, as large as the embedding's own spread, each image's own.
         n = ask.draw(embedding.shape[1:], PURPOSE)
         by = self.noise * time**self.power * embedding.std() * n
+        # It enters the modulation of the first blocks, as an edit of their input.
         edits = [Shifted(name, by) for name in network.time_inputs[: self.depth]]
         good, worse = yield branch, branch.edited(*edits)
         return torch.as_tensor((self.scale - 1) * (good.v - worse.v))

@@ -1,4 +1,4 @@
-"""Checking a term's numbers, also those of a method of one's own, by how they are declared."""
+"""Checking the numbers of a term by the types of its fields, also in a user's own method."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 
 
 def check_number(name: str, declared: object, value: object, unbounded: bool = False) -> None:
-    """Refuse what is no number of a field's declared kind; fields of other kinds pass.
+    """Refuse a value that is not of the kind that its field declares, if that is a number or bool.
 
-    ``declared`` is a type, or its text in a file of postponed annotations: float, int, bool, or one
-    of them or None. A truth value is no number, and ``unbounded`` numbers may be infinite.
+    ``declared`` is the type or its name: float, int or bool, or one of them and None. Other fields
+    are not checked. True and False are no numbers here. ``unbounded`` numbers may be infinite.
 
     Raises:
         ValueError: the field, its value and what was expected.

@@ -20,6 +20,10 @@ class Family:
         network: the pipeline's attribute that holds the network.
         own_cfg: the order of the rows under the pipeline's own classifier-free guidance; ``apart``
             is a second call for the null prompt, after that for the prompt.
+
+    Example:
+        >>> [family.name for family in FAMILIES if "FluxPipeline" in family.pipelines]
+        ['FLUX']
     """
 
     name: str
@@ -69,7 +73,7 @@ def family_of(pipe: Any) -> Family:
     """Return the family of a pipeline.
 
     Raises:
-        ValueError: it is none that is known; those that are, are listed.
+        ValueError: it is not known; the message lists the known pipelines.
     """
     names = [each.__name__ for each in type(pipe).__mro__]
     for family in FAMILIES:

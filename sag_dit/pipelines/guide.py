@@ -23,12 +23,12 @@ P = TypeVar("P")
 def guide(pipe: P, *terms: Term, max_rows: int | None = None, seed: int = 0) -> Iterator[P]:
     """Have a diffusers pipeline guided by any terms.
 
-    ``with guide(pipe, SAG(0.75)): pipe("a corgi")``. The pipeline works as ever: its scheduler,
-    sizes, batches, precision, offloading, and its own classifier-free guidance. What the terms
-    contribute is added to every row of it, so that u + w (c - u) carries it unchanged. A term that
-    guides away from the null prompt, such as :class:`CFG`, takes the place of the pipeline's own
-    guidance, also at steps outside of its interval: ``guidance_scale`` must then exceed 1, for
-    there to be a null prompt, and has no further effect. A term whose scale is off does nothing.
+    The pipeline works as before: its scheduler, sizes, batches, precision, offloading, and its own
+    classifier-free guidance u + w (c - u). What the terms contribute is added to u and to c, so
+    that the sum contains it once, whatever w is. A term that guides away from the null prompt, such
+    as :class:`CFG`, replaces the pipeline's own guidance, also at steps outside the term's
+    interval. ``guidance_scale`` must then be above 1, so that the pipeline brings a null prompt,
+    and has no other effect. A term whose scale is off does nothing.
 
     ``max_rows`` bounds the rows evaluated at once. ``seed`` keys the randomness of terms that draw.
     An interval counts the evaluations of one call of the pipeline. When the context ends, also
@@ -36,8 +36,14 @@ def guide(pipe: P, *terms: Term, max_rows: int | None = None, seed: int = 0) -> 
 
     Raises:
         ValueError: the pipeline, its network or its scheduler is not known, or a term cannot guide
-            it; what is known is listed.
+            it; the message lists what is known.
+
+    Example::
+
+        with guide(pipe, SAG(0.75)):
+            image = pipe("a corgi").images[0]
     """
+    # Refuse what cannot be guided before the pipeline is touched.
     family = family_of(pipe)
     for term in terms:
         if not isinstance(term, Term):
@@ -48,6 +54,7 @@ def guide(pipe: P, *terms: Term, max_rows: int | None = None, seed: int = 0) -> 
                 f"of its own, after that for the prompt; use its true_cfg_scale and "
                 f"negative_prompt instead"
             )
+    # From here on, calls of the pipeline and of its network come to the guided one.
     guided = _GuidedPipeline(pipe, family, terms, max_rows, seed)
     with _called(pipe, guided.call_pipeline), _called(guided.found, guided.call_network):
         yield pipe
@@ -55,10 +62,10 @@ def guide(pipe: P, *terms: Term, max_rows: int | None = None, seed: int = 0) -> 
 
 @contextmanager
 def _called(found: Any, instead: Callable[..., Any]) -> Iterator[None]:
-    """Have calls of one object go elsewhere, by a class of its own, until the context ends.
+    """Send calls of an object elsewhere until the context ends, by giving it a class of its own.
 
-    Not by its ``forward``: offloading replaces that from call to call, and a compiled module does
-    not look at it.
+    Replacing its ``forward`` would not do: offloading replaces that at every call, and a compiled
+    module does not look at it.
     """
     own = type(found)
     if "_sag_dit_guided" in vars(own):
@@ -68,7 +75,7 @@ def _called(found: Any, instead: Callable[..., Any]) -> Iterator[None]:
 
     @wraps(own.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # As it was for the time of the call: torch.compile looks at the class, for example.
+        # During the call it has its own class again, since torch.compile, for example, looks at it.
         object.__setattr__(self, "__class__", own)
         try:
             return instead(*args, **kwargs)
@@ -85,7 +92,7 @@ def _called(found: Any, instead: Callable[..., Any]) -> Iterator[None]:
 
 
 class _GuidedPipeline:
-    """What the pipeline and its network are called instead of."""
+    """What answers the calls of the pipeline and of its network."""
 
     def __init__(
         self, pipe: Any, family: Family, terms: tuple[Term, ...], max_rows: int | None, seed: int
@@ -104,7 +111,7 @@ class _GuidedPipeline:
         self.arguments: Mapping[str, Any] = {}
 
     def call_pipeline(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the pipeline as it was, remembering nothing of calls before."""
+        """Call the pipeline itself, with terms that remember nothing of earlier calls."""
         bound = inspect.signature(self.pipe.__call__).bind(*args, **kwargs)
         bound.apply_defaults()
         check_scheduler(self.pipe.scheduler)
@@ -125,12 +132,14 @@ class _GuidedPipeline:
                 f"{type(self.network).__name__} was called from outside of its pipeline's call; "
                 f"within guide(pipe, ...) call pipe(...) alone"
             )
+        # Tell apart x_t, the time, and all else, which is the condition.
         arguments = dict(self.signature.bind(self.network, *args, **kwargs).arguments)
         arguments |= arguments.pop("kwargs", {})
         del arguments["self"]
         return_dict = arguments.pop("return_dict", True)
         x: Tensor = arguments.pop(self.layout.x_name)
         t = arguments.pop("timestep")
+        # Answer as the network does: its own answer where nothing acts, in the form asked for.
         cfg = uses_cfg(self.family, self.pipe, self.arguments)
         arguments = dict(self.layout.corrected(self.network, arguments, cfg))
         output = self.run.output(x, t, arguments, cfg)

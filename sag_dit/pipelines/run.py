@@ -22,7 +22,7 @@ from sag_dit.tensors import Images
 
 @dataclass(frozen=True)
 class _Rows(Term):
-    """Keeps what the network says of the pipeline's own rows; contributes nothing."""
+    """Keeps the network's answers for the pipeline's own rows, and contributes nothing."""
 
     answers: list[Prediction] = field(default_factory=list, compare=False)
 
@@ -68,6 +68,11 @@ class Run:
 
     ``layout`` is the denoiser of the network's token layout; ``max_rows`` bounds the rows evaluated
     at once, ``seed`` keys the randomness of terms that draw.
+
+    Example::
+
+        run = Run(pipe, network, layout, "null first", terms, max_rows=None, seed=0)
+        output = run.output(x, t, {"encoder_hidden_states": text}, cfg=True)
     """
 
     def __init__(
@@ -104,6 +109,7 @@ class Run:
         Raises:
             ValueError: a term cannot guide this call, or the noise level is not known.
         """
+        # Where the run stands, and whether any term acts there.
         step = self._step(t)
         if self.replaces_cfg and not cfg:
             raise ValueError(
@@ -113,10 +119,13 @@ class Run:
             )
         if not self.replaces_cfg and not any(term.active(step) for term in self.terms):
             return None
+        # Read x_t and the condition from the call.
         own, channels = self.layout.split(self.network, x)
         grid = self.layout.grid_of(own, arguments)
         x_t = self.layout.unpacked(own, grid).float()
         inputs = Inputs.of(arguments, len(x), self.layout.shared, channels)
+        # Guide. Under the pipeline's own CFG the first half of the rows is of one prompt and the
+        # second half of the other; each is given back in its place.
         if self._is_repeated(x_t):
             predictions = [self._repeated(x_t, step, inputs)]
         elif not cfg:
@@ -141,7 +150,7 @@ class Run:
             self._begin = index
         self._index = index
         level = self._grid[index]
-        # A time in 16 bits has two to three digits.
+        # The pipeline may tell the time in 16 bits, which keep two to three digits of it.
         if abs(told - float(level.t)) > 0.01 * abs(told) + 0.01:
             raise ValueError(
                 f"the network was called at t={told:g} while the scheduler "
@@ -160,9 +169,9 @@ class Run:
         grid: TokenGrid,
         dtype: torch.dtype,
     ) -> list[Prediction]:
-        """Return the guided prediction, and what the null prompt's row should say if there is one.
+        """Return the guided prediction, and the null prompt's with the same contribution added.
 
-        With p its own prediction and d what the terms contribute, that is p + d.
+        Without a null prompt there is one only.
         """
         current = self._prepared(grid, dtype, null, len(x_t))
         result = current.guided(x_t, step, cond)
@@ -202,7 +211,7 @@ class Run:
     def _is_repeated(self, x_t: Images) -> bool:
         """Whether the pipeline asks once more at the same place, for a guidance of its own.
 
-        FLUX does for its null prompt, and Stable Diffusion 3 with layers skipped.
+        FLUX asks so with its null prompt, and Stable Diffusion 3 with some layers skipped.
         """
         last = self._last
         return last is not None and last.index == self._index and torch.equal(last.x_t, x_t)

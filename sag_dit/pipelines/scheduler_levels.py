@@ -17,7 +17,7 @@ BY_TIME = (
     "PNDMScheduler",
     "TCDScheduler",
 )
-"""Schedulers whose level is alphas_cumprod at the time that they tell."""
+"""Schedulers whose level is alphas_cumprod at their time."""
 
 BY_INDEX = (
     "DEISMultistepScheduler",
@@ -32,7 +32,7 @@ BY_INDEX = (
     "SASolverScheduler",
     "UniPCMultistepScheduler",
 )
-"""Schedulers whose level is their sigma at the step they are at; most can also run a flow."""
+"""Schedulers whose level is their sigma at the current step; most can also run a flow."""
 
 FLOWS = (
     "FlowMatchEulerDiscreteScheduler",
@@ -49,10 +49,10 @@ KINDS: dict[str, OutputKind] = {
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Refuse a scheduler whose noise levels are not known to be read right.
+    """Refuse a scheduler unless its noise levels are known to be read correctly.
 
     Raises:
-        ValueError: those that are, are listed.
+        ValueError: the message lists the schedulers that are known.
     """
     known = (*BY_TIME, *BY_INDEX, *FLOWS)
     if not _is_one_of(scheduler, known):
@@ -84,14 +84,16 @@ def kind_of(scheduler: Any) -> OutputKind:
 
 
 def levels(scheduler: Any) -> tuple[NoiseLevel, ...]:
-    """Return the level of every evaluation, and the clean one; t is what the scheduler tells."""
+    """Return the level of every evaluation, and the clean one; t is the scheduler's own time."""
     times = scheduler.timesteps.cpu().double().tolist()
+    # A flow keeps sigma itself.
     if _is_flow(scheduler):
         sigmas = [*scheduler.sigmas.cpu().double().tolist()[: len(times)], 0.0]
         return tuple(
             NoiseLevel(t=t, alpha=1 - sigma, sigma=sigma, d_alpha=-1.0, d_sigma=1.0)
             for t, sigma in zip([*times, 0.0], sigmas, strict=True)
         )
+    # Others keep their sigmas at each step, or look alpha up by the time.
     if _is_one_of(scheduler, BY_INDEX):
         found = levels_of(scheduler)
         return (*(replace(level, t=t) for level, t in zip(found, times, strict=False)), CLEAN)
@@ -109,13 +111,14 @@ def levels(scheduler: Any) -> tuple[NoiseLevel, ...]:
 def index_of(scheduler: Any, t: float, before: int | None) -> int:
     """Return the scheduler's place in its grid when it is about to be asked at time t.
 
-    ``before`` is its place at the call before, None at the first. Schedulers that know their place
-    say so; most of them only from the first step on.
+    ``before`` is its place at the call before, None at the first.
     """
+    # Most schedulers know their place, but only after the first step.
     for known in ("step_index", "begin_index"):
         index = getattr(scheduler, known, None)
         if index is not None:
             return int(index)
+    # Otherwise it is found by the time: the first place with it, or the nearest one ahead.
     times = scheduler.timesteps.cpu().double()
     if before is None and hasattr(scheduler, "index_for_timestep") and bool((times == t).any()):
         return int(scheduler.index_for_timestep(scheduler.timesteps[times == t][0]))

@@ -33,6 +33,11 @@ class NoiseLevel:
     Values are Python floats (double precision) while sampling, where a whole batch shares one
     level, and tensors in training: ``t`` of shape (b,), the others broadcastable to images.
     ``t`` is the time that the network is told; larger is noisier.
+
+    Example:
+        >>> level = NoiseLevel(t=500.0, alpha=0.8, sigma=0.6, d_alpha=-0.6, d_sigma=0.8)
+        >>> level.times(torch.zeros(2, 3, 8, 8))
+        tensor([500, 500])
     """
 
     t: Scalar
@@ -54,8 +59,13 @@ class NoiseLevel:
 class Step:
     """One evaluation within a sampler's run: it stands at ``level`` and ``next`` comes after it.
 
-    A solver that evaluates twice a step makes two of these of it, so ``count`` is the number of
-    evaluations, and ``next`` may then be as noisy as ``level``.
+    A solver that evaluates the network twice in a step makes two of these. So ``count`` is the
+    number of evaluations, and ``next`` may be as noisy as ``level``.
+
+    Example::
+
+        grid = process.grid(50)
+        first = Step(index=0, count=50, level=grid[0], next=grid[1])
     """
 
     index: int
@@ -65,7 +75,7 @@ class Step:
 
     @property
     def progress(self) -> float:
-        """Share of the run's evaluations that lies behind this one, in [0, 1)."""
+        """The share of the run's evaluations that are done before this one, in [0, 1)."""
         return self.index / self.count
 
 
@@ -73,12 +83,17 @@ class Step:
 class Prediction:
     """What a denoiser says of one noisy batch; immutable.
 
-    Shapes: ``x_t``, ``v`` and ``variance_fraction`` are (b, c, h, w).
-    ``variance_fraction`` places the log-variance of the reverse step between its lower bound (0,
-    the posterior's) and its upper bound (1, beta's); the bounds depend on the length of the step,
-    so the sampler finishes it (Nichol & Dhariwal 2021, equation 15).
-    ``unclamped``, shape (b, c, h, w), is the part of ``v`` that clamping x_0 leaves alone.
-    ``attention`` maps what was captured to a layer's saliency (rows, n) or map (rows, k, n, n).
+    Shapes: ``x_t``, ``v`` and ``variance_fraction`` are (b, c, h, w). ``variance_fraction`` places
+    the log-variance of the reverse step between its lower bound (0, the posterior's) and its upper
+    bound (1, beta's); the bounds depend on the length of the step, so the sampler finishes it
+    (Nichol & Dhariwal 2021, equation 15). ``unclamped``, shape (b, c, h, w), is the part of ``v``
+    that stays out when x_0 is clamped. ``attention`` maps the key of each capture to a layer's
+    saliency (rows, n) or map (rows, k, n, n).
+
+    Example::
+
+        prediction = model.denoiser(x_t, level, labels)
+        image, noise = prediction.x_0, prediction.eps
     """
 
     x_t: Images
@@ -90,19 +105,20 @@ class Prediction:
 
     @property
     def x_0(self) -> Images:
-        """The clean image that is expected, x_0 = d_sigma x_t - sigma v."""
+        """The predicted clean image, x_0 = d_sigma x_t - sigma v."""
         return self.level.d_sigma * self.x_t - self.level.sigma * self.v
 
     @property
     def eps(self) -> Images:
-        """The noise that is expected, eps = -d_alpha x_t + alpha v."""
+        """The predicted noise, eps = -d_alpha x_t + alpha v."""
         return self.level.alpha * self.v - self.level.d_alpha * self.x_t
 
     def clamped(self, x_0_range: tuple[float, float] | None) -> Prediction:
         """Return the prediction whose x_0 is clamped and whose eps explains the same x_t.
 
-        v = (d_sigma x_t - x_0) / sigma, x_0 being clamped without ``unclamped``, which then is
-        added to v again. Only defined where sigma > 0, as at every step of a grid.
+        v = (d_sigma x_t - x_0) / sigma, with the clamped x_0. ``unclamped`` is taken out of v
+        before, and added again afterwards. Only defined where sigma > 0, as at every step of a
+        grid.
         """
         if x_0_range is None:
             return self
@@ -126,7 +142,13 @@ class Prediction:
 
 
 class Process(ABC):
-    """A forward process: times, noise levels and grids of them."""
+    """A forward process: times, noise levels and grids of them.
+
+    Example::
+
+        process = model.denoiser.process
+        x_t = process.add_noise(x_0, eps, process.level(500))
+    """
 
     is_flow: ClassVar[bool] = False
     """Whether its curve is the straight line, along which an ODE of v is solved."""
@@ -166,8 +188,8 @@ class Process(ABC):
         """Turn a network's output of any kind into a prediction.
 
         v = output; (eps + d_alpha x_t) / alpha; or (d_sigma x_t - x_0) / sigma. A score is -eps /
-        sigma. An eps or score model cannot be read where alpha = 0, nor an x_0 model where sigma =
-        0: their output says nothing there.
+        sigma. Where alpha = 0 the output of an eps or score model says nothing of v, and where
+        sigma = 0 that of an x_0 model does not.
 
         Raises:
             ValueError: another kind.

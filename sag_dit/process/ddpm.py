@@ -65,7 +65,7 @@ def respace(num_timesteps: int, steps: int) -> list[int]:
 
     t_i = round(i (T - 1) / (S - 1)). Rounding is to even, and the stride is accumulated in double
     precision, as in ADM, so that the same times are chosen. A single step starts from noise, at
-    T - 1; ADM's would start at 0, where nothing is left to do.
+    T - 1; ADM's code would start it at 0, where the image is already clean.
     Source: guided-diffusion, respace.py.
     """
     if steps == 1:
@@ -82,8 +82,12 @@ def respace(num_timesteps: int, steps: int) -> list[int]:
 class DDPM(Process):
     """The discrete variance-preserving process, alpha_t^2 = prod_{s<=t} (1 - beta_s).
 
-    Times are 0 to ``num_timesteps`` - 1 and the network is always told the original time, also on
-    a respaced grid. Tables are float64.
+    Times are 0 to ``num_timesteps`` - 1. The network is always told the original time, also on a
+    grid of fewer steps. Tables are float64.
+
+    Example:
+        >>> [level.t for level in DDPM().grid(3)]
+        [999.0, 500.0, 0.0, 0.0]
     """
 
     schedule: Literal["linear", "scaled_linear", "cosine"] = "linear"
@@ -133,7 +137,7 @@ class DDPM(Process):
         if not float(t).is_integer() or not 0 <= t < self.num_timesteps:
             raise ValueError(
                 f"t={t}: expected a whole number from 0 to {self.num_timesteps - 1}; "
-                f"between the times of a discrete process the level is the scheduler's to name"
+                f"a discrete process has no level between its times"
             )
         alpha, sigma = (float(value) for value in self._alpha_sigma[:, int(t)])
         return NoiseLevel(t=float(t), alpha=alpha, sigma=sigma, d_alpha=-sigma, d_sigma=alpha)
@@ -156,6 +160,11 @@ class Posterior:
     mean = of_x_0 x_0 + of_x_t x_t. ``log_lower`` is the posterior's own variance (beta tilde),
     ``log_upper`` that of the forward step (beta): the bounds of a learned variance.
     Source: Ho et al. 2020, equations 6 and 7; Nichol & Dhariwal 2021, equation 15.
+
+    Example:
+        >>> posterior = Posterior.of(DDPM().grid(50))
+        >>> len(posterior.of_x_0)
+        50
     """
 
     of_x_0: tuple[float, ...]
@@ -171,8 +180,8 @@ class Posterior:
         now, after = alpha_bar[:-1], alpha_bar[1:]
         beta = 1 - now / after
         lower = beta * (1 - after) / (1 - now)
-        # The last step's posterior variance is 0: the step before lends its own, as published.
-        # Alone, a last step has nobody to borrow from; no noise is drawn there in any case.
+        # The last step's posterior variance is 0, so that of the step before is used, as published.
+        # A grid of one step has no step before; no noise is drawn there in any case.
         lower[-1] = lower[-2] if len(lower) > 1 else beta[-1]
         large = beta.copy()
         large[-1] = lower[-1]

@@ -26,14 +26,18 @@ class Flow(Process):
     """The straight line from image to noise, x_t = (1 - u) x_0 + u eps with v = eps - x_0.
 
     u = t / ``time_scale`` runs from 0, the image, to 1, noise; the network is told t. The steps of
-    a grid are even in u, unless ``shift`` moves them towards noise (> 1) or image (< 1). At u = 1,
-    where alpha = 0, only networks of kind v can be read: for others ``start`` is where grids and
-    training begin instead (SiT: 0.999). There is no variance to learn.
+    a grid are even in u, unless ``shift`` moves them towards noise (> 1) or image (< 1). At u = 1
+    alpha is 0, and only a network of kind v says something there. For other networks ``start``
+    (SiT: 0.999) is where grids and training begin instead. A flow has no variance to learn.
 
     Source: Lipman et al. 2023; Liu et al. 2023; with t reversed, Ma et al. 2024 (SiT).
 
     Raises:
         ValueError: ``time_scale`` or ``shift`` is not positive, or ``start`` is not in (0, 1].
+
+    Example:
+        >>> [level.t for level in Flow().grid(4)]
+        [1.0, 0.75, 0.5, 0.25, 0.0]
     """
 
     time_scale: float = 1.0
@@ -42,7 +46,7 @@ class Flow(Process):
 
     is_flow = True
     usual_kind = "v"
-    # A line has no smallest step: the bound only catches a number that was mistyped.
+    # Any number of steps is possible on a line; this bound catches a number that was mistyped.
     max_steps = 10_000
 
     def __post_init__(self) -> None:
@@ -82,7 +86,7 @@ class Flow(Process):
         return tuple(self.level(u * self.time_scale) for u in times)
 
     def check_steps(self, steps: int) -> None:
-        """Refuse a number of steps that nobody can want."""
+        """Refuse numbers of steps below 1, and very large ones, which were mistyped."""
         if not 1 <= steps <= self.max_steps:
             raise ValueError(
                 f"steps={steps}: expected a whole number from 1 to {self.max_steps}; more steps "

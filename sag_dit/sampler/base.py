@@ -22,7 +22,13 @@ Denoise = Callable[[Images, Step], Prediction]
 
 @dataclass(frozen=True)
 class SampleStep:
-    """One finished step: ``x`` is the state after it, ``prediction`` what led there (unclamped)."""
+    """One finished step: ``x`` is the state after it, ``prediction`` its prediction, unclamped.
+
+    Example::
+
+        for each in sampler.steps(denoise, x, process, 50, noise):
+            print(each.step.index, each.prediction.x_0.std())
+    """
 
     step: Step
     x: Images
@@ -30,7 +36,19 @@ class SampleStep:
 
 
 class Sampler(ABC):
-    """Solves the reverse process on a grid of a given number of steps."""
+    """Solves the reverse process on a grid of a given number of steps.
+
+    Example::
+
+        @dataclass(frozen=True)
+        class Euler(Sampler):
+            def steps(self, denoise, x, process, num_steps, noise, x_0_range=None):
+                for step in steps_of(process, num_steps):
+                    prediction = denoise(x, step)
+                    clean = prediction.clamped(x_0_range)
+                    x = step.next.alpha * clean.x_0 + step.next.sigma * clean.eps
+                    yield SampleStep(step, x, prediction)
+    """
 
     key: ClassVar[str]
     """What the identity of a run calls the sampler, wherever its code lies: no other one's key."""
@@ -62,7 +80,7 @@ class Sampler(ABC):
     ) -> Iterator[SampleStep]:
         """Yield the steps from noise ``x`` (unit variance, b c h w) to the clean image.
 
-        ``x_0_range`` clamps the clean image expected at each step. ``noise`` supplies the
+        ``x_0_range`` clamps the clean image that is predicted at each step. ``noise`` supplies the
         randomness of each image and step.
 
         Raises:

@@ -24,6 +24,10 @@ class DDIM(Sampler):
 
     Raises:
         ValueError: eta is not in [0, 1].
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], sampler=DDIM(eta=0.5), steps=50)
     """
 
     key = "ddim"
@@ -54,12 +58,14 @@ class DDIM(Sampler):
         for step in steps_of(process, num_steps):
             prediction = denoise(x, step)
             clamped = prediction.clamped(x_0_range)
+            # How much fresh noise the step adds: none at eta = 0.
             now, after = step.level, step.next
             s = (
                 self.eta
                 * (float(after.sigma) / float(now.sigma))
                 * math.sqrt(1 - float(now.alpha) ** 2 / float(after.alpha) ** 2)
             )
+            # Point from the predicted x_0 to the next level along the predicted noise.
             direction = math.sqrt(max(float(after.sigma) ** 2 - s**2, 0.0))
             x = after.alpha * clamped.x_0 + direction * clamped.eps
             if s > 0:

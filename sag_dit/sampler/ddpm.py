@@ -27,6 +27,10 @@ class Ancestral(Sampler):
     published default. The last step draws no noise.
 
     Source: Ho et al. 2020, algorithm 2; Nichol & Dhariwal 2021, equation 15.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], sampler=Ancestral(), steps=250)
     """
 
     key = "ddpm"
@@ -79,6 +83,7 @@ class Ancestral(Sampler):
             i = step.index
             prediction = denoise(x, step)
             x_0 = prediction.clamped(x_0_range).x_0
+            # The mean of the posterior for the predicted x_0, and noise unless the image is done.
             mean = posterior.of_x_0[i] * x_0 + posterior.of_x_t[i] * x
             log_variance = self.log_variance(posterior, i, prediction)
             if i < num_steps - 1:

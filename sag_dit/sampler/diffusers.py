@@ -25,9 +25,14 @@ from sag_dit.tensors import Images
 class Recipe:
     """How one scheduler is built and driven, and where it is proven.
 
-    ``scaled``: its state is x_0 + s eps, of which ``scale_model_input`` makes x_t.
-    ``output``: what it wants to be given; v loses no digits where alpha is small.
-    ``least``: the fewest steps that do not overshoot; ``schedules``: the betas it is proven on.
+    ``scaled``: the scheduler keeps x_0 + s eps, which ``scale_model_input`` turns into x_t.
+    ``output``: the kind of prediction it is given. v keeps its digits where alpha is small.
+    ``least``: the fewest steps with which it does not overshoot. ``schedules``: the betas on which
+    it is proven.
+
+    Example:
+        >>> PROVEN["heun"].least
+        5
     """
 
     scheduler: str
@@ -101,7 +106,7 @@ REFUSED: Mapping[str, str] = {
 }
 
 
-def _plain(name: str) -> str:
+def _bare(name: str) -> str:
     """Return a name without what its spellings differ in: case, separators, the word scheduler."""
     return "".join(c for c in name.lower() if c.isalnum()).removesuffix("scheduler")
 
@@ -113,12 +118,12 @@ def _refusal(name: str) -> str:
     if same:
         return f"sampler {name!r}: expected a short name, here {' or '.join(same)}; {proven}"
     for refused, reason in REFUSED.items():
-        if _plain(name) in (_plain(refused), _plain(refused).removesuffix("multistep")):
+        if _bare(name) in (_bare(refused), _bare(refused).removesuffix("multistep")):
             return f"sampler {name!r} is not offered: {reason}; {proven}"
-    spellings = {_plain(short): short for short in PROVEN}
+    spellings = {_bare(short): short for short in PROVEN}
     for short, recipe in PROVEN.items():
-        spellings.setdefault(_plain(recipe.scheduler), short)
-    near = get_close_matches(_plain(name), spellings, n=1)
+        spellings.setdefault(_bare(recipe.scheduler), short)
+    near = get_close_matches(_bare(name), spellings, n=1)
     hint = f"did you mean {spellings[near[0]]}? " if near else ""
     return f"sampler {name!r} is unknown or not proven; {hint}{proven}"
 
@@ -127,17 +132,21 @@ def _refusal(name: str) -> str:
 class DiffusersSampler(Sampler):
     """One of diffusers' schedulers, by its short name, on the process's own betas.
 
-    The network is asked at the level the scheduler is at: with s the scheduler's noise-to-signal
-    ratio, alpha = 1 / sqrt(1 + s^2) and sigma = s alpha, at real t. There is a step per evaluation
-    of the network, so schedulers that evaluate twice yield more steps than were asked for, and one
-    of them may end where it began or, in kdpm2_ancestral, noisier. ``SampleStep.x`` is always
-    x_t = alpha x_0 + sigma eps at the level of ``step.next``.
+    The network is asked at the scheduler's own level: with s its ratio of noise to signal, alpha =
+    1 / sqrt(1 + s^2) and sigma = s alpha. t may lie between whole times. Each evaluation of the
+    network is one step. So schedulers that evaluate twice yield more steps than were asked for, and
+    such a step may end at the level where it began or, in kdpm2_ancestral, at a noisier one.
+    ``SampleStep.x`` is always x_t = alpha x_0 + sigma eps at the level of ``step.next``.
 
     Source: diffusers; Lu et al. 2022 (dpmpp), Zhao et al. 2023 (unipc), Karras et al. 2022
     (karras, euler, heun, kdpm2), Liu et al. 2022 (pndm).
 
     Raises:
         ValueError: the name is not that of a proven scheduler.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], sampler=DiffusersSampler("dpmpp_2m"), steps=25)
     """
 
     name: str
@@ -156,17 +165,20 @@ class DiffusersSampler(Sampler):
         x_0_range: tuple[float, float] | None = None,
     ) -> Iterator[SampleStep]:
         """Yield one step per evaluation of the network; see :meth:`Sampler.steps`."""
+        # A fresh scheduler, and the level at which each evaluation stands.
         recipe = PROVEN[self.name]
         self.check(process, num_steps)
         ddpm = cast(DDPM, process)
         scheduler = _scheduler(recipe, ddpm, num_steps)
         levels = levels_of(scheduler)
         self._check_grid(levels, ddpm, num_steps)
+        # Ask the network at each level.
         count = len(levels) - 1
         state = x * float(scheduler.init_noise_sigma)
         for index, t in enumerate(scheduler.timesteps):
             step = Step(index, count, levels[index], levels[index + 1])
             prediction = denoise(scheduler.scale_model_input(state, t), step)
+            # The scheduler takes the step, with the images' own noise where it draws any.
             clamped = prediction.clamped(x_0_range)
             output = clamped.eps if recipe.output == "epsilon" else clamped.v
             draw = {"generator": noise.torch_generators(index)} if recipe.stochastic else {}
@@ -219,8 +231,8 @@ def _scheduler(recipe: Recipe, process: DDPM, num_steps: int) -> Any:
     import diffusers
 
     spacing = recipe.spacing
-    # At these two counts linspace starts at t = 0 or repeats a time; trailing does neither, while
-    # at others (61, 103, ...) it is trailing that goes wrong, by one step too many.
+    # With these two numbers of steps linspace starts at t = 0 or repeats a time, and trailing does
+    # not. With others (61, 103, ...) trailing makes one step too many.
     if spacing == "linspace" and num_steps in (1, process.num_timesteps):
         spacing = "trailing"
     with warnings.catch_warnings():
@@ -234,7 +246,7 @@ def _scheduler(recipe: Recipe, process: DDPM, num_steps: int) -> Any:
             **recipe.options,
         )
         scheduler.set_timesteps(num_steps)
-    # Else the first step is looked up by its time, and a time that occurs twice misleads it.
+    # Otherwise the scheduler finds its first step by the time, which may occur twice.
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     return scheduler
@@ -243,8 +255,9 @@ def _scheduler(recipe: Recipe, process: DDPM, num_steps: int) -> Any:
 def levels_of(scheduler: Any) -> tuple[NoiseLevel, ...]:
     """Return the level of every evaluation, and the clean one.
 
-    The state after one evaluation is what the next one looks at, so these are all there are.
+    The state after one evaluation is what the next one is asked about, so no other levels occur.
     """
+    # The ratio of noise to signal at the trained times, and at each evaluation.
     times = scheduler.timesteps.cpu().double().numpy()
     count = len(times)
     squared = scheduler.alphas_cumprod.cpu().double().numpy()
@@ -259,7 +272,7 @@ def levels_of(scheduler: Any) -> tuple[NoiseLevel, ...]:
     else:
         ratios = table[scheduler.timesteps.cpu().numpy()]
     if scheduler.config.get("use_karras_sigmas"):
-        # diffusers rounds most of these times, and so tells of another level than x_t has.
+        # diffusers rounds most of these times, which then belong to another level than x_t's.
         times = np.interp(np.log(ratios), np.log(table), np.arange(len(table)))
     alphas = 1 / np.sqrt(1 + ratios**2)
     return (

@@ -37,6 +37,10 @@ class FlowSampler(Sampler):
 
     ``shift`` spaces the grid instead of the process's own, above 1 for more steps near noise (see
     :class:`sag_dit.process.Flow`); None leaves the process's.
+
+    Example:
+        >>> [level.t for level in HeunFlow(shift=3.0).flow(Flow()).grid(2)]
+        [1.0, 0.75, 0.0]
     """
 
     shift: float | None = None
@@ -59,9 +63,13 @@ class FlowSampler(Sampler):
 class EulerFlow(FlowSampler):
     """Euler's method: x_next = x + (u' - u) v. Order 1, one evaluation a step.
 
-    The last step returns the x_0 that is expected. No noise is drawn.
+    The last step returns the predicted x_0. No noise is drawn.
 
     Source: Liu et al. 2023 (rectified flow), section 2.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], sampler=EulerFlow(shift=3.0), steps=50)
     """
 
     key = "euler_flow"
@@ -87,11 +95,15 @@ class EulerFlow(FlowSampler):
 class HeunFlow(FlowSampler):
     """Heun's method: x' = x + h v(x, u), then x_next = x + h (v(x, u) + v(x', u')) / 2.
 
-    Order 2, two evaluations a step but for the last, which is Euler's: at u' = 0 the network is
-    not asked. There is a step per evaluation: ``num_steps`` steps of the grid are 2 num_steps - 1
-    of the run, and the second of each pair ends at the level it begins. No noise is drawn.
+    Order 2, with two evaluations a step. The last step is Euler's, since the network is not asked
+    at u' = 0. Each evaluation is one step of the run: ``num_steps`` steps of the grid make 2
+    num_steps - 1, and the second of each pair ends at the level where it begins. No noise is drawn.
 
     Source: Karras et al. 2022, algorithm 1.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], sampler=HeunFlow(), steps=25)
     """
 
     key = "heun_flow"
@@ -114,10 +126,12 @@ class HeunFlow(FlowSampler):
             first = Step(2 * taken.index, count, now, after)
             prediction = denoise(x, first)
             v = prediction.clamped(x_0_range).v
+            # Euler's step is a first guess.
             guess = x + h * v
             yield SampleStep(first, guess, prediction)
             if taken.index == num_steps - 1:
                 return
+            # Ask again where it ends, and take the step with the mean of both velocities.
             second = Step(first.index + 1, count, after, after)
             prediction = denoise(guess, second)
             x = x + h * (v + prediction.clamped(x_0_range).v) / 2

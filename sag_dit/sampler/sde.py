@@ -31,6 +31,10 @@ class EulerMaruyama(FlowSampler):
 
     Raises:
         ValueError: an unknown ``diffusion``, a negative ``norm``, or a ``last_step`` not in (0, 1).
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], sampler=EulerMaruyama(diffusion="constant"), steps=250)
     """
 
     key = "sde_flow"
@@ -105,6 +109,7 @@ class EulerMaruyama(FlowSampler):
             step = Step(index, num_steps, grid[index], grid[index + 1])
             prediction = denoise(x, step)
             clamped = prediction.clamped(x_0_range)
+            # The drift, then noise unless the image is done.
             h, w = -length(step.level, step.next), self.strength(step.level)
             x = x - h * (clamped.v + w / float(step.level.sigma) * clamped.eps)
             if w > 0 and index < num_steps - 1:

@@ -29,7 +29,12 @@ def stride(num_timesteps: int, steps: int) -> int:
 
 
 class StridedDDPM(DDPM):
-    """The discrete process with grids of the times 0, s, 2 s, ..."""
+    """The discrete process with grids of the times 0, s, 2 s, ...
+
+    Example:
+        >>> [level.t for level in StridedDDPM().grid(4)]
+        [750.0, 500.0, 250.0, 0.0, 0.0]
+    """
 
     def grid(self, steps: int) -> tuple[NoiseLevel, ...]:
         """Return the levels of these times, noisiest first, and the clean level."""
@@ -42,9 +47,13 @@ class StridedDDPM(DDPM):
 class StridedDDIM(DDIM):
     """DDIM on the times 0, s, 2 s, ..., which guided-diffusion calls ``ddim25`` and so on.
 
-    With 25 of 1,000 steps it starts at t = 960, where :class:`DDIM` starts at 999.
+    With 25 of 1,000 steps it starts at t = 960, and :class:`DDIM` at 999.
 
     Source: Song et al. 2021, section D.2; guided-diffusion, respace.py.
+
+    Example::
+
+        sag_dit.sample(model, [3, 7], sampler=StridedDDIM(), steps=25)
     """
 
     key = "ddim_strided"

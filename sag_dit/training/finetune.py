@@ -21,13 +21,18 @@ SHOWN = 5
 
 @dataclass(frozen=True, eq=False)
 class Adapted:
-    """A model that fits its new data, and what became of the checkpoint's weights.
+    """A model that fits its new data, and what happened to the checkpoint's weights.
 
     Attributes:
         model: to train; its name is the run's.
         kept: classes that the checkpoint knows by the same name.
         new: classes that it does not know.
         remade: parameters that were computed or composed anew, and how, in words.
+
+    Example::
+
+        adapted = adapt(base, "cats", ["tabby", "siamese"], resolution=256)
+        print(adaptation_report(base, adapted))
     """
 
     model: Model
@@ -85,6 +90,7 @@ def adapt(base: Model, name: str, class_names: Sequence[str], resolution: int) -
     description["class_names"] = list(names)
     with torch.device("meta"):
         denoiser = build(description)
+    # All weights are kept but for what the family fits to other classes and another grid.
     refitted = family.refit(before.network, denoiser.network, before.class_names, names)
     denoiser.network.load_state_dict(refitted.state, assign=True)
     model = from_denoiser(
@@ -95,9 +101,9 @@ def adapt(base: Model, name: str, class_names: Sequence[str], resolution: int) -
 
 
 def matching(names: Iterable[str], pattern: str) -> set[str]:
-    """Return the names that a pattern means (with ``*``, ``?``, ``[...]``).
+    """Return the names that match a pattern (with ``*``, ``?``, ``[...]``).
 
-    That of a module stands for all in it: ``blocks.0.*`` and ``blocks.0`` are the same.
+    The name of a module stands for all in it: ``blocks.0`` means the same as ``blocks.0.*``.
     """
     return {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")}
 
@@ -137,7 +143,7 @@ def default_objective(denoiser: ClassConditional) -> Objective:
     return Hybrid() if denoiser.network.learn_sigma else MSE()
 
 
-def report(base: Model, adapted: Adapted, adapters: Sequence[str] = ()) -> str:
+def adaptation_report(base: Model, adapted: Adapted, adapters: Sequence[str] = ()) -> str:
     """Return in a few lines what was loaded, re-made and frozen, with counts of parameters.
 
     ``adapters`` are the layers that were given LoRA's.
@@ -153,13 +159,14 @@ def report(base: Model, adapted: Adapted, adapters: Sequence[str] = ()) -> str:
     def count(names: Iterable[str]) -> str:
         return f"{sum(parameters[name].numel() for name in names):,}"
 
+    # A line for each, LoRA's before the last two.
     lines = [
         f"fine-tuning {base.name} ({base.config['weights']} weights, sha256 {base.sha256[:8]})",
         f"  loaded   {count(loaded)} parameters in {len(loaded)} tensors, unchanged",
         *(f"  re-made  {what}" for what in adapted.remade.values()),
-        f"  classes  {len(adapted.kept)} known{_some(adapted.kept)}, "
-        f"{len(adapted.new)} new{_some(adapted.new)}",
-        f"  frozen   {count(frozen)} parameters in {len(frozen)} tensors{_some(frozen)}",
+        f"  classes  {len(adapted.kept)} known{_in_brackets(adapted.kept)}, "
+        f"{len(adapted.new)} new{_in_brackets(adapted.new)}",
+        f"  frozen   {count(frozen)} parameters in {len(frozen)} tensors{_in_brackets(frozen)}",
         f"  trained  {count(trained)} of {count(parameters)} parameters; positions never are",
     ]
     if adapters:
@@ -169,7 +176,7 @@ def report(base: Model, adapted: Adapted, adapters: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
-def _some(names: Sequence[str]) -> str:
+def _in_brackets(names: Sequence[str]) -> str:
     if not names:
         return ""
     return f" ({', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)})"

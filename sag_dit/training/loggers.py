@@ -16,12 +16,18 @@ from sag_dit.files import atomic
 
 
 class CSVLog(Logger):
-    """Writes ``logs/metrics.csv``: a row per log entry, a column per metric, one for all starts.
+    """Writes ``logs/metrics.csv``, one file for all starts of a run, with a column per metric.
 
     Lightning's own CSVLogger deletes the file of an earlier start.
 
     ``first_step`` is the step at which the run goes on. Rows from there on, which a killed run had
     logged after its last checkpoint, are dropped, as they are going to be logged again.
+
+    Example::
+
+        from lightning.pytorch import Trainer
+
+        trainer = Trainer(logger=CSVLog("outputs/train/photos-1f3a"))
     """
 
     def __init__(self, save_dir: str | Path, first_step: int = 0) -> None:
@@ -93,9 +99,10 @@ def going_on(logger: str, out: Path, step: int) -> dict[str, Any]:
 
 
 def wandb_id(out: Path) -> str | None:
-    """Return the run's id at Weights & Biases, which is made up once; None on ranks but the first.
+    """Return the run's id at Weights & Biases; None on all ranks but the first.
 
-    Stored, not computed, since an id cannot be used again once its run was deleted there.
+    The id is random and stored in the run's folder. It is not computed from the run, because an id
+    cannot be used again after its run was deleted there.
     """
     if getattr(rank_zero_only, "rank", 0) != 0:
         return None

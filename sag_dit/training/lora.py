@@ -31,6 +31,10 @@ class LoRA:
         ValueError: a value out of its range, or peft is not installed.
 
     Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1.
+
+    Example::
+
+        layers = add_adapters(network, LoRA(rank=16))
     """
 
     rank: int
@@ -41,9 +45,9 @@ class LoRA:
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1:
             raise ValueError(f"lora.rank={self.rank}: expected a number from 1 on, null for none")
-        if self.alpha is not None and not (_is_number(self.alpha) and self.alpha > 0):
+        if self.alpha is not None and not (_is_real(self.alpha) and self.alpha > 0):
             raise ValueError(f"lora.alpha={self.alpha}: expected more than 0, null for the rank")
-        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+        if not (_is_real(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"lora.dropout={self.dropout}: expected 0 to less than 1")
         if isinstance(self.targets, str) or not self.targets:
             raise ValueError(f"lora.targets={self.targets}: expected a list such as {[*TARGETS]}")
@@ -71,6 +75,7 @@ def add_adapters(network: nn.Module, lora: LoRA, frozen: Collection[str] = ()) -
     # Imported here, since peft is an extra and imports transformers.
     from peft import LoraConfig, inject_adapter_in_model
 
+    # Which layers: those that match, unless they are frozen.
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     chosen: set[str] = set()
     for pattern in lora.targets:
@@ -94,5 +99,5 @@ def add_adapters(network: nn.Module, lora: LoRA, frozen: Collection[str] = ()) -
     return tuple(layers)
 
 
-def _is_number(value: object) -> bool:
+def _is_real(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -27,7 +27,15 @@ SIGTERM_EXIT = 128 + signal.SIGTERM
 
 
 class Stopped(SystemExit):
-    """Raised on every rank at the same step boundary after SIGTERM; its exit code is 143."""
+    """Raised on every rank at the same step boundary after SIGTERM; its exit code is 143.
+
+    Example::
+
+        try:
+            trainer.fit(module, data)
+        except Stopped as stop:
+            print(stop.code)
+    """
 
     def __init__(self) -> None:
         super().__init__(SIGTERM_EXIT)
@@ -36,8 +44,12 @@ class Stopped(SystemExit):
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and renames it.
 
-    Lightning's own keeps a second copy in memory and a third in the system's folder for temporary
-    files, from where it is not renamed but copied if that is another disk.
+    Lightning's own class keeps a second copy in memory and a third in the system's folder for
+    temporary files. If that is another disk, the file is then copied instead of renamed.
+
+    Example::
+
+        trainer = Trainer(plugins=[AtomicCheckpointIO()])
     """
 
     def save_checkpoint(
@@ -76,16 +88,20 @@ def best_checkpoint(out: Path) -> ModelCheckpoint:
 class LastCheckpoints(Checkpoint):
     """Keeps the last two checkpoints, and stops all ranks at the same step after SIGTERM.
 
-    Two, because the newest may be truncated by a crash of the machine. A checkpoint is of a whole
-    step: gradients are not half accumulated, and what is validated after the step is validated
-    before the checkpoint, since a run that goes on from it does not do it again.
+    It keeps two, because a crash of the machine may truncate the newest. A checkpoint stands at the
+    end of a step, never between accumulated gradients. If the step is followed by validation, the
+    checkpoint is written after that, since a run that goes on from it does not validate again.
 
-    SIGTERM on any rank is noted by the handler, because saving within it can meet a half-finished
-    step. At the end of the step all ranks save, and at the start of the next they exit with 143, so
-    that the step's metrics are logged.
+    On SIGTERM the handler only sets a flag, because the step may be half finished. At the end of
+    the step all ranks save, and at the start of the next one they exit with 143, so that the
+    metrics of the step are still logged.
 
     Raises:
         ValueError: there is no room for a checkpoint.
+
+    Example::
+
+        trainer = Trainer(callbacks=[LastCheckpoints(out, every_n_steps=1000)])
     """
 
     def __init__(self, out: Path, every_n_steps: int) -> None:
@@ -94,7 +110,7 @@ class LastCheckpoints(Checkpoint):
         self._previous: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take SIGTERM over from Lightning, and look whether there is room."""
+        """Handle SIGTERM in place of Lightning, and check that there is room for a checkpoint."""
         self._previous = signal.signal(signal.SIGTERM, self._note)
         self._folder.mkdir(parents=True, exist_ok=True)
         if trainer.is_global_zero:
@@ -127,7 +143,7 @@ class LastCheckpoints(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Agree with the other ranks whether to stop, and save unless the step is validated yet."""
+        """Agree with the other ranks whether to stop, and save unless validation follows first."""
         loop = trainer.fit_loop.epoch_loop
         if loop._should_accumulate():
             return
@@ -151,7 +167,7 @@ class LastCheckpoints(Checkpoint):
             trainer.strategy.remove_checkpoint(old)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give SIGTERM back."""
+        """Give SIGTERM back to its former handler."""
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
 
@@ -160,7 +176,7 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.ckpt"), reverse=True)
 
 
-def export(trainer: Trainer, module: DiffusionModule, out: Path) -> None:
+def export_run(trainer: Trainer, module: DiffusionModule, out: Path) -> None:
     """Write the weights that are to be sampled with as safetensors; all ranks take part.
 
     Sharded weights are gathered one at a time; rank 0 writes.
@@ -198,7 +214,7 @@ def newest_checkpoint(out: Path, module: LightningModule) -> tuple[Path | None, 
 
 
 def _read(checkpoint: Path) -> dict[str, Any] | None:
-    """Read a checkpoint, or warn that it cannot be; of a sharded one, a folder, all but tensors."""
+    """Read a checkpoint, or warn and return None; of a sharded one, a folder, all but tensors."""
     try:
         if checkpoint.is_dir() and not (checkpoint / ".metadata").is_file():
             raise FileNotFoundError(".metadata, which is written last")

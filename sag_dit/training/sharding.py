@@ -10,6 +10,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     Left to itself, Lightning makes the ranks of one machine tensor-parallel; a model that is only
     sharded by data would then be trained on each rank alone, without a word.
+
+    Example::
+
+        from lightning.pytorch import Trainer
+
+        trainer = Trainer(strategy=FullyShardedStrategy(), devices=4)
     """
 
     key = "fsdp"

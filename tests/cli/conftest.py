@@ -21,6 +21,7 @@ from sag_dit.cli import train as train_command
 from sag_dit.cli.app import launch
 from sag_dit.denoiser import ClassConditional
 from sag_dit.models import DiT
+from tests.small import filled
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_HEADS = 3
@@ -37,13 +38,7 @@ def random_dit(seed: int = 0, **options: object) -> DiT:
         "num_heads": NUM_HEADS,
         "num_classes": 10,
     }
-    network = DiT(**{**defaults, **options})  # type: ignore[arg-type]
-    random = torch.Generator().manual_seed(seed)
-    for name, parameter in network.named_parameters():
-        if name != "pos_embed":
-            spread = 0.1 if parameter.ndim == 1 else 1.5 / parameter[0].numel() ** 0.5
-            parameter.data.copy_(torch.randn(parameter.shape, generator=random) * spread)
-    return network
+    return filled(DiT(**{**defaults, **options}), seed)  # type: ignore[arg-type]
 
 
 SaveOfficial = Callable[..., Path]

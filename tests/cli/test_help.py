@@ -8,6 +8,7 @@ from sag_dit.cli import typed
 from sag_dit.cli.keys import COMMANDS
 from sag_dit.cli.keys.key import keys_of, mapping_of
 from sag_dit.cli.presets import with_presets
+from sag_dit.methods import OF_ALL, methods
 from tests.cli.test_schema import composed, error_of
 
 
@@ -30,5 +31,10 @@ def test_help_of_a_group(
 ) -> None:
     composed(monkeypatch, "sample", *with_presets("sample", ["--help", "guidance"]))
     told = capsys.readouterr().out
-    assert "kernel_size: 9" in told and "stable_diffusion" in told
+    assert "guidance.sag.kernel_size=9 " in told and "stable_diffusion" in told
+    for method in methods():
+        assert f"{method.key}_scale: {method.title}; {method.neutral:g} is off" in told
+        for name in method.settings:
+            key = "KEY" if name in OF_ALL else method.key
+            assert f"guidance.{key}.{name}=" in told and method.remarks[name] in told
     assert "no such group" in error_of(capsys, monkeypatch, "sample", "--help", "guidanse")

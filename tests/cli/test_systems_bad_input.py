@@ -78,7 +78,7 @@ TOGETHER = {
         "use sampler=ddpm, or guidance.classifier.form=score",
     ),
     f"ckpt=digits classifier_scale=1 {CLASSIFIER}": (
-        "classifier=ADM-classifier-128: it sees images (3, 32, 32), and the model's are (1, 8, 8)",
+        "the classifier sees images (3, 32, 32), and the model's are (1, 8, 8)",
         "one of the model's size",
     ),
     "ckpt=ADM-classifier-128": (

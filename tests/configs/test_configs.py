@@ -20,6 +20,7 @@ from sag_dit.cli.composing import checked, config_folder
 from sag_dit.cli.keys import Train
 from sag_dit.cli.train import make_model
 from sag_dit.guidance import Term
+from sag_dit.methods import methods
 from sag_dit.sampler import Sampler
 
 FOLDER = config_folder()
@@ -97,15 +98,17 @@ def test_one_file_is_one_sampler() -> None:
 
 @pytest.mark.parametrize("name", choices("guidance"))
 def test_guidance(name: str) -> None:
-    scales = ["sag_scale=0.25", "cfg_scale=3", "blur_scale=0.125"]
-    config = compose("sample", [f"guidance={name}", *scales])
-    terms = {
-        key: instantiate(node, _convert_="all") for key, node in config.guidance.items() if node
-    }
-    assert all(isinstance(term, Term) for term in terms.values())
-    # The aliases arrive, in each preset.
-    assert (terms["sag"].scale, terms["cfg"].scale, terms["blur"].scale) == (0.25, 3, 0.125)
-    off = compose("sample", [f"guidance={name}", "sag_scale=0", "cfg_scale=1", "blur_scale=0"])
+    # What makes a second model is no setting of a preset.
+    second = {"auto": "ckpt", "classifier": "classifier"}
+    given = [f"guidance.{key}.{setting}=some.pt" for key, setting in second.items()]
+    scales = {f"{method.key}_scale": method.neutral + 0.25 for method in methods()}
+    on = [f"{key}={scale}" for key, scale in scales.items()]
+    config = compose("sample", [f"guidance={name}", *on, *given])
+    terms = {key: instantiate(node, _convert_="all") for key, node in config.guidance.items()}
+    assert all(isinstance(term, Term) and not term.off for term in terms.values())
+    # The scales' own keys arrive, in each preset.
+    assert {f"{key}_scale": term.scale for key, term in terms.items()} == scales
+    off = compose("sample", [f"guidance={name}", "sag_scale=0"])
     assert all(instantiate(node).off for node in off.guidance.values())
 
 

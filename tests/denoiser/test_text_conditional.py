@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from sag_dit.checkpoints import hub, is_text, load, load_text
 from sag_dit.checkpoints.schedulers import read_scheduler
 from sag_dit.denoiser.conditioning import Inputs
 from sag_dit.denoiser.text_layouts import PackedText, TokenGrid
-from sag_dit.guidance import CFG, PAG, SAG
+from sag_dit.guidance import CFG, PAG, SAG, Asking, Question, Term, cost_of
 from sag_dit.pipelines import guide, scheduler_levels
 from sag_dit.process import DDPM, Flow
-from sag_dit.sampler import EulerFlow
+from sag_dit.sampler import DDIM, EulerFlow
 from sag_dit.sampler.diffusers import DiffusersSampler
 from sag_dit.sampling import Request, Settings, sample, trajectory
 from tests.closeness import assert_near
@@ -268,3 +269,25 @@ def test_tokens_are_packed_as_fluxs_pipeline_packs_them() -> None:
     tokens = diffusers.FluxPipeline._pack_latents(x, 2, 4, 8, 6)
     assert torch.equal(PackedText.packed(x), tokens)
     assert torch.equal(PackedText.unpacked(tokens, TokenGrid((8, 6))), x)
+
+
+@dataclass(frozen=True)
+class Curious(Term):
+    """Asks once more, if the condition that it is told is one image's."""
+
+    def contribution(self, ask: Question) -> Asking:
+        again = [ask.base.at(ask.base.x_t * 2)] * (ask.base.cond.count == 1)
+        base, *others = yield ask.base, *again
+        return base.v * len(others)
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_the_cost_is_told_of_a_method_that_looks_at_the_condition(
+    family: str, saved: Saved
+) -> None:
+    denoiser = load_text(saved(family)[1], ["a corgi"], size=SIZE).denoiser
+    sampler = DDIM() if family == "sd" else EulerFlow()
+    cost = cost_of(denoiser, [Curious(1.0), PAG(1.0)], sampler, 2)
+    assert (cost.rounds, cost.rows) == ((1, 1), (3, 3))
+    # The null prompt and the condition stay two questions.
+    assert cost_of(denoiser, [CFG(2.0)], sampler, 2).rows == (2, 2)

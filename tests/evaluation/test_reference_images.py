@@ -11,13 +11,15 @@ import torch
 from PIL import Image
 
 from sag_dit.data.crop import read_crop
-from sag_dit.evaluation.images import Source, open_images, read_images
+from sag_dit.evaluation.images import Source, open_images
 from tests.evaluation.making import pixels
 from tests.evaluation.test_reference import IMAGES, LABELS, nhwc, write_folder, write_npz
 
 
-def read(source: Source, batch: int = 7, **options: int) -> tuple[torch.Tensor, list[int]]:
-    parts = list(read_images(source, batch, **options))
+def read(
+    source: Source, batch: int = 7, *, size: int | None = None, rank: int = 0, world: int = 1
+) -> tuple[torch.Tensor, list[int]]:
+    parts = list(open_images(source, size=size).read(batch, rank, world))
     if not parts:
         return torch.zeros(0), []
     return torch.cat([images for images, _ in parts]), torch.cat([i for _, i in parts]).tolist()

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.measure import randomise
 from sag_dit.checkpoints import Model
 from sag_dit.cli import train
 from sag_dit.cli.composing import compose
@@ -23,9 +24,7 @@ def random_model(device: str) -> Model:
     """A small pixel model with random weights."""
     torch.manual_seed(0)
     network = DiT(16, 2, 3, 96, 4, 4, num_classes=10)
-    for name, parameter in network.named_parameters():
-        if name != "pos_embed":
-            torch.nn.init.normal_(parameter, std=0.02)
+    randomise(network)
     denoiser = ClassConditional(network, DDPM(), x_0_range=(-1, 1)).to(device).eval()
     return Model(denoiser, IdentityCodec(), "small", "", {}, denoiser.class_names)
 

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sag_dit.attention import AttentionTap, Capture
 from sag_dit.models import DiT
 from tests.gpu.conftest import Stated
+from tests.small import filled
 
 pytestmark = pytest.mark.gpu
 
@@ -25,12 +26,7 @@ LEAST = {SDPBackend.FLASH_ATTENTION: (8, 0), SDPBackend.CUDNN_ATTENTION: (9, 0)}
 @pytest.fixture(scope="module")
 def network(device: str) -> DiT:
     """256 tokens, 3 blocks that attend unevenly, heads of 32 channels."""
-    made = DiT(32, 2, 4, 128, 3, 4, num_classes=10, learn_sigma=False)
-    random = torch.Generator().manual_seed(0)
-    for name, parameter in made.named_parameters():
-        if name != "pos_embed":
-            spread = 0.1 if parameter.ndim == 1 else 1.5 / parameter[0].numel() ** 0.5
-            parameter.data.copy_(torch.randn(parameter.shape, generator=random) * spread)
+    made = filled(DiT(32, 2, 4, 128, 3, 4, num_classes=10, learn_sigma=False))
     return made.to(device).eval().requires_grad_(False)
 
 

@@ -13,6 +13,7 @@ from sag_dit.guidance import CFG, SAG, SEG, ClassifierGuidance, GuidedDenoiser, 
 from sag_dit.models import DiT
 from sag_dit.noise import NoiseSource
 from sag_dit.process import DDPM, Flow, Prediction, Process, Step
+from tests.small import filled
 
 NOISE = NoiseSource([0, 0, 7], [4, 5, 6])
 
@@ -36,12 +37,7 @@ def small_dit(seed: int = 0, **options: object) -> DiT:
     """A DiT of 4x4 tokens in two blocks, none of whose weights is zero."""
     defaults: dict[str, object] = {"hidden_size": 16, "depth": 2, "num_heads": 2}
     sizes: dict[str, object] = {"input_size": 8, "num_classes": 10, "learn_sigma": False}
-    network = DiT(**{**sizes, **defaults, **options})  # type: ignore[arg-type]
-    random = torch.Generator().manual_seed(seed)
-    for name, parameter in network.named_parameters():
-        if name != "pos_embed":
-            spread = 0.1 if parameter.ndim == 1 else 1.5 / parameter[0].numel() ** 0.5
-            parameter.data.copy_(torch.randn(parameter.shape, generator=random) * spread)
+    network = filled(DiT(**{**sizes, **defaults, **options}), seed)  # type: ignore[arg-type]
     return network.eval().requires_grad_(False)
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-from sag_dit.checkpoints import load_denoiser
+from sag_dit import checkpoints
+from sag_dit.cli.values import with_models
 from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import CFG, SAG, Autoguidance, GuidedDenoiser
-from sag_dit.guidance import auto as auto_module
+from sag_dit.identity import weights
 from sag_dit.models import DiT
 from sag_dit.process import DDPM, Flow
 from tests.closeness import assert_near
@@ -52,20 +52,37 @@ def test_a_checkpoint_is_read_once_and_known_by_its_weights(
     network = small_dit(seed=9, learn_sigma=True, depth=1)
     first, second = (saved(tmp_path / name, network) for name in ("a.pt", "b.pt"))
     reads: list[str] = []
+    load = checkpoints.load_denoiser
     monkeypatch.setattr(
-        auto_module,
-        "loaded",
-        cache(lambda path, ema: reads.append(path) or load_denoiser(path, ema=ema)),
+        checkpoints, "load_denoiser", lambda path, ema: reads.append(path) or load(path, ema=ema)
     )
-    term = Autoguidance(2.0, ckpt=first)
     step = step_at(good.process, 4)
     given = Autoguidance(2.0, worse=ClassConditional(network, DDPM()))
     expected = guided(good, [given], step).v
-    for _ in range(2):
-        assert_near(guided(good, [term], step).v, expected)
-    assert reads == [first]
-    assert term.identity(good) == Autoguidance(2.0, ckpt=second).identity(good)
-    assert first not in str(term.identity(good))
+    named = {
+        "off": Autoguidance(1.0, ckpt="nowhere.pt"),
+        "cfg": CFG(2.0),
+        **{path: Autoguidance(2.0, ckpt=path) for path in (first, second)},
+    }
+    # Two rows of a comparison.
+    terms = [with_models(named) for _ in range(2)]
+    assert reads == [first, second]
+    assert (terms[0]["off"], terms[0]["cfg"]) == (named["off"], named["cfg"])
+    for row in terms:
+        assert_near(guided(good, [row[first]], step).v, expected)
+    identity = terms[0][first].identity(good)
+    assert identity == terms[0][second].identity(good)
+    # A folder's name neither tells where the weights lie nor which of a file's they are.
+    assert (identity["ckpt"], identity["ema"]) == (None, None)
+    assert identity["worse"] == weights(ClassConditional(network, DDPM()))
+
+
+def test_a_term_takes_the_model_itself_and_says_how() -> None:
+    told = r"worse=sag_dit.load\('a.pt'\).denoiser"
+    with pytest.raises(ValueError, match=told):
+        GuidedDenoiser(MODELS["eps"], [Autoguidance(2.0, ckpt="a.pt")])
+    with pytest.raises(ValueError, match=r"ema=None: expected true or false"):
+        Autoguidance(2.0, ckpt="a.pt", ema=None)
 
 
 def test_models_that_answer_other_questions_are_refused() -> None:

@@ -112,3 +112,29 @@ def test_what_cannot_be_guided_is_refused() -> None:
     with pytest.raises(ValueError, match=r"form='mean'.*Flow; use form='score'"):
         GuidedDenoiser(MODELS["flow"], [mean])
     assert ClassifierGuidance(0.0).off
+    # A name is for the command line, which loads it.
+    told = r"classifier=sag_dit.checkpoints.load_classifier\('mine.pt'\)"
+    with pytest.raises(ValueError, match=told):
+        GuidedDenoiser(MODELS["eps"], [ClassifierGuidance(1.0, classifier="mine.pt")])
+
+
+@pytest.mark.parametrize(
+    ("size", "classes", "told"),
+    [
+        ((8, 16), 10, r"sees images \(4, 8, 16\), and the model's are \(4, 8, 8\)"),
+        ((8, 8), 11, "knows 11 classes, and the model 10"),
+        ((8, 8), 10, None),
+        (None, 11, None),
+    ],
+)
+def test_a_classifier_that_says_its_size_has_to_fit(
+    size: tuple[int, int] | None, classes: int, told: str | None
+) -> None:
+    classifier = Classifier()
+    classifier.in_channels, classifier.input_size, classifier.num_classes = 4, size, classes  # type: ignore[assignment]
+    term = ClassifierGuidance(1.0, classifier=classifier)
+    if told is None:
+        GuidedDenoiser(MODELS["eps"], [term])
+    else:
+        with pytest.raises(ValueError, match=told):
+            GuidedDenoiser(MODELS["eps"], [term])

@@ -88,6 +88,9 @@ def test_the_index_says_what_the_classes_say() -> None:
         assert each.neutral == kind.neutral
         assert {**defaults, **each.settings} == defaults
         assert defaults.keys() - each.settings.keys() <= {"scale", "worse"}
+        # What --help says of each.
+        assert each.title == kind.title
+        assert each.settings.keys() <= {name for name, said in each.remarks.items() if said}
 
 
 def test_public_names_are_the_methods() -> None:

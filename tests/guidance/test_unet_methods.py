@@ -15,6 +15,7 @@ from sag_dit.process import DDPM, Prediction
 from tests.closeness import assert_near
 from tests.guidance.every import every, guided
 from tests.guidance.reference import counted, step_at
+from tests.small import filled
 
 
 def small_unet(seed: int = 0, **options: int | float) -> ClassConditional:
@@ -30,10 +31,7 @@ def small_unet(seed: int = 0, **options: int | float) -> ClassConditional:
         num_head_channels=32,
         **{**classes, **options},  # type: ignore[arg-type]
     )
-    random = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
-        spread = 0.2 if parameter.ndim == 1 else 1.5 / parameter[0].numel() ** 0.5
-        parameter.data.copy_(torch.randn(parameter.shape, generator=random) * spread)
+    filled(network, seed, of_vectors=0.2)
     return ClassConditional(network.eval().requires_grad_(False), DDPM())
 
 

@@ -13,7 +13,13 @@ from sag_dit.models import DiT
 from sag_dit.models.dit.adapter import POSITIONS, TABLE, relabelled
 from sag_dit.models.dit.embeddings import sincos_positions
 from sag_dit.process import DDPM, Flow, Process
-from sag_dit.training.finetune import adapt, default_objective, freeze, report, resolution_of
+from sag_dit.training.finetune import (
+    adapt,
+    adaptation_report,
+    default_objective,
+    freeze,
+    resolution_of,
+)
 from sag_dit.training.objective import MSE, FlowMatching, Hybrid, Objective
 
 NAMES = ("cat", "dog", "emu")
@@ -168,7 +174,7 @@ def test_the_report_counts() -> None:
     adapted = adapt(base, "tuned", ("corgi", "dog"), 12)
     network = adapted.model.denoiser.network
     freeze(network, ["x_embedder"])
-    text = report(base, adapted)
+    text = adaptation_report(base, adapted)
     sizes = {name: p.numel() for name, p in network.named_parameters()}
     loaded = sum(sizes.values()) - 3 * 24 - 36 * 24
     frozen = 24 * 3 * 4 + 24

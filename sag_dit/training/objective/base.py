@@ -25,6 +25,11 @@ class Losses:
 
     ``per_image`` is to be averaged and minimised; ``level`` is where each image was asked, its
     ``t`` one time per image; ``terms`` are the parts of a composite loss by name, for logging.
+
+    Example::
+
+        losses = objective(model.denoiser, x_0, labels)
+        losses.per_image.mean().backward()
     """
 
     per_image: Float[Tensor, "b"]
@@ -37,6 +42,15 @@ class Objective(ABC):
 
     Written by its :meth:`losses` at a given level and noise; the time is uniform unless
     :meth:`quantiles` says otherwise.
+
+    Example::
+
+        @dataclass(frozen=True)
+        class AbsoluteError(Objective):
+            def losses(self, denoiser, x_0, cond, level, eps) -> Losses:
+                x_t = denoiser.process.add_noise(x_0, eps, level)
+                error = denoiser(x_t, level, cond).eps - eps
+                return Losses(error.abs().flatten(1).mean(dim=1), level)
     """
 
     def check(self, denoiser: Denoiser) -> None:  # noqa: B027 - most objectives train any denoiser

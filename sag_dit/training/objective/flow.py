@@ -36,6 +36,10 @@ class FlowMatching(Objective):
 
     Raises:
         ValueError: unknown ``times``, or a ``mean`` or ``std`` that no distribution has.
+
+    Example::
+
+        losses = FlowMatching(times="logit_normal")(model.denoiser, x_0, labels)
     """
 
     key = "flow"

@@ -36,8 +36,8 @@ def normal_cdf(x: Tensor) -> Tensor:
 def decoder_nll(x_0: Images, mean: Images, log_variance: Images) -> Images:
     """Return -log p(x_0) of every number under a normal distribution that is cut in 255ths.
 
-    The mass within 1 / 255 of x_0, a pixel's distance to either neighbour; pixels at the ends of
-    [-1, 1] own their whole tail, and so do the numbers of latents beyond. In nats.
+    p is the mass within 1 / 255 of x_0, half the distance between two pixel values to either side.
+    Pixels at the ends of [-1, 1] have the whole tail, and so have latents beyond. In nats.
 
     Source: Ho et al. 2020, equation 13.
     """
@@ -85,13 +85,17 @@ def bound(
 class Hybrid(Objective):
     """The mean squared error + ``vlb_weight`` times one term of the variational bound.
 
-    The bound trains the variance alone: what the network says of the mean reaches it detached.
+    The bound trains the variance alone: the mean that it uses is detached from the network.
     DiT's weight is 1; improved diffusion's is num_timesteps / 1000, the same at 1,000 times.
 
     Source: Nichol & Dhariwal 2021, equation 16; Peebles & Xie 2023, section 3.1.
 
     Raises:
         ValueError: ``vlb_weight`` is not a finite number of 0 or more.
+
+    Example::
+
+        losses = Hybrid(vlb_weight=1.0)(model.denoiser, x_0, labels)
     """
 
     key = "dit"
@@ -118,12 +122,14 @@ class Hybrid(Objective):
         Raises:
             ValueError: the network puts out no variance.
         """
+        # The network's output, and what it says of the variance.
         process, channels = ddpm_of(denoiser), x_0.shape[1]
         x_t = process.add_noise(x_0, eps, level)
         output = denoiser.evaluate(x_t, level.times(x_t), cond).float()
         if output.shape[1] != 2 * channels:
             raise no_variance(channels, output.shape[1])
         output, variance = output.split(channels, dim=1)
+        # The error of the output, and the bound, which trains the variance alone.
         error = square_error(output, process.target(x_0, eps, level, denoiser.kind))
         believed = process.predict(x_t, level, output.detach(), denoiser.kind).x_0
         vlb = bound(process, x_0, x_t, level, believed, (variance + 1) / 2)

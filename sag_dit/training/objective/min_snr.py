@@ -50,12 +50,18 @@ def min_snr_weight(level: NoiseLevel, kind: OutputKind, gamma: float) -> Tensor:
 
 @dataclass(frozen=True)
 class MinSNR(Objective):
-    """The mean squared error of eps, v or x_0, weighted by min(SNR, gamma), at uniform times.
+    """The mean squared error of eps, v, x_0 or the score, weighted by min(SNR, gamma).
+
+    Times are uniform.
 
     Source: Hang et al. 2023, arXiv 2303.09556; gamma = 5 there.
 
     Raises:
         ValueError: gamma is not a finite number above 0.
+
+    Example::
+
+        losses = MinSNR(gamma=5.0)(model.denoiser, x_0, labels)
     """
 
     key = "min_snr"

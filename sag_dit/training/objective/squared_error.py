@@ -1,4 +1,4 @@
-"""The mean squared error of what the network puts out: eps, v or x_0."""
+"""The mean squared error of what the network puts out: eps, v, x_0 or the score."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def mse(
 ) -> Float[Tensor, "b"]:
     """Return the mean squared error of the network's own output, one number per image.
 
-    |output - target|^2 averaged over channels and pixels, target being eps, v or x_0 as the
-    denoiser's ``kind`` has it. Variance channels are not trained.
+    |output - target|^2 averaged over channels and pixels. The target is eps, v, x_0 or the score,
+    by the denoiser's ``kind``. Variance channels are not trained.
 
     Source: Ho et al. 2020, equation 14; for v, Salimans & Ho 2022, section 4.
     """
@@ -32,9 +32,15 @@ def mse(
 
 @dataclass(frozen=True)
 class MSE(Objective):
-    """The mean squared error of eps, v or x_0, as the denoiser's kind has it, at uniform times.
+    """The mean squared error of eps, v, x_0 or the score, by the denoiser's kind.
+
+    Times are uniform.
 
     Source: Ho et al. 2020, equation 14; for v, Salimans & Ho 2022, section 4.
+
+    Example::
+
+        losses = MSE()(model.denoiser, x_0, labels)
     """
 
     key = "mse"
