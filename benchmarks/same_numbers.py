@@ -17,6 +17,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,9 @@ ROOT = Path.cwd()
 """The checkout that is tried: where the script is called, not where it lies."""
 
 AUTOENCODER = Path(__file__).resolve().parents[1] / "sag_dit/checkpoints/emoji/autoencoder"
+PLACE = Path(tempfile.gettempdir()) / "sag_dit-same-numbers"
+"""Where everything is run. Paths stand in what is written, so it is the same for both versions."""
+
 DRAWN = "num_images=5 batch_size=4 steps=4 gallery.num=2"
 TRAINED = "max_steps=3 data.batch_size=8 logger=none every_n_steps.preview=2 every_n_steps.log=1"
 TINY = "model.hidden_size=16 model.depth=2 model.num_heads=2"
@@ -113,7 +117,7 @@ def settings() -> Iterator[tuple[str, str]]:
     yield "evaluate-disk", "evaluate.py samples={digits-unguided}/images metrics=[fid,is]"
     yield "attention", "attention.py ckpt=digits steps=4 attention.show=2 classes=[3]"
     # Latents: real image files through an autoencoder, trained on and drawn.
-    yield "encode", f"encode.py data.root={{pictures}} data.size=32 vae={AUTOENCODER} flip=true"
+    yield "encode", "encode.py data.root={pictures} data.size=32 vae={autoencoder} flip=true"
     latent = f"size=patches data=latents data.root={{encode}} resolution=32 name=latent {TRAINED}"
     yield "train-latents", f"train.py {latent} {TINY} every_n_steps.checkpoint=10"
     yield "export-diffusers", "export.py ckpt={train-latents} format=diffusers"
@@ -215,30 +219,30 @@ def record(file: Path, only: str) -> None:
     sys.path.insert(0, str(ROOT))
     warmup = "warmup:" in (ROOT / "configs/train.yaml").read_text(encoding="utf-8")
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        # Paths stand in the identities of runs, so they have to be the same for both versions.
-        place = Path(temporary)
-        write_pictures(place / "pictures")
-        places = {"pictures": "../pictures"}
-        for name, command in settings():
-            if only and only not in name and not name.startswith(("train-", "encode")):
-                continue
-            script, *arguments = command.format(**places).split()
-            if script == "train.py" and warmup:
-                arguments.append("ema.warmup=false")
-            (place / name).mkdir()
-            os.chdir(place / name)
-            try:
-                called(script, arguments)
-                found[name] = outcome(place / name)
-            except RuntimeError as error:
-                found[name] = {"failed": str(error)}
-            made = sorted((place / name / "outputs").glob("*/*"))
-            places[name] = f"../{name}/{made[0].relative_to(place / name)}" if made else name
-            print(f"{name}: {len(found[name])} files", flush=True)
-            if "failed" in found[name]:
-                print(found[name]["failed"][-600:], flush=True)
-            os.chdir(ROOT)
+    place = PLACE
+    shutil.rmtree(place, ignore_errors=True)
+    write_pictures(place / "pictures")
+    shutil.copytree(AUTOENCODER, place / "autoencoder")
+    places = {"pictures": "../pictures", "autoencoder": str(place / "autoencoder")}
+    for name, command in settings():
+        if only and only not in name and not name.startswith(("train-", "encode")):
+            continue
+        script, *arguments = command.format(**places).split()
+        if script == "train.py" and warmup:
+            arguments.append("ema.warmup=false")
+        (place / name).mkdir()
+        os.chdir(place / name)
+        try:
+            called(script, arguments)
+            found[name] = outcome(place / name)
+        except RuntimeError as error:
+            found[name] = {"failed": str(error)}
+        made = sorted((place / name / "outputs").glob("*/*"))
+        places[name] = f"../{name}/{made[0].relative_to(place / name)}" if made else name
+        print(f"{name}: {len(found[name])} files", flush=True)
+        if "failed" in found[name]:
+            print(found[name]["failed"][-600:], flush=True)
+        os.chdir(ROOT)
     file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

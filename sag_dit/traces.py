@@ -173,7 +173,6 @@ class Recorder:
         terms = (term for term in guidance if isinstance(term, SAG) and not term.off)
         # The other masks are not made of what attention says, so there is nothing to see of them.
         self._sag = next((term for term in terms if term.mask == "attention"), None)
-        self._guided = {round(i * (steps - 1) / (SHOWN - 1)) for i in range(SHOWN)}
         self._layers = maps.layers_of(denoiser) if maps else []
         self._mapped = set(maps.indices(steps)) if maps else set()
         self._kept: list[SampleStep] = []
@@ -192,7 +191,9 @@ class Recorder:
 
     def _saw(self, step: SampleStep) -> bool:
         """Whether guidance acted at a step that is shown."""
-        shown = step.step.index in self._guided
+        # A sampler with two evaluations in a step counts them, so it tells itself how many there are.
+        last = step.step.count - 1
+        shown = step.step.index in {round(i * last / (SHOWN - 1)) for i in range(SHOWN)}
         return shown and self._sag is not None and self._sag.active(step.step)
 
     def trace(self, row: int) -> Trace:
