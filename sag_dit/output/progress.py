@@ -31,13 +31,14 @@ class _Rate(ProgressColumn):
 class Bar:
     """A line on stderr for one set of images; between batches it moves with the sampler's steps.
 
-    Example:
-        >>> bar = Bar()
-        >>> bar.begin("sampling", total=300)
-        >>> bar.begin_batch(16)
-        >>> draw_batch(model, requests, settings, watch=bar.step)
-        >>> bar.end_batch()
-        >>> bar.stop()
+    Example::
+
+        bar = Bar()
+        bar.begin("sampling", total=300)
+        bar.begin_batch(16)
+        draw_batch(model, requests, settings, watch=bar.step)
+        bar.end_batch()
+        bar.stop()
     """
 
     def __init__(self) -> None:

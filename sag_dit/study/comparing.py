@@ -54,10 +54,11 @@ def compare(
         ValueError: a value that cannot be meant, a setting that the model cannot be drawn with, or
             a reference or weights that are not here; nothing is drawn before.
 
-    Example:
-        >>> model = sag_dit.load("digits")
-        >>> settings = {"unguided": [], "SAG": [SAG(0.5)], "SAG + CFG": [SAG(0.5), CFG(1.5)]}
-        >>> sag_dit.study.compare(model, settings, seeds=3)
+    Example::
+
+        model = sag_dit.load("digits")
+        settings = {"unguided": [], "SAG": [SAG(0.5)], "SAG + CFG": [SAG(0.5), CFG(1.5)]}
+        sag_dit.study.compare(model, settings, seeds=3)
     """
     # Everything is checked and put together before the first image is drawn.
     _check(settings, seeds=seeds, repeats=repeats)

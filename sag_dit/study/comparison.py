@@ -28,11 +28,12 @@ class Comparison:
     ``metrics`` says how the columns are called, ``about`` what stands behind ±. It prints as a
     table, shows itself as one in Jupyter, and gives rows to ``pandas.DataFrame``.
 
-    Example:
-        >>> comparison = sag_dit.study.compare(model, {"unguided": [], "SAG": [SAG(0.5)]}, seeds=3)
-        >>> print(comparison)
-        >>> comparison["SAG"].metrics["fid"], comparison["SAG"].change["fid"]
-        >>> pandas.DataFrame(comparison.rows())
+    Example::
+
+        comparison = sag_dit.study.compare(model, {"unguided": [], "SAG": [SAG(0.5)]}, seeds=3)
+        print(comparison)
+        comparison["SAG"].metrics["fid"], comparison["SAG"].change["fid"]
+        pandas.DataFrame(comparison.rows())
     """
 
     results: Sequence[Result]

@@ -25,9 +25,10 @@ class Predictor:
     ``make`` builds the Trainer from the options that drawing needs; what it adds (devices,
     precision) is the caller's. ``folder`` is where Lightning may write.
 
-    Example:
-        >>> predictor = Predictor(partial(Trainer, accelerator="cpu"), folder.path)
-        >>> predictor.draw(model, requests, settings, [folder.write])
+    Example::
+
+        predictor = Predictor(partial(Trainer, accelerator="cpu"), folder.path)
+        predictor.draw(model, requests, settings, [folder.write])
     """
 
     def __init__(
