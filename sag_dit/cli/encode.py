@@ -55,9 +55,7 @@ def make_plan(config: Encode) -> Plan:
     from sag_dit.cli.encoding import Plan
     from sag_dit.cli.latent_folder import LatentFolder
     from sag_dit.codec import VAECodec, read_vae_config
-    from sag_dit.data.crop import latent_size
-    from sag_dit.data.folder import find_images
-    from sag_dit.data.images import Crops
+    from sag_dit.data.images import Crops, find_images, latent_size
     from sag_dit.data.latents import encoder_sha256
     from sag_dit.data.shards import Index
 

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from sag_dit.data.crop import MODES, PixelArray, read_crop
-from sag_dit.data.folder import find_images
+from sag_dit.data.images import MODES, PixelArray, find_images, read_crop
 from sag_dit.evaluation.image_set import ImageBatch, ImageSet, share
 
 GREY = {"1", "L", "LA", "I;16"}

@@ -1,6 +1,6 @@
 """LoRA: fine-tuning a few added parameters while the checkpoint's own weights stay as they are.
 
-Checkpoints hold the adapters beside the weights, see :mod:`sag_dit.checkpoints.lora`; the model
+Checkpoints hold the adapters beside the weights, see :mod:`sag_dit.checkpoints.formats`; the model
 that a run exports has them merged.
 """
 
