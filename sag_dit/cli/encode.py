@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from sag_dit.cli.app import launch, quiet_lightning
 from sag_dit.cli.composing import refuse_strangers
-from sag_dit.cli.keys.tools import Encode
+from sag_dit.cli.keys import Encode
 from sag_dit.identity import LATER, digest, settings
 
 if TYPE_CHECKING:
