@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ def run(config: AttentionSheet) -> None:
     from sag_dit.output.folder import pixels
     from sag_dit.sampling import Request, Settings, draw_batch, labels_of
 
+    # Where to compute, and what to draw there.
     device = str(config.device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,6 +81,7 @@ def run(config: AttentionSheet) -> None:
     out.mkdir(parents=True, exist_ok=True)
     settings = Settings(sampler, config.steps, batch_size=1)
     settings.check(model)
+    # A sheet for each image, with the norm of every layer's gate beside its maps.
     for place, label in enumerate(labels):
         request = Request(place, config.seed, label, place)
         with gate_norms(model.denoiser) as norms:
@@ -97,6 +100,5 @@ def run(config: AttentionSheet) -> None:
             print(f"{layer.name:24} {gate} {layer.mask.mean():9.2f}")
 
 
-def main(arguments: Sequence[str] | None = None, entry: Sequence[str] = ()) -> None:
-    """Run ``attention.py``, with the arguments of the command line unless others are given."""
-    launch("attention", run, arguments, entry)
+main = partial(launch, "attention", run)
+"""Run ``attention.py``, with the arguments of the command line unless others are given."""

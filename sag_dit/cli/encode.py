@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -185,6 +186,5 @@ def run(config: Encode) -> None:
     print(f"latents: {folder.path} ({index.images} images{left_out})")
 
 
-def main(arguments: Sequence[str] | None = None, entry: Sequence[str] = ()) -> None:
-    """Run ``encode.py``, with the arguments of the command line unless others are given."""
-    launch("encode", run, arguments, entry)
+main = partial(launch, "encode", run)
+"""Run ``encode.py``, with the arguments of the command line unless others are given."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -61,6 +61,5 @@ def run(config: Export) -> None:
     print(f"export: {done.path}{'' if done.fresh else ' (already there)'}")
 
 
-def main(arguments: Sequence[str] | None = None, entry: Sequence[str] = ()) -> None:
-    """Run ``export.py``, with the arguments of the command line unless others are given."""
-    launch("export", run, arguments, entry)
+main = partial(launch, "export", run)
+"""Run ``export.py``, with the arguments of the command line unless others are given."""

@@ -115,6 +115,7 @@ def run(config: Sample) -> None:
             "maps=true keeps the attention of the gallery's images, and gallery.num=0 leaves none; "
             "set gallery.num to how many you want, or maps=false"
         )
+    # The folder is claimed before anything is drawn, so that it holds one set.
     plan = make_plan(config, config.num_images, config.out)
     how = plan.settings
     if config.maps:
@@ -124,6 +125,7 @@ def run(config: Sample) -> None:
     plan.folder.claim(plan.pixels, {**plain(config), "cost": cost.plain()})
     if not _is_launched_rank():
         print(f"cost: {cost}")
+    # All ranks draw; rank 0 goes on once nothing is missing.
     pending = plan.missing(gallery)
     if pending:
         if not _predict(config.trainer, plan, pending, gallery):

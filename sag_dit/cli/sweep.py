@@ -14,8 +14,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sag_dit.cli.composing import quoted
-
-MULTIRUN = ("-m", "--multirun")
+from sag_dit.cli.typed import MULTIRUN
 
 Value = float | int | str | bool | None
 
@@ -39,6 +38,7 @@ def expand(arguments: Sequence[str]) -> list[Choice] | None:
     """
     if not any(argument in MULTIRUN for argument in arguments):
         return None
+    # The keys of several values, and all others as they stand.
     parser = OverridesParser.create()
     kept: list[str] = []
     swept: dict[str, list[tuple[Value, str]]] = {}
@@ -60,6 +60,7 @@ def expand(arguments: Sequence[str]) -> list[Choice] | None:
         raise ValueError(
             "-m: no key has several values; expected for instance sag_scale=0,0.25,0.5,1"
         )
+    # Every combination of them.
     return [
         Choice(
             {key.lstrip("+"): value for key, (value, _) in zip(swept, chosen, strict=True)},

@@ -34,6 +34,7 @@ def trackers(
         features = make_features(features, {})
     elif features not in (*FEATURES, "auto"):
         raise ValueError(f"track.features={features}: expected one of auto, {', '.join(FEATURES)}")
+    # What the images are measured with, as evaluate.py chooses it.
     names = model.class_names
     setup = Setups(device).setup(
         example_of(model),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,12 +229,14 @@ def run(config: Train) -> None:
     from sag_dit.output.claim import claim
     from sag_dit.training.resume import export_run, newest_checkpoint
 
+    # The folder follows from what determines the weights, a checkpoint's resolution included.
     check_logger(config.logger)
     base = None
     if config.ckpt:
         base, config = load_base(config)
     out = run_folder(plain(config))
     config = placed(go_on_as_begun(config, out), out)
+    # The data, and a model that fits it.
     torch.set_float32_matmul_precision(config.matmul)
     torch.manual_seed(config.seed)
     data = make(config.data, "data")
@@ -247,6 +250,7 @@ def run(config: Train) -> None:
     trainer = make_trainer(config, out)
     trainer.callbacks[:0] = trackers(config.track, model, out, trainer.strategy.root_device)  # type: ignore[attr-defined]
     data.rank_batch_size(trainer.world_size)
+    # The folder is claimed, and a run that was begun there goes on.
     settings = plain(config)
     out.mkdir(parents=True, exist_ok=True)
     claim(out, identity(settings), settings, "a run")
@@ -263,6 +267,5 @@ def run(config: Train) -> None:
         print(f"run: {out.resolve()}")
 
 
-def main(arguments: Sequence[str] | None = None, entry: Sequence[str] = ()) -> None:
-    """Run ``train.py``, with the arguments of the command line unless others are given."""
-    launch("train", run, arguments, entry)
+main = partial(launch, "train", run)
+"""Run ``train.py``, with the arguments of the command line unless others are given."""
