@@ -191,7 +191,7 @@ class Recorder:
 
     def _saw(self, step: SampleStep) -> bool:
         """Whether guidance acted at a step that is shown."""
-        # A sampler with two evaluations in a step counts them, so it tells itself how many there are.
+        # A sampler with two evaluations a step counts both, so it says itself how many there are.
         last = step.step.count - 1
         shown = step.step.index in {round(i * last / (SHOWN - 1)) for i in range(SHOWN)}
         return shown and self._sag is not None and self._sag.active(step.step)

@@ -14,7 +14,7 @@ from sag_dit.cli.measurements import make_features
 from sag_dit.data.requests import make_requests
 from sag_dit.sampling import Settings
 from sag_dit.study.setup import FEATURES, Setups, check_metrics, example_of
-from sag_dit.training.metrics import TrackMetrics, best_by
+from sag_dit.training.callbacks import TrackMetrics, best_by
 
 
 def trackers(

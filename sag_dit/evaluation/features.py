@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
@@ -55,3 +57,29 @@ class FeatureExtractor(nn.Module, ABC):
         Raises:
             ValueError: the images are not uint8, or have a number of channels it cannot read.
         """
+
+
+BACKENDS = (
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
+)
+
+
+@contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """Compute in the precision of the tensors, whatever a trainer has set.
+
+    cuDNN rounds the inputs of a float32 convolution to ten bits unless told otherwise, which
+    changes features by a thousandth.
+    """
+    before = [backend.fp32_precision for backend in BACKENDS]
+    try:
+        for backend in BACKENDS:
+            backend.fp32_precision = "ieee"
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(BACKENDS, before, strict=True):
+            backend.fp32_precision = precision

@@ -14,14 +14,18 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torchmetrics import Metric
 
-from sag_dit.evaluation.caveats import caveats
-from sag_dit.evaluation.distributed import gathered, joined
-from sag_dit.evaluation.features import FeatureExtractor, Features
-from sag_dit.evaluation.metrics import FrechetDistance, InceptionScore, PrecisionRecall
-from sag_dit.evaluation.numerics import exact
+from sag_dit.evaluation.features import FeatureExtractor, Features, exact
+from sag_dit.evaluation.metrics import (
+    FrechetDistance,
+    Groups,
+    InceptionScore,
+    PrecisionRecall,
+    Statistics,
+    gathered,
+    halves,
+    joined,
+)
 from sag_dit.evaluation.reference import Reference
-from sag_dit.evaluation.statistics import Statistics
-from sag_dit.evaluation.subsets import Groups, halves
 from sag_dit.tensors import Labels, home_of_doubles
 
 
@@ -241,9 +245,9 @@ class Suite:
         """Return each metric's mean and standard deviation over random halves of the images.
 
         The deviation estimates the standard error of the metric on all images (the delete-half
-        jackknife over groups of images, see :mod:`sag_dit.evaluation.subsets`). The reference
-        counts as exact. The mean is over halves: its difference to the metric on all images shows
-        how much FID still depends on the number of images.
+        jackknife over groups of images, see :mod:`sag_dit.evaluation.metrics`). The
+        reference counts as exact. The mean is over halves: its difference to the metric on all
+        images shows how much FID still depends on the number of images.
 
         Raises:
             ValueError: there are no groups, see ``groups``, or too few images in a half.
@@ -329,3 +333,53 @@ def _quietly(compute: Callable[[], Any]) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
         return compute()
+
+
+def caveats(
+    reference: Reference,
+    count: int,
+    values: Mapping[str, float],
+    constant: Mapping[str, bool],
+    split_size: int,
+) -> list[str]:
+    """Return a sentence for each thing that makes ``values`` of ``count`` images less comparable.
+
+    ``constant`` says for each Fréchet distance whether all images have the same features.
+    """
+    # Published numbers are of a certain count, on which FID and recall depend.
+    found = []
+    expected = reference.protocol.get("sample_count")
+    if expected is not None and count != expected:
+        found.append(
+            f"{count:,} images, but numbers published against {reference.name} are of "
+            f"{expected:,}: FID is larger and recall differs with fewer images"
+        )
+    # A covariance of no more images than dimensions is singular, and so is one of equal features.
+    for name, statistics in (("fid", reference.pool), ("sfid", reference.spatial)):
+        if name not in values or statistics is None:
+            continue
+        width = statistics.mean.numel()
+        for what, number in (("images", count), ("reference images", statistics.number)):
+            if number is not None and number <= width:
+                found.append(
+                    f"{name}: {number:,} {what} for {width:,} dimensions, so the covariance is "
+                    f"singular and the distance biased; take more than {width:,}"
+                )
+        if constant.get(name):
+            found.append(f"{name}: all images have the same features, so nothing varies")
+    # The Inception Score of images that all look alike, or with a short last split.
+    if values.get("is", 2.0) < 1 + 1e-6:
+        found.append("is: the score is 1, every image is given the same classes")
+    short = count % split_size
+    if "is" in values and count > split_size and short:
+        found.append(
+            f"is: the last split has {short:,} images and counts as much as those of {split_size:,}"
+        )
+    # A reference with unequal classes.
+    labels = reference.protocol.get("labels")
+    if labels and labels["most"] > 1.5 * labels["fewest"]:
+        found.append(
+            f"{reference.name}: its classes have {labels['fewest']:,} to {labels['most']:,} "
+            f"images, so a set with equal classes is a different distribution"
+        )
+    return found

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.progress.tqdm_progress import TQDMProgressBar, convert_inf
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
@@ -17,10 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
 
 from sag_dit.checkpoints import Model, build
+from sag_dit.evaluation.suite import METRICS, Suite
 from sag_dit.files import atomic
 from sag_dit.guidance import Term
-from sag_dit.sampling import Request, Settings, draw_batch, labels_of
+from sag_dit.sampling import Request, Settings, draw_batch, drawn, labels_of
 from sag_dit.training.module import DiffusionModule
+from sag_dit.training.resume import FOLDER
 
 BINS = 4
 """The loss is logged for this many equal parts of the process, 0 being the least noise."""
@@ -252,3 +255,70 @@ def _wandb_images(*images: torch.Tensor) -> list[Any]:
     import wandb
 
     return [wandb.Image(image.permute(1, 2, 0).squeeze().numpy()) for image in images]
+
+
+class TrackMetrics(Callback):
+    """Draws the same requests every ``every_n_steps`` steps on all ranks, and logs their metrics.
+
+    They are drawn with the averaged weights where there are any, logged as ``metrics/NAME``, and
+    left for checkpoint callbacks to monitor. Nothing of the training's own randomness is used.
+
+    Raises:
+        ValueError: no positive number of steps, or fewer than two requests.
+    """
+
+    def __init__(
+        self, suite: Suite, requests: Sequence[Request], settings: Settings, every_n_steps: int
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"track.every_n_steps={every_n_steps}: expected 1 or more")
+        if len(requests) < 2:
+            raise ValueError(f"track.num_images={len(requests)}: expected 2 or more")
+        self._suite, self._every = suite, every_n_steps
+        self._requests, self._settings = list(requests), settings
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Measure if it is time."""
+        accumulates = trainer.fit_loop.epoch_loop._should_accumulate()
+        if accumulates or trainer.global_step % self._every:
+            return
+        if not isinstance(pl_module, DiffusionModule):
+            raise TypeError(f"{type(pl_module).__name__} cannot draw; expected a DiffusionModule")
+        found = self.measure(trainer, pl_module)
+        values = {f"metrics/{name}": value for name, value in found.items()}
+        # To the loggers directly: these steps need not be those at which training is logged.
+        for name, value in values.items():
+            pl_module.log(name, value, logger=False, rank_zero_only=False)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def measure(self, trainer: Trainer, module: DiffusionModule) -> dict[str, float]:
+        """Draw, and return the metrics of all ranks' images; every rank has to call this."""
+        suite = self._suite.to(module.device)
+        suite.reset()
+        rank, world = trainer.global_rank, trainer.world_size
+        with module.model_to_draw_with() as model:
+            for batch in drawn(model, self._requests, self._settings, rank=rank, world=world):
+                suite.update(batch.images, batch.indices)
+        return suite.compute()
+
+
+def best_by(metric: str, out: Path, every_n_steps: int) -> ModelCheckpoint:
+    """Return a callback that keeps the checkpoint with the best value of a tracked metric."""
+    return ModelCheckpoint(
+        dirpath=out / FOLDER,
+        filename=f"best-{metric}-{{step:08d}}",
+        auto_insert_metric_name=False,
+        monitor=f"metrics/{metric}",
+        mode="max" if METRICS[metric].higher_is_better else "min",
+        save_top_k=1,
+        every_n_train_steps=every_n_steps,
+        enable_version_counter=False,
+    )

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sag_dit.evaluation.features import Features
-from sag_dit.evaluation.numerics import BACKENDS, exact
+from sag_dit.evaluation.features import BACKENDS, Features, exact
+from sag_dit.evaluation.metrics import halves
 from sag_dit.evaluation.reference import Reference
-from sag_dit.evaluation.subsets import halves
 from sag_dit.evaluation.suite import METRICS, Suite
 from tests.evaluation import formulas
 from tests.evaluation.making import Tiny, pixels, reference_of
@@ -181,7 +180,7 @@ def test_confidence_is_the_value_on_halves(reference: Reference) -> None:
     suite = filled(reference, metrics=("is",), groups=4, split_size=5_000)
     logits = features(pixels(100, 1)).logits
     assert logits is not None
-    from sag_dit.evaluation.subsets import group_of
+    from sag_dit.evaluation.metrics import group_of
 
     group = group_of(torch.arange(100), 4).numpy()
     values = [

@@ -81,6 +81,6 @@ def test_settings_may_differ_in_more_than_guidance(small: Callable[..., Any]) ->
 def test_misuse_is_told_before_anything_is_drawn(
     small: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], told: str
 ) -> None:
-    monkeypatch.setattr("sag_dit.study.comparing.drawn", None)
+    monkeypatch.setattr("sag_dit.study.comparison.drawn", None)
     with pytest.raises(ValueError, match=told):
         small(**{"settings": {"a": []}, **options})
