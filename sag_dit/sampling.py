@@ -250,9 +250,10 @@ def draw_batch(
     Raises:
         ValueError: as :func:`trajectory`.
 
-    Example:
-        >>> drawn = draw_batch(model, [Request(0, 0, 3, 0)], settings, twins=[0])
-        >>> drawn.images[0], drawn.twins[0]
+    Example::
+
+        drawn = draw_batch(model, [Request(0, 0, 3, 0)], settings, twins=[0])
+        drawn.images[0], drawn.twins[0]
     """
     rows = {request.index: row for row, request in enumerate(requests)}
     recorder = None
@@ -339,10 +340,10 @@ def labels_of(classes: Sequence[object], names: Sequence[str]) -> list[int]:
     Raises:
         ValueError: a number outside the model's classes or an unknown name.
 
-    Example:
-        >>> names = ("0", "1", "10", "2")
-        >>> labels_of([2, "2", 10], names)
-        [2, 3, 2]
+    Example::
+
+        names = ("0", "1", "10", "2")
+        labels_of([2, "2", 10], names)
     """
     labels = []
     for wanted in classes:

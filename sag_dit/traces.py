@@ -156,10 +156,11 @@ class Recorder:
     It is called after every step, and tells before it what else is to be read (:meth:`captures`).
     What is read for ``maps`` is the given condition's, whichever branch guidance degrades.
 
-    Example:
-        >>> recorder = Recorder(model.denoiser, steps=50, guidance=[SAG(0.5)])
-        >>> images = draw(model, requests, settings, recorder, recorder.captures)
-        >>> recorder.trace(0).steps[-1].mask
+    Example::
+
+        recorder = Recorder(model.denoiser, steps=50, guidance=[SAG(0.5)])
+        images = draw(model, requests, settings, recorder, recorder.captures)
+        recorder.trace(0).steps[-1].mask
     """
 
     def __init__(
@@ -191,7 +192,7 @@ class Recorder:
 
     def _saw(self, step: SampleStep) -> bool:
         """Whether guidance acted at a step that is shown."""
-        # A sampler with two evaluations a step counts both, so it says itself how many there are.
+        # Samplers with two evaluations in a step count both, so the step tells how many there are.
         last = step.step.count - 1
         shown = step.step.index in {round(i * last / (SHOWN - 1)) for i in range(SHOWN)}
         return shown and self._sag is not None and self._sag.active(step.step)

@@ -197,15 +197,15 @@ def make(values: Mapping[str, Any], where: str, **more: Any) -> Any:
     for path, node in _targets(values, where):
         refuse_strangers(path, [str(node["_target_"])], set(map(str, node)))
     try:
-        return hydra.utils.instantiate(_literal(values), **more, _convert_="all")
+        return hydra.utils.instantiate(_literal(values), **_literal(more), _convert_="all")
     except InstantiationException as error:
         inside = re.search(r"\nfull_key: (.+)$", str(error))
         path = f"{where}.{inside[1]}" if inside else where
         cause = error.__cause__
-        if isinstance(cause, (ValueError, OSError)):
-            raise ValueError(f"{path}: {cause}") from error
         if isinstance(cause, TypeError):
             raise ValueError(f"{path}: {values.get('_target_')}: {cause}") from error
+        if cause is not None:
+            raise ValueError(f"{path}: {cause}") from error
         told = str(error).partition("\n")[0].partition(", set env var HYDRA")[0]
         raise ValueError(f"{path}: {told}") from error
 

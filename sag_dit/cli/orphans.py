@@ -17,6 +17,7 @@ PARENT = "SAG_DIT_PARENT"
 """The environment variable by which a rank learns who has started it."""
 PR_SET_PDEATHSIG = 1
 """Linux's prctl option: the signal that a process gets when the thread that started it ends."""
+KILL = int(getattr(signal, "SIGKILL", signal.SIGTERM))
 EVERY = 0.5
 """Seconds between two looks for the parent, where the system does not tell of its end."""
 
@@ -33,7 +34,7 @@ def end_with_parent() -> None:
     if parent is None or "LOCAL_RANK" not in os.environ or not _started_by(int(parent)):
         return
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, KILL)
         # It may have ended before we asked to be told.
         if os.getppid() != int(parent):
             os._exit(1)

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from sag_dit.cli.typed import choices, config_folder
+from sag_dit.cli.composing import config_folder
+from sag_dit.cli.typed import choices
 
 
 def with_presets(command: str, arguments: Sequence[str]) -> list[str]:

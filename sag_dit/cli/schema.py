@@ -44,10 +44,9 @@ def check(
     Raises:
         ValueError: a key that there is not, or a value of another type or out of bounds.
 
-    Example:
-        >>> check("encode", {"data": {"root": "photos", "size": 0}})
-        Traceback (most recent call last):
-        ValueError: data.size=0: expected a whole number, 1 or more
+    Example::
+
+        check("encode", {"data": {"root": "photos", "size": 0}})
     """
     return _checked(COMMANDS[command], False, values, "", typed or {}, unset)
 

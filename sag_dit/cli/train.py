@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sag_dit.cli.app import launch, quiet_lightning
 from sag_dit.cli.composing import make, placed, refuse_strangers
-from sag_dit.cli.keys.key import keys_of, plain
+from sag_dit.cli.keys.key import keys_of, mapping_of, plain
 from sag_dit.cli.keys.training import Train
 from sag_dit.cli.run_identity import go_on_as_begun, identity, run_folder
 from sag_dit.cli.values import check_logger, make_terms, with_models
@@ -44,7 +44,9 @@ def make_model(config: Train, data: StepData) -> Model:
             "a fresh model needs model, resolution and patch_size: expected none of them null; "
             "size=S, B, L or XL fills model"
         )
-    refuse_strangers("model", keys_of(Train)["model"][1].asks(), config.model)
+    hint, told = keys_of(Train)["model"]
+    declared = keys_of(mapping_of(hint, told))
+    refuse_strangers("model", told.asks(), config.model.keys() - declared.keys())
     settings = dict(config.model)
     vae = config.vae or data.vae
     codec = find_codec(vae)

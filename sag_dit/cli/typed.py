@@ -238,6 +238,9 @@ def check_added(command: str, config: Any, arguments: Sequence[str]) -> None:
         if not isinstance(node, Mapping):
             continue
         found = known(command, parent)
+        declared = keys_of(mapping_of(*found)) if found and mapping_of(*found) else {}
+        if name in declared and "_target_" not in node:
+            continue
         asked = found[1].asks() if found and "_target_" not in node else ()
         targets = [str(node["_target_"])] if "_target_" in node else asked
         try:

@@ -36,6 +36,10 @@ class MetricKind:
     ``label`` is what tables call it, with some networks' features by another of ``labels``.
     ``features`` names what of an image's :class:`Features` it looks at, ``reference`` what of a
     reference it is compared with, None for nothing.
+
+    Example::
+
+        MetricKind(FrechetDistance, "FD", "pool", "pool", {"inception": "FID"})
     """
 
     metric: type[Metric]

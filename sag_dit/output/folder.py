@@ -192,9 +192,10 @@ class SampleFolder:
     def write(self, drawn: Drawn) -> None:
         """Write a batch: first what belongs to the images, then the images, which mark completion.
 
-        Example:
-            >>> for batch in drawn(model, requests, settings):
-            ...     folder.write(batch)
+        Example::
+
+            for batch in drawn(model, requests, settings):
+                folder.write(batch)
         """
         shown = dict(zip(drawn.indices.tolist(), drawn.images, strict=True))
         for index, trace in drawn.traces.items():

@@ -14,13 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from sag_dit.files import atomic
-from sag_dit.traces import StepView
+
+if TYPE_CHECKING:
+    from sag_dit.traces import StepView
 
 CELL = 128  # smaller images are enlarged in grid.png until their longer side has as many pixels
 _INK, _SOFT, _LINE = "#1b1b1f", "#6b6b73", "#dededa"

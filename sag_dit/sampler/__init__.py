@@ -1,12 +1,12 @@
 """Samplers: (denoise, x_T, grid, noise) -> an iterator of steps."""
 
-from sag_dit.sampler.auto import auto
 from sag_dit.sampler.base import Denoise, Sampler, SampleStep
 from sag_dit.sampler.ddim import DDIM
 from sag_dit.sampler.ddpm import Ancestral
 from sag_dit.sampler.ode import EulerFlow, HeunFlow
 from sag_dit.sampler.sde import EulerMaruyama
 from sag_dit.sampler.strided import StridedDDIM
+from sag_dit.sampler.usual import auto
 
 __all__ = [
     "DDIM",

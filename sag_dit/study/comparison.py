@@ -44,11 +44,12 @@ class Comparison:
     ``metrics`` says how the columns are called, ``about`` what stands behind ±. It prints as a
     table, shows itself as one in Jupyter, and gives rows to ``pandas.DataFrame``.
 
-    Example:
-        >>> comparison = sag_dit.study.compare(model, {"unguided": [], "SAG": [SAG(0.5)]}, seeds=3)
-        >>> print(comparison)
-        >>> comparison["SAG"].metrics["fid"], comparison["SAG"].change["fid"]
-        >>> pandas.DataFrame(comparison.rows())
+    Example::
+
+        comparison = sag_dit.study.compare(model, {"unguided": [], "SAG": [SAG(0.5)]}, seeds=3)
+        print(comparison)
+        comparison["SAG"].metrics["fid"], comparison["SAG"].change["fid"]
+        pandas.DataFrame(comparison.rows())
     """
 
     results: Sequence[Result]
@@ -324,10 +325,11 @@ def compare(
         ValueError: a value that cannot be meant, a setting that the model cannot be drawn with, or
             a reference or weights that are not here; nothing is drawn before.
 
-    Example:
-        >>> model = sag_dit.load("digits")
-        >>> settings = {"unguided": [], "SAG": [SAG(0.5)], "SAG + CFG": [SAG(0.5), CFG(1.5)]}
-        >>> sag_dit.study.compare(model, settings, seeds=3)
+    Example::
+
+        model = sag_dit.load("digits")
+        settings = {"unguided": [], "SAG": [SAG(0.5)], "SAG + CFG": [SAG(0.5), CFG(1.5)]}
+        sag_dit.study.compare(model, settings, seeds=3)
     """
     # Everything is checked and put together before the first image is drawn.
     _check(settings, seeds=seeds, repeats=repeats)

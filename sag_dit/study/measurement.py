@@ -292,11 +292,12 @@ class Measuring:
     Of metrics some may be ``known``, which are not measured again. The first ``num`` images of the
     set are kept in ``shots``.
 
-    Example:
-        >>> measuring = Measuring(measurement, "cpu")
-        >>> for batch in drawn(model, requests, settings):
-        ...     measuring(batch)
-        >>> measuring.record().metrics
+    Example::
+
+        measuring = Measuring(measurement, "cpu")
+        for batch in drawn(model, requests, settings):
+            measuring(batch)
+        measuring.record().metrics
     """
 
     def __init__(

@@ -59,9 +59,10 @@ FEW_GROUPS = 10
 class Setup:
     """Features, a reference and metrics that fit each other and the images.
 
-    Example:
-        >>> setup = Setups("cpu").setup(example_of(model), model.class_names)
-        >>> suite = setup.suite(count=300, period=10, spread=True)
+    Example::
+
+        setup = Setups("cpu").setup(example_of(model), model.class_names)
+        suite = setup.suite(count=300, period=10, spread=True)
     """
 
     extractor: FeatureExtractor
@@ -131,9 +132,10 @@ def check_metrics(metrics: Sequence[str] | None) -> None:
 class Setups:
     """Set-ups of measurements on one device; a network or a reference is loaded once.
 
-    Example:
-        >>> setups = Setups("cuda")
-        >>> setups.setup(example_of(model), features="dinov2", reference="photos/")
+    Example::
+
+        setups = Setups("cuda")
+        setups.setup(example_of(model), features="dinov2", reference="photos/")
     """
 
     def __init__(self, device: torch.device | str) -> None:

@@ -41,13 +41,14 @@ class _Rate(ProgressColumn):
 class Bar:
     """A line on stderr for one set of images; between batches it moves with the sampler's steps.
 
-    Example:
-        >>> bar = Bar()
-        >>> bar.begin("sampling", total=300)
-        >>> bar.begin_batch(16)
-        >>> draw_batch(model, requests, settings, watch=bar.step)
-        >>> bar.end_batch()
-        >>> bar.stop()
+    Example::
+
+        bar = Bar()
+        bar.begin("sampling", total=300)
+        bar.begin_batch(16)
+        draw_batch(model, requests, settings, watch=bar.step)
+        bar.end_batch()
+        bar.stop()
     """
 
     def __init__(self) -> None:
@@ -104,9 +105,10 @@ class Predictor:
     ``make`` builds the Trainer from the options that drawing needs; what it adds (devices,
     precision) is the caller's. ``folder`` is where Lightning may write.
 
-    Example:
-        >>> predictor = Predictor(partial(Trainer, accelerator="cpu"), folder.path)
-        >>> predictor.draw(model, requests, settings, [folder.write])
+    Example::
+
+        predictor = Predictor(partial(Trainer, accelerator="cpu"), folder.path)
+        predictor.draw(model, requests, settings, [folder.write])
     """
 
     def __init__(

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from sag_dit.cli.keys import COMMANDS
+from sag_dit.cli.keys.key import keys_of
 from tests.gpu.conftest import Stated
-from tests.gpu.making import config_of
 
 pytestmark = pytest.mark.gpu
 
@@ -84,7 +85,7 @@ def test_from_the_command_to_the_first_image(device: str, stated: Stated, tmp_pa
 def test_with_compilation_in_it(device: str, stated: Stated, tmp_path: Path) -> None:
     """Nothing of an earlier compilation is at hand."""
     out = tmp_path / "run"
-    has_key = "compile" in config_of("sample")
+    has_key = "compile" in keys_of(COMMANDS["sample"])
     command = (
         [*sample(device, out), "compile=true"] if has_key else ["-c", COMPILED, device, str(out)]
     )

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sag_dit.output.gallery import Entry, StepView, write_gallery
+from sag_dit.output.gallery import Entry, write_gallery
+from sag_dit.traces import StepView
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install playwright"

@@ -35,8 +35,8 @@ def deviations(config: Evaluate, expected: Expected, facts: Mapping[str, Any]) -
         (
             ["guidance.sag.mask=global", "guidance.sag.blur_sigma=3"],
             [
-                "guidance.sag.mask: attention in the experiment, here global",
                 "guidance.sag.blur_sigma: 9.0 in the experiment, here 3",
+                "guidance.sag.mask: attention in the experiment, here global",
             ],
         ),
         (
