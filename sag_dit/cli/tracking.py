@@ -12,8 +12,9 @@ from lightning.pytorch import Callback
 from sag_dit.checkpoints import Model
 from sag_dit.cli.measurements import make_features
 from sag_dit.data.requests import make_requests
+from sag_dit.evaluation.features import networks
 from sag_dit.sampling import Settings
-from sag_dit.study.setup import FEATURES, Setups, check_metrics, example_of
+from sag_dit.study.setup import Setups, check_metrics, example_of
 from sag_dit.training.callbacks import TrackMetrics, best_by
 
 
@@ -32,8 +33,10 @@ def trackers(
     features = track["features"]
     if not isinstance(features, str):
         features = make_features(features, {})
-    elif features not in (*FEATURES, "auto"):
-        raise ValueError(f"track.features={features}: expected one of auto, {', '.join(FEATURES)}")
+    elif features not in (*networks(), "auto"):
+        raise ValueError(
+            f"track.features={features}: expected one of auto, {', '.join(networks())}"
+        )
     names = model.class_names
     setup = Setups(device).setup(
         example_of(model),

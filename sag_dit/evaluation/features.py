@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +53,11 @@ class FeatureExtractor(nn.Module, ABC):
     name: str
     protocol: Mapping[str, Any]
 
+    @classmethod
+    def by_name(cls) -> Mapping[str, Callable[[], FeatureExtractor]]:
+        """Return what makes networks of this class that find their weights, by their names."""
+        return {cls.name: cls}
+
     @abstractmethod
     def forward(self, images: UInt8[Tensor, "b c h w"]) -> Features:
         """Return the features of images with values in 0..255.
@@ -83,3 +91,15 @@ def exact(device: torch.device) -> Iterator[None]:
     finally:
         for backend, precision in zip(BACKENDS, before, strict=True):
             backend.fp32_precision = precision
+
+
+@cache
+def networks() -> Mapping[str, Callable[[], FeatureExtractor]]:
+    """Return what makes each of this package's networks, by name; their files are found here."""
+    package = __name__.rpartition(".")[0]
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        import_module(f"{package}.{file.stem}")
+    own = [
+        each for each in FeatureExtractor.__subclasses__() if each.__module__.startswith(package)
+    ]
+    return dict(sorted(pair for each in own for pair in each.by_name().items()))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,10 +15,7 @@ from sag_dit.checkpoints import Model
 from sag_dit.checkpoints.zoo import WEIGHTS_FOLDER, local_folders
 from sag_dit.data.digits import CLASS_NAMES as DIGITS
 from sag_dit.data.patches import CLASS_NAMES as PATCHES
-from sag_dit.evaluation.classifier import bundled_classifier
-from sag_dit.evaluation.dino import DINOv2
-from sag_dit.evaluation.features import FeatureExtractor
-from sag_dit.evaluation.inception import Inception
+from sag_dit.evaluation.features import FeatureExtractor, networks
 from sag_dit.evaluation.reference import Reference, load_reference
 from sag_dit.evaluation.suite import GROUPS, METRICS, SMALL, Suite
 from sag_dit.study.results import Metric
@@ -28,14 +24,6 @@ Shape = tuple[int, ...]
 
 BUNDLED = {"digits": ((1, 8, 8), DIGITS), "patches": ((3, 32, 32), PATCHES)}
 """Features with a reference of their own: the images and the classes they are made for."""
-
-FEATURES: Mapping[str, Callable[[], FeatureExtractor]] = {
-    "digits": partial(bundled_classifier, "digits"),
-    "dinov2": DINOv2,
-    "inception": Inception,
-    "patches": partial(bundled_classifier, "patches"),
-}
-"""Feature networks by name, each with the weights that it finds itself."""
 
 ADM_FILES = {
     64: "VIRTUAL_imagenet64_labeled.npz",
@@ -154,7 +142,7 @@ class Setups:
     ) -> Setup:
         """Return what to measure images like ``example``, uint8 (1, c, h, w), with.
 
-        ``features`` is a network or the name of one in ``FEATURES``, ``reference`` a folder, an npz
+        ``features`` is a network or the name of one of ``networks()``, ``reference`` a folder, npz
         or a split such as digits:report, ``metrics`` some of ``METRICS``. What is None is chosen by
         the images: a bundled model's own network and reference, else Inception and ADM's file of
         ImageNet, and all metrics that are possible.
@@ -191,14 +179,14 @@ class Setups:
 
     def _extractor(self, features: FeatureExtractor | str) -> FeatureExtractor:
         if isinstance(features, str):
-            if features not in FEATURES:
+            if features not in networks():
                 raise ValueError(
-                    f"features={features}: expected one of {', '.join(FEATURES)}, or a "
-                    f"FeatureExtractor"
+                    f"features={features}: expected one of {', '.join(networks())}, "
+                    f"or a FeatureExtractor"
                 )
             if features not in self._extractors:
                 try:
-                    self._extractors[features] = FEATURES[features]()
+                    self._extractors[features] = networks()[features]()
                 except ValueError as error:
                     raise ValueError(f"features: {error}") from error
             features = self._extractors[features]

@@ -23,7 +23,7 @@ from sag_dit.files import atomic
 from sag_dit.guidance import Term
 from sag_dit.sampling import Request, Settings, draw_batch, drawn, labels_of
 from sag_dit.training.module import DiffusionModule
-from sag_dit.training.resume import FOLDER
+from sag_dit.training.resume import best_checkpoint
 
 BINS = 4
 """The loss is logged for this many equal parts of the process, 0 being the least noise."""
@@ -104,12 +104,7 @@ class Speed(Callback):
         self._images, self._since = 0, time.perf_counter()
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Log the speed of the last so many steps."""
         self._images += len(batch[1]) * trainer.world_size
@@ -140,14 +135,7 @@ class LossByLevel(Callback):
         self._sums = torch.zeros(2, BINS)
         """Total and count per part, on the device of the losses, so that nothing waits for it."""
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Add a batch, and log now and then."""
         if not isinstance(pl_module, DiffusionModule) or pl_module.last_losses is None:
             return
@@ -195,14 +183,7 @@ class Previews(Callback):
         self._every, self._classes, self._seed = every_n_steps, classes, seed
         self._guidance, self._steps = tuple(guidance), steps
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Draw if it is time; all ranks do, since sharded weights need them all."""
         if _due(trainer, self._every) and isinstance(pl_module, DiffusionModule):
             self.draw(trainer, pl_module, trainer.global_step)
@@ -277,17 +258,9 @@ class TrackMetrics(Callback):
         self._suite, self._every = suite, every_n_steps
         self._requests, self._settings = list(requests), settings
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Measure if it is time."""
-        accumulates = trainer.fit_loop.epoch_loop._should_accumulate()
-        if accumulates or trainer.global_step % self._every:
+        if not _due(trainer, self._every):
             return
         if not isinstance(pl_module, DiffusionModule):
             raise TypeError(f"{type(pl_module).__name__} cannot draw; expected a DiffusionModule")
@@ -312,13 +285,5 @@ class TrackMetrics(Callback):
 
 def best_by(metric: str, out: Path, every_n_steps: int) -> ModelCheckpoint:
     """Return a callback that keeps the checkpoint with the best value of a tracked metric."""
-    return ModelCheckpoint(
-        dirpath=out / FOLDER,
-        filename=f"best-{metric}-{{step:08d}}",
-        auto_insert_metric_name=False,
-        monitor=f"metrics/{metric}",
-        mode="max" if METRICS[metric].higher_is_better else "min",
-        save_top_k=1,
-        every_n_train_steps=every_n_steps,
-        enable_version_counter=False,
-    )
+    mode = "max" if METRICS[metric].higher_is_better else "min"
+    return best_checkpoint(out, f"metrics/{metric}", f"best-{metric}", mode, every_n_steps)
