@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from sag_dit.checkpoints import Model
 from sag_dit.cli.measurements import make_features
 from sag_dit.data.requests import make_requests
-from sag_dit.evaluation.features import networks
+from sag_dit.evaluation.features import feature_networks
 from sag_dit.sampling import Settings
 from sag_dit.study.setup import Setups, check_metrics, example_of
 from sag_dit.training.callbacks import TrackMetrics, best_by
@@ -33,9 +33,9 @@ def trackers(
     features = track["features"]
     if not isinstance(features, str):
         features = make_features(features, {})
-    elif features not in (*networks(), "auto"):
+    elif features not in (*feature_networks(), "auto"):
         raise ValueError(
-            f"track.features={features}: expected one of auto, {', '.join(networks())}"
+            f"track.features={features}: expected one of auto, {', '.join(feature_networks())}"
         )
     names = model.class_names
     setup = Setups(device).setup(

@@ -55,7 +55,7 @@ class FeatureExtractor(nn.Module, ABC):
 
     @classmethod
     def by_name(cls) -> Mapping[str, Callable[[], FeatureExtractor]]:
-        """Return what makes networks of this class that find their weights, by their names."""
+        """Return what makes networks of this class that find their weights, by name."""
         return {cls.name: cls}
 
     @abstractmethod
@@ -94,8 +94,8 @@ def exact(device: torch.device) -> Iterator[None]:
 
 
 @cache
-def networks() -> Mapping[str, Callable[[], FeatureExtractor]]:
-    """Return what makes each of this package's networks, by name; their files are found here."""
+def feature_networks() -> Mapping[str, Callable[[], FeatureExtractor]]:
+    """Return what makes each network of this package, by name; they are found by their files."""
     package = __name__.rpartition(".")[0]
     for file in sorted(Path(__file__).parent.glob("*.py")):
         import_module(f"{package}.{file.stem}")

@@ -228,7 +228,7 @@ class Moments(Metric):
         Raises:
             ValueError: the shape is another, or a value is not finite.
         """
-        rows = _checked("features", features, self.sums.shape[1]).to(self.sums)
+        rows = _all_finite("features", features, self.sums.shape[1]).to(self.sums)
         if not self.sums.shape[1]:
             width = rows.shape[1]
             self.sums = self.sums.new_zeros(self.groups, width)
@@ -342,7 +342,7 @@ class InceptionScore(Metric):
             ValueError: the shape is another, a value is not finite, or an index is negative.
         """
         _, splits, columns = self.sums.shape
-        rows = _checked("logits", logits, max(0, columns - 2)).to(self.sums)
+        rows = _all_finite("logits", logits, max(0, columns - 2)).to(self.sums)
         indices = indices.to(rows.device)
         if len(indices) != len(rows) or (indices < 0).any():
             raise ValueError(f"indices {indices.tolist()}: expected {len(rows)} of 0 or more")
@@ -378,7 +378,7 @@ class InceptionScore(Metric):
         return float(divergence.exp().mean())
 
 
-def _checked(name: str, values: Tensor, width: int) -> Tensor:
+def _all_finite(name: str, values: Tensor, width: int) -> Tensor:
     """Return values (b, ``width``), where 0 stands for any width, if all are finite."""
     if values.ndim != 2 or (width and values.shape[1] != width):
         raise ValueError(f"{name} {tuple(values.shape)}: expected (images, {width or 'any width'})")

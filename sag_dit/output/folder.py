@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sag_dit.files import atomic
 from sag_dit.output.claim import CONFIG, claim
-from sag_dit.output.gallery import Entry
+from sag_dit.output.gallery import Pair
 from sag_dit.sampling import Drawn, Request
 from sag_dit.traces import AttentionView, StepView
 
@@ -303,10 +303,10 @@ def write_manifest(
 
 def gallery_entries(
     folder: SampleFolder, requests: Sequence[Request], class_names: Sequence[str]
-) -> list[Entry]:
+) -> list[Pair]:
     """Read the pairs that the gallery shows back from the folder."""
     return [
-        Entry(
+        Pair(
             index=request.index,
             seed=request.seed,
             label=class_names[request.label],
@@ -336,7 +336,7 @@ def write_npz(folder: SampleFolder, requests: Sequence[Request]) -> Path:
 
 def log_gallery(
     logger: Any,
-    entries: Sequence[Entry],
+    entries: Sequence[Pair],
     settings: Mapping[str, Any],
 ) -> None:
     """Log the gallery to Weights & Biases: a row per pair with its scales and masks.
@@ -349,6 +349,7 @@ def log_gallery(
         return
     import wandb
 
+    # A column for each scale, so that runs of different scales can be sorted by them.
     scales = {
         f"{name}_scale": term["scale"]
         for name, term in settings["guidance"].items()
@@ -356,6 +357,7 @@ def log_gallery(
     }
     columns: list[str | int] = ["index", "class", "seed", "unguided", "guided", "masks", *scales]
     table = wandb.Table(columns=columns)
+    # A row for each pair; the masks lie on the guided image and are switched on in the browser.
     for entry in entries:
         size = entry.guided.shape[:2]
         masks = {
@@ -369,15 +371,17 @@ def log_gallery(
             entry.index,
             entry.label,
             entry.seed,
-            wandb.Image(_picture(entry.unguided)),
-            wandb.Image(_picture(entry.guided)),
-            wandb.Image(_picture(entry.guided), masks=masks or None),
+            wandb.Image(_without_one_channel(entry.unguided)),
+            wandb.Image(_without_one_channel(entry.guided)),
+            wandb.Image(_without_one_channel(entry.guided), masks=masks or None),
             *scales.values(),
         )
     logger.experiment.log({"gallery": table})
 
 
-def _picture(image: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _without_one_channel(
+    image: np.ndarray[Any, np.dtype[np.uint8]],
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return image.squeeze(2) if image.shape[2] == 1 else image
 
 

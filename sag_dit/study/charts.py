@@ -10,26 +10,16 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sag_dit.files import atomic
+from sag_dit.methods import methods
 from sag_dit.study.results import Metric, Result, Value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-AXES = {
-    "sag_scale": "SAG scale (0 is off)",
-    "cfg_scale": "CFG scale (1 is off)",
-    "blur_scale": "blur guidance scale (0 is off)",
-    "steps": "denoiser steps",
-    "num_images": "number of images",
-}
-"""What the keys of common sweeps are called in full; others are called by their key."""
-
-SHORT = {"sag_scale": "SAG", "cfg_scale": "CFG", "blur_scale": "blur"}
-"""How a legend calls the keys of scales."""
 
 TRADE_OFFS = (("is", "fid"), ("recall", "precision"))
 """Pairs of metrics of which guidance usually gains one at the other's cost: (x, y)."""
@@ -69,6 +59,19 @@ class Chart:
     y: str
     series: tuple[Series, ...]
     texts: str = ""
+
+
+@cache
+def axis_titles() -> dict[str, str]:
+    """Return what the keys of common sweeps are called in full; others are called by their key."""
+    scales = {f"{m.key}_scale": f"{m.title} scale ({m.neutral:g} is off)" for m in methods()}
+    return scales | {"steps": "denoiser steps", "num_images": "number of images"}
+
+
+@cache
+def short_names() -> dict[str, str]:
+    """Return how a legend calls the keys of scales."""
+    return {f"{m.key}_scale": m.title.removesuffix(" guidance") for m in methods()}
 
 
 def is_number(value: Value) -> bool:
@@ -117,29 +120,33 @@ def charts(rows: Sequence[Result], metrics: Mapping[str, Metric]) -> list[Chart]
         if x in metrics and y in metrics:
             title = f"{metrics[y].label} against {metrics[x].label}"
             series = _series(rows, longest, x, y)
-            texts = "" if longest is None else AXES.get(longest, longest)
+            texts = "" if longest is None else axis_titles().get(longest, longest)
             made.append(
                 Chart("trade_off", title, metrics[x].title, metrics[y].title, series, texts)
             )
     for axis in axes:
         for name, metric in metrics.items():
             series = _series(rows, axis, None, name)
-            made.append(Chart(axis, metric.title, AXES.get(axis, axis), metric.title, series))
+            made.append(
+                Chart(axis, metric.title, axis_titles().get(axis, axis), metric.title, series)
+            )
     return [chart for chart in made if chart.series]
 
 
 def _series(rows: Sequence[Result], along: str | None, x: str | None, y: str) -> tuple[Series, ...]:
     groups: dict[str, list[Point]] = {}
+    # Rows that differ along this axis alone are one line, called after the others' values.
     for number, row in enumerate(rows):
         if along is None:
             label = row.name
         else:
             label = ", ".join(
-                f"{SHORT.get(key, key)} {text_of(value)}"
+                f"{short_names().get(key, key)} {text_of(value)}"
                 for key, value in row.axes.items()
                 if key != along
             )
         place = groups.setdefault(label, [])
+        # A row that lacks a finite number is no point.
         across = row.metrics.get(x) if x is not None else row.axes[along or ""]
         height = row.metrics.get(y)
         if not isinstance(across, (int, float)) or height is None:
@@ -157,6 +164,7 @@ def _series(rows: Sequence[Result], along: str | None, x: str | None, y: str) ->
             )
         )
 
+    # Lines run from the smallest value of the axis to the largest.
     def order(point: Point) -> float:
         value = rows[point.row].axes[along] if along is not None else 0
         return float(value) if isinstance(value, (int, float)) else 0.0
@@ -203,12 +211,12 @@ def write_plots(folder: Path, charts: Sequence[Chart], caption: str) -> list[Pat
         safe = "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name)
         file = folder / f"{safe}.png"
         with matplotlib.rc_context(style), atomic(file) as temporary:
-            temporary.write_bytes(_picture(group, caption))
+            temporary.write_bytes(_figure(group, caption))
         files.append(file)
     return files
 
 
-def _picture(group: Sequence[Chart], caption: str) -> bytes:
+def _figure(group: Sequence[Chart], caption: str) -> bytes:
     # Not pyplot: it would look for a screen and keep every figure.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -253,7 +261,7 @@ def _draw(axes: Axes, chart: Chart) -> None:
     axes.set_ylabel(chart.y)
     axes.margins(0.09, 0.12)
     axes.set_axisbelow(True)
-    if chart.name in AXES:
+    if chart.name in axis_titles():
         ticks = sorted({point.x for series in chart.series for point in series.points})
         if len(ticks) <= 7:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

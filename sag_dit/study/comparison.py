@@ -29,7 +29,7 @@ from sag_dit.study.measurement import (
     base_name,
     measurement,
 )
-from sag_dit.study.results import Metric, Record, Result, combine, compared, flat_row, plain
+from sag_dit.study.results import Metric, Record, Result, combine, compared, flat_row, json_values
 from sag_dit.study.setup import Setup, Setups, check_metrics, example_of
 from sag_dit.training.predicting import Bar
 
@@ -126,7 +126,9 @@ class Comparison:
                 row["expected"]["deviations"] = deviations
             rows.append(row)
         labels = {name: metric.label for name, metric in self.metrics.items()}
-        values: dict[str, Any] = plain({"metrics": labels, "spread": self.about, "results": rows})
+        values: dict[str, Any] = json_values(
+            {"metrics": labels, "spread": self.about, "results": rows}
+        )
         return values
 
     def __str__(self) -> str:
@@ -184,7 +186,7 @@ class Comparison:
         return [metric.title for metric in self.metrics.values()]
 
     def _cells(self, result: Result) -> list[str]:
-        return [_cell(result, name, places(self.results, name)) for name in self.metrics]
+        return [_number_text(result, name, places(self.results, name)) for name in self.metrics]
 
     def _about_changes(self) -> str:
         base = next((result.against for result in self.results if result.change), None)
@@ -243,7 +245,7 @@ def _table(first: str, titles: Iterable[str]) -> Table:
     return table
 
 
-def _cell(result: Result, name: str, decimals: int) -> str:
+def _number_text(result: Result, name: str, decimals: int) -> str:
     if name not in result.metrics:
         return "–"
     text = f"{result.metrics[name]:.{decimals}f}"
@@ -359,7 +361,7 @@ def compare(
             names = how.class_names(model)
             requests = make_requests(num_images, number, classes, names)
             request = {"seed": number, "classes": rule if isinstance(rule, str) else list(rule)}
-            pixels = identity_of(Pixels.of(model, how, _named(how.guidance), request))
+            pixels = identity_of(Pixels.of(model, how, _by_key(how.guidance), request))
             images = ToDraw(model, how, requests, pixels, cost)
             measurements.append(measurement(setting, images, setup, repeats))
     base_name(measurements, against)
@@ -377,7 +379,7 @@ def _check(settings: Mapping[str, object], *, seeds: int, repeats: int) -> None:
         raise ValueError(f"repeats={repeats}: expected 0, or 2 or more")
 
 
-def _named(guidance: Sequence[Term]) -> dict[str, Term]:
+def _by_key(guidance: Sequence[Term]) -> dict[str, Term]:
     """Return terms by their keys; of several with one key the later ones are numbered."""
     named: dict[str, Term] = {}
     for term in guidance:

@@ -117,9 +117,9 @@ def measurement(
         ValueError: too few images for a metric.
     """
     if isinstance(images, ToDraw):
-        facts, determining, period = _drawn(images)
+        facts, determining, period = _facts_drawn(images)
     else:
-        facts, determining, period = _stored(images)
+        facts, determining, period = _facts_on_disk(images)
     _refuse_few(facts["count"], setup.metrics)
     reference = _plain(setup.reference.protocol)
     measure = settings(
@@ -175,7 +175,7 @@ def _refuse_few(count: int, metrics: Sequence[str]) -> None:
         )
 
 
-def _drawn(plan: ToDraw) -> tuple[dict[str, Any], dict[str, Any], int]:
+def _facts_drawn(plan: ToDraw) -> tuple[dict[str, Any], dict[str, Any], int]:
     labels = [request.label for request in plan.requests]
     counts = Counter(labels).values()
     # Under the names that numbers have been kept and shown with.
@@ -201,7 +201,7 @@ def _drawn(plan: ToDraw) -> tuple[dict[str, Any], dict[str, Any], int]:
     return facts, {"pixels": pixels, "count": len(labels)}, period
 
 
-def _stored(images: ImageSet) -> tuple[dict[str, Any], dict[str, Any], int]:
+def _facts_on_disk(images: ImageSet) -> tuple[dict[str, Any], dict[str, Any], int]:
     labels, digest = images.labels, images.digest()
     facts = {
         "count": len(images),

@@ -38,7 +38,9 @@ def report(comparison: Comparison, out: Path, finished: Path, *, num: int, plots
     if plots:
         for file in write_plots(out, drawn, f"{caption}; {about}" if about else caption):
             print(f"curves: {file}")
-    return _page(out, comparison, drawn, [_shots(finished, result, num) for result in results])
+    return _write_page(
+        out, comparison, drawn, [_shots(finished, result, num) for result in results]
+    )
 
 
 def write_results(folder: Path, comparison: Comparison) -> tuple[Path, Path]:
@@ -61,7 +63,7 @@ def _shots(finished: Path, result: Result, num: int) -> list[NDArray[np.uint8]]:
     return [read_png(file) for file in files if file.exists()]
 
 
-def _page(
+def _write_page(
     out: Path,
     comparison: Comparison,
     drawn: Sequence[Chart],
@@ -73,11 +75,13 @@ def _page(
     what = str(facts.get("model") or facts.get("samples"))
     count = f"{len(results)} settings" if len(results) > 1 else results[0].name
     same = "Every setting starts from the same noise. " if "model" in facts else ""
+    # The protocol: facts that all results share.
     shared = {
         key: value
         for key, value in flat_facts(facts)
         if all(dict(flat_facts(each.facts)).get(key) == value for each in results)
     }
+    # What makes numbers less comparable, each said once though several results say it.
     notes = [text for result in results for text in result.warnings]
     for result in results:
         if result.expected is not None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sag_dit.evaluation.features import BACKENDS, Features, exact, networks
+from sag_dit.evaluation.features import BACKENDS, Features, exact, feature_networks
 from sag_dit.evaluation.metrics import InceptionScore, halves
 from sag_dit.evaluation.reference import Reference
 from sag_dit.evaluation.suite import METRICS, MetricKind, Suite
@@ -69,7 +69,7 @@ def test_a_metric_is_its_computation_and_a_kind(
 
 def test_networks_are_those_with_a_configuration() -> None:
     folder = Path(__file__).parents[2] / "configs" / "features"
-    assert {*networks(), "auto"} == {file.stem for file in folder.glob("*.yaml")}
+    assert {*feature_networks(), "auto"} == {file.stem for file in folder.glob("*.yaml")}
 
 
 def test_batches_and_order_do_not_matter(reference: Reference) -> None:
