@@ -18,7 +18,7 @@ from sag_dit.attention import AttentionLayer, CaptureKind
 from sag_dit.denoiser import Denoiser
 from sag_dit.guidance import SAG, Term
 from sag_dit.guidance.guided import base_key
-from sag_dit.guidance.masks import attention_mask
+from sag_dit.guidance.sag import attention_mask
 from sag_dit.process import Step
 from sag_dit.sampler import SampleStep
 

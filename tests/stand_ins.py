@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.measure import randomise
 from sag_dit.models import DiT
-from sag_dit.models.unet import published
+from sag_dit.models.unet import adapter
 from tests.checkpoints.openai import shapes
 from tests.data import making
 
@@ -44,7 +44,7 @@ def save_openai(
     Classes and number of residual blocks are the original's. The config beside it states what
     its weights do not tell: heads of 8 channels, 16 of them at the bottom where ADM has 16.
     """
-    variant = published.by_file(file)
+    variant = adapter.by_file(file)
     assert variant is not None
     sizes = replace(variant.sizes, **{**NARROW, **changed})
     random = torch.Generator().manual_seed(0)

@@ -21,8 +21,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "sag_dit"
 PARTS = (
     *("guidance", "process", "sampler", "attention", "pipelines", "evaluation", "data"),
-    *("denoiser/prompts.py", "denoiser/conditioning.py", "denoiser/text_conditional.py"),
-    *("denoiser/text_layouts.py", "noise.py", "files.py", "tensors.py", "identity.py"),
+    *("denoiser/prompts.py", "denoiser/text_conditional.py"),
+    *("noise.py", "files.py", "tensors.py", "identity.py"),
     *("methods.py", "training/finetune.py", "training/resume.py"),
     *("training/sharding.py", "training/loggers.py", "training/objective"),
 )

@@ -1,7 +1,16 @@
 """Reading and editing self-attention in any backbone that calls PyTorch's fused attention."""
 
-from sag_dit.attention.edits import AttentionEdit, Edit, InputEdit, OutputEdit
-from sag_dit.attention.layer import AttentionLayer, Capture, CaptureKind, Span, capture_key
+from sag_dit.attention.edits import (
+    AttentionEdit,
+    AttentionLayer,
+    Capture,
+    CaptureKind,
+    Edit,
+    InputEdit,
+    OutputEdit,
+    Span,
+    capture_key,
+)
 from sag_dit.attention.saliency import attention_map, saliency
 from sag_dit.attention.tap import AttentionTap
 

@@ -1,9 +1,8 @@
 """Checkpoints: published names, every layout in use, and our own."""
 
-from sag_dit.checkpoints.classifiers import load_classifier
 from sag_dit.checkpoints.config import build, describe
 from sag_dit.checkpoints.export import write_safetensors
-from sag_dit.checkpoints.loading import load, load_denoiser
+from sag_dit.checkpoints.loading import load, load_classifier, load_denoiser
 from sag_dit.checkpoints.model import Model, from_denoiser
 from sag_dit.checkpoints.text import is_text, load_text
 

@@ -2,17 +2,103 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
+from torch import Tensor
 
 from sag_dit.checkpoints import files
-from sag_dit.checkpoints.lora import merged
-from sag_dit.checkpoints.schedulers import read_scheduler
 from sag_dit.denoiser.prompts import ENCODE
 from sag_dit.identity import settings
 from sag_dit.models.family import State, WeightsFile, families, family_of
+from sag_dit.process import DDPM, Flow, Process
+from sag_dit.process.base import OutputKind
+from sag_dit.process.ddpm import BETAS
+
+BASE = ".base_layer."
+DOWN = ".lora_A.default.weight"
+UP = ".lora_B.default.weight"
+
+
+def merged(state: Mapping[str, Tensor], lora: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Add adapters to the weights they adapt and return plain weights under their plain names.
+
+    W + (alpha / rank) B A, where A is (rank, in), B is (out, rank) and W is (out, in). ``lora``
+    is what the checkpoint's config says of them, rank and alpha.
+
+    Raises:
+        ValueError: ``lora`` lacks these, or an adapted layer its adapter.
+
+    Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1.
+    """
+    try:
+        scale = lora["alpha"] / lora["rank"]
+    except (KeyError, TypeError, ZeroDivisionError):
+        raise ValueError(f"lora={lora!r}: expected the numbers rank and alpha") from None
+    plain = {}
+    for name, tensor in state.items():
+        if name.endswith((DOWN, UP)):
+            continue
+        if name.endswith(f"{BASE}weight"):
+            layer = name.removesuffix(f"{BASE}weight")
+            if layer + UP not in state or layer + DOWN not in state:
+                raise ValueError(f"lora={dict(lora)}: {layer} lacks {layer + UP} or {layer + DOWN}")
+            tensor = tensor + scale * (state[layer + UP] @ state[layer + DOWN])
+        plain[name.replace(BASE, ".")] = tensor
+    return plain
+
+
+KINDS: dict[str, OutputKind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x_0"}
+
+
+def read_scheduler(path: Path, cells: tuple[int, int] = (0, 0)) -> tuple[Process, OutputKind]:
+    """Return the process and kind that a scheduler's config states, for an image of so many cells.
+
+    Raises:
+        ValueError: the betas or the prediction type are not known.
+    """
+    # A flow states where it puts its steps, perhaps by the size of the image.
+    config = files.read_json(path)
+    steps = int(config.get("num_train_timesteps", 1000))
+    if str(config.get("_class_name")).startswith("FlowMatch"):
+        shift = float(config.get("shift", 1.0))
+        if config.get("use_dynamic_shifting"):
+            shift = math.exp(_shift(config, cells[0] * cells[1] // 4))
+        return Flow(time_scale=steps, shift=shift), "v"
+    # A DDPM is known by its betas.
+    first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    schedule = config.get("beta_schedule", "linear")
+    stated = {
+        "linear": np.linspace(first, last, steps),
+        "scaled_linear": np.linspace(first**0.5, last**0.5, steps) ** 2,
+        "squaredcos_cap_v2": BETAS["cosine"](steps),
+    }.get(schedule)
+    changed = config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr")
+    names = [
+        name
+        for name, betas in BETAS.items()
+        if stated is not None and not changed and np.allclose(stated, betas(steps))
+    ]
+    kind = KINDS.get(config.get("prediction_type", "epsilon"))
+    if not names or kind is None:
+        raise ValueError(
+            f"{path}: beta_schedule={schedule!r} from {first} to {last} in {steps} steps, "
+            f"prediction_type={config.get('prediction_type')!r}; expected the betas of DDPM "
+            f"(linear), Stable Diffusion (scaled_linear) or IDDPM (squaredcos_cap_v2), neither "
+            f"trained nor rescaled, and one of {', '.join(KINDS)}"
+        )
+    return DDPM(cast(Any, names[0]), steps), kind
+
+
+def _shift(config: dict[str, Any], tokens: int) -> float:
+    """Return FLUX's mu, linear in the number of tokens."""
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(low + (high - low) * (tokens - few) / (many - few))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,12 @@ from sag_dit.checkpoints.config import build, build_process
 from sag_dit.checkpoints.model import Model, from_denoiser
 from sag_dit.codec import Codec, IdentityCodec, VAECodec
 from sag_dit.denoiser import ClassConditional
-from sag_dit.models.family import families, family_of
+from sag_dit.models.family import WeightsFile, families, family_of
+from sag_dit.models.unet.adapter import CLASSIFIER_SOURCE, read_classifier
+
+if TYPE_CHECKING:
+    from sag_dit.models.unet.classifier import Classifier
+
 
 SHOWN_KEYS = 3
 
@@ -206,3 +211,18 @@ def fill(
         for name, tensor in state.items()
     }
     network.load_state_dict(copies, assign=True)
+
+
+def load_classifier(classifier: str | Path) -> Classifier:
+    """Load one of ADM's classifiers of noisy images, by its published name or a file's path.
+
+    It is a module (x_t, t) -> logits, in eval mode, float32, on the CPU, its weights frozen.
+
+    Raises:
+        ValueError: it is not found, damaged, or no classifier.
+    """
+    path = zoo.locate_classifier(classifier).path
+    state = files.unwrapped(files.tensors(files.read_torch(path), path))
+    state, network = read_classifier(WeightsFile(path, state, formats.config_beside(path)))
+    fill(network, state, path, CLASSIFIER_SOURCE)
+    return network.eval().requires_grad_(False)

@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 from sag_dit.checkpoints import files, hub, zoo
+from sag_dit.checkpoints.formats import read_scheduler
 from sag_dit.checkpoints.loading import find_codec
 from sag_dit.checkpoints.model import Model, plain_name
-from sag_dit.checkpoints.schedulers import read_scheduler
 from sag_dit.codec import VAECodec
 from sag_dit.denoiser.prompts import ENCODE, Wording
-from sag_dit.denoiser.text_conditional import TokenGrid
-from sag_dit.denoiser.text_layouts import layout_of
+from sag_dit.denoiser.text_conditional import TokenGrid, layout_of
 from sag_dit.identity import settings
 from sag_dit.process import Flow
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sag_dit.cli.app import launch
 from sag_dit.cli.composing import make
-from sag_dit.cli.keys.tools import AttentionSheet
+from sag_dit.cli.keys import AttentionSheet
 from sag_dit.cli.models import load_model
 from sag_dit.cli.values import make_maps, own_sampler
 

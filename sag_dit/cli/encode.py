@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from sag_dit.cli.app import launch, quiet_lightning
 from sag_dit.cli.composing import refuse_strangers
-from sag_dit.cli.keys.tools import Encode
+from sag_dit.cli.keys import Encode
 from sag_dit.identity import LATER, digest, settings
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from sag_dit.cli.encoding import Plan
+    from sag_dit.data.encoding import EncodingPlan
 
 NOTE_EVERY = 1.0
 """Seconds between a rank's notes of how far it is."""
@@ -45,19 +43,16 @@ class Encoding:
     latents_std: Sequence[float] | None = field(default=None, metadata=LATER)
 
 
-def make_plan(config: Encode) -> Plan:
+def plan_encoding(config: Encode) -> EncodingPlan:
     """Check the configuration, list the images and load the autoencoder.
 
     Raises:
         ValueError: a value that cannot be used; the remedy is named.
     """
     from sag_dit.checkpoints import zoo
-    from sag_dit.cli.encoding import Plan
-    from sag_dit.cli.latent_folder import LatentFolder
     from sag_dit.codec import VAECodec, read_vae_config
-    from sag_dit.data.crop import latent_size
-    from sag_dit.data.folder import find_images
-    from sag_dit.data.images import Crops
+    from sag_dit.data.encoding import EncodingPlan, LatentFolder
+    from sag_dit.data.images import Crops, find_images, latent_size
     from sag_dit.data.latents import encoder_sha256
     from sag_dit.data.shards import Index
 
@@ -66,6 +61,7 @@ def make_plan(config: Encode) -> Plan:
             "vae=null: expected an autoencoder (ema, mse, a folder or a hub repository); a pixel "
             "model needs no encoding, train it on the images: data=folder data.root=..."
         )
+    # The images, and the autoencoder with the crops that it takes.
     files = find_images(config.data.root)
     vae = zoo.locate_vae(config.vae)
     codec = VAECodec(vae, slice_size=config.slice_size)
@@ -77,6 +73,7 @@ def make_plan(config: Encode) -> Plan:
         upright=config.data.upright,
         strict=config.data.strict,
     )
+    # What determines the latents, which names their folder.
     listing = hashlib.sha256()
     for number, name in enumerate(files.names):
         listing.update(f"{name} {files.path(number).stat().st_size}\n".encode())
@@ -94,6 +91,7 @@ def make_plan(config: Encode) -> Plan:
             **codec.settings,
         )
     )
+    # The index to be.
     name = re.sub(r"[^\w.+-]+", "-", files.root.resolve().name)
     named = Path(config.vae).expanduser()
     index = Index(
@@ -107,27 +105,7 @@ def make_plan(config: Encode) -> Plan:
         shards=(),
     )
     folder = LatentFolder(Path(config.out or f"outputs/latents/{name}-{digest(identity)[:8]}"))
-    return Plan(crops, codec, folder, index, config.rows)
-
-
-def check_room(plan: Plan) -> None:
-    """Check that the disk holds what is still to be written.
-
-    Raises:
-        ValueError: it does not.
-    """
-    from sag_dit.data.shards import DTYPES
-
-    values = plan.index.flips * 2 * math.prod(plan.index.shape)
-    row = values * DTYPES[plan.index.dtype].itemsize + 16
-    pending = [number for number in range(plan.shards) if plan.folder.record(number) is None]
-    needed = row * sum(len(plan.images_of(number)) for number in pending)
-    free = shutil.disk_usage(plan.folder.path).free
-    if needed > free:
-        raise ValueError(
-            f"out={plan.folder.path}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are "
-            f"free; make room, choose another out, or take dtype=float16 or flip=false"
-        )
+    return EncodingPlan(crops, codec, folder, index, config.rows)
 
 
 def progress_bar() -> Progress:
@@ -150,21 +128,23 @@ def run(config: Encode) -> None:
     quiet_lightning()
     from lightning.fabric import Fabric
 
-    from sag_dit.cli.encoding import encode_share
+    from sag_dit.data.encoding import encode_share
     from sag_dit.data.images import CHECKED_UP_FRONT
     from sag_dit.data.training_batches import workers_per_process
     from sag_dit.output.ranks import RankReports
 
-    plan = make_plan(config)
+    # Rank 0 makes the folder and looks at the images before the other ranks start.
+    plan = plan_encoding(config)
     folder, crops = plan.folder, plan.crops
     refuse_strangers("trainer", ["lightning.fabric.Fabric"], config.trainer)
     fabric = Fabric(**config.trainer)
     folder.claim(plan.index.config)
     if fabric.global_rank == 0:
-        check_room(plan)
+        plan.check_room()
         if crops.strict or len(crops.files) <= CHECKED_UP_FRONT:
             crops.inspect()
     fabric.launch()
+    # Every rank encodes its share; rank 0 shows how far all are.
     rank, world = fabric.global_rank, fabric.world_size
     workers = config.workers
     if workers is None:
@@ -197,6 +177,7 @@ def run(config: Encode) -> None:
             return
         reports.wait(done_by_all)
         done_by_all()
+    # All is there.
     reports.clear()
     index = folder.finish(plan.shards, plan.index)
     skipped = sum(len(shard.skipped) for shard in index.shards)

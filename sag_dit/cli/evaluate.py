@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 
 from sag_dit.cli.app import fail, launch, quiet_lightning
 from sag_dit.cli.composing import make, placed
-from sag_dit.cli.keys.evaluating import Evaluate
+from sag_dit.cli.keys import Evaluate
 from sag_dit.cli.keys.key import plain
 from sag_dit.cli.presets import with_presets
 from sag_dit.cli.rows import Configured, make_rows

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from sag_dit.cli.app import launch
-from sag_dit.cli.keys.tools import Export
+from sag_dit.cli.keys import Export
 
 
 def training_data(ckpt: str) -> str | None:

@@ -10,7 +10,7 @@ import torch
 
 from sag_dit.checkpoints import Model
 from sag_dit.cli.composing import make
-from sag_dit.cli.keys.evaluating import Evaluate
+from sag_dit.cli.keys import Evaluate
 from sag_dit.cli.keys.key import plain, selected
 from sag_dit.cli.published import expected_of, otherwise
 from sag_dit.cli.rows import Configured

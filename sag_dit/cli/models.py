@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sag_dit.cli.keys.drawing import Draws, Text
+from sag_dit.cli.keys import Draws, Text
 from sag_dit.cli.keys.key import plain
 
 if TYPE_CHECKING:

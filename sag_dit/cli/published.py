@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from sag_dit.cli.composing import compose
-from sag_dit.cli.keys.evaluating import Evaluate
+from sag_dit.cli.keys import Evaluate
 from sag_dit.cli.keys.key import keys_of, plain
 from sag_dit.cli.values import make_terms
 from sag_dit.evaluation.expected import Expected, differing

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sag_dit.cli.composing import changed, compose
-from sag_dit.cli.keys.evaluating import Evaluate
+from sag_dit.cli.keys import Evaluate
 from sag_dit.cli.sweep import Choice, Value
 from sag_dit.cli.values import MEASURED, make_terms
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import selected, walk
-from sag_dit.cli.keys.training import Train
 from sag_dit.cli.schema import determining, later_keys
 from sag_dit.identity import Name, digest, name_of, plain, without_later
 from sag_dit.output.claim import recorded

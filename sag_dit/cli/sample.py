@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sag_dit.cli.app import launch, quiet_lightning
 from sag_dit.cli.composing import make, placed
-from sag_dit.cli.keys.drawing import Guides, Sample
+from sag_dit.cli.keys import Guides, Sample
 from sag_dit.cli.keys.key import plain
 from sag_dit.cli.models import load_model
 from sag_dit.cli.presets import with_presets

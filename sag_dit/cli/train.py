@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from sag_dit.cli.app import launch, quiet_lightning
 from sag_dit.cli.composing import make, placed, refuse_strangers
+from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import keys_of, mapping_of, plain
-from sag_dit.cli.keys.training import Train
 from sag_dit.cli.run_identity import go_on_as_begun, identity, run_folder
 from sag_dit.cli.values import check_logger, make_terms, with_models
 

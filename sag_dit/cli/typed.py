@@ -213,7 +213,7 @@ def did_you_mean(command: str, path: str) -> str:
     if habit:
         return f"; {habit}"
     paths = [each for each, *_ in walk(found)]
-    words = {word: each for each, _, told in walk(found) for word in told.words}
+    words = {word: each for each, _, told in walk(found) for word in told.words.split()}
     last = path.rpartition(".")[2]
     same = [each for each in paths if each.rpartition(".")[2] == last]
     if path in words or same:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sag_dit.cli.composing import config_folder, make, refuse_strangers
-from sag_dit.cli.keys.drawing import Attention, Guides
-from sag_dit.cli.keys.evaluating import Evaluate
+from sag_dit.cli.keys import Attention, Evaluate, Guides
 
 if TYPE_CHECKING:
     from torch import nn

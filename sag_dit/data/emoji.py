@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sag_dit.checkpoints import Model
-from sag_dit.data.balance import balanced
 from sag_dit.data.training_batches import (
     Batch,
     Indices,
     StepData,
+    balanced,
     check_classes,
     validation_batches,
 )

@@ -2,28 +2,202 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from sag_dit.checkpoints import Model
-from sag_dit.data.crop import (
-    MODES,
-    PixelArray,
-    UnreadableImageError,
-    image_size,
-    latent_size,
-    read_crop,
-)
-from sag_dit.data.folder import ImageFiles, find_images
 from sag_dit.data.training_batches import Batch, Indices, NamedData, check_classes, name_hash
+
+PixelArray = NDArray[np.uint8]
+MODES = {1: "L", 3: "RGB"}
+
+
+class UnreadableImageError(ValueError):
+    """An image file that cannot be decoded; names the file and says why.
+
+    Example::
+
+        try:
+            pixels = read_crop(path, 256)
+        except UnreadableImageError as error:
+            print(error)
+    """
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Return the centre square of ``size`` pixels of an image whose short side is scaled to it.
+
+    The image is halved by a box filter while its short side is at least 2 ``size``, then scaled by
+    bicubic interpolation. A smaller image is enlarged.
+
+    Source: openai/guided-diffusion, image_datasets.py; facebookresearch/DiT trains on it.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    scaled = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(scaled, Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def read_crop(path: Path, size: int, channels: int = 3, upright: bool = True) -> PixelArray:
+    """Read a file as pixels (channels, size, size), uint8.
+
+    ``upright`` turns photos as their camera noted; ADM's own loader ignores that note.
+
+    Raises:
+        UnreadableImageError: the file's content cannot be decoded.
+        OSError: the file cannot be read, which says nothing about its content.
+    """
+    content = path.read_bytes()
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            turned = ImageOps.exif_transpose(image) if upright else image
+            pixels = np.asarray(center_crop(turned.convert(MODES[channels]), size))
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise almost any type
+        raise UnreadableImageError(f"{path} cannot be decoded ({error!r})") from None
+    return np.ascontiguousarray(pixels.reshape(size, size, channels).transpose(2, 0, 1))
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return (width, height) of an image file, of which only the header is read.
+
+    Raises:
+        UnreadableImageError: the header cannot be decoded.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as stream:
+        try:
+            with Image.open(stream) as image:
+                return image.size
+        except Exception as error:  # decoders raise almost any type
+            raise UnreadableImageError(f"{path} cannot be decoded ({error!r})") from None
+
+
+def latent_size(size: int, factor: int = 1, patch_size: int = 1) -> int:
+    """Return the side of x_0 for images of ``size`` pixels: size / factor.
+
+    ``factor`` is the codec's pixels per latent cell, ``patch_size`` the denoiser's cells per token.
+
+    Raises:
+        ValueError: the size is no multiple of factor times patch_size; the nearest are named.
+    """
+    step = factor * patch_size
+    if size < 1 or size % step:
+        below = size // step * step
+        near = f"{below} or {below + step}" if below > 0 else str(step)
+        raise ValueError(
+            f"size={size}: expected a multiple of {step} pixels (autoencoder factor {factor} times "
+            f"patch size {patch_size}), such as {near}"
+        )
+    return size // factor
+
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The images below a folder, in one order on every machine.
+
+    Attributes:
+        root: the folder.
+        names: paths relative to it, with ``/``.
+        labels: the class of each.
+        class_names: names of the class folders; of a flat folder its own name.
+
+    Example::
+
+        files = find_images("photos/")
+        print(len(files), files.class_names, files.path(0))
+    """
+
+    root: Path
+    names: tuple[str, ...]
+    labels: Indices
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> Path:
+        """Return where an image lies."""
+        return self.root / self.names[index]
+
+
+def find_images(root: str | Path) -> ImageFiles:
+    """List the images below a folder: one class per folder in it, or a single class if it has none.
+
+    Class folders are searched in depth. Hidden files and folders, and files without an image's
+    ending, are left out.
+
+    Raises:
+        ValueError: no such folder, no image in it, a class without image, or images beside class
+            folders.
+    """
+    # What stands in the folder: class folders, or images.
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        what = "is a file" if folder.is_file() else "does not exist"
+        raise ValueError(f"data.root={root}: {what}; expected a folder of images")
+    entries = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    classes = [name for name in entries if (folder / name).is_dir()]
+    loose = [name for name in entries if name not in set(classes) and _is_image(name)]
+    if classes and loose:
+        raise ValueError(
+            f"data.root={root}: {len(loose)} images ({loose[0]}, ...) lie beside the folders "
+            f"{_some(classes)}; expected either class folders or images alone"
+        )
+    # List the images, class by class; a flat folder is one class of its own name.
+    if not classes:
+        names, labels, classes = loose, [0] * len(loose), [folder.resolve().name]
+    else:
+        found = [sorted(_walk(folder, name)) for name in classes]
+        names = [name for part in found for name in part]
+        labels = [label for label, part in enumerate(found) for _ in part]
+        empty = [name for name, part in zip(classes, found, strict=True) if not part]
+        if names and empty:
+            raise ValueError(
+                f"data.root={root}: no image in {len(empty)} of {len(classes)} class folders: "
+                f"{_some(empty)}; add images or remove the folders"
+            )
+    if not names:
+        raise ValueError(
+            f"data.root={root}: no image found; expected files ending in {', '.join(EXTENSIONS)}"
+        )
+    return ImageFiles(folder, tuple(names), np.array(labels, dtype=np.int64), tuple(classes))
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def _walk(root: Path, start: str) -> Iterator[str]:
+    for folder, below, files in os.walk(root / start, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(".")]
+        relative = Path(folder).relative_to(root)
+        yield from ((relative / name).as_posix() for name in files if _is_image(name))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+
 
 CHECKED_UP_FRONT = 20_000
 """Headers of at most so many images are read before the first step; that takes seconds."""

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from sag_dit.checkpoints import Model
 from sag_dit.codec import VAECodec, hash_tensors
-from sag_dit.data.balance import balanced
 from sag_dit.data.shards import Index, Rows, map_shard, read_index, verify
 from sag_dit.data.training_batches import (
     Batch,
     Indices,
     NamedData,
     as_it_is,
+    balanced,
     check_classes,
     validation_batches,
 )
@@ -128,7 +128,7 @@ class LatentData(NamedData):
     device, since drawing takes far longer than copying. ``flip`` takes an image or its mirror image
     with probability 1/2; None does so if mirror images were encoded. ``verify`` compares every
     shard's sha256 before the first step. ``balance`` repeats the images of small classes, see
-    :func:`sag_dit.data.balance.balanced`. ``validation`` is a second folder, to validate with.
+    :func:`balanced`. ``validation`` is a second folder, to validate with.
 
     Raises:
         ValueError: the folder is incomplete or damaged, or a value is out of its range.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sag_dit.denoiser.conditioning import Inputs
+from sag_dit.denoiser.text_conditional import Inputs
 
 
 @dataclass(frozen=True)

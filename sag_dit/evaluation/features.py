@@ -1,4 +1,4 @@
-"""What a network sees in images: the vectors that every metric of this package compares."""
+"""What a network sees in images, in full float32: the vectors that every metric here compares."""
 
 from __future__ import annotations
 

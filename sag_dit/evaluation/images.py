@@ -1,4 +1,4 @@
-"""Opening a set of uint8 images by index: a folder, an npz, a named split, tensors, any dataset."""
+"""Sets of uint8 images by index: a folder, an npz, a named split, tensors, any dataset."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from sag_dit.checkpoints.files import sha256
-from sag_dit.data.crop import MODES, PixelArray, read_crop
-from sag_dit.data.folder import find_images
+from sag_dit.data.images import MODES, PixelArray, find_images, read_crop
 from sag_dit.data.splits import SPLITS, read_split
 from sag_dit.evaluation.metrics import Statistics
 from sag_dit.tensors import Labels

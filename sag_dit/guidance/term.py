@@ -7,33 +7,136 @@ the x_t of the base, its scale applied. The runner in ``guided.py`` steps all me
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Self, TypeAlias
+from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args
 
 from torch import Tensor
 
 from sag_dit.attention import CaptureKind, Edit
 from sag_dit.denoiser import Denoiser
 from sag_dit.denoiser.base import Condition
-from sag_dit.guidance.schedule import (
-    RAMPS,
-    Bound,
-    Schedule,
-    Unit,
-    acts,
-    bounds,
-    check_times,
-    weight_of,
-)
-from sag_dit.guidance.validation import check_number
 from sag_dit.identity import LATER, name_of, settings
 from sag_dit.noise import NoiseSource
-from sag_dit.process import Prediction, Step
+from sag_dit.process import NoiseLevel, Prediction, Process, Step
 from sag_dit.sampler import Sampler
 from sag_dit.tensors import Images
+
+
+def check_number(name: str, declared: object, value: object, unbounded: bool = False) -> None:
+    """Refuse a value that is not of the kind that its field declares, if that is a number or bool.
+
+    ``declared`` is the type or its name: float, int or bool, or one of them and None. Other fields
+    are not checked. True and False are no numbers here. ``unbounded`` numbers may be infinite.
+
+    Raises:
+        ValueError: the field, its value and what was expected.
+    """
+    text = declared.__name__ if isinstance(declared, type) else str(declared)
+    kind, _, other = text.partition(" | ")
+    if kind not in EXPECTED or other not in ("", "None") or (other and value is None):
+        return
+    if isinstance(value, bool):
+        meant = kind == "bool"
+    elif isinstance(value, int):
+        meant = kind != "bool"
+    else:
+        finite = isinstance(value, float) and (
+            math.isfinite(value) or (unbounded and math.isinf(value))
+        )
+        meant = kind == "float" and finite
+    if not meant:
+        optional = ", or null" if other else ""
+        raise ValueError(f"{name}={value!r}: expected {EXPECTED[kind]}{optional}")
+
+
+EXPECTED = {"float": "a finite number", "int": "a whole number", "bool": "true or false"}
+
+
+Unit = Literal["progress", "t", "sigma"]
+Bound: TypeAlias = float | None
+Ramp = Literal["constant", "linear", "cosine"]
+RAMPS: tuple[str, ...] = get_args(Ramp)
+Schedule: TypeAlias = Ramp | Callable[[float], float]
+
+
+def bounds(interval: object, unit: Unit) -> tuple[Bound, Bound]:
+    """Return an interval as two numbers, None being a side left open.
+
+    Raises:
+        ValueError: not two numbers, in the wrong order, or outside the run.
+    """
+    # The unit, and two bounds that are numbers or None.
+    if unit not in get_args(Unit):
+        raise ValueError(f"interval_in={unit!r}: expected one of {', '.join(get_args(Unit))}")
+    try:
+        first: float | None
+        second: float | None
+        first, second = interval  # type: ignore[misc]
+        start = None if first is None else float(first)
+        stop = None if second is None else float(second)
+    except (TypeError, ValueError):
+        names = "(start, stop)" if unit == "progress" else "(low, high)"
+        raise ValueError(f"interval={interval!r}: expected two numbers, {names}") from None
+    # Their order and range: progress runs from 0 to 1, t and sigma have no common range.
+    if unit == "progress":
+        start, stop = 0.0 if start is None else start, 1.0 if stop is None else stop
+        if not 0 <= start <= stop <= 1:
+            raise ValueError(
+                f"interval={(start, stop)}: expected (start, stop) with "
+                f"0 <= start <= stop <= 1, in progress from noise (0) to image (1)"
+            )
+    elif not (-math.inf if start is None else start) <= (math.inf if stop is None else stop):
+        raise ValueError(
+            f"interval={(start, stop)}: expected (low, high) with low <= high, in {unit}; None "
+            f"(null) leaves a side open"
+        )
+    return start, stop
+
+
+def check_times(interval: tuple[Bound, Bound], process: Process) -> None:
+    """Refuse an interval in t whose bounds look like shares of the run, as progress has them.
+
+    Raises:
+        ValueError: it ends at t = 1 or before, and the times of the process are larger.
+    """
+    first, high = float(process.grid(1)[0].t), interval[1]
+    if high is not None and high <= 1 < first:
+        raise ValueError(
+            f"interval={interval} in t: this model's times fall from {first:g}; expected bounds "
+            f"among them, (low, high), or interval_in=progress for shares of the run"
+        )
+
+
+def ratio(level: NoiseLevel) -> float:
+    """Return sigma / alpha, infinite at pure noise."""
+    alpha = float(level.alpha)
+    return math.inf if alpha == 0 else float(level.sigma) / alpha
+
+
+def acts(interval: tuple[Bound, Bound], unit: Unit, step: Step) -> bool:
+    """Whether a step lies in an interval; the bound on the side of noise is included."""
+    first = -math.inf if interval[0] is None else interval[0]
+    second = math.inf if interval[1] is None else interval[1]
+    if unit == "progress":
+        return first <= step.progress < second
+    value = float(step.level.t) if unit == "t" else ratio(step.level)
+    return first < value <= second
+
+
+def weight_of(schedule: Schedule, progress: float) -> float:
+    """Return a schedule's weight when ``progress`` of the run is done, in [0, 1)."""
+    if callable(schedule):
+        return float(schedule(progress))
+    if schedule == "linear":
+        return 2 * progress
+    if schedule == "cosine":
+        return 1 - math.cos(math.pi * progress)
+    return 1.0
+
 
 BranchName = Literal["auto", "cond", "null"]
 Need = Literal["classes", "flow", "blocks", "dit", "worse", "classifier"]

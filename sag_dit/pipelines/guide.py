@@ -5,16 +5,114 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from sag_dit.denoiser.text_layouts import layout_of
+from sag_dit.denoiser.text_conditional import layout_of
 from sag_dit.guidance import Term
-from sag_dit.pipelines.families import Family, family_of, network_of, uses_cfg
-from sag_dit.pipelines.run import Run
-from sag_dit.pipelines.scheduler_levels import check_scheduler
+from sag_dit.pipelines.run import OwnCFG, Run, check_scheduler
+
+
+@dataclass(frozen=True)
+class Pipelines:
+    """Pipelines that call their network alike.
+
+    Attributes:
+        pipelines: their classes; subclasses count.
+        network: the pipeline's attribute that holds the network.
+        own_cfg: the order of the rows under the pipeline's own classifier-free guidance; ``apart``
+            is a second call for the null prompt, after that for the prompt.
+
+    Example:
+        >>> [family.name for family in FAMILIES if "FluxPipeline" in family.pipelines]
+        ['FLUX']
+    """
+
+    name: str
+    pipelines: tuple[str, ...]
+    network: str = "transformer"
+    own_cfg: OwnCFG = "null first"
+
+
+FAMILIES = (
+    Pipelines(
+        "Stable Diffusion 1 and 2",
+        (
+            "StableDiffusionPipeline",
+            "StableDiffusionImg2ImgPipeline",
+            "StableDiffusionInpaintPipeline",
+        ),
+        network="unet",
+    ),
+    Pipelines(
+        "Stable Diffusion XL",
+        (
+            "StableDiffusionXLPipeline",
+            "StableDiffusionXLImg2ImgPipeline",
+            "StableDiffusionXLInpaintPipeline",
+        ),
+        network="unet",
+    ),
+    Pipelines("PixArt", ("PixArtAlphaPipeline", "PixArtSigmaPipeline")),
+    Pipelines(
+        "Stable Diffusion 3",
+        (
+            "StableDiffusion3Pipeline",
+            "StableDiffusion3Img2ImgPipeline",
+            "StableDiffusion3InpaintPipeline",
+        ),
+    ),
+    Pipelines(
+        "FLUX",
+        ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxFillPipeline"),
+        own_cfg="apart",
+    ),
+    Pipelines("DiT", ("DiTPipeline",), own_cfg="cond first"),
+)
+
+
+def pipelines_of(pipe: Any) -> Pipelines:
+    """Return the family of a pipeline.
+
+    Raises:
+        ValueError: it is not known; the message lists the known pipelines.
+    """
+    names = [each.__name__ for each in type(pipe).__mro__]
+    for family in FAMILIES:
+        if any(name in names for name in family.pipelines):
+            return family
+    known = "; ".join(f"{family.name} ({', '.join(family.pipelines)})" for family in FAMILIES)
+    hint = ""
+    if "PAG" in names[0] or "SAG" in names[0]:
+        hint = "\nthis pipeline guides by itself: use the plain one of its family"
+    elif names[0].startswith("Sana"):
+        hint = "\nSana's attention is linear: there is no map to read or to edit"
+    raise ValueError(f"{names[0]} cannot be guided; known are {known}{hint}")
+
+
+def uses_cfg(family: Pipelines, pipe: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call of the pipeline puts null rows beside those of the prompt."""
+    if family.own_cfg == "apart":
+        return False
+    # The property where there is one: a callback may end the guidance within a call.
+    own = getattr(pipe, "do_classifier_free_guidance", None)
+    return bool(arguments["guidance_scale"] > 1 if own is None else own)
+
+
+def network_of(family: Pipelines, pipe: Any) -> nn.Module:
+    """Return the pipeline's network, also where ``torch.compile`` wraps it."""
+    network: nn.Module = getattr(pipe, family.network)
+    wrapped = getattr(network, "_orig_mod", network)
+    if getattr(wrapped, "is_cache_enabled", False):
+        raise ValueError(
+            f"{type(wrapped).__name__} caches what its layers compute from call to call, which "
+            f"guidance's further calls would spoil; call pipe.{family.network}.disable_cache()"
+        )
+    return network
+
 
 P = TypeVar("P")
 
@@ -44,7 +142,7 @@ def guide(pipe: P, *terms: Term, max_rows: int | None = None, seed: int = 0) -> 
             image = pipe("a corgi").images[0]
     """
     # Refuse what cannot be guided before the pipeline is touched.
-    family = family_of(pipe)
+    family = pipelines_of(pipe)
     for term in terms:
         if not isinstance(term, Term):
             raise ValueError(f"{term!r}: expected a term, as in guide(pipe, SAG(0.75), PAG(1.0))")
@@ -95,7 +193,7 @@ class _GuidedPipeline:
     """What answers the calls of the pipeline and of its network."""
 
     def __init__(
-        self, pipe: Any, family: Family, terms: tuple[Term, ...], max_rows: int | None, seed: int
+        self, pipe: Any, family: Pipelines, terms: tuple[Term, ...], max_rows: int | None, seed: int
     ) -> None:
         self.pipe = pipe
         self.family = family

@@ -1,4 +1,4 @@
-"""Comparison: results side by side, as a table on the terminal, in a notebook and as data."""
+"""compare: settings of a model drawn, measured and put side by side, as a table and as data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Setting and Measurement: what is compared, and each set of images with all facts about it."""
+"""Setting, Measurement and Measuring: what is compared, each set of images, and its numbers."""
 
 from __future__ import annotations
 

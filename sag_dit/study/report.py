@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: JSON, CSV, a page, curves, and a logger's summary."""
+"""What a comparison leaves behind: JSON, CSV, a page with curves, and a logger's summary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Watching a training run: speed, loss by noise level, and pictures."""
+"""Watching a training run: speed, loss by noise level, pictures, and metrics of drawn images."""
 
 from __future__ import annotations
 

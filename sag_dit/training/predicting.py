@@ -1,4 +1,4 @@
-"""Predictor: the one loop in which the ranks of a Trainer draw, or read, sets of images."""
+"""Predictor and its Bar: the one loop in which the ranks of a Trainer draw, or read, images."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed.tensor import DTensor
 
 from sag_dit.checkpoints import build, write_safetensors
-from sag_dit.checkpoints.lora import merged
+from sag_dit.checkpoints.formats import merged
 from sag_dit.files import atomic
 from sag_dit.training.module import DiffusionModule
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sag_dit.models.unet.published import Sizes, Variant
+from sag_dit.models.unet.adapter import Sizes, Variant
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 

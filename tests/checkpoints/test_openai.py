@@ -13,10 +13,9 @@ from torch import Tensor
 from sag_dit import catalogue
 from sag_dit.checkpoints import build, describe, load, load_classifier, write_safetensors, zoo
 from sag_dit.models import families
-from sag_dit.models.unet import published
-from sag_dit.models.unet.adapter import convert, sizes_of
+from sag_dit.models.unet import adapter
+from sag_dit.models.unet.adapter import Sizes, Variant, convert, sizes_of
 from sag_dit.models.unet.network import UNet
-from sag_dit.models.unet.published import Sizes, Variant
 from sag_dit.process import DDPM
 from tests.checkpoints.openai import state_of
 
@@ -43,12 +42,12 @@ def saved(path: Path, state: dict[str, Tensor], beside: dict[str, Any] | None = 
     return path
 
 
-@pytest.mark.parametrize("variant", published.variants(), ids=lambda variant: variant.file)
+@pytest.mark.parametrize("variant", adapter.variants(), ids=lambda variant: variant.file)
 def test_published_files_are_told_apart_by_their_weights(variant: Variant) -> None:
     sizes = sizes_of(state_of(variant), Path("x.pt"))
     assert sizes == variant.sizes
-    assert variant in published.alike(sizes)
-    assert variant.file in published.resembling(sizes)
+    assert variant in adapter.alike(sizes)
+    assert variant.file in adapter.resembling(sizes)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +66,7 @@ def test_published_files_are_told_apart_by_their_weights(variant: Variant) -> No
 def test_what_weights_do_not_tell_is_known_of_published_files(
     file: str, process: DDPM, arguments: dict[str, Any]
 ) -> None:
-    variant = published.by_file(file)
+    variant = adapter.by_file(file)
     assert variant is not None
     converted = convert(state_of(variant), Path(file), {})
     assert DDPM(**converted.process) == process
@@ -84,7 +83,7 @@ def test_what_weights_do_not_tell_is_known_of_published_files(
     ],
 )
 def test_published_weights_fit_the_network_of_their_flags(file: str) -> None:
-    variant = published.by_file(file)
+    variant = adapter.by_file(file)
     assert variant is not None
     converted = convert(state_of(variant), Path(file), {})
     with torch.device("meta"):
@@ -96,7 +95,7 @@ def test_published_weights_fit_the_network_of_their_flags(file: str) -> None:
 
 def test_every_published_diffusion_model_has_a_name() -> None:
     """Upsamplers are recognised, and cannot be asked for."""
-    assert [len(published.variants(kind)) for kind in KINDS] == [16, 4, 3]
+    assert [len(adapter.variants(kind)) for kind in KINDS] == [16, 4, 3]
     names = set(catalogue.entries("model", "classifier"))
     assert names.isdisjoint(catalogue.entries("upsampler"))
     assert set(catalogue.entries("model")) < set(zoo.names())
@@ -153,7 +152,7 @@ def test_weights_that_do_not_tell_enough_are_refused(
 
 def test_another_variant_is_told_by_name() -> None:
     uncond, upsampler = (
-        published.by_file(name) for name in ("256x256_diffusion_uncond.pt", "64_256_upsampler.pt")
+        adapter.by_file(name) for name in ("256x256_diffusion_uncond.pt", "64_256_upsampler.pt")
     )
     assert uncond is not None and upsampler is not None
     with pytest.raises(ValueError, match=r"num_classes=0, not 1000; it looks like 256x256_diff"):

@@ -17,7 +17,7 @@ from torch import Tensor
 from sag_dit.checkpoints import formats, zoo
 from sag_dit.checkpoints.loading import full_config
 from sag_dit.models import DiT
-from sag_dit.models.unet import published
+from sag_dit.models.unet import adapter
 from tests import stand_ins
 from tests.checkpoints.openai import state_of
 
@@ -119,7 +119,7 @@ def thin(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def of(name: str) -> dict[str, Tensor]:
     """The shapes of a published file of openai's, at their full size."""
-    variant = published.by_file(name)
+    variant = adapter.by_file(name)
     assert variant is not None
     return thin(state_of(variant))
 

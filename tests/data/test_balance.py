@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from sag_dit.data.balance import balanced
 from sag_dit.data.latents import LatentData
+from sag_dit.data.training_batches import balanced
 from tests.data.making import latent_folder
 
 

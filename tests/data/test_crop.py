@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sag_dit.data.crop import center_crop, latent_size, read_crop
+from sag_dit.data.images import center_crop, latent_size, read_crop
 from tests.data.making import picture
 
 

@@ -14,9 +14,7 @@ from torchvision.datasets import ImageFolder
 
 from sag_dit.checkpoints import from_denoiser
 from sag_dit.codec import IdentityCodec, VAECodec
-from sag_dit.data.crop import UnreadableImageError, read_crop
-from sag_dit.data.folder import find_images
-from sag_dit.data.images import Crops, ImageFolderData
+from sag_dit.data.images import Crops, ImageFolderData, UnreadableImageError, find_images, read_crop
 from sag_dit.data.training_batches import Batch
 from sag_dit.denoiser import ClassConditional
 from sag_dit.process import DDPM

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from sag_dit.checkpoints import hub, is_text, load, load_text
-from sag_dit.checkpoints.schedulers import read_scheduler
-from sag_dit.denoiser.conditioning import Inputs
-from sag_dit.denoiser.text_layouts import PackedText, TokenGrid
+from sag_dit.checkpoints.formats import read_scheduler
+from sag_dit.denoiser.text_conditional import Inputs, PackedText, TokenGrid
 from sag_dit.guidance import CFG, PAG, SAG, Asking, Question, Term, cost_of
-from sag_dit.pipelines import guide, scheduler_levels
+from sag_dit.pipelines import guide, run
 from sag_dit.process import DDPM, Flow
 from sag_dit.sampler import DDIM, EulerFlow
 from sag_dit.sampler.diffusers import DiffusersSampler
@@ -80,7 +79,7 @@ def test_the_network_is_asked_as_its_pipeline_asks_it(family: str, saved: Saved)
     x = given.get("sample", given.get("hidden_states"))
     cells = (SIZE[0] // 2, SIZE[1] // 2)
     x_t = denoiser.unpacked(x[-1:], TokenGrid(cells)).float()
-    level = scheduler_levels.levels(pipe.scheduler)[0]
+    level = run.levels(pipe.scheduler)[0]
     conditions = [denoiser.conditions([1])]
     if len(x) == 2:
         conditions.insert(0, denoiser.null(1))

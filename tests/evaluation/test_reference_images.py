@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sag_dit.data.crop import read_crop
+from sag_dit.data.images import read_crop
 from sag_dit.evaluation.images import Source, open_images
 from tests.evaluation.making import pixels
 from tests.evaluation.test_reference import IMAGES, LABELS, nhwc, write_folder, write_npz

@@ -11,7 +11,7 @@ from torch import Tensor
 from sag_dit.attention import AttentionLayer
 from sag_dit.attention.saliency import regrouped, saliency
 from sag_dit.guidance import SAG, BlurGuidance, GuidedDenoiser
-from sag_dit.guidance.masks import MaskKind, mean_saliency
+from sag_dit.guidance.sag import MaskKind, mean_saliency
 from tests.closeness import assert_near
 from tests.guidance.every import MODELS, NOISE, batch, guided
 from tests.guidance.reference import Straight, blur, step_at

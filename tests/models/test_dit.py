@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sag_dit.models import SIZES, DiT, dit
-from sag_dit.models.dit.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
+from sag_dit.models.dit.network import LabelEmbedder, TimestepEmbedder, sincos_positions
 from tests.closeness import assert_near
 from tests.conftest import MakeDiT
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sag_dit.denoiser import Denoiser
 from sag_dit.guidance import SAG, Question
 from sag_dit.models import DiT
-from sag_dit.models.dit.embeddings import TimestepEmbedder
+from sag_dit.models.dit.network import TimestepEmbedder
 from sag_dit.process import Prediction
 from sag_dit.process.ddpm import BETAS, Posterior
 from sag_dit.sampler import Ancestral

@@ -19,7 +19,7 @@ from sag_dit.denoiser import Denoiser
 from sag_dit.guidance import CFG, SAG
 from sag_dit.guidance import sag as sag_module
 from sag_dit.models import DiT
-from sag_dit.models.dit.embeddings import TimestepEmbedder
+from sag_dit.models.dit.network import TimestepEmbedder
 from sag_dit.process import DDPM, Prediction
 from sag_dit.process import ddpm as ddpm_module
 from sag_dit.process.ddpm import Posterior

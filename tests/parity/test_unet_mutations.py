@@ -15,8 +15,8 @@ from sag_dit.attention import tap
 from sag_dit.guidance import SAG, ClassifierGuidance
 from sag_dit.guidance import sag as sag_module
 from sag_dit.models.dit import sit
+from sag_dit.models.unet import adapter
 from sag_dit.models.unet import classifier as classifier_module
-from sag_dit.models.unet import keys
 from sag_dit.models.unet import network as unet_module
 from sag_dit.models.unet.network import UNet
 from sag_dit.process import Prediction
@@ -84,7 +84,7 @@ UNETS = (
     Mutation("sines first", timed(flip_sin_to_cos=False), (FORWARDS, r"classifier\.")),
     Mutation(
         "the other order of queries, keys and values",
-        replaced(keys, "split_qkv", other_order),
+        replaced(adapter, "split_qkv", other_order),
         (r"forward\.(adm|new_order|narrow|iddpm|wide)", r"classifier\.logits"),
     ),
     Mutation(

@@ -10,8 +10,7 @@ from torch import nn
 
 from sag_dit.cli.composing import compose
 from sag_dit.cli.values import make_terms
-from sag_dit.denoiser.text_conditional import TextConditional, TokenGrid
-from sag_dit.denoiser.text_layouts import layout_of
+from sag_dit.denoiser.text_conditional import TextConditional, TokenGrid, layout_of
 from sag_dit.process import DDPM, Flow
 from tests.pipelines import tiny
 

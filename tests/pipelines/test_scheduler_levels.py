@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sag_dit.pipelines import scheduler_levels
+from sag_dit.pipelines import run
 from sag_dit.process import NoiseLevel
 
 # diffusers hands tensors to NumPy in ways that NumPy 2 warns about.
@@ -68,8 +68,8 @@ def asked(scheduler: Any, x_0: Tensor, eps: Tensor, start: int = 0) -> Iterator[
     times = scheduler.timesteps[start:]
     if start and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start)
-    grid = scheduler_levels.levels(scheduler)
-    kind = scheduler_levels.kind_of(scheduler)
+    grid = run.levels(scheduler)
+    kind = run.kind_of(scheduler)
     draw = {"generator": torch.Generator().manual_seed(1)}
     if "generator" not in scheduler.step.__code__.co_varnames:
         draw = {}
@@ -78,10 +78,10 @@ def asked(scheduler: Any, x_0: Tensor, eps: Tensor, start: int = 0) -> Iterator[
         if state is None:
             # What it is to be given for the first level, up to the scale that it takes away.
             scale = scheduler.scale_model_input(torch.ones(1), t) if scaled(scheduler) else 1.0
-            index = scheduler_levels.index_of(scheduler, float(t), None)
+            index = run.index_of(scheduler, float(t), None)
             state = noised(grid[index], x_0, eps) / scale
         x = scheduler.scale_model_input(state, t) if scaled(scheduler) else state
-        index = scheduler_levels.index_of(scheduler, float(t), index)
+        index = run.index_of(scheduler, float(t), index)
         level = grid[index]
         yield x, level
         guess = (x - level.alpha * x_0) / level.sigma
@@ -150,4 +150,4 @@ def test_unknown_schedulers_are_refused() -> None:
     for scheduler in made:
         name = type(scheduler).__name__
         with pytest.raises(ValueError, match=f"{name}.*expected one of DDIMScheduler"):
-            scheduler_levels.check_scheduler(scheduler)
+            run.check_scheduler(scheduler)

@@ -11,7 +11,7 @@ from sag_dit.checkpoints import Model, from_denoiser
 from sag_dit.denoiser import ClassConditional
 from sag_dit.models import DiT
 from sag_dit.models.dit.adapter import POSITIONS, TABLE, relabelled
-from sag_dit.models.dit.embeddings import sincos_positions
+from sag_dit.models.dit.network import sincos_positions
 from sag_dit.process import DDPM, Flow, Process
 from sag_dit.training.finetune import (
     adapt,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sag_dit.checkpoints.lora import merged
+from sag_dit.checkpoints.formats import merged
 from sag_dit.models import DiT
 from sag_dit.training.finetune import LoRA, add_adapters, freeze
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -17,12 +17,13 @@ UNSET = object()
 class Key:
     """What is known of a key beside its type.
 
-    ``words`` are what other programs call it. ``text`` may hold anything, so that Hydra's grammar
-    must not read it; so may ``names``, which may be numbers as well. ``absent`` keys come with a
-    choice or an experiment; those that are ``added`` stand in no file, and are recorded where they
-    are stated alone. ``later`` is the value that means what runs did before there was the
-    key; the first name of a run's folder leaves out an ``unnamed`` one whatever its value. Of an
-    open mapping, ``keys`` declares those that have bounds of their own, and ``asks`` tells whose
+    ``words`` are what other programs call it, with spaces between. ``text`` may hold anything, so
+    that Hydra's grammar must not read it; so may ``names``, which may be numbers too. ``absent``
+    keys come with a choice or an experiment; those that are ``added`` stand in no file, and are
+    recorded where they are stated alone. ``later`` is the value that means what runs did before
+    there was the key; the first name of a run's folder leaves out an ``unnamed`` one whatever its
+    value. What a key ``determines`` follows from the mapping that holds it, unless it says so. Of
+    an open mapping, ``keys`` declares those that have bounds of their own, and ``asks`` tells whose
     arguments all others are where no ``_target_`` does. What is ``by_checkpoint`` is determined by
     a checkpoint to go on from. Published numbers are compared with those of runs that agree in what
     is ``published``.
@@ -36,8 +37,8 @@ class Key:
     pattern: str = ""
     length: int | None = None
     refused: tuple[Any, ...] = ()
-    words: tuple[str, ...] = ()
-    determines: Determines = "pixels"
+    words: str = ""
+    determines: Determines | None = None
     text: bool = False
     names: bool = False
     folder: bool = False
@@ -50,6 +51,19 @@ class Key:
     asks: Callable[[], Sequence[str]] = tuple
     by_checkpoint: bool = False
     published: bool = False
+
+
+def key(told: str, **known: Any) -> Any:
+    """Return the field of a schema that declares a key; ``known`` are the fields of :class:`Key`.
+
+    Example:
+        >>> @dataclass(kw_only=True)
+        ... class Blur(Closed):
+        ...     sigma: float = key("how much", least=0)
+        >>> [path for path, *_ in walk(Blur)]
+        ['sigma']
+    """
+    return field(metadata={"key": Key(told, **known)})
 
 
 Open = dict[str, Any]
@@ -78,14 +92,11 @@ class Closed:
 
 
 @cache
-def keys_of(schema: type) -> dict[str, tuple[Any, Key]]:
+def keys_of(schema: Any) -> dict[str, tuple[Any, Key]]:
     """Return the declared keys of a schema: name -> type and what is known of it."""
-    found = {}
-    for name, hint in get_type_hints(schema, include_extras=True).items():
-        kind, *more = get_args(hint) or (hint,)
-        if more and isinstance(more[0], Key):
-            found[name] = (kind, more[0])
-    return found
+    hints = get_type_hints(schema)
+    declared = (each for each in fields(schema) if "key" in each.metadata)
+    return {each.name: (hints[each.name], each.metadata["key"]) for each in declared}
 
 
 def parts(hint: Any) -> tuple[Any, ...]:
@@ -105,13 +116,16 @@ def mapping_of(hint: Any, told: Key) -> type | None:
     return next(found, told.keys)
 
 
-def walk(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, Key]]:
+def walk(
+    schema: type, prefix: str = "", determines: Determines = "pixels"
+) -> Iterator[tuple[str, Any, Key]]:
     """Yield every declared key by its path, mappings before what they hold."""
     for name, (hint, told) in keys_of(schema).items():
-        yield f"{prefix}{name}", hint, told
+        own = told.determines or determines
+        yield f"{prefix}{name}", hint, replace(told, determines=own)
         inner = mapping_of(hint, told)
         if inner is not None:
-            yield from walk(inner, f"{prefix}{name}.")
+            yield from walk(inner, f"{prefix}{name}.", own)
 
 
 def plain(config: Any) -> Any:

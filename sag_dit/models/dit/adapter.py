@@ -23,9 +23,8 @@ from torch import Tensor
 from sag_dit.catalogue import entries
 from sag_dit.identity import later
 from sag_dit.models.dit import sit
-from sag_dit.models.dit.embeddings import POSITION_TOLERANCE, sincos_positions
 from sag_dit.models.dit.layouts import DiffusersFolder, OfficialFile, renamed_from_diffusers
-from sag_dit.models.dit.network import SIZES, DiT, mlp_ratio
+from sag_dit.models.dit.network import POSITION_TOLERANCE, SIZES, DiT, mlp_ratio, sincos_positions
 from sag_dit.models.family import (
     Family,
     Refitted,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sag_dit.models.dit.embeddings import POSITION_TOLERANCE, sincos_positions
+from sag_dit.models.dit.network import POSITION_TOLERANCE, sincos_positions
 from sag_dit.models.family import Layout, Source, State
 from sag_dit.process import DDPM
 

@@ -1,29 +1,224 @@
 """The family of ADM's and IDDPM's UNets, and of ADM's classifiers: how their files are read.
 
-Sizes are read from the names and shapes of the weights; what these do not tell is known of the
-published models.
+Sizes are read from the names and shapes of the weights. What these do not tell, the size of the
+images, the heads, the schedule and the times, is known of the published model of the same sizes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sag_dit.catalogue import Kind, entries
 from sag_dit.models.family import Family, State, WeightsFile, register
-from sag_dit.models.unet import keys, published
-from sag_dit.models.unet.parts import decoder_parts, encoder_parts
-from sag_dit.models.unet.published import Sizes, Variant
+from sag_dit.models.unet.parts import Part, decoder_parts, encoder_parts
 
 if TYPE_CHECKING:
     # Their library takes seconds to import.
     from sag_dit.models.unet.classifier import Classifier
     from sag_dit.models.unet.network import UNet
+
+ORDER = "new_attention_order"
+"""The key of a config beside published weights that tells how queries, keys and values lie."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What weights tell of a UNet or, with ``learn_sigma`` None, of a classifier.
+
+    ``attending`` are the levels that attend, 0 being the input's.
+    """
+
+    in_channels: int
+    model_channels: int
+    num_res_blocks: int
+    channel_mult: tuple[float, ...]
+    attending: tuple[int, ...]
+    scale_shift_norm: bool
+    resblock_updown: bool
+    num_classes: int
+    learn_sigma: bool | None
+
+    def differences(self, other: Sizes) -> str:
+        """Return in words where another has other sizes."""
+        mine, theirs = asdict(self), asdict(other)
+        return ", ".join(
+            f"{name}={mine[name]!r}, not {theirs[name]!r}"
+            for name in mine
+            if mine[name] != theirs[name]
+        )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A published file: its sizes, and what its weights do not tell.
+
+    Attributes:
+        file: its official name.
+        input_size: the side of its images.
+        arguments: of UNet or Classifier, beside sizes.
+        process: the process it was trained on.
+        new_attention_order: how its queries, keys and values lie.
+    """
+
+    file: str
+    sizes: Sizes
+    input_size: int
+    arguments: Mapping[str, Any]
+    process: Mapping[str, Any] = field(default_factory=dict)
+    new_attention_order: bool = False
+
+
+@cache
+def variants(*kinds: Kind) -> tuple[Variant, ...]:
+    """Return the published files of some kinds, as the catalogue tells them; all by default."""
+    return tuple(
+        Variant(
+            each.file or "",
+            Sizes(**{name: _hashable(value) for name, value in each.weights["sizes"].items()}),
+            each.resolution or 0,
+            each.weights["arguments"],
+            each.weights.get("process", {}),
+            each.weights.get("new_attention_order", False),
+        )
+        for each in entries(*kinds).values()
+        if each.family == "unet"
+    )
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def is_published(state: Mapping[str, Tensor]) -> bool:
+    """Whether names are those of openai/guided-diffusion or openai/improved-diffusion."""
+    return "input_blocks.0.0.weight" in state and "time_embed.0.weight" in state
+
+
+def is_classifier(state: Mapping[str, Tensor]) -> bool:
+    """Whether published weights are those of a classifier, which ends in an attention pool."""
+    return "out.2.positional_embedding" in state
+
+
+def by_file(name: str) -> Variant | None:
+    """Return the variant whose official file has this name, or None."""
+    return next((variant for variant in variants() if variant.file == name), None)
+
+
+def alike(sizes: Sizes) -> list[Variant]:
+    """Return the variants of these sizes."""
+    return [variant for variant in variants() if variant.sizes == sizes]
+
+
+def resembling(sizes: Sizes) -> str:
+    """Return in words which published file weights of these sizes look like."""
+    same = alike(sizes)
+    if same:
+        return f"it looks like {' or '.join(variant.file for variant in same)}"
+    mine = asdict(sizes)
+
+    def shared(variant: Variant) -> int:
+        return sum(value == mine[name] for name, value in asdict(variant.sizes).items())
+
+    nearest = max(variants(), key=shared)
+    return (
+        f"no published file has its sizes, and {nearest.file} comes nearest (found "
+        f"{sizes.differences(nearest.sizes)})"
+    )
+
+
+# theirs -> ours, once per network
+NETWORK = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb": "class_embedding",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+# theirs -> ours, within a residual block
+RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+# theirs -> ours, within an attention block; queries, keys and values are split besides
+ATTENTION = {"norm": "group_norm", "proj_out": "to_out.0"}
+RESAMPLE = {"op": "conv", "conv": "conv"}
+# theirs -> ours, within a classifier's attention pool
+POOL = {"qkv_proj": "qkv", "c_proj": "proj"}
+
+
+def split_qkv(joined: Tensor, num_heads: int | None, new_order: bool) -> tuple[Tensor, ...]:
+    """Return queries, keys and values, rows ordered by head, of a joined weight or bias.
+
+    The legacy order is (head, which, channel), the new one (which, head, channel). A kernel of
+    size 1 is dropped. ``num_heads`` only matters in the legacy order.
+    """
+    if joined.ndim == 3:
+        joined = joined.squeeze(-1)
+    if new_order or num_heads is None:
+        return joined.chunk(3)
+    by_head = joined.unflatten(0, (num_heads, 3, -1))
+    return tuple(by_head[:, i].flatten(0, 1) for i in range(3))
+
+
+def from_published(
+    state: State,
+    parts: Iterable[Part],
+    num_heads: int | None,
+    num_head_channels: int | None,
+    new_attention_order: bool,
+) -> State:
+    """Rename a published UNet's or classifier's parameters.
+
+    Names that have no counterpart are kept, so that strict loading reports them; so are absent
+    ones, by their absence.
+    """
+    left = dict(state)
+    renamed: State = {}
+
+    def move(theirs: str, ours: str) -> None:
+        for kind in ("weight", "bias"):
+            if f"{theirs}.{kind}" in left:
+                tensor = left.pop(f"{theirs}.{kind}")
+                # Their linear layers within attention are convolutions of kernel size 1.
+                renamed[f"{ours}.{kind}"] = tensor.squeeze(-1) if tensor.ndim == 3 else tensor
+
+    for theirs, ours in NETWORK.items():
+        move(theirs, ours)
+    # Blocks: which of ours is which of theirs, the parts tell.
+    for part in parts:
+        names = {"resnet": RESNET, "attention": ATTENTION, "resample": RESNET | RESAMPLE}
+        for theirs, ours in names[part.kind].items():
+            move(f"{part.published}.{theirs}", f"{part.name}.{ours}")
+        # They keep queries, keys and values in one tensor, we in three.
+        if part.kind == "attention":
+            for kind in ("weight", "bias"):
+                joined = left.pop(f"{part.published}.qkv.{kind}", None)
+                if joined is None:
+                    continue
+                heads = num_heads or joined.shape[0] // 3 // (num_head_channels or 1)
+                split = split_qkv(joined, heads, new_attention_order)
+                for name, tensor in zip(("to_q", "to_k", "to_v"), split, strict=True):
+                    renamed[f"{part.name}.{name}.{kind}"] = tensor
+    # A classifier ends in an attention pool.
+    for theirs, ours in POOL.items():
+        move(f"out.2.{theirs}", f"pool.{ours}")
+    if "out.2.positional_embedding" in left:
+        renamed["pool.pos_embed"] = left.pop("out.2.positional_embedding").T
+    return {**renamed, **left}
+
 
 log = logging.getLogger(__name__)
 
@@ -59,15 +254,15 @@ class UNetFamily(Family):
 
     def recognises(self, state: Mapping[str, Tensor]) -> bool:
         """Whether names of parameters are those of openai's code."""
-        return published.is_published(state)
+        return is_published(state)
 
     def read(self, file: WeightsFile) -> tuple[State, Mapping[str, Any]]:
         """Return the weights of openai's code under our names; our own are left as they are."""
-        if not published.is_published(file.state):
+        if not is_published(file.state):
             return file.state, file.stated
         converted = convert(file.state, file.path, file.stated)
         process = {"process": converted.process} if converted.process else {}
-        own = {name: value for name, value in file.stated.items() if name != published.ORDER}
+        own = {name: value for name, value in file.stated.items() if name != ORDER}
         return converted.state, {**process, **own, "model": converted.model}
 
     def infer(
@@ -98,7 +293,7 @@ def read_classifier(file: WeightsFile) -> tuple[State, Classifier]:
     """
     from sag_dit.models.unet.classifier import Classifier
 
-    if not published.is_published(file.state):
+    if not is_published(file.state):
         raise ValueError(
             f"{file.path}: not a classifier of openai/guided-diffusion; found "
             f"{', '.join(list(file.state)[:3])}, ..."
@@ -141,7 +336,7 @@ def sizes_of(state: Mapping[str, Tensor], path: Path) -> Sizes:
         model_channels = state["time_embed.0.weight"].shape[1]
         in_channels = state[FIRST].shape[1]
         norm = state["input_blocks.1.0.emb_layers.1.weight"].shape[0]
-        classifier = published.is_classifier(state)
+        classifier = is_classifier(state)
         out = state["out.2.c_proj.weight" if classifier else "out.2.weight"].shape[0]
     except (KeyError, IndexError) as error:
         raise ValueError(
@@ -230,26 +425,23 @@ def convert(
     """
     # What it is, and which published model, if any.
     sizes = sizes_of(state, path)
-    if published.is_classifier(state) != classifier:
+    if is_classifier(state) != classifier:
         what, wanted = ("a classifier", "a diffusion model")[:: -1 if classifier else 1]
-        raise ValueError(
-            f"{path}: {what}, where {wanted} is expected; {published.resembling(sizes)}"
-        )
+        raise ValueError(f"{path}: {what}, where {wanted} is expected; {resembling(sizes)}")
     own = dict(stated.get("model", {}))
     variant = _variant(sizes, path, bool(own))
     if sizes.in_channels == 6:
         raise ValueError(
-            f"{path}: an upsampler, which enlarges images and is not read; "
-            f"{published.resembling(sizes)}"
+            f"{path}: an upsampler, which enlarges images and is not read; {resembling(sizes)}"
         )
     # What weights do not tell: of the published model, unless the config says otherwise.
     known: dict[str, Any] = {}
     process: Mapping[str, Any] = {}
-    new_order = bool(stated.get(published.ORDER, False))
+    new_order = bool(stated.get(ORDER, False))
     if variant is not None:
         known = {"input_size": variant.input_size, **variant.arguments}
         process = variant.process
-        new_order = bool(stated.get(published.ORDER, variant.new_attention_order))
+        new_order = bool(stated.get(ORDER, variant.new_attention_order))
     if any(own.get(name) for name in HEADS):
         known = {name: value for name, value in known.items() if name not in HEADS}
     model = {**known, **own}
@@ -273,7 +465,7 @@ def convert(
     where = (levels, sizes.num_res_blocks, [i in sizes.attending for i in range(levels)])
     parts = [*encoder_parts(*where), *([] if classifier else decoder_parts(*where))]
     heads, channels = (model.get(name) for name in HEADS)
-    renamed = keys.from_published(state, parts, heads, channels, new_order)
+    renamed = from_published(state, parts, heads, channels, new_order)
     return Converted(renamed, arguments, process)
 
 
@@ -283,13 +475,13 @@ def _variant(sizes: Sizes, path: Path, stated: bool) -> Variant | None:
     Raises:
         ValueError: it has the name of one and the sizes of another, and no config explains it.
     """
-    named, same = published.by_file(path.name), published.alike(sizes)
+    named, same = by_file(path.name), alike(sizes)
     if named in same:
         return named
     if named is not None and not stated:
         raise ValueError(
             f"{path}: not the published {named.file}: found "
-            f"{sizes.differences(named.sizes)}; {published.resembling(sizes)}"
+            f"{sizes.differences(named.sizes)}; {resembling(sizes)}"
         )
     if not same:
         return None

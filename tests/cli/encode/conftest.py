@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from sag_dit.cli import encode, encoding
+from sag_dit.cli import encode
 from sag_dit.cli.app import launch
+from sag_dit.data import encoding
 from tests.data.making import image_folder, save_vae
 
 SETTINGS = ("data.size=16", "slice_size=2", "workers=0", "trainer.accelerator=cpu")

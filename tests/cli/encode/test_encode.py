@@ -15,11 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sag_dit.cli import encoding
 from sag_dit.codec import VAECodec
-from sag_dit.data.crop import read_crop
-from sag_dit.data.folder import find_images
-from sag_dit.data.images import ImageFolderData
+from sag_dit.data import encoding
+from sag_dit.data.images import ImageFolderData, find_images, read_crop
 from sag_dit.data.latents import LatentData
 from sag_dit.data.shards import read_index
 from tests.cli.encode.conftest import SETTINGS, Contents, Encode, Start
