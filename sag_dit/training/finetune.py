@@ -1,7 +1,7 @@
 """Fine-tuning: a loaded model made to fit other classes and another resolution, frozen in part.
 
-With LoRA a few added parameters are trained and the checkpoint's own weights stay. Checkpoints hold
-these beside the weights, see :mod:`sag_dit.checkpoints.formats`; what a run exports has them merged.
+With LoRA a few added parameters are trained and the own weights of the checkpoint stay. Checkpoints
+hold both, see :mod:`sag_dit.checkpoints.formats`; what a run exports has them merged.
 """
 
 from __future__ import annotations
