@@ -24,7 +24,7 @@ from sag_dit.data.patches import Patches
 from sag_dit.data.splits import read_split
 from sag_dit.data.training_batches import StepData
 from sag_dit.evaluation.classifier import SmallClassifier, bundled_classifier
-from sag_dit.evaluation.statistics import Statistics, frechet_distance
+from sag_dit.evaluation.metrics import Statistics, frechet_distance
 
 STEPS = {"digits": 2000, "patches": 4000}
 LEARNING_RATE = 2e-3

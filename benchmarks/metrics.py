@@ -68,8 +68,7 @@ def fid(library: str, count: int, width: int) -> Callable[[], float]:
     """Prepare the distance of streamed features to known statistics."""
     mean, known = covariance(width)
     if library == "sag_dit":
-        from sag_dit.evaluation.metrics import FrechetDistance
-        from sag_dit.evaluation.statistics import Statistics
+        from sag_dit.evaluation.metrics import FrechetDistance, Statistics
 
         def ours() -> float:
             metric = FrechetDistance(Statistics(REFERENCE, mean, known))

@@ -70,7 +70,7 @@ def scales() -> dict[str, float]:
     return {f"{method.key}_scale": method.neutral for method in methods()}
 
 
-def entries() -> dict[str, dict[str, Any]]:
+def guidance_defaults() -> dict[str, dict[str, Any]]:
     """Return a configuration's ``guidance``: for each method its class and its defaults."""
     return {
         method.key: {

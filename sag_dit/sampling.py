@@ -347,8 +347,8 @@ def labels_of(classes: Sequence[object], names: Sequence[str]) -> list[int]:
     """
     labels = []
     for wanted in classes:
-        by_name = _named(wanted, names)
-        by_number = _number(wanted, len(names))
+        by_name = _label_named(wanted, names)
+        by_number = _label_numbered(wanted, len(names))
         first, second = (by_name, by_number) if isinstance(wanted, str) else (by_number, by_name)
         label = second if first is None else first
         if first is not None and second is not None and first != second:
@@ -366,12 +366,12 @@ def labels_of(classes: Sequence[object], names: Sequence[str]) -> list[int]:
     return labels
 
 
-def _named(wanted: object, names: Sequence[str]) -> int | None:
+def _label_named(wanted: object, names: Sequence[str]) -> int | None:
     readable = isinstance(wanted, (int, str)) and not isinstance(wanted, bool)
     return names.index(str(wanted)) if readable and str(wanted) in names else None
 
 
-def _number(wanted: object, count: int) -> int | None:
+def _label_numbered(wanted: object, count: int) -> int | None:
     """Return the label that a value is the number of, None if it is of none."""
     readable = isinstance(wanted, (int, str)) and not isinstance(wanted, bool)
     try:

@@ -23,7 +23,7 @@ PARTS = (
     *("guidance", "process", "sampler", "attention", "pipelines", "evaluation", "data"),
     *("denoiser/prompts.py", "denoiser/text_conditional.py"),
     *("noise.py", "files.py", "tensors.py", "identity.py"),
-    *("methods.py", "training/finetune.py", "training/lora.py", "training/resume.py"),
+    *("methods.py", "training/finetune.py", "training/resume.py"),
     *("training/sharding.py", "training/loggers.py", "training/objective"),
 )
 """Where every public class has an example."""

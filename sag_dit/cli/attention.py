@@ -54,8 +54,7 @@ def run(config: AttentionSheet) -> None:
     """
     import torch
 
-    from sag_dit.output.attention import write_arrays, write_sheet
-    from sag_dit.output.folder import pixels
+    from sag_dit.output.folder import pixels, write_arrays, write_sheet
     from sag_dit.sampling import Request, Settings, draw_batch, labels_of
 
     # Where to compute, and what to draw there.

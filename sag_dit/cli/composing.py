@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sag_dit.cli.keys.key import Closed, substituted
 from sag_dit.cli.schema import check, free_text, nearest
-from sag_dit.methods import entries, scales
+from sag_dit.methods import guidance_defaults, scales
 
 QUOTATION = re.compile(r"""(['"])(\\.|(?!\1|\\).)*\1""", re.DOTALL)
 """A value that the user has quoted for Hydra."""
@@ -51,7 +51,7 @@ def config_folder() -> Path:
     """
     store = ConfigStore.instance()
     store.store(name="scales", node=scales())
-    store.store(group="guidance", name="methods", node=entries())
+    store.store(group="guidance", name="methods", node=guidance_defaults())
     package = Path(__file__).resolve().parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"

@@ -56,8 +56,7 @@ def run(config: Evaluate, choices: Sequence[Choice] | None = None) -> None:
     from sag_dit.cli.measurements import make_measurements
     from sag_dit.cli.stopping import LeaveWhenTold, ending_together
     from sag_dit.study.comparison import Comparison
-    from sag_dit.study.measurement import base_name
-    from sag_dit.study.measuring import measure
+    from sag_dit.study.measurement import base_name, measure
     from sag_dit.study.results import read_record
     from sag_dit.training.predicting import Predictor
 

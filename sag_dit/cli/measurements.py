@@ -18,8 +18,7 @@ from sag_dit.cli.sample import Plan, make_plan
 from sag_dit.cli.schema import determining
 from sag_dit.cli.values import MEASURED
 from sag_dit.evaluation.features import FeatureExtractor
-from sag_dit.evaluation.image_set import ImageSet
-from sag_dit.evaluation.images import open_images
+from sag_dit.evaluation.images import ImageSet, open_images
 from sag_dit.guidance import Cost, cost_of
 from sag_dit.study.charts import text_of
 from sag_dit.study.measurement import Measurement, Setting, ToDraw, guidance_text, measurement

@@ -178,7 +178,7 @@ def _predict(settings: Mapping[str, Any], plan: Plan, pending: list[Request], ga
 
 
 def _finish(config: Sample, plan: Plan) -> None:
-    from sag_dit.output.finish import gallery_entries, log_gallery, write_manifest, write_npz
+    from sag_dit.output.folder import gallery_entries, log_gallery, write_manifest, write_npz
     from sag_dit.output.gallery import write_gallery
 
     names = plan.model.class_names

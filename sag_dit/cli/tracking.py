@@ -12,9 +12,10 @@ from lightning.pytorch import Callback
 from sag_dit.checkpoints import Model
 from sag_dit.cli.measurements import make_features
 from sag_dit.data.requests import make_requests
+from sag_dit.evaluation.features import feature_networks
 from sag_dit.sampling import Settings
-from sag_dit.study.setup import FEATURES, Setups, check_metrics, example_of
-from sag_dit.training.metrics import TrackMetrics, best_by
+from sag_dit.study.setup import Setups, check_metrics, example_of
+from sag_dit.training.callbacks import TrackMetrics, best_by
 
 
 def trackers(
@@ -32,8 +33,10 @@ def trackers(
     features = track["features"]
     if not isinstance(features, str):
         features = make_features(features, {})
-    elif features not in (*FEATURES, "auto"):
-        raise ValueError(f"track.features={features}: expected one of auto, {', '.join(FEATURES)}")
+    elif features not in (*feature_networks(), "auto"):
+        raise ValueError(
+            f"track.features={features}: expected one of auto, {', '.join(feature_networks())}"
+        )
     # What the images are measured with, as evaluate.py chooses it.
     names = model.class_names
     setup = Setups(device).setup(

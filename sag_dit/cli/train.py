@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from sag_dit.checkpoints import Model
     from sag_dit.data.training_batches import StepData
-    from sag_dit.training.lora import LoRA
+    from sag_dit.training.finetune import LoRA
     from sag_dit.training.module import DiffusionModule
 
 
@@ -108,7 +108,7 @@ def lora_settings(config: Train) -> LoRA | None:
     Raises:
         ValueError: a value is out of its range, or peft is not installed.
     """
-    from sag_dit.training.lora import LoRA
+    from sag_dit.training.finetune import LoRA
 
     settings = config.lora or {}
     return None if settings.get("rank") is None else LoRA(**settings)
@@ -121,8 +121,13 @@ def adapt_model(config: Train, base: Model, data: StepData) -> tuple[Model, str]
         ValueError: the data does not fit, or a pattern to freeze or to adapt matches nothing.
     """
     from sag_dit.models import families
-    from sag_dit.training.finetune import adapt, adaptation_report, freeze, resolution_of
-    from sag_dit.training.lora import add_adapters
+    from sag_dit.training.finetune import (
+        adapt,
+        adaptation_report,
+        add_adapters,
+        freeze,
+        resolution_of,
+    )
 
     side = config.resolution or resolution_of(base)
     adapted = adapt(base, str(config.name), data.class_names, side)

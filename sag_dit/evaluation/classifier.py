@@ -8,8 +8,9 @@ says how well they recognise held-out images and what their distances notice.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -81,6 +82,11 @@ class SmallClassifier(FeatureExtractor):
         self.protocol: Mapping[str, Any] = {"resize": "none", "range": [-1, 1], "weights": None}
         self.convolutions = convolutions(self.kind.channels, self.kind.widths)
         self.classes = nn.Linear(FEATURES, self.kind.classes)
+
+    @classmethod
+    def by_name(cls) -> Mapping[str, Callable[[], FeatureExtractor]]:
+        """Return what loads each of the bundled classifiers."""
+        return {name: partial(bundled_classifier, name) for name in KINDS}
 
     def forward(self, images: UInt8[Tensor, "b c h w"]) -> Features:
         """Return the features of images with values in 0..255.

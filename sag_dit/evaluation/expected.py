@@ -80,11 +80,13 @@ class Expected:
         told = []
         for key, published in self.protocol.items():
             if published is None:
-                told.append(f"{key}: not published, here {_text(facts.get(key))}")
+                told.append(f"{key}: not published, here {_fact_text(facts.get(key))}")
             elif key not in facts or facts[key] is None:
-                told.append(f"{key}: published {_text(published)}, here not known")
+                told.append(f"{key}: published {_fact_text(published)}, here not known")
             elif not _same(published, facts[key]):
-                told.append(f"{key}: published {_text(published)}, here {_text(facts[key])}")
+                told.append(
+                    f"{key}: published {_fact_text(published)}, here {_fact_text(facts[key])}"
+                )
         return told
 
 
@@ -94,7 +96,7 @@ def differing(stated: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     Both are flat. A setting that one of them lacks is null there.
     """
     return [
-        f"{key}: {_text(stated.get(key))} in the experiment, here {_text(ours.get(key))}"
+        f"{key}: {_fact_text(stated.get(key))} in the experiment, here {_fact_text(ours.get(key))}"
         for key in dict.fromkeys([*stated, *ours])
         if not _same(stated.get(key), ours.get(key))
     ]
@@ -103,14 +105,16 @@ def differing(stated: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
 def _same(published: Any, ours: Any) -> bool:
     if isinstance(published, (int, float)) and isinstance(ours, (int, float)):
         return float(published) == float(ours)
-    return _text(published) == _text(ours)
+    return _fact_text(published) == _fact_text(ours)
 
 
-def _text(value: Any) -> str:
+def _fact_text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_text(each)}" for key, each in sorted(value.items())) or "none"
+        return (
+            ", ".join(f"{key} {_fact_text(each)}" for key, each in sorted(value.items())) or "none"
+        )
     return "none" if value is None else str(value)

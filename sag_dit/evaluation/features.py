@@ -1,12 +1,17 @@
-"""What a network sees in images: the vectors that every metric of this package compares."""
+"""What a network sees in images, in full float32: the vectors that every metric here compares."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
@@ -48,6 +53,11 @@ class FeatureExtractor(nn.Module, ABC):
     name: str
     protocol: Mapping[str, Any]
 
+    @classmethod
+    def by_name(cls) -> Mapping[str, Callable[[], FeatureExtractor]]:
+        """Return what makes networks of this class that find their weights, by name."""
+        return {cls.name: cls}
+
     @abstractmethod
     def forward(self, images: UInt8[Tensor, "b c h w"]) -> Features:
         """Return the features of images with values in 0..255.
@@ -55,3 +65,41 @@ class FeatureExtractor(nn.Module, ABC):
         Raises:
             ValueError: the images are not uint8, or have a number of channels it cannot read.
         """
+
+
+BACKENDS = (
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
+)
+
+
+@contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """Compute in the precision of the tensors, whatever a trainer has set.
+
+    cuDNN rounds the inputs of a float32 convolution to ten bits unless told otherwise, which
+    changes features by a thousandth.
+    """
+    before = [backend.fp32_precision for backend in BACKENDS]
+    try:
+        for backend in BACKENDS:
+            backend.fp32_precision = "ieee"
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(BACKENDS, before, strict=True):
+            backend.fp32_precision = precision
+
+
+@cache
+def feature_networks() -> Mapping[str, Callable[[], FeatureExtractor]]:
+    """Return what makes each network of this package, by name; they are found by their files."""
+    package = __name__.rpartition(".")[0]
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        import_module(f"{package}.{file.stem}")
+    own = [
+        each for each in FeatureExtractor.__subclasses__() if each.__module__.startswith(package)
+    ]
+    return dict(sorted(pair for each in own for pair in each.by_name().items()))

@@ -1,21 +1,88 @@
-"""Opening a set of uint8 images by index: a folder, an npz, a named split, tensors, any dataset."""
+"""Sets of uint8 images by index: a folder, an npz, a named split, tensors, any dataset."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+import os
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
+import numpy as np
 import torch
+from jaxtyping import UInt8
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from sag_dit.checkpoints.files import sha256
+from sag_dit.data.images import MODES, PixelArray, find_images, read_crop
 from sag_dit.data.splits import SPLITS, read_split
-from sag_dit.evaluation.image_folder import FolderImages
-from sag_dit.evaluation.image_set import ImageBatch, ImageSet, share
-from sag_dit.evaluation.npz import NpzImages
+from sag_dit.evaluation.metrics import Statistics
+from sag_dit.tensors import Labels
+
+ImageBatch: TypeAlias = tuple[UInt8[Tensor, "b c h w"], Labels]
+
+
+class ImageSet(ABC):
+    """Images in one order, each with an index of its own.
+
+    ``protocol`` says, as plain JSON values, what was done to them before they are read.
+
+    Example::
+
+        images = open_images("digits:report")
+        print(len(images), images.shape, images.balance())
+    """
+
+    name: str
+    protocol: Mapping[str, Any]
+
+    @property
+    @abstractmethod
+    def labels(self) -> list[int] | None:
+        """The class of every image, None if it is not known."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return how many images there are."""
+
+    @abstractmethod
+    def read(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[ImageBatch]:
+        """Yield (images, indices) of one rank's share, consecutive images, in their order."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Return a sha256 over all that is read."""
+
+    def balance(self) -> dict[str, int] | None:
+        """Return how many classes there are, and how many images the smallest and largest have."""
+        if self.labels is None:
+            return None
+        counts = Counter(self.labels).values()
+        return {"classes": len(counts), "fewest": min(counts), "most": max(counts)}
+
+
+def share(count: int, rank: int, world: int) -> range:
+    """Return a rank's consecutive places; how many each rank has differs by one at most."""
+    return range(count * rank // world, count * (rank + 1) // world)
+
 
 Source: TypeAlias = "str | Path | tuple[Tensor, Tensor] | Dataset[Any]"
 """A path, a name such as ``digits:report``, (images, labels), or a dataset of (image, label)."""
@@ -105,3 +172,273 @@ class DatasetImages(ImageSet):
     def digest(self) -> str:
         """Return a sha256 over pixels and shapes."""
         return self._scanned[0]
+
+
+GREY = {"1", "L", "LA", "I;16"}
+
+
+class FolderImages(ImageSet):
+    """Image files below a folder.
+
+    Raises:
+        ValueError: there are none, or they lie both in class folders and beside them.
+
+    Example::
+
+        for images, indices in FolderImages(folder).read(batch_size=64):
+            suite.update(images, indices)
+    """
+
+    def __init__(self, path: Path, size: int | None = None) -> None:
+        if size is not None and size < 1:
+            raise ValueError(f"size={size}: expected 1 or more pixels")
+        # A folder of sample.py holds its images in a folder of their own.
+        self._manifest = path / "manifest.jsonl"
+        sampled = self._manifest.is_file() or (path / "config.yaml").is_file()
+        root = path / "images" if sampled and (path / "images").is_dir() else path
+        try:
+            self._files = find_images(root)
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("data.root=")) from None
+        self.name = path.resolve().name
+        self.size = size
+        self.protocol = {"crop": None if size is None else f"ADM's centre crop to {size} pixels"}
+        # The indices are the files' names where these are different numbers, else their places.
+        stems = [Path(name).stem for name in self._files.names]
+        # Only a manifest makes a number in a name a place: elsewhere it may be anything.
+        own = all(stem.isdecimal() and int(stem) in self._sampled for stem in stems)
+        self._indices = torch.tensor([int(stem) for stem in stems] if own else range(len(stems)))
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @cached_property
+    def labels(self) -> list[int] | None:
+        """The class folders, or what the manifest of a sample folder says."""
+        if len(self._files.class_names) > 1:
+            labels: list[int] = self._files.labels.tolist()
+            return labels
+        indices = self._indices.tolist()
+        return [self._sampled[i] for i in indices] if self._sampled.keys() >= set(indices) else None
+
+    @cached_property
+    def _sampled(self) -> dict[int, int]:
+        """The class of every image by its index, as a sample folder's manifest says."""
+        if not self._manifest.is_file():
+            return {}
+        rows = [json.loads(row) for row in self._manifest.read_text(encoding="utf-8").splitlines()]
+        return {int(row["index"]): int(row["label"]) for row in rows}
+
+    @cached_property
+    def _channels(self) -> int:
+        """3 where any image is in colour, whichever comes first, else 1; headers alone are read."""
+
+        def grey(place: int) -> bool:
+            try:
+                with Image.open(self._files.path(place)) as image:
+                    return image.mode in GREY
+            except OSError:
+                return True  # It is refused by name when its turn comes.
+
+        return 1 if all(map(grey, range(len(self)))) else 3
+
+    def read(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[ImageBatch]:
+        """Yield (images, indices); files are decoded by several threads.
+
+        Raises:
+            ValueError: a file cannot be decoded, or images differ in size.
+        """
+        own = share(len(self), rank, world)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for start in range(own.start, own.stop, batch_size):
+                places = range(start, min(start + batch_size, own.stop))
+                pixels = list(pool.map(self._pixels, places))
+                _, *first = self.shape
+                for place, array in zip(places, pixels, strict=True):
+                    _, *found = array.shape
+                    if found != first:
+                        raise ValueError(
+                            f"{self._files.path(place)} has {found[1]} x {found[0]} pixels, others "
+                            f"have {first[1]} x {first[0]}; expected one size, or set size to crop "
+                            f"all to squares"
+                        )
+                yield torch.from_numpy(np.stack(pixels)), self._indices[places.start : places.stop]
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the first image."""
+        channels, height, width = self._pixels(0).shape
+        return channels, height, width
+
+    def _pixels(self, place: int) -> PixelArray:
+        path = self._files.path(place)
+        if self.size is not None:
+            return read_crop(path, self.size, self._channels)
+        try:
+            with Image.open(path) as image:
+                turned = ImageOps.exif_transpose(image).convert(MODES[self._channels])
+        except OSError as error:
+            raise ValueError(f"{path} cannot be decoded ({error}); remove it") from None
+        pixels = np.asarray(turned).reshape(turned.height, turned.width, self._channels)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def digest(self) -> str:
+        """Return a sha256 over names and files, and the crop."""
+        total = hashlib.sha256(f"{self.size} {self._channels}".encode())
+        for place, name in enumerate(self._files.names):
+            content = self._files.path(place).read_bytes()
+            total.update(f"{name}\n{hashlib.sha256(content).hexdigest()}\n".encode())
+        return total.hexdigest()
+
+
+EXPECTED = "expected arr_0, uint8 images (n, h, w, 1 or 3), as sample.py writes with npz=true"
+
+
+@dataclass(frozen=True)
+class NpzStatistics:
+    """Statistics that stand in an npz, and whether its images do.
+
+    Example::
+
+        given = read_statistics("VIRTUAL_imagenet256_labeled.npz")
+    """
+
+    pool: Statistics
+    spatial: Statistics | None
+    has_images: bool
+
+
+def read_statistics(file: str | Path) -> NpzStatistics | None:
+    """Read ``mu``, ``sigma``, ``mu_s`` and ``sigma_s``; None if it is no npz or has no ``mu``.
+
+    Raises:
+        ValueError: the arrays are no mean and covariance.
+    """
+    path = Path(file).expanduser()
+    if path.suffix != ".npz" or not path.is_file():
+        return None
+    with _archive(path) as archive:
+        names = {Path(name).stem for name in archive.namelist()}
+        if not names >= {"mu", "sigma"}:
+            return None
+        spatial = names >= {"mu_s", "sigma_s"}
+        return NpzStatistics(
+            _statistics(path, archive, "mu", "sigma"),
+            _statistics(path, archive, "mu_s", "sigma_s") if spatial else None,
+            "arr_0" in names,
+        )
+
+
+def _statistics(path: Path, archive: zipfile.ZipFile, mu: str, sigma: str) -> Statistics:
+    mean, covariance = (_array(path, archive, name) for name in (mu, sigma))
+    if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
+        raise ValueError(
+            f"{path}: {mu} {mean.shape} and {sigma} {covariance.shape}: expected a mean (d) and a "
+            f"covariance (d, d)"
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError(f"{path}: {mu} or {sigma} holds NaN or infinity; download it again")
+    return Statistics(
+        None,
+        torch.from_numpy(mean.astype(np.float64)),
+        torch.from_numpy(covariance.astype(np.float64)),
+    )
+
+
+class NpzImages(ImageSet):
+    """``arr_0`` of an npz, read batch by batch; ``arr_1`` holds labels where it is there.
+
+    Raises:
+        ValueError: it is no npz of images.
+
+    Example::
+
+        for images, indices in NpzImages(file).read(batch_size=64):
+            suite.update(images, indices)
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, path.name
+        self.protocol = {"crop": None}
+        with self._pixels() as (_, shape):
+            self._shape = shape
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        _, height, width, channels = self._shape
+        return channels, height, width
+
+    @cached_property
+    def labels(self) -> list[int] | None:
+        """The class of every image."""
+        with _archive(self.path) as archive:
+            if "arr_1.npy" not in archive.namelist():
+                return None
+            labels = _array(self.path, archive, "arr_1")
+        if labels.shape != (len(self),) or labels.dtype.kind not in "iu":
+            raise ValueError(
+                f"{self.path}: arr_1 is {labels.dtype} {labels.shape}; expected {len(self)} labels"
+            )
+        listed: list[int] = labels.tolist()
+        return listed
+
+    def read(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[ImageBatch]:
+        """Yield (images, indices).
+
+        Raises:
+            ValueError: the file is cut short.
+        """
+        own = share(len(self), rank, world)
+        size = int(np.prod(self._shape[1:]))
+        with self._pixels() as (stream, _):
+            stream.seek(own.start * size, 1)
+            for start in range(own.start, own.stop, batch_size):
+                stop = min(start + batch_size, own.stop)
+                content = stream.read((stop - start) * size)
+                if len(content) < (stop - start) * size:
+                    raise ValueError(f"{self.path}: cut short at image {start}; copy it again")
+                images = np.frombuffer(bytearray(content), dtype=np.uint8)
+                images = images.reshape(stop - start, *self._shape[1:]).transpose(0, 3, 1, 2)
+                yield torch.from_numpy(np.ascontiguousarray(images)), torch.arange(start, stop)
+
+    @contextmanager
+    def _pixels(self) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
+        """Give the stream of arr_0 at its first pixel, and its shape."""
+        with _archive(self.path) as archive:
+            if "arr_0.npy" not in archive.namelist():
+                raise ValueError(f"{self.path} holds {archive.namelist()}; {EXPECTED}")
+            with archive.open("arr_0.npy") as stream:
+                version = np.lib.format.read_magic(stream)
+                header = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }.get(version)
+                shape, fortran, dtype = header(stream) if header else ((), True, None)
+                images = len(shape) == 4 and shape[3] in (1, 3) and min(shape) > 0
+                if not images or fortran or dtype != np.uint8:
+                    raise ValueError(f"{self.path}: arr_0 is {dtype} {shape}; {EXPECTED}")
+                yield stream, shape
+
+    def digest(self) -> str:
+        """Return the file's sha256."""
+        return sha256([self.path])
+
+
+@contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: damaged or no npz ({error}); {EXPECTED}") from None
+
+
+def _array(path: Path, archive: zipfile.ZipFile, name: str) -> NDArray[np.generic]:
+    try:
+        return np.lib.format.read_array(BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: {name} cannot be read ({error})") from None

@@ -1,24 +1,197 @@
-"""FID, sFID and the Inception Score as sums over images, in float64, added up over ranks.
+"""Metrics as sums over images, in float64, added up over ranks; precision and recall keep features.
 
 Each metric is torchmetrics' ``Metric``. None keeps images or, precision and recall apart, features:
 a sum does not depend on the order or the batches in which images come, nor on the rank they come
-to. With ``groups`` above 1 the sums are kept apart by group, see :mod:`sag_dit.evaluation.subsets`.
+to.
+
+Where ``groups`` is above 1 the sums are kept once for each group of images. So a metric's value on
+any union of groups is known without a second look at the images. Its spread over random halves
+estimates the standard error of its value on the whole set (the delete-half jackknife): for halves
+no rescaling is needed.
+
+torchmetrics gathers a state from every rank before it reduces it, and expects equal shapes or at
+least equal dimensions; a rank that saw no image knows neither. ``summed`` and ``gathered`` are
+given to a metric as its ``dist_sync_fn`` and return a list of one tensor, on which torchmetrics'
+own reduction is the identity.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
 import torch
-from jaxtyping import Float
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
+from torch.nn import functional
 from torchmetrics import Metric
 
-from sag_dit.evaluation.distributed import padded, summed
-from sag_dit.evaluation.precision_recall import PrecisionRecall
-from sag_dit.evaluation.statistics import Statistics, frechet_distance
-from sag_dit.evaluation.subsets import Groups, group_of, total
 from sag_dit.tensors import Labels
 
-__all__ = ["FrechetDistance", "InceptionScore", "Moments", "PrecisionRecall"]
+DTYPES = (torch.float32, torch.float64, torch.int64)
+
+
+def summed(state: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """Return the sum of a state over ranks; a smaller state counts as padded with zeros."""
+    shape = torch.tensor(state.shape, device=state.device)
+    dist.all_reduce(shape, dist.ReduceOp.MAX, group=group)
+    total = padded(state, shape.tolist()).clone()
+    dist.all_reduce(total, group=group)
+    return [total]
+
+
+def gathered(state: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """Return the rows of all ranks, one rank after the other; a rank may have none.
+
+    An empty state's type and width are unknown and taken from the other ranks.
+    """
+    ranks = dist.get_world_size(group)
+    rows, width, kind = 0, 0, 0
+    if state.numel():
+        rows, width = len(state), state.shape[1] if state.ndim > 1 else 0
+        kind = DTYPES.index(state.dtype)
+    header = torch.tensor([rows, width, kind], device=state.device)
+    headers = [torch.zeros_like(header) for _ in range(ranks)]
+    dist.all_gather(headers, header, group=group)
+    counts, widths, kinds = torch.stack(headers).T.tolist()
+    if not max(counts):
+        return [state]
+    shape = [max(counts), max(widths)] if max(widths) else [max(counts)]
+    own = state.new_zeros(shape, dtype=DTYPES[max(kinds)])
+    if rows:
+        own[:rows] = state
+    every = [torch.empty_like(own) for _ in range(ranks)]
+    dist.all_gather(every, own, group=group)
+    return [torch.cat([part[:count] for part, count in zip(every, counts, strict=True)])]
+
+
+def padded(state: Tensor, shape: list[int]) -> Tensor:
+    """Return a state of a larger shape, the new entries zero; itself if there are none."""
+    if list(state.shape) == shape:
+        return state
+    missing = [size - had for size, had in zip(shape, state.shape, strict=True)]
+    return functional.pad(state, [n for each in reversed(missing) for n in (0, each)])
+
+
+def joined(rows: list[Tensor] | Tensor) -> Tensor:
+    """Return the rows of a list state, which torchmetrics makes a tensor once it is synced."""
+    if isinstance(rows, Tensor):
+        return rows
+    return torch.cat(rows) if rows else torch.zeros(0)
+
+
+Groups = Sequence[int] | None
+"""Some groups, or None for all of them."""
+
+# Odd constants of SplitMix64, as signed numbers.
+_GOLDEN, _MIX = -7046029254386353131, -4658895280553007687
+
+
+def group_of(indices: Labels, groups: int, period: int = 1) -> Labels:
+    """Return each image's group, 0 to ``groups`` - 1, a function of its index alone.
+
+    The indices are cut into runs of ``period`` images. Of each ``groups`` runs in a row every one
+    goes to another group, in an order that differs from one such block to the next. So where the
+    classes recur with ``period``, every group has the same number of images of each class.
+    """
+    run = indices.long() // period
+    mixed = (run // groups + 1) * _GOLDEN
+    mixed = (mixed ^ (mixed >> 30)) * _MIX
+    return (run + (mixed >> 33)) % groups
+
+
+def halves(groups: int, repeats: int, seed: int) -> list[list[int]]:
+    """Draw ``repeats`` random halves of the groups.
+
+    Raises:
+        ValueError: there are too few groups or repeats to estimate a spread.
+    """
+    if groups < 4 or groups % 2:
+        raise ValueError(f"groups={groups}: expected an even number of 4 or more groups of images")
+    if repeats < 2:
+        raise ValueError(f"repeats={repeats}: expected 2 or more")
+    random = np.random.Generator(np.random.Philox(key=[seed, groups]))
+    return [sorted(random.permutation(groups)[: groups // 2].tolist()) for _ in range(repeats)]
+
+
+def total(state: Tensor, groups: Groups) -> Tensor:
+    """Sum a state (groups, ...) over some of its groups."""
+    if len(state) == 1 and groups is None:
+        return state[0]
+    return (state if groups is None else state[torch.as_tensor(groups)]).sum(0)
+
+
+EPSILON = torch.finfo(torch.float64).eps
+COLUMNS = 256
+"""Columns multiplied at once, so that no second matrix is held beside a product."""
+
+
+class Statistics(NamedTuple):
+    """Mean (d) and unbiased covariance (d, d) of ``number`` vectors, None if that is not known.
+
+    Example:
+        >>> one = torch.ones(1, 1, dtype=torch.float64)
+        >>> frechet_distance(Statistics(9, one[0], one), Statistics(9, 3 * one[0], one))
+        4.0
+    """
+
+    number: int | None
+    mean: Float64[Tensor, "d"]
+    covariance: Float64[Tensor, "d d"]
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """Return the squared Fréchet distance of two normal distributions.
+
+        |mu_a - mu_b|^2 + tr A + tr B - 2 tr (A B)^(1/2)
+
+    With A = F F^T, the non-zero eigenvalues of A B are those of the symmetric F^T B F. So the last
+    trace is a sum of square roots of non-negative numbers, also where A or B is singular.
+
+    Raises:
+        ValueError: the two differ in dimension, or hold values that are not finite.
+
+    Source: Heusel et al., arXiv 1706.08500.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(
+            f"features of {a.mean.numel()} and {b.mean.numel()} dimensions: expected the same "
+            f"network and preprocessing on both sides"
+        )
+    if a.number is not None and b.number is not None and b.number < a.number:
+        a, b = b, a  # the smaller set has a covariance of lower rank, and so a smaller factor F
+    for each in (a, b):
+        if not (each.mean.isfinite().all() and each.covariance.isfinite().all()):
+            raise ValueError("the statistics hold NaN or infinity: expected finite features")
+    difference = a.mean - b.mean
+    trace = a.covariance.trace() + b.covariance.trace()
+    distance = difference @ difference + trace - 2 * _trace_of_root(a.covariance, b.covariance)
+    return max(0.0, float(distance))
+
+
+def _trace_of_root(a: Tensor, b: Tensor) -> Tensor:
+    factor = _factor(a)
+    width = factor.shape[1]
+    product = a.new_empty(width, width)
+    for start in range(0, width, COLUMNS):
+        columns = slice(start, start + COLUMNS)
+        product[:, columns] = factor.T @ (b @ factor[:, columns])
+    del factor
+    roots: Tensor = torch.linalg.eigvalsh(product).clamp(min=0).sqrt()
+    return roots.sum()
+
+
+def _factor(a: Tensor) -> Tensor:
+    """Return F (d, r) with F F^T = A: by Cholesky, or of A's rank by eigenvectors if singular."""
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(a)
+    if failed:
+        values, vectors = torch.linalg.eigh(a)
+        kept = values > len(values) * EPSILON * values[-1].clamp(min=0)
+        factor = vectors[:, kept] * values[kept].sqrt()
+    return factor
 
 
 class Moments(Metric):
@@ -55,7 +228,7 @@ class Moments(Metric):
         Raises:
             ValueError: the shape is another, or a value is not finite.
         """
-        rows = _checked("features", features, self.sums.shape[1]).to(self.sums)
+        rows = _all_finite("features", features, self.sums.shape[1]).to(self.sums)
         if not self.sums.shape[1]:
             width = rows.shape[1]
             self.sums = self.sums.new_zeros(self.groups, width)
@@ -169,7 +342,7 @@ class InceptionScore(Metric):
             ValueError: the shape is another, a value is not finite, or an index is negative.
         """
         _, splits, columns = self.sums.shape
-        rows = _checked("logits", logits, max(0, columns - 2)).to(self.sums)
+        rows = _all_finite("logits", logits, max(0, columns - 2)).to(self.sums)
         indices = indices.to(rows.device)
         if len(indices) != len(rows) or (indices < 0).any():
             raise ValueError(f"indices {indices.tolist()}: expected {len(rows)} of 0 or more")
@@ -205,7 +378,7 @@ class InceptionScore(Metric):
         return float(divergence.exp().mean())
 
 
-def _checked(name: str, values: Tensor, width: int) -> Tensor:
+def _all_finite(name: str, values: Tensor, width: int) -> Tensor:
     """Return values (b, ``width``), where 0 stands for any width, if all are finite."""
     if values.ndim != 2 or (width and values.shape[1] != width):
         raise ValueError(f"{name} {tuple(values.shape)}: expected (images, {width or 'any width'})")
@@ -217,3 +390,152 @@ def _checked(name: str, values: Tensor, width: int) -> Tensor:
             f"or infinity: expected finite values; look at these images, or use float32"
         )
     return values
+
+
+BLOCK = 4096
+"""The distances of so many to so many vectors are held at once, 134 MB."""
+
+
+class PrecisionRecall(Metric):
+    """Precision, the share of images within the reference's balls, and recall, the other way round.
+
+    The ball of a vector reaches to its ``k``-th nearest neighbour in its own set, itself not
+    counted, and includes its surface; distances are Euclidean. Vectors of all images are kept (410
+    MB at 50,000 x 2,048, in float32); the distances are not, see ``BLOCK``.
+
+    ``reference`` (m, d), on whichever device; ADM compares 10,000.
+
+    Raises:
+        ValueError: the reference has not more than ``k`` vectors, or they are not finite.
+
+    Source: Kynkäänniemi et al., arXiv 1904.06991; openai/guided-diffusion, evaluations/evaluator.py
+    (which computes the squared distances in half precision where these do not overflow).
+
+    Example:
+        >>> real = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+        >>> metric = PrecisionRecall(real, k=1)
+        >>> metric.update(torch.tensor([[0.5], [9.0], [9.5], [1.5]]), torch.arange(4))
+        >>> precision, recall = metric.value(None)
+        >>> round(float(precision), 2)
+        0.5
+    """
+
+    full_state_update = True
+    higher_is_better = True
+    features: list[Tensor]
+    indices: list[Tensor]
+
+    def __init__(
+        self, reference: Float[Tensor, "m d"], k: int = 3, groups: int = 1, period: int = 1
+    ) -> None:
+        super().__init__(dist_sync_fn=gathered)
+        if k < 1 or groups < 1 or period < 1:
+            raise ValueError(f"k={k}, groups={groups}, period={period}: expected 1 or more")
+        if reference.ndim != 2 or not reference.isfinite().all():
+            raise ValueError(
+                f"reference features {tuple(reference.shape)}: expected (images, width), all finite"
+            )
+        _enough(len(reference), k, "reference images")
+        self.reference, self.k, self.groups, self.period = reference, k, groups, period
+        self._reference_radii: Tensor | None = None
+        self.add_state("features", [], dist_reduce_fx="cat")
+        self.add_state("indices", [], dist_reduce_fx="cat")
+
+    def update(self, features: Float[Tensor, "b d"], indices: Labels) -> None:
+        """Keep features (b, d) and indices (b) of images.
+
+        Raises:
+            ValueError: the shape is another, or a value is not finite.
+        """
+        wanted = (len(indices), self.reference.shape[1])
+        if tuple(features.shape) != wanted or not features.isfinite().all():
+            raise ValueError(f"features {tuple(features.shape)}: expected {wanted}, all finite")
+        if len(indices):
+            self.features.append(features.to(self.device, torch.float32))
+            self.indices.append(indices.to(self.device))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return precision and recall.
+
+        Raises:
+            ValueError: there are not more than ``k`` images.
+        """
+        precision, recall = self.value()
+        return {
+            "precision": torch.tensor(precision, dtype=torch.float64),
+            "recall": torch.tensor(recall, dtype=torch.float64),
+        }
+
+    def value(self, groups: Groups = None) -> tuple[float, float]:
+        """Return both for some groups, of this rank unless the states are synced."""
+        rows, indices = joined(self.features), joined(self.indices)
+        # One order, so that neither the batches nor the ranks change the last bit of a distance.
+        order = indices.argsort()
+        if groups is not None:
+            group = group_of(indices[order], self.groups, self.period)
+            order = order[torch.isin(group, group.new_tensor(groups))]
+        _enough(len(order), self.k, "images")
+        rows = rows[order]
+        reference = self.reference.to(rows.device)
+        if self._reference_radii is None:
+            self._reference_radii = squared_radii(reference, self.k)
+        return precision_recall(reference, rows, self.k, self._reference_radii.to(rows.device))
+
+
+def precision_recall(
+    reference: Float[Tensor, "m d"],
+    images: Float[Tensor, "n d"],
+    k: int = 3,
+    reference_radii: Float64[Tensor, "m"] | None = None,
+) -> tuple[float, float]:
+    """Return (precision, recall) of images against a reference, both in 0..1."""
+    if reference_radii is None:
+        reference_radii = squared_radii(reference, k)
+    radii = squared_radii(images, k)
+    within: Bool[Tensor, "n"] = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    covered: Bool[Tensor, "m"] = torch.zeros(len(reference), dtype=torch.bool, device=images.device)
+    for i in _blocks(len(images)):
+        for j in _blocks(len(reference)):
+            distances = squared_distances(images[i], reference[j])
+            within[i] |= (distances <= reference_radii[j]).any(1)
+            covered[j] |= (distances <= radii[i, None]).any(0)
+    return float(within.double().mean()), float(covered.double().mean())
+
+
+def squared_radii(vectors: Float[Tensor, "n d"], k: int) -> Float64[Tensor, "n"]:
+    """Return each vector's squared distance to its ``k``-th nearest neighbour in the set."""
+    nearest = vectors.new_full((len(vectors), k + 1), torch.inf, dtype=torch.float64)
+    for i in _blocks(len(vectors)):
+        for j in _blocks(len(vectors)):
+            if j.start < i.start:
+                continue  # distances are symmetric: the other block has served both
+            distances = squared_distances(vectors[i], vectors[j])
+            nearest[i] = _smallest(distances, nearest[i])
+            if i != j:
+                nearest[j] = _smallest(distances.T, nearest[j])
+    return nearest.amax(1)
+
+
+def squared_distances(u: Float[Tensor, "n d"], v: Float[Tensor, "m d"]) -> Float64[Tensor, "n m"]:
+    """Return |u|^2 - 2 u v + |v|^2, 0 at least, in float64."""
+    u, v = u.double(), v.double()
+    distances = torch.addmm(v.square().sum(1), u, v.T, alpha=-2)
+    return distances.add_(u.square().sum(1, keepdim=True)).clamp_(min=0)
+
+
+def _smallest(distances: Tensor, known: Tensor) -> Tensor:
+    """Return each row's smallest values, as many as were known, of the known and the new ones."""
+    count = min(known.shape[1], distances.shape[1])
+    new = distances.topk(count, dim=1, largest=False, sorted=False).values
+    return torch.cat([known, new], 1).topk(known.shape[1], dim=1, largest=False).values
+
+
+def _blocks(count: int) -> Iterator[slice]:
+    return (slice(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK))
+
+
+def _enough(count: int, k: int, what: str) -> None:
+    if count <= k:
+        raise ValueError(
+            f"{count} {what}: expected more than k={k}, or no ball reaches to a k-th neighbour"
+        )

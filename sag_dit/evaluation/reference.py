@@ -17,13 +17,9 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sag_dit.evaluation.features import FeatureExtractor
-from sag_dit.evaluation.image_set import ImageSet
-from sag_dit.evaluation.images import Source, open_images
-from sag_dit.evaluation.metrics import Moments
-from sag_dit.evaluation.npz import read_statistics
-from sag_dit.evaluation.numerics import exact
-from sag_dit.evaluation.statistics import Statistics
+from sag_dit.evaluation.features import FeatureExtractor, exact
+from sag_dit.evaluation.images import ImageSet, Source, open_images, read_statistics
+from sag_dit.evaluation.metrics import Moments, Statistics
 from sag_dit.files import atomic
 from sag_dit.tensors import home_of_doubles
 

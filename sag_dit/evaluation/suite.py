@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +13,17 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torchmetrics import Metric
 
-from sag_dit.evaluation.caveats import caveats
-from sag_dit.evaluation.distributed import gathered, joined
-from sag_dit.evaluation.features import FeatureExtractor, Features
-from sag_dit.evaluation.metrics import FrechetDistance, InceptionScore, PrecisionRecall
-from sag_dit.evaluation.numerics import exact
+from sag_dit.evaluation.features import FeatureExtractor, Features, exact
+from sag_dit.evaluation.metrics import (
+    FrechetDistance,
+    InceptionScore,
+    PrecisionRecall,
+    Statistics,
+    gathered,
+    halves,
+    joined,
+)
 from sag_dit.evaluation.reference import Reference
-from sag_dit.evaluation.statistics import Statistics
-from sag_dit.evaluation.subsets import Groups, halves
 from sag_dit.tensors import Labels, home_of_doubles
 
 
@@ -31,7 +33,9 @@ class MetricKind:
 
     ``label`` is what tables call it, with some networks' features by another of ``labels``.
     ``features`` names what of an image's :class:`Features` it looks at, ``reference`` what of a
-    reference it is compared with, None for nothing.
+    reference it is compared with, None for nothing. ``metric`` takes that first, then those of a
+    suite's parameters that are named in ``options``, ``groups`` and ``period``. Where several
+    metrics share a class and what it is compared with, its ``value`` is all of theirs.
 
     Example::
 
@@ -43,6 +47,7 @@ class MetricKind:
     features: str
     reference: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    options: Sequence[str] = ()
 
     @property
     def higher_is_better(self) -> bool:
@@ -64,9 +69,9 @@ METRICS: Mapping[str, MetricKind] = {
         FrechetDistance, "FD", "pool", "pool", {"inception": "FID", "dinov2": "FD-DINOv2"}
     ),
     "sfid": MetricKind(FrechetDistance, "sFD", "spatial", "spatial", {"inception": "sFID"}),
-    "is": MetricKind(InceptionScore, "IS", "logits"),
-    "precision": MetricKind(PrecisionRecall, "precision", "pool", "features"),
-    "recall": MetricKind(PrecisionRecall, "recall", "pool", "features"),
+    "is": MetricKind(InceptionScore, "IS", "logits", options=["split_size"]),
+    "precision": MetricKind(PrecisionRecall, "precision", "pool", "features", options=["k"]),
+    "recall": MetricKind(PrecisionRecall, "recall", "pool", "features", options=["k"]),
 }
 """All metrics, in the order of tables."""
 SMALL = 256
@@ -121,37 +126,42 @@ class Suite:
         self.reference = reference
         self.metrics = tuple(metrics)
         # How many groups: many where their sums are small.
-        pool, spatial = reference.pool, reference.spatial
+        kinds = {name: METRICS[name] for name in metrics}
+        against = {name: self._against(name, kind) for name, kind in kinds.items()}
         if groups is None:
-            compared = [pool] * ("fid" in metrics) + [spatial] * ("sfid" in metrics)
-            widths = [each.mean.numel() for each in compared if each is not None]
-            groups = GROUPS if max(widths, default=0) <= SMALL else 1
+            sums = [each for each in against.values() if isinstance(each, Statistics)]
+            most = max((each.mean.numel() for each in sums), default=0)
+            groups = GROUPS if most <= SMALL else 1
         self.groups, self.period, self.split_size = groups, period, split_size
-        # The states of the metrics asked for; precision and recall share one.
+        # The states of the metrics asked for, by the names of all that share one.
         self._images = _Indices()
-        self._metrics: dict[str, FrechetDistance | InceptionScore | PrecisionRecall] = {}
-        if "fid" in metrics:
-            self._metrics["fid"] = FrechetDistance(self._needed(pool, "fid"), groups, period)
-        if "sfid" in metrics:
-            self._metrics["sfid"] = FrechetDistance(self._needed(spatial, "sfid"), groups, period)
-        if "is" in metrics:
-            self._metrics["is"] = InceptionScore(split_size, groups, period)
-        if "precision" in metrics or "recall" in metrics:
-            if reference.features is None:
-                raise ValueError(
-                    f"{reference.name} holds statistics but no images: precision and recall need "
-                    f"images; leave these metrics out or choose another reference"
-                )
-            features = reference.features
-            self._metrics["precision_recall"] = PrecisionRecall(features, k, groups, period)
-
-    def _needed(self, statistics: Statistics | None, metric: str) -> Statistics:
-        if statistics is None:
-            raise ValueError(
-                f"metrics={list(self.metrics)}: {self.reference.name} has no features for {metric} "
-                f"(the network is {self.extractor.name}); leave {metric} out"
+        self._metrics: dict[tuple[str, ...], Any] = {}
+        given = {"split_size": split_size, "k": k}
+        for name, kind in kinds.items():
+            what = (kind.metric, kind.reference)
+            names = tuple(
+                n for n, other in METRICS.items() if what == (other.metric, other.reference)
             )
-        return statistics
+            if names not in self._metrics:
+                own = {option: given[option] for option in kind.options}
+                compared = () if kind.reference is None else (against[name],)
+                make: Callable[..., Metric] = kind.metric
+                self._metrics[names] = make(*compared, **own, groups=groups, period=period)
+
+    def _against(self, name: str, kind: MetricKind) -> Any:
+        """Return what of the reference a metric is compared with, None for nothing."""
+        found = None if kind.reference is None else getattr(self.reference, kind.reference)
+        if found is None and kind.reference == "features":
+            raise ValueError(
+                f"{self.reference.name} holds statistics but no images: precision and recall need "
+                f"images; leave these metrics out or choose another reference"
+            )
+        if found is None and kind.reference is not None:
+            raise ValueError(
+                f"metrics={list(self.metrics)}: {self.reference.name} has no features for {name} "
+                f"(the network is {self.extractor.name}); leave {name} out"
+            )
+        return found
 
     def to(self, device: torch.device | str) -> Suite:
         """Move the network to a device; the sums are kept there too."""
@@ -198,10 +208,10 @@ class Suite:
             ValueError: a metric's features are missing, or values are not finite.
         """
         self._each()
-        used: dict[str, Tensor] = {}
-        for name in self._metrics:
-            kind = METRICS["precision" if name == "precision_recall" else name]
-            values = getattr(features, kind.features)
+        used: dict[tuple[str, ...], Tensor] = {}
+        for names in self._metrics:
+            name = names[0]
+            values = getattr(features, METRICS[name].features)
             if values is None:
                 raise ValueError(
                     f"metrics={list(self.metrics)}: {self.extractor.name} has no features for "
@@ -213,9 +223,9 @@ class Suite:
                     f"{self.extractor.name} returns NaN or infinity for {len(bad)} images, indices "
                     f"{bad[:5]}: expected finite features; look at these images"
                 )
-            used[name] = values
-        for name, values in used.items():
-            self._metrics[name].update(values, indices)
+            used[names] = values
+        for names, values in used.items():
+            self._metrics[names].update(values, indices)
         self._images.update(indices)
 
     def compute(self) -> dict[str, float]:
@@ -226,9 +236,9 @@ class Suite:
         """
         self._checked_indices()
         found: dict[str, float] = {}
-        for name, metric in self._metrics.items():
+        for names, metric in self._metrics.items():
             value = _quietly(metric.compute)
-            found |= value if isinstance(value, dict) else {name: value}
+            found |= value if isinstance(value, dict) else {names[0]: value}
         return {name: float(found[name]) for name in self.metrics}
 
     def warnings(self) -> list[str]:
@@ -245,9 +255,9 @@ class Suite:
         """Return each metric's mean and standard deviation over random halves of the images.
 
         The deviation estimates the standard error of the metric on all images (the delete-half
-        jackknife over groups of images, see :mod:`sag_dit.evaluation.subsets`). The reference
-        counts as exact. The mean is over halves: its difference to the metric on all images shows
-        how much FID still depends on the number of images.
+        jackknife over groups of images, see :mod:`sag_dit.evaluation.metrics`). The
+        reference counts as exact. The mean is over halves: its difference to the metric on all
+        images shows how much FID still depends on the number of images.
 
         Raises:
             ValueError: there are no groups, see ``groups``, or too few images in a half.
@@ -261,12 +271,13 @@ class Suite:
         self._checked_indices()
         values: dict[str, list[float]] = {}
         self._each()
-        for name, metric in self._metrics.items():
-            with ExitStack() as stack:
-                stack.enter_context(metric.sync_context(dist_sync_fn=metric.dist_sync_fn))
+        for names, metric in self._metrics.items():
+            with metric.sync_context(dist_sync_fn=metric.dist_sync_fn):
                 for half in chosen:
-                    for key, value in _values(name, metric, half).items():
-                        values.setdefault(key, []).append(value)
+                    found = metric.value(half)
+                    told = found if isinstance(found, tuple) else (found,)
+                    for name, value in zip(names, told, strict=True):
+                        values.setdefault(name, []).append(value)
         return {
             name: (float(np.mean(values[name])), float(np.std(values[name], ddof=1)))
             for name in self.metrics
@@ -292,8 +303,7 @@ class Suite:
     def _constant(self) -> dict[str, bool]:
         """Whether the features of some metric do not vary at all."""
         found = {}
-        for name in ("fid", "sfid"):
-            metric = self._metrics.get(name)
+        for (name, *_), metric in self._metrics.items():
             if isinstance(metric, FrechetDistance):
                 with metric.sync_context(dist_sync_fn=metric.dist_sync_fn):
                     own = metric.statistics()
@@ -319,17 +329,58 @@ class _Indices(Metric):
         return joined(self.seen).long().sort().values
 
 
-def _values(name: str, metric: Metric, groups: Groups) -> dict[str, float]:
-    if isinstance(metric, PrecisionRecall):
-        precision, recall = metric.value(groups)
-        return {"precision": precision, "recall": recall}
-    if isinstance(metric, (FrechetDistance, InceptionScore)):
-        return {name: metric.value(groups)}
-    raise TypeError(f"{type(metric).__name__} has no values by groups")
-
-
 def _quietly(compute: Callable[[], Any]) -> Any:
     """Compute without the warning that torchmetrics gives on a rank that has no images."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
         return compute()
+
+
+def caveats(
+    reference: Reference,
+    count: int,
+    values: Mapping[str, float],
+    constant: Mapping[str, bool],
+    split_size: int,
+) -> list[str]:
+    """Return a sentence for each thing that makes ``values`` of ``count`` images less comparable.
+
+    ``constant`` says for each Fréchet distance whether all images have the same features.
+    """
+    # Published numbers are of a certain count, on which FID and recall depend.
+    found = []
+    expected = reference.protocol.get("sample_count")
+    if expected is not None and count != expected:
+        found.append(
+            f"{count:,} images, but numbers published against {reference.name} are of "
+            f"{expected:,}: FID is larger and recall differs with fewer images"
+        )
+    # A covariance of no more images than dimensions is singular, and so is one of equal features.
+    for name, statistics in (("fid", reference.pool), ("sfid", reference.spatial)):
+        if name not in values or statistics is None:
+            continue
+        width = statistics.mean.numel()
+        for what, number in (("images", count), ("reference images", statistics.number)):
+            if number is not None and number <= width:
+                found.append(
+                    f"{name}: {number:,} {what} for {width:,} dimensions, so the covariance is "
+                    f"singular and the distance biased; take more than {width:,}"
+                )
+        if constant.get(name):
+            found.append(f"{name}: all images have the same features, so nothing varies")
+    # The Inception Score of images that all look alike, or with a short last split.
+    if values.get("is", 2.0) < 1 + 1e-6:
+        found.append("is: the score is 1, every image is given the same classes")
+    short = count % split_size
+    if "is" in values and count > split_size and short:
+        found.append(
+            f"is: the last split has {short:,} images and counts as much as those of {split_size:,}"
+        )
+    # A reference with unequal classes.
+    labels = reference.protocol.get("labels")
+    if labels and labels["most"] > 1.5 * labels["fewest"]:
+        found.append(
+            f"{reference.name}: its classes have {labels['fewest']:,} to {labels['most']:,} "
+            f"images, so a set with equal classes is a different distribution"
+        )
+    return found

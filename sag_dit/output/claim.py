@@ -45,17 +45,17 @@ def recorded(folder: Path) -> dict[str, Any]:
     return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.exists() else {}
 
 
-def _flat(values: object, prefix: str = "") -> dict[str, object]:
+def _by_path(values: object, prefix: str = "") -> dict[str, object]:
     if not isinstance(values, Mapping):
         return {prefix.rstrip("."): values}
     flat: dict[str, object] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.")
+        flat |= _by_path(value, f"{prefix}{key}.")
     return flat
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    old, new = _flat(before), _flat(now)
+    old, new = _by_path(before), _by_path(now)
     return [
         f"{key}: there {old.get(key, 'not set')}, now {new.get(key, 'not set')}"
         for key in sorted(old.keys() | new.keys())

@@ -7,6 +7,8 @@ remembered to go on after an interruption.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +19,100 @@ from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import UInt8
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from sag_dit.files import atomic
-from sag_dit.output.attention import Pixels, write_arrays, write_sheet
 from sag_dit.output.claim import CONFIG, claim
+from sag_dit.output.gallery import Pair
 from sag_dit.sampling import Drawn, Request
-from sag_dit.traces import StepView
+from sag_dit.traces import AttentionView, StepView
+
+Pixels = NDArray[np.uint8]
+
+
+def write_arrays(file: Path, view: AttentionView) -> None:
+    """Keep a view as an npz: ``steps``, ``times``, and LAYER/saliency, /mask, /query_map."""
+    arrays: dict[str, NDArray[np.generic]] = {
+        "steps": np.array(view.steps),
+        "times": np.array(view.times),
+    }
+    for layer in view.layers:
+        arrays[f"{layer.name}/saliency"] = layer.saliency
+        arrays[f"{layer.name}/mask"] = layer.mask
+        if layer.query_map is not None:
+            arrays[f"{layer.name}/query_map"] = layer.query_map
+    with atomic(file) as temporary, temporary.open("wb") as stream:
+        np.savez_compressed(stream, allow_pickle=False, **arrays)
+
+
+def write_sheet(
+    file: Path, view: AttentionView, image: Pixels, notes: Mapping[str, str] | None = None
+) -> None:
+    """Draw a view: a row of saliency for each layer, and one of the query's map where it was kept.
+
+    The mask's border is drawn on the saliency. Colour runs from 0 to 3 times the average attention
+    in every cell, so that layers and steps compare; ``image`` (h, w, 1 or 3) closes each row.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [
+        (layer, kind)
+        for layer in view.layers
+        for kind in ("saliency", "query")
+        if kind == "saliency" or layer.query_map is not None
+    ]
+    columns = len(view.steps) + 1
+    figure = Figure(figsize=(1.9 + 1.1 * columns, 0.8 + 1.1 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, (layer, kind) in enumerate(rows):
+        for column in range(columns):
+            cell = axes[row, column]
+            cell.set_xticks([])
+            cell.set_yticks([])
+            if column == len(view.steps):
+                cell.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+                continue
+            if kind == "saliency":
+                shown = cell.imshow(layer.saliency[column], cmap="viridis", vmin=0, vmax=3)
+                mask = layer.mask[column]
+                if mask.any() and not mask.all():
+                    # Along the tokens' borders, so that no token looks half masked.
+                    sharp = np.kron(mask.astype(float), np.ones((8, 8)))
+                    height, width = mask.shape
+                    cell.contour(
+                        np.linspace(-0.5, width - 0.5, 8 * width),
+                        np.linspace(-0.5, height - 0.5, 8 * height),
+                        sharp,
+                        [0.5],
+                        colors="white",
+                        linewidths=0.8,
+                    )
+            else:
+                assert layer.query_map is not None and view.query is not None
+                seen = layer.query_map[column]
+                cell.imshow(seen * seen.size, cmap="viridis", vmin=0, vmax=3)
+                height, width = seen.shape
+                at = int(view.query[1] * width), int(view.query[0] * height)
+                cell.plot(*at, "o", mfc="none", mec="red", ms=6)
+            if row == 0:
+                cell.set_title(
+                    f"step {view.steps[column]}\nt = {view.times[column]:.4g}", fontsize=8
+                )
+        label = layer.name if kind == "saliency" else "what the circled\ntoken attends to"
+        note = (notes or {}).get(layer.name, "") if kind == "saliency" else ""
+        axes[row, 0].set_ylabel(
+            f"{label}\n{note}".strip(), fontsize=8, rotation=0, ha="right", va="center"
+        )
+    axes[0, -1].set_title("image", fontsize=8)
+    bar = figure.colorbar(
+        shown, ax=axes, shrink=min(1.0, 3 / len(rows)), aspect=12, pad=0.01, extend="max"
+    )
+    bar.set_label("attention, 1 = average", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    with atomic(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 @dataclass(frozen=True)
@@ -190,3 +278,118 @@ def read_views(file: Path) -> tuple[StepView, ...]:
         )
         for i in range(len(columns["index"]))
     )
+
+
+def write_manifest(
+    folder: SampleFolder, requests: Sequence[Request], class_names: Sequence[str]
+) -> Path:
+    """Write ``manifest.jsonl``: a line per image with index, seed, class, file and sha256."""
+    file = folder.path / "manifest.jsonl"
+    with atomic(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
+        for request in requests:
+            image = folder.image(request.index)
+            row = {
+                "index": request.index,
+                "seed": request.seed,
+                "stream": request.stream,
+                "label": request.label,
+                "class": class_names[request.label],
+                "file": image.relative_to(folder.path).as_posix(),
+                "sha256": hashlib.sha256(image.read_bytes()).hexdigest(),
+            }
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return file
+
+
+def gallery_entries(
+    folder: SampleFolder, requests: Sequence[Request], class_names: Sequence[str]
+) -> list[Pair]:
+    """Read the pairs that the gallery shows back from the folder."""
+    return [
+        Pair(
+            index=request.index,
+            seed=request.seed,
+            label=class_names[request.label],
+            guided=read_png(folder.image(request.index)),
+            unguided=read_png(folder.twin(request.index)),
+            views=read_views(folder.views(request.index)),
+        )
+        for request in requests
+    ]
+
+
+def write_npz(folder: SampleFolder, requests: Sequence[Request]) -> Path:
+    """Write ``samples.npz`` in the ADM evaluator's format: arr_0, uint8 (n, h, w, 3).
+
+    Grey images are repeated over three channels, since the evaluator reads RGB. The array is filled
+    in place, one image at a time.
+    """
+    file = folder.path / "samples.npz"
+    first = read_png(folder.image(requests[0].index))
+    images = np.empty((len(requests), *first.shape[:2], 3), dtype=np.uint8)
+    for row, request in enumerate(requests):
+        images[row] = read_png(folder.image(request.index))
+    with atomic(file) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, arr_0=images)
+    return file
+
+
+def log_gallery(
+    logger: Any,
+    entries: Sequence[Pair],
+    settings: Mapping[str, Any],
+) -> None:
+    """Log the gallery to Weights & Biases: a row per pair with its scales and masks.
+
+    Other loggers have no table of images, and get nothing here.
+    """
+    from lightning.pytorch.loggers import WandbLogger
+
+    if not isinstance(logger, WandbLogger):
+        return
+    import wandb
+
+    # A column for each scale, so that runs of different scales can be sorted by them.
+    scales = {
+        f"{name}_scale": term["scale"]
+        for name, term in settings["guidance"].items()
+        if "scale" in term
+    }
+    columns: list[str | int] = ["index", "class", "seed", "unguided", "guided", "masks", *scales]
+    table = wandb.Table(columns=columns)
+    # A row for each pair; the masks lie on the guided image and are switched on in the browser.
+    for entry in entries:
+        size = entry.guided.shape[:2]
+        masks = {
+            f"step {view.index + 1} of {view.count}": {
+                "mask_data": _enlarged(view.mask.astype(np.uint8), size),
+                "class_labels": {0: "kept", 1: "attended"},
+            }
+            for view in entry.views
+        }
+        table.add_data(
+            entry.index,
+            entry.label,
+            entry.seed,
+            wandb.Image(_without_one_channel(entry.unguided)),
+            wandb.Image(_without_one_channel(entry.guided)),
+            wandb.Image(_without_one_channel(entry.guided), masks=masks or None),
+            *scales.values(),
+        )
+    logger.experiment.log({"gallery": table})
+
+
+def _without_one_channel(
+    image: np.ndarray[Any, np.dtype[np.uint8]],
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return image.squeeze(2) if image.shape[2] == 1 else image
+
+
+def _enlarged(
+    mask: np.ndarray[Any, np.dtype[np.uint8]], size: tuple[int, int]
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Enlarge a mask over tokens to the image by nearest neighbour."""
+    rows = np.arange(size[0]) * mask.shape[0] // size[0]
+    columns = np.arange(size[1]) * mask.shape[1] // size[1]
+    enlarged: np.ndarray[Any, np.dtype[np.uint8]] = mask[rows[:, None], columns]
+    return enlarged

@@ -32,7 +32,7 @@ _FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "ari
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class Pair:
     """One pair: an image and its twin drawn from the same noise without guidance.
 
     guided, unguided: (H, W, C) uint8, C = 1 or 3; label: class name; views: empty without SAG.
@@ -66,7 +66,7 @@ class Entry:
 
 
 def write_gallery(
-    folder: Path, entries: Sequence[Entry], settings: Mapping[str, object], title: str
+    folder: Path, entries: Sequence[Pair], settings: Mapping[str, object], title: str
 ) -> Path:
     """Write `index.html` (one file, no network) and `grid.png` into folder, each atomically.
 
@@ -109,7 +109,7 @@ def heat_colours(values: NDArray[np.floating]) -> NDArray[np.uint8]:
     return colours
 
 
-def _page(entries: Sequence[Entry], about: Mapping[str, object], title: str) -> str:
+def _page(entries: Sequence[Pair], about: Mapping[str, object], title: str) -> str:
     saliencies = [view.saliency.ravel() for entry in entries for view in entry.views]
     # One colour scale for the whole page, else steps could not be compared; attention sinks clip.
     top = max(2.0, float(np.percentile(np.concatenate(saliencies), 99.5))) if saliencies else 2.0
@@ -126,7 +126,7 @@ def _page(entries: Sequence[Entry], about: Mapping[str, object], title: str) -> 
     return re.sub(r"\{\{(data|title)\}\}", lambda match: fields[match[1]], template)
 
 
-def _entry(entry: Entry, top: float) -> dict[str, object]:
+def _entry(entry: Pair, top: float) -> dict[str, object]:
     return {
         "index": entry.index,
         "seed": str(entry.seed),  # a 64-bit seed does not fit a JavaScript number
@@ -171,20 +171,20 @@ def flatten(settings: Mapping[str, object], prefix: str = "") -> Iterator[tuple[
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", _text(value)
+            yield f"{prefix}{key}", _value_text(value)
 
 
-def _text(value: object) -> str:
+def _value_text(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if value is None or (isinstance(value, Mapping | Sequence) and not value):
         return "none"
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return ", ".join(_text(item) for item in value)
+        return ", ".join(_value_text(item) for item in value)
     return str(value)
 
 
-def _grid(entries: Sequence[Entry], short: Sequence[str], title: str) -> Image.Image:
+def _grid(entries: Sequence[Pair], short: Sequence[str], title: str) -> Image.Image:
     height, width, _ = np.max([entry.guided.shape for entry in entries], axis=0).tolist()
     scale = max(1, math.ceil(CELL / max(height, width)))
     height, width = height * scale, width * scale
@@ -212,7 +212,7 @@ def _grid(entries: Sequence[Entry], short: Sequence[str], title: str) -> Image.I
     top = 2 * margin + 2 * size + len(head[:4]) * line
     sheet = Image.new("RGB", (room + 2 * margin, top + shape(columns)[1]), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((margin, margin), _fit(title, large, room), fill=_INK, font=large)
+    draw.text((margin, margin), _shortened(title, large, room), fill=_INK, font=large)
     for row, text in enumerate(head[:3] + ["…"] * (len(head) > 3)):
         draw.text((margin, margin + 2 * size + row * line), text, fill=_SOFT, font=small)
     draw.line((margin, top - margin // 2, margin + room, top - margin // 2), fill=_LINE)
@@ -221,7 +221,7 @@ def _grid(entries: Sequence[Entry], short: Sequence[str], title: str) -> Image.I
         x = margin + place % columns * (pair_width + margin)
         y = top + place // columns * (pair_height + margin)
         number = f"#{entry.index}"
-        fitted = _fit(label, font, pair_width - small.getlength(number) - size)
+        fitted = _shortened(label, font, pair_width - small.getlength(number) - size)
         draw.text((x, y), fitted, fill=_INK, font=font)
         draw.text((x + pair_width, y), number, fill=_SOFT, font=small, anchor="ra")
         for name, image in (("unguided", entry.unguided), ("guided", entry.guided)):
@@ -250,7 +250,7 @@ def _installed(size: int) -> Iterator[ImageFont.FreeTypeFont]:
             yield ImageFont.truetype(name, size)
 
 
-def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     if font.getlength(text) <= width:
         return text
     cut = bisect_right(range(len(text)), width, key=lambda n: font.getlength(text[:n] + "…"))
@@ -264,5 +264,5 @@ def _wrap(pieces: Sequence[str], font: ImageFont.FreeTypeFont, width: float) -> 
         if font.getlength(longer) <= width:
             lines[-1] = longer
         else:
-            lines.append(_fit(piece, font, width))
+            lines.append(_shortened(piece, font, width))
     return [line for line in lines if line]

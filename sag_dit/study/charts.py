@@ -5,23 +5,21 @@ A chart is data alone; the page and the PNG files draw the same ones.
 
 from __future__ import annotations
 
+import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from sag_dit.files import atomic
+from sag_dit.methods import methods
 from sag_dit.study.results import Metric, Result, Value
 
-AXES = {
-    "sag_scale": "SAG scale (0 is off)",
-    "cfg_scale": "CFG scale (1 is off)",
-    "blur_scale": "blur guidance scale (0 is off)",
-    "steps": "denoiser steps",
-    "num_images": "number of images",
-}
-"""What the keys of common sweeps are called in full; others are called by their key."""
-
-SHORT = {"sag_scale": "SAG", "cfg_scale": "CFG", "blur_scale": "blur"}
-"""How a legend calls the keys of scales."""
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TRADE_OFFS = (("is", "fid"), ("recall", "precision"))
 """Pairs of metrics of which guidance usually gains one at the other's cost: (x, y)."""
@@ -61,6 +59,19 @@ class Chart:
     y: str
     series: tuple[Series, ...]
     texts: str = ""
+
+
+@cache
+def axis_titles() -> dict[str, str]:
+    """Return what the keys of common sweeps are called in full; others are called by their key."""
+    scales = {f"{m.key}_scale": f"{m.title} scale ({m.neutral:g} is off)" for m in methods()}
+    return scales | {"steps": "denoiser steps", "num_images": "number of images"}
+
+
+@cache
+def short_names() -> dict[str, str]:
+    """Return how a legend calls the keys of scales."""
+    return {f"{m.key}_scale": m.title.removesuffix(" guidance") for m in methods()}
 
 
 def is_number(value: Value) -> bool:
@@ -109,29 +120,33 @@ def charts(rows: Sequence[Result], metrics: Mapping[str, Metric]) -> list[Chart]
         if x in metrics and y in metrics:
             title = f"{metrics[y].label} against {metrics[x].label}"
             series = _series(rows, longest, x, y)
-            texts = "" if longest is None else AXES.get(longest, longest)
+            texts = "" if longest is None else axis_titles().get(longest, longest)
             made.append(
                 Chart("trade_off", title, metrics[x].title, metrics[y].title, series, texts)
             )
     for axis in axes:
         for name, metric in metrics.items():
             series = _series(rows, axis, None, name)
-            made.append(Chart(axis, metric.title, AXES.get(axis, axis), metric.title, series))
+            made.append(
+                Chart(axis, metric.title, axis_titles().get(axis, axis), metric.title, series)
+            )
     return [chart for chart in made if chart.series]
 
 
 def _series(rows: Sequence[Result], along: str | None, x: str | None, y: str) -> tuple[Series, ...]:
     groups: dict[str, list[Point]] = {}
+    # Rows that differ along this axis alone are one line, called after the others' values.
     for number, row in enumerate(rows):
         if along is None:
             label = row.name
         else:
             label = ", ".join(
-                f"{SHORT.get(key, key)} {text_of(value)}"
+                f"{short_names().get(key, key)} {text_of(value)}"
                 for key, value in row.axes.items()
                 if key != along
             )
         place = groups.setdefault(label, [])
+        # A row that lacks a finite number is no point.
         across = row.metrics.get(x) if x is not None else row.axes[along or ""]
         height = row.metrics.get(y)
         if not isinstance(across, (int, float)) or height is None:
@@ -149,6 +164,7 @@ def _series(rows: Sequence[Result], along: str | None, x: str | None, y: str) ->
             )
         )
 
+    # Lines run from the smallest value of the axis to the largest.
     def order(point: Point) -> float:
         value = rows[point.row].axes[along] if along is not None else 0
         return float(value) if isinstance(value, (int, float)) else 0.0
@@ -158,3 +174,116 @@ def _series(rows: Sequence[Result], along: str | None, x: str | None, y: str) ->
         for place, (label, points) in enumerate(groups.items())
         if points
     )
+
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a2437d", "#56a4d9", "#8a6d00", "#33333a")
+"""Told apart with every kind of colour vision, and on white; after Okabe and Ito."""
+MARKERS = "osD^vP"
+DASHES = ("-", "--", ":", "-.")
+"""Past seven series the colours come again, with other markers and lines."""
+_INK, _SOFT, _LINE = "#1a1a1e", "#55555e", "#e0e0dc"
+
+
+def write_plots(folder: Path, charts: Sequence[Chart], caption: str) -> list[Path]:
+    """Write a PNG per group of charts, and return their paths."""
+    import matplotlib
+
+    files = []
+    style: Any = {
+        "font.family": "DejaVu Sans",
+        "font.size": 9,
+        "axes.edgecolor": _SOFT,
+        "axes.labelcolor": _INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 10,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.grid": True,
+        "grid.color": _LINE,
+        "xtick.color": _SOFT,
+        "ytick.color": _SOFT,
+        "figure.facecolor": "white",
+        "savefig.facecolor": "white",
+    }
+    for name in dict.fromkeys(chart.name for chart in charts):
+        group = [chart for chart in charts if chart.name == name]
+        safe = "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name)
+        file = folder / f"{safe}.png"
+        with matplotlib.rc_context(style), atomic(file) as temporary:
+            temporary.write_bytes(_figure(group, caption))
+        files.append(file)
+    return files
+
+
+def _figure(group: Sequence[Chart], caption: str) -> bytes:
+    # Not pyplot: it would look for a screen and keep every figure.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(group))
+    rows = math.ceil(len(group) / columns)
+    figure = Figure(figsize=(3.9 * columns + 0.4, 3.1 * rows + 0.9), dpi=160)
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    cells = list(grid.flat)
+    for chart, axes in zip(group, cells, strict=False):
+        _draw(axes, chart)
+    for axes in cells[len(group) :]:
+        axes.set_axis_off()
+    width, height = figure.get_size_inches()
+    # Below the charts stand the caption and above it the legend, in inches.
+    lines = textwrap.wrap(caption, int(width / 0.058))
+    bottom = 0.1 + 0.13 * len(lines)
+    figure.text(
+        0.012, 0.05 / height, "\n".join(lines), fontsize=7, color=_SOFT, va="bottom"
+    )  # fmt: skip
+    handles, labels = cells[0].get_legend_handles_labels()
+    if labels:
+        texts = f"at the points: {group[0].texts}" if group[0].texts else None
+        wide = max(1, min(len(labels), int(width / (0.6 + 0.085 * max(map(len, labels))))))
+        figure.legend(
+            handles, labels, title=texts, title_fontsize=8, loc="lower center", ncols=wide,
+            frameon=False, bbox_to_anchor=(0.5, bottom / height),
+        )  # fmt: skip
+        bottom += 0.25 + 0.2 * (math.ceil(len(labels) / wide) + bool(texts))
+    figure.tight_layout(rect=(0, bottom / height, 1, 1), w_pad=1.6, h_pad=1.4)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def _draw(axes: Axes, chart: Chart) -> None:
+    for series in chart.series:
+        _line(axes, series, texts=bool(chart.texts))
+    axes.set_title(chart.title)
+    axes.set_xlabel(chart.x)
+    axes.set_ylabel(chart.y)
+    axes.margins(0.09, 0.12)
+    axes.set_axisbelow(True)
+    if chart.name in axis_titles():
+        ticks = sorted({point.x for series in chart.series for point in series.points})
+        if len(ticks) <= 7:
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+
+
+def _line(axes: Axes, series: Series, texts: bool) -> None:
+    from matplotlib.patheffects import withStroke
+
+    shade = COLOURS[series.place % len(COLOURS)]
+    dash = DASHES[series.place // len(COLOURS) % len(DASHES)]
+    x, y = [p.x for p in series.points], [p.y for p in series.points]
+    axes.errorbar(
+        x, y,
+        xerr=[p.dx for p in series.points] if any(p.dx for p in series.points) else None,
+        yerr=[p.dy for p in series.points] if any(p.dy for p in series.points) else None,
+        color=shade, marker=MARKERS[series.place % len(MARKERS)], markersize=5, linewidth=1.6,
+        linestyle=dash, elinewidth=0.9, capsize=2, label=series.label, markeredgecolor="white",
+        markeredgewidth=0.6,
+    )  # fmt: skip
+    if texts:
+        for point in series.points:
+            axes.annotate(
+                point.text, (point.x, point.y), xytext=(4, 5), textcoords="offset points",
+                fontsize=7, color=shade, path_effects=[withStroke(linewidth=2, foreground="white")],
+            )  # fmt: skip

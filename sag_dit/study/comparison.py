@@ -1,4 +1,4 @@
-"""Comparison: results side by side, as a table on the terminal, in a notebook and as data."""
+"""compare: settings of a model drawn, measured and put side by side, as a table and as data."""
 
 from __future__ import annotations
 
@@ -13,9 +13,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sag_dit.checkpoints import Model
+from sag_dit.data.requests import make_requests
+from sag_dit.evaluation.features import FeatureExtractor
+from sag_dit.guidance import Term, cost_of
+from sag_dit.identity import settings as identity_of
+from sag_dit.sampler import Sampler
+from sag_dit.sampling import Pixels, Settings, drawn
 from sag_dit.study.charts import places
-from sag_dit.study.measurement import Measurement, base_name
-from sag_dit.study.results import Metric, Record, Result, combine, compared, flat_row, plain
+from sag_dit.study.measurement import (
+    Measurement,
+    Measuring,
+    Setting,
+    ToDraw,
+    base_name,
+    measurement,
+)
+from sag_dit.study.results import Metric, Record, Result, combine, compared, flat_row, json_values
+from sag_dit.study.setup import Setup, Setups, check_metrics, example_of
+from sag_dit.training.predicting import Bar
 
 CAPTION = {"features", "reference", "count", "steps", "sampler", "model", "samples", "classes"}
 """Facts that the table's caption tells where they are common to all results."""
@@ -110,7 +126,9 @@ class Comparison:
                 row["expected"]["deviations"] = deviations
             rows.append(row)
         labels = {name: metric.label for name, metric in self.metrics.items()}
-        values: dict[str, Any] = plain({"metrics": labels, "spread": self.about, "results": rows})
+        values: dict[str, Any] = json_values(
+            {"metrics": labels, "spread": self.about, "results": rows}
+        )
         return values
 
     def __str__(self) -> str:
@@ -168,7 +186,7 @@ class Comparison:
         return [metric.title for metric in self.metrics.values()]
 
     def _cells(self, result: Result) -> list[str]:
-        return [_cell(result, name, places(self.results, name)) for name in self.metrics]
+        return [_number_text(result, name, places(self.results, name)) for name in self.metrics]
 
     def _about_changes(self) -> str:
         base = next((result.against for result in self.results if result.change), None)
@@ -227,7 +245,7 @@ def _table(first: str, titles: Iterable[str]) -> Table:
     return table
 
 
-def _cell(result: Result, name: str, decimals: int) -> str:
+def _number_text(result: Result, name: str, decimals: int) -> str:
     if name not in result.metrics:
         return "–"
     text = f"{result.metrics[name]:.{decimals}f}"
@@ -272,3 +290,128 @@ def _show_expected(console: Console, result: Result, metrics: Mapping[str, Metri
             console.print(f"  {line}", style="yellow", markup=False)
     else:
         console.print("the protocol is the published one", markup=False)
+
+
+def compare(
+    model: Model,
+    settings: Mapping[str, Sequence[Term] | Settings],
+    *,
+    seeds: int = 1,
+    seed: int = 0,
+    num_images: int = 300,
+    classes: Sequence[int | str] | str | None = None,
+    steps: int = 50,
+    sampler: Sampler | None = None,
+    batch_size: int | None = None,
+    features: FeatureExtractor | str | None = None,
+    reference: str | None = None,
+    metrics: Sequence[str] | None = None,
+    against: str | None = None,
+    repeats: int = 10,
+    progress: bool = True,
+) -> Comparison:
+    """Draw and measure each setting at the same ``seeds`` seeds, ``seed`` the first of them.
+
+    A setting is a list of guidance terms, drawn with ``steps``, ``sampler`` and ``batch_size``, or
+    :class:`~sag_dit.sampling.Settings`, which hold all of these. All start from the same noise and
+    have the same classes: those of ``classes`` in turn, all of them where it is None, drawn at
+    random where it is ``random``. With several seeds each setting tells what it changes against the
+    first, or ``against``; with one seed ± comes from ``repeats`` random halves of the images, 0 for
+    none. ``features`` (inception, dinov2, digits, patches or a network of your own), ``reference``
+    and ``metrics`` are chosen by the images where they are None. Images are drawn where the model
+    is: move ``model.denoiser`` to a GPU before.
+
+    The numbers are those of ``evaluate.py`` with the same settings and seeds.
+
+    Raises:
+        ValueError: a value that cannot be meant, a setting that the model cannot be drawn with, or
+            a reference or weights that are not here; nothing is drawn before.
+
+    Example::
+
+        model = sag_dit.load("digits")
+        settings = {"unguided": [], "SAG": [SAG(0.5)], "SAG + CFG": [SAG(0.5), CFG(1.5)]}
+        sag_dit.study.compare(model, settings, seeds=3)
+    """
+    # Everything is checked and put together before the first image is drawn.
+    _check(settings, seeds=seeds, repeats=repeats)
+    check_metrics(metrics)
+    device = model.denoiser.device
+    model.codec.to(device)
+    setup = Setups(device).setup(
+        example_of(model),
+        model.class_names,
+        features=features,
+        reference=reference,
+        metrics=metrics,
+    )
+    # A measurement for each setting and seed: the same requests, so the same noise and classes.
+    rule = "all" if classes is None else classes
+    measurements: list[Measurement] = []
+    for name, chosen in settings.items():
+        how = chosen
+        if not isinstance(how, Settings):
+            how = Settings.of(
+                model, sampler=sampler, steps=steps, guidance=how, batch_size=batch_size
+            )
+        how.check(model)
+        setting = Setting(name)
+        cost = cost_of(model.denoiser, how.guidance, how.sampler, how.steps)
+        for number in range(seed, seed + seeds):
+            names = how.class_names(model)
+            requests = make_requests(num_images, number, classes, names)
+            request = {"seed": number, "classes": rule if isinstance(rule, str) else list(rule)}
+            pixels = identity_of(Pixels.of(model, how, _by_key(how.guidance), request))
+            images = ToDraw(model, how, requests, pixels, cost)
+            measurements.append(measurement(setting, images, setup, repeats))
+    base_name(measurements, against)
+    # Only now anything is drawn.
+    records = _measured(measurements, setup, progress)
+    return Comparison.of(measurements, records, against)
+
+
+def _check(settings: Mapping[str, object], *, seeds: int, repeats: int) -> None:
+    if not settings:
+        raise ValueError("settings={}: expected names with their guidance, such as {'plain': []}")
+    if seeds < 1:
+        raise ValueError(f"seeds={seeds}: expected a whole number, 1 or more")
+    if repeats < 0 or repeats == 1:
+        raise ValueError(f"repeats={repeats}: expected 0, or 2 or more")
+
+
+def _by_key(guidance: Sequence[Term]) -> dict[str, Term]:
+    """Return terms by their keys; of several with one key the later ones are numbered."""
+    named: dict[str, Term] = {}
+    for term in guidance:
+        key = getattr(type(term), "key", type(term).__name__)
+        count = sum(type(each) is type(term) for each in named.values())
+        named[f"{key}_{count + 1}" if count else key] = term
+    return named
+
+
+def _measured(
+    measurements: Sequence[Measurement], setup: Setup, progress: bool
+) -> dict[str, Record]:
+    """Draw and measure each set once, though two settings may come to the same images."""
+    records: dict[str, Record] = {}
+    bar = Bar()
+    try:
+        for number, each in enumerate(measurements, start=1):
+            if each.identity in records:
+                continue
+            images = each.images
+            assert isinstance(images, ToDraw)
+            measuring = Measuring(each, images.model.denoiser.device)
+            if progress:
+                text = f"{each.setting.name} ({number} of {len(measurements)})"
+                bar.begin(text, each.count)
+            # Rows of the next batch, which the bar moves by while it is drawn.
+            size = images.settings.batch_size
+            bar.begin_batch(min(size, each.count))
+            for batch in drawn(images.model, images.requests, images.settings, watch=bar.step):
+                measuring(batch)
+                bar.end_batch()
+            records[each.identity] = measuring.record()
+    finally:
+        bar.stop()
+    return records

@@ -1,9 +1,15 @@
-"""What a comparison leaves behind: JSON, CSV, a page, curves, and a logger's summary."""
+"""What a comparison leaves behind: JSON, CSV, a page with curves, and a logger's summary."""
 
 from __future__ import annotations
 
 import csv
+import html
+import json
+import math
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +18,10 @@ from numpy.typing import NDArray
 
 from sag_dit.files import atomic
 from sag_dit.output.folder import read_png
-from sag_dit.study.charts import Chart, charts
+from sag_dit.output.gallery import data_uri, flatten
+from sag_dit.study.charts import Chart, charts, places, write_plots
 from sag_dit.study.comparison import Comparison, changes
-from sag_dit.study.curves import write_curves
-from sag_dit.study.measuring import shot
-from sag_dit.study.plots import write_plots
+from sag_dit.study.measurement import shot
 from sag_dit.study.results import Metric, Result, flat_facts, write_json
 
 
@@ -33,7 +38,9 @@ def report(comparison: Comparison, out: Path, finished: Path, *, num: int, plots
     if plots:
         for file in write_plots(out, drawn, f"{caption}; {about}" if about else caption):
             print(f"curves: {file}")
-    return _page(out, comparison, drawn, [_shots(finished, result, num) for result in results])
+    return _write_page(
+        out, comparison, drawn, [_shots(finished, result, num) for result in results]
+    )
 
 
 def write_results(folder: Path, comparison: Comparison) -> tuple[Path, Path]:
@@ -56,7 +63,7 @@ def _shots(finished: Path, result: Result, num: int) -> list[NDArray[np.uint8]]:
     return [read_png(file) for file in files if file.exists()]
 
 
-def _page(
+def _write_page(
     out: Path,
     comparison: Comparison,
     drawn: Sequence[Chart],
@@ -68,11 +75,13 @@ def _page(
     what = str(facts.get("model") or facts.get("samples"))
     count = f"{len(results)} settings" if len(results) > 1 else results[0].name
     same = "Every setting starts from the same noise. " if "model" in facts else ""
+    # The protocol: facts that all results share.
     shared = {
         key: value
         for key, value in flat_facts(facts)
         if all(dict(flat_facts(each.facts)).get(key) == value for each in results)
     }
+    # What makes numbers less comparable, each said once though several results say it.
     notes = [text for result in results for text in result.warnings]
     for result in results:
         if result.expected is not None:
@@ -139,3 +148,66 @@ def log(logger: Any, results: Sequence[Result]) -> None:
     else:
         logger.log_metrics(numbers)
     logger.finalize("success")
+
+
+TINY = 128
+"""Images whose longer side is shorter are shown with hard pixels."""
+
+
+def write_curves(
+    folder: Path,
+    results: Sequence[Result],
+    metrics: Mapping[str, Metric],
+    charts: Sequence[Chart],
+    *,
+    images: Sequence[Sequence[NDArray[np.uint8]]],
+    remarks: Sequence[Sequence[str]],
+    title: str,
+    lead: str,
+    spread: str,
+    notes: Sequence[str],
+    settings: Mapping[str, object],
+) -> Path:
+    """Write ``index.html``, one file that needs no network, and return its path.
+
+    Beside each result stand its first ``images``, (H, W, 1 or 3), and ``remarks``. ``spread`` says
+    what stands behind ±; ``notes`` are warnings; ``settings`` is the protocol.
+    """
+    data = {
+        "lead": lead,
+        "spread": spread,
+        "notes": list(notes),
+        "settings": list(flatten(settings)),
+        "metrics": {
+            name: {**asdict(metric), "title": metric.title, "places": places(results, name)}
+            for name, metric in metrics.items()
+        },
+        "rows": [_row(*each) for each in zip(results, images, remarks, strict=True)],
+        "charts": [asdict(chart) for chart in charts],
+    }
+    # Inside a script element only "<" can end it; as an escape it means the same to JSON.
+    embedded = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    fields = {"data": embedded, "title": html.escape(title)}
+    template = resources.files("sag_dit.study").joinpath("curves.html").read_text("utf-8")
+    page = re.sub(r"\{\{(data|title)\}\}", lambda match: fields[match[1]], template)
+    file = folder / "index.html"
+    with atomic(file) as temporary:
+        temporary.write_bytes(page.encode("utf-8", "xmlcharrefreplace"))
+    return file
+
+
+def _row(
+    row: Result, images: Sequence[NDArray[np.uint8]], remarks: Sequence[str]
+) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "metrics": {name: _finite(value) for name, value in row.metrics.items()},
+        "spread": {name: _finite(value) for name, value in row.spread.items()},
+        "images": [data_uri(image) for image in images],
+        "tiny": all(max(image.shape[:2]) < TINY for image in images),
+        "notes": list(remarks),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

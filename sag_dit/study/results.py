@@ -135,7 +135,7 @@ class Result:
     deviations: Sequence[str] = ()
 
 
-def _number(value: float | None) -> float:
+def _or_nan(value: float | None) -> float:
     """Return a metric as a number: JSON keeps what is not finite as null."""
     return math.nan if value is None else value
 
@@ -152,7 +152,7 @@ def combine(name: str, axes: Mapping[str, Value], records: Mapping[str, Record])
     metrics, spread = dict(first.metrics), dict(first.spread)
     facts = dict(first.facts)
     if len(all_of) > 1:
-        values = {key: [_number(each.metrics[key]) for each in all_of] for key in first.metrics}
+        values = {key: [_or_nan(each.metrics[key]) for each in all_of] for key in first.metrics}
         metrics = {key: sum(each) / len(each) for key, each in values.items()}
         spread = {key: deviation(each) for key, each in values.items()}
         facts["seed"] = [each.facts.get("seed") for each in all_of]
@@ -188,7 +188,7 @@ def _change(result: Result, base: Result) -> dict[str, Any]:
     for name in result.metrics:
         if name not in base.metrics:
             continue
-        differences = [_number(a["metrics"][name]) - _number(b["metrics"][name]) for a, b in pairs]
+        differences = [_or_nan(a["metrics"][name]) - _or_nan(b["metrics"][name]) for a, b in pairs]
         error = deviation(differences) / math.sqrt(len(pairs))
         change[name] = (sum(differences) / len(pairs), error)
     return {"against": base.name, "change": change}
@@ -218,14 +218,14 @@ def flat_facts(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
     """Write values that JSON knows; a number that is not finite becomes null."""
     with atomic(file) as temporary:
-        text = json.dumps(plain(values), indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(json_values(values), indent=1, ensure_ascii=False, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def plain(value: Any) -> Any:
+def json_values(value: Any) -> Any:
     """Return JSON values; a number that is not finite is null."""
     if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): json_values(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
+        return [json_values(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,10 +15,7 @@ from sag_dit.checkpoints import Model
 from sag_dit.checkpoints.zoo import WEIGHTS_FOLDER, local_folders
 from sag_dit.data.digits import CLASS_NAMES as DIGITS
 from sag_dit.data.patches import CLASS_NAMES as PATCHES
-from sag_dit.evaluation.classifier import bundled_classifier
-from sag_dit.evaluation.dino import DINOv2
-from sag_dit.evaluation.features import FeatureExtractor
-from sag_dit.evaluation.inception import Inception
+from sag_dit.evaluation.features import FeatureExtractor, feature_networks
 from sag_dit.evaluation.reference import Reference, load_reference
 from sag_dit.evaluation.suite import GROUPS, METRICS, SMALL, Suite
 from sag_dit.study.results import Metric
@@ -28,14 +24,6 @@ Shape = tuple[int, ...]
 
 BUNDLED = {"digits": ((1, 8, 8), DIGITS), "patches": ((3, 32, 32), PATCHES)}
 """Features with a reference of their own: the images and the classes they are made for."""
-
-FEATURES: Mapping[str, Callable[[], FeatureExtractor]] = {
-    "digits": partial(bundled_classifier, "digits"),
-    "dinov2": DINOv2,
-    "inception": Inception,
-    "patches": partial(bundled_classifier, "patches"),
-}
-"""Feature networks by name, each with the weights that it finds itself."""
 
 ADM_FILES = {
     64: "VIRTUAL_imagenet64_labeled.npz",
@@ -154,23 +142,25 @@ class Setups:
     ) -> Setup:
         """Return what to measure images like ``example``, uint8 (1, c, h, w), with.
 
-        ``features`` is a network or the name of one in ``FEATURES``, ``reference`` a folder, an npz
-        or a split such as digits:report, ``metrics`` some of ``METRICS``. What is None is chosen by
-        the images: a bundled model's own network and reference, else Inception and ADM's file of
-        ImageNet, and all metrics that are possible.
+        ``features`` is a network or the name of one of ``feature_networks()``, ``reference`` a
+        folder, an npz or a split such as digits:report, ``metrics`` some of ``METRICS``. What is
+        None is chosen by the images: a bundled model's own network and reference, else Inception
+        and ADM's file of ImageNet, and all metrics that are possible.
 
         Raises:
             ValueError: weights or a reference that cannot be found, images that the features cannot
                 read, or metrics that features or reference do not allow.
         """
-        bundled = _bundled(tuple(example.shape[1:]), class_names)
+        # The network and the reference that are asked for, or else those that suit the images.
+        bundled = _bundled_features(tuple(example.shape[1:]), class_names)
         extractor = self._extractor(features or bundled or "inception")
         size = (example.shape[2], example.shape[3])
         if reference:
-            source = _stored(reference)
+            source = _located(reference)
         else:
             source = _default_reference(extractor.name, size, class_names)
         known = self._reference(source, extractor)
+        # One image tells what the network gives, which has to fit the reference.
         with torch.no_grad():
             seen = extractor(example.to(self._device))
         if known.pool is not None and seen.pool.shape[1] != known.pool.mean.numel():
@@ -178,6 +168,7 @@ class Setups:
                 f"{extractor.name} gives {seen.pool.shape[1]} features and {known.name} has "
                 f"{known.pool.mean.numel()}: expected the same; choose another reference"
             )
+        # All metrics that both allow, or those that are asked for, if they do.
         possible = [name for name, kind in METRICS.items() if kind.possible(seen, known)]
         wanted = possible if metrics is None else list(metrics)
         missing = [name for name in wanted if name not in possible]
@@ -191,14 +182,14 @@ class Setups:
 
     def _extractor(self, features: FeatureExtractor | str) -> FeatureExtractor:
         if isinstance(features, str):
-            if features not in FEATURES:
+            if features not in feature_networks():
                 raise ValueError(
-                    f"features={features}: expected one of {', '.join(FEATURES)}, or a "
-                    f"FeatureExtractor"
+                    f"features={features}: expected one of {', '.join(feature_networks())}, "
+                    f"or a FeatureExtractor"
                 )
             if features not in self._extractors:
                 try:
-                    self._extractors[features] = FEATURES[features]()
+                    self._extractors[features] = feature_networks()[features]()
                 except ValueError as error:
                     raise ValueError(f"features: {error}") from error
             features = self._extractors[features]
@@ -229,7 +220,7 @@ def _without(source: str, message: str) -> str:
     return message
 
 
-def _bundled(shape: Shape, class_names: Sequence[str]) -> str | None:
+def _bundled_features(shape: Shape, class_names: Sequence[str]) -> str | None:
     """Return the bundled features for such images; 8 x 8 grey ones of unknown class are digits."""
     for name, (images, classes) in BUNDLED.items():
         unknown = not class_names and name == "digits"
@@ -251,7 +242,7 @@ def _default_reference(features: str, size: tuple[int, int], class_names: Sequen
     return found
 
 
-def _stored(source: str) -> str:
+def _located(source: str) -> str:
     """Return a reference; one of ADM's, or another bare file name, may lie among the weights.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Watching a training run: speed, loss by noise level, and pictures."""
+"""Watching a training run: speed, loss by noise level, pictures, and metrics of drawn images."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.progress.tqdm_progress import TQDMProgressBar, convert_inf
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
@@ -17,10 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
 
 from sag_dit.checkpoints import Model, build
+from sag_dit.evaluation.suite import METRICS, Suite
 from sag_dit.files import atomic
 from sag_dit.guidance import Term
-from sag_dit.sampling import Request, Settings, draw_batch, labels_of
+from sag_dit.sampling import Request, Settings, draw_batch, drawn, labels_of
 from sag_dit.training.module import DiffusionModule
+from sag_dit.training.resume import best_checkpoint
 
 BINS = 4
 """The loss is logged for this many equal parts of the process, 0 being the least noise."""
@@ -101,12 +104,7 @@ class Speed(Callback):
         self._images, self._since = 0, time.perf_counter()
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Log the speed of the last so many steps."""
         self._images += len(batch[1]) * trainer.world_size
@@ -137,14 +135,7 @@ class LossByLevel(Callback):
         self._sums = torch.zeros(2, BINS)
         """Total and count per part, on the device of the losses, so that nothing waits for it."""
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Add a batch, and log now and then."""
         if not isinstance(pl_module, DiffusionModule) or pl_module.last_losses is None:
             return
@@ -192,14 +183,7 @@ class Previews(Callback):
         self._every, self._classes, self._seed = every_n_steps, classes, seed
         self._guidance, self._steps = tuple(guidance), steps
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Draw if it is time; all ranks do, since sharded weights need them all."""
         if _due(trainer, self._every) and isinstance(pl_module, DiffusionModule):
             self.draw(trainer, pl_module, trainer.global_step)
@@ -252,3 +236,54 @@ def _wandb_images(*images: torch.Tensor) -> list[Any]:
     import wandb
 
     return [wandb.Image(image.permute(1, 2, 0).squeeze().numpy()) for image in images]
+
+
+class TrackMetrics(Callback):
+    """Draws the same requests every ``every_n_steps`` steps on all ranks, and logs their metrics.
+
+    They are drawn with the averaged weights where there are any, logged as ``metrics/NAME``, and
+    left for checkpoint callbacks to monitor. Nothing of the training's own randomness is used.
+
+    Raises:
+        ValueError: no positive number of steps, or fewer than two requests.
+    """
+
+    def __init__(
+        self, suite: Suite, requests: Sequence[Request], settings: Settings, every_n_steps: int
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"track.every_n_steps={every_n_steps}: expected 1 or more")
+        if len(requests) < 2:
+            raise ValueError(f"track.num_images={len(requests)}: expected 2 or more")
+        self._suite, self._every = suite, every_n_steps
+        self._requests, self._settings = list(requests), settings
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Measure if it is time."""
+        if not _due(trainer, self._every):
+            return
+        if not isinstance(pl_module, DiffusionModule):
+            raise TypeError(f"{type(pl_module).__name__} cannot draw; expected a DiffusionModule")
+        found = self.measure(trainer, pl_module)
+        values = {f"metrics/{name}": value for name, value in found.items()}
+        # To the loggers directly: these steps need not be those at which training is logged.
+        for name, value in values.items():
+            pl_module.log(name, value, logger=False, rank_zero_only=False)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def measure(self, trainer: Trainer, module: DiffusionModule) -> dict[str, float]:
+        """Draw, and return the metrics of all ranks' images; every rank has to call this."""
+        suite = self._suite.to(module.device)
+        suite.reset()
+        rank, world = trainer.global_rank, trainer.world_size
+        with module.model_to_draw_with() as model:
+            for batch in drawn(model, self._requests, self._settings, rank=rank, world=world):
+                suite.update(batch.images, batch.indices)
+        return suite.compute()
+
+
+def best_by(metric: str, out: Path, every_n_steps: int) -> ModelCheckpoint:
+    """Return a callback that keeps the checkpoint with the best value of a tracked metric."""
+    mode = "max" if METRICS[metric].higher_is_better else "min"
+    return best_checkpoint(out, f"metrics/{metric}", f"best-{metric}", mode, every_n_steps)

@@ -72,15 +72,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
 
-def best_checkpoint(out: Path) -> ModelCheckpoint:
-    """Return a callback that keeps the checkpoint that is best on held-out images."""
+def best_checkpoint(
+    out: Path,
+    monitor: str = "val/loss",
+    name: str = "best",
+    mode: str = "min",
+    every_n_steps: int | None = None,
+) -> ModelCheckpoint:
+    """Return a callback that keeps the checkpoint that is best by what is logged as ``monitor``."""
     return ModelCheckpoint(
         dirpath=out / FOLDER,
-        filename="best-{step:08d}",
+        filename=f"{name}-{{step:08d}}",
         auto_insert_metric_name=False,
-        monitor="val/loss",
-        mode="min",
+        monitor=monitor,
+        mode=mode,
         save_top_k=1,
+        every_n_train_steps=every_n_steps,
         enable_version_counter=False,
     )
 
@@ -135,14 +142,7 @@ class LastCheckpoints(Checkpoint):
         if self._stopping:
             raise Stopped
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Agree with the other ranks whether to stop, and save unless validation follows first."""
         loop = trainer.fit_loop.epoch_loop
         if loop._should_accumulate():

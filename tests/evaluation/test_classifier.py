@@ -16,7 +16,7 @@ from benchmarks import classifiers
 from sag_dit.data.splits import read_split
 from sag_dit.evaluation.classifier import KINDS, SmallClassifier, bundled_classifier, convolutions
 from sag_dit.evaluation.features import Features
-from sag_dit.evaluation.statistics import Statistics, frechet_distance
+from sag_dit.evaluation.metrics import Statistics, frechet_distance
 from tests.closeness import assert_near
 
 SHA256 = {

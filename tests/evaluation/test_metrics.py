@@ -13,10 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sag_dit.evaluation import precision_recall as pr
-from sag_dit.evaluation.metrics import FrechetDistance, InceptionScore, Moments, PrecisionRecall
-from sag_dit.evaluation.statistics import Statistics, frechet_distance
-from sag_dit.evaluation.subsets import group_of
+from sag_dit.evaluation import metrics as pr
+from sag_dit.evaluation.metrics import (
+    FrechetDistance,
+    InceptionScore,
+    Moments,
+    PrecisionRecall,
+    Statistics,
+    frechet_distance,
+    group_of,
+)
 from tests.evaluation import formulas
 from tests.evaluation.formulas import made
 

@@ -169,7 +169,7 @@ def test_npz_of_something_else_is_refused(
 
 
 def test_npz_with_pickled_statistics_is_refused(tmp_path: Path) -> None:
-    from sag_dit.evaluation.npz import read_statistics
+    from sag_dit.evaluation.images import read_statistics
 
     file = write_npz(tmp_path / "set.npz", mu=np.array([{}, 1]), sigma=np.eye(2))
     with pytest.raises(ValueError, match="mu cannot be read"):

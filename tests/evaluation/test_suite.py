@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from sag_dit.evaluation.features import Features
-from sag_dit.evaluation.numerics import BACKENDS, exact
+from sag_dit.evaluation.features import BACKENDS, Features, exact, feature_networks
+from sag_dit.evaluation.metrics import InceptionScore, halves
 from sag_dit.evaluation.reference import Reference
-from sag_dit.evaluation.subsets import halves
-from sag_dit.evaluation.suite import METRICS, Suite
+from sag_dit.evaluation.suite import METRICS, MetricKind, Suite
 from tests.evaluation import formulas
 from tests.evaluation.making import Tiny, pixels, reference_of
 
@@ -50,6 +50,26 @@ def test_five_metrics_of_one_pass(reference: Reference) -> None:
         },
         rel=1e-6,
     )
+
+
+def test_a_metric_is_its_computation_and_a_kind(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Width(InceptionScore):
+        def value(self, groups: object = None) -> float:
+            return float(self.sums.shape[2] - 2)
+
+    kind = MetricKind(Width, "width", "pool", options=["split_size"])
+    monkeypatch.setitem(METRICS, "width", kind)  # type: ignore[arg-type]
+    found = filled(reference, metrics=["width", "is"], groups=4)
+    width = features(pixels(1, 1)).pool.shape[1]
+    assert found.compute()["width"] == width
+    assert found.confidence(2)["width"] == (width, 0)
+
+
+def test_networks_are_those_with_a_configuration() -> None:
+    folder = Path(__file__).parents[2] / "configs" / "features"
+    assert {*feature_networks(), "auto"} == {file.stem for file in folder.glob("*.yaml")}
 
 
 def test_batches_and_order_do_not_matter(reference: Reference) -> None:
@@ -181,7 +201,7 @@ def test_confidence_is_the_value_on_halves(reference: Reference) -> None:
     suite = filled(reference, metrics=("is",), groups=4, split_size=5_000)
     logits = features(pixels(100, 1)).logits
     assert logits is not None
-    from sag_dit.evaluation.subsets import group_of
+    from sag_dit.evaluation.metrics import group_of
 
     group = group_of(torch.arange(100), 4).numpy()
     values = [

@@ -18,7 +18,7 @@ from torch import Tensor
 import sag_dit
 from sag_dit.codec import VAECodec, to_pixels
 from sag_dit.data.requests import PendingRequests
-from sag_dit.evaluation.numerics import exact
+from sag_dit.evaluation.features import exact
 from sag_dit.guidance import CFG, SAG
 from sag_dit.sampler import SampleStep
 from sag_dit.sampling import Settings

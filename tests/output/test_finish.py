@@ -9,8 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sag_dit.output.finish import gallery_entries, log_gallery, write_manifest, write_npz
-from sag_dit.output.folder import SampleFolder, write_png, write_views
+from sag_dit.output.folder import (
+    SampleFolder,
+    gallery_entries,
+    log_gallery,
+    write_manifest,
+    write_npz,
+    write_png,
+    write_views,
+)
 from sag_dit.sampling import Request
 from sag_dit.traces import StepView
 

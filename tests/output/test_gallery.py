@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sag_dit.output.gallery import CELL, Entry, heat_colours, write_gallery
+from sag_dit.output.gallery import CELL, Pair, heat_colours, write_gallery
 from sag_dit.traces import StepView
 
 AWKWARD = "</script><script>alert('x')</script>, <b>\"été\" & 日本\n\u2028</b> {{data}}"
@@ -35,9 +35,9 @@ def view(index: int, height: int = 4, width: int = 4) -> StepView:
 
 def pair(
     index: int, size: tuple[int, int, int] = (8, 8, 1), label: str = "three", steps: int = 3
-) -> Entry:
+) -> Pair:
     views = tuple(view(step) for step in range(steps))
-    return Entry(index, 100 + index, label, image(index, *size), image(~index % 97, *size), views)
+    return Pair(index, 100 + index, label, image(index, *size), image(~index % 97, *size), views)
 
 
 def read(page: Path) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def test_pixels_come_back_exactly(tmp_path: Path, size: tuple[int, int, int]) ->
 
 def test_views_come_back(tmp_path: Path) -> None:
     seen = view(4, height=3, width=5)
-    entry = Entry(0, 2**63, "3", image(0, 8, 8, 1), image(1, 8, 8, 1), (seen,))
+    entry = Pair(0, 2**63, "3", image(0, 8, 8, 1), image(1, 8, 8, 1), (seen,))
     data = read(write_gallery(tmp_path, [entry], {}, "t"))
     assert data["entries"][0]["seed"] == str(2**63)
     (shown,) = data["entries"][0]["views"]
@@ -109,8 +109,8 @@ def test_views_come_back(tmp_path: Path) -> None:
 def test_difference_is_the_mean_absolute_one() -> None:
     black, white = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)
     white[:4] = 0
-    assert Entry(0, 0, "", white, black).difference == pytest.approx(127.5)
-    assert Entry(0, 0, "", black, white).difference == pytest.approx(127.5)
+    assert Pair(0, 0, "", white, black).difference == pytest.approx(127.5)
+    assert Pair(0, 0, "", black, white).difference == pytest.approx(127.5)
 
 
 def test_page_needs_nothing_but_itself(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_one_colour_scale_for_all_steps(tmp_path: Path) -> None:
         StepView(k, 2, 0.5, saliency, saliency > 1, 1.0)
         for k, saliency in enumerate((flat, strong))
     )
-    entry = Entry(0, 0, "", image(0, 8, 8, 1), image(1, 8, 8, 1), views)
+    entry = Pair(0, 0, "", image(0, 8, 8, 1), image(1, 8, 8, 1), views)
     first, second = read(write_gallery(tmp_path, [entry], {}, "t"))["entries"][0]["views"]
     assert (decode(first["heat"])[3] == decode(second["heat"])[3]).all()
     assert (decode(first["heat"])[0] != decode(second["heat"])[0]).any()
@@ -247,7 +247,7 @@ def test_no_entries(tmp_path: Path) -> None:
 )
 def test_images_of_another_form(guided: np.ndarray, unguided: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Entry(7, 0, "", guided, unguided)
+        Pair(7, 0, "", guided, unguided)
 
 
 def test_views_of_another_form() -> None:
@@ -262,7 +262,7 @@ def test_views_of_another_form() -> None:
 def test_blur_guidance_has_no_threshold(tmp_path: Path) -> None:
     everywhere = np.ones((4, 4), np.float32)
     seen = StepView(0, 1, 0.0, everywhere, everywhere > 0, -np.inf)
-    entry = Entry(0, 0, "", image(0, 8, 8, 1), image(1, 8, 8, 1), (seen,))
+    entry = Pair(0, 0, "", image(0, 8, 8, 1), image(1, 8, 8, 1), (seen,))
     data = read(write_gallery(tmp_path, [entry], {}, "t"))
     assert data["entries"][0]["views"][0]["threshold"] == 0
 

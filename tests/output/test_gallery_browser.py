@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sag_dit.output.gallery import Entry, write_gallery
+from sag_dit.output.gallery import Pair, write_gallery
 from sag_dit.traces import StepView
 
 playwright = pytest.importorskip(
@@ -35,7 +35,7 @@ def browser() -> Iterator[playwright.Browser]:
         opened.close()
 
 
-def entry(index: int, steps: int, size: tuple[int, int, int] = (8, 8, 1)) -> Entry:
+def entry(index: int, steps: int, size: tuple[int, int, int] = (8, 8, 1)) -> Pair:
     rng = np.random.default_rng(index)
     views = []
     for step in range(steps):
@@ -43,7 +43,7 @@ def entry(index: int, steps: int, size: tuple[int, int, int] = (8, 8, 1)) -> Ent
         saliency /= saliency.mean()
         views.append(StepView(10 * step, 30, 900.0 - step, saliency, saliency > 1, 1.0))
     guided, unguided = rng.integers(0, 256, (2, *size), dtype=np.uint8)
-    return Entry(index, index, LABEL, guided, unguided, tuple(views))
+    return Pair(index, index, LABEL, guided, unguided, tuple(views))
 
 
 class Opened:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from sag_dit.study.charts import charts, numeric_axes, places
-from sag_dit.study.curves import write_curves
+from sag_dit.study.report import write_curves
 from sag_dit.study.results import Metric, Result
 
 METRICS = {
@@ -138,7 +138,7 @@ def test_the_page_holds_numbers_charts_and_samples(tmp_path: Path) -> None:
 
 
 def test_plots_are_pictures_with_labelled_axes(tmp_path: Path) -> None:
-    from sag_dit.study import plots
+    from sag_dit.study import charts as plots
 
     rows = sweep()
     group = [chart for chart in charts(rows, METRICS) if chart.name == "trade_off"]

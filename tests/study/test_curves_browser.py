@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sag_dit.study.charts import charts
-from sag_dit.study.curves import write_curves
+from sag_dit.study.report import write_curves
 from sag_dit.study.results import Metric, Result
 
 playwright = pytest.importorskip(

@@ -11,8 +11,7 @@ import torch
 
 from sag_dit.checkpoints.formats import merged
 from sag_dit.models import DiT
-from sag_dit.training.finetune import freeze
-from sag_dit.training.lora import LoRA, add_adapters
+from sag_dit.training.finetune import LoRA, add_adapters, freeze
 
 MakeDiT = Callable[..., DiT]
 KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")

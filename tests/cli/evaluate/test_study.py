@@ -11,7 +11,7 @@ import sag_dit
 from sag_dit.guidance import CFG, SAG
 from sag_dit.sampler import Ancestral
 from sag_dit.sampling import Settings
-from sag_dit.study.results import plain
+from sag_dit.study.results import json_values
 
 Evaluate = Callable[..., Any]
 
@@ -39,7 +39,7 @@ def test_the_numbers_are_those_of_the_command(draw: Evaluate, small: Callable[..
         assert (mine.metrics, mine.spread) == (other["metrics"], other["spread"])
         assert {key: list(value) for key, value in mine.change.items()} == other["change"]
         assert list(mine.identities) == other["identities"]
-        assert plain(mine.facts) == other["facts"]
+        assert json_values(mine.facts) == other["facts"]
     assert comparison["cfg"].against == "plain"
 
 
@@ -81,6 +81,6 @@ def test_settings_may_differ_in_more_than_guidance(small: Callable[..., Any]) ->
 def test_misuse_is_told_before_anything_is_drawn(
     small: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], told: str
 ) -> None:
-    monkeypatch.setattr("sag_dit.study.comparing.drawn", None)
+    monkeypatch.setattr("sag_dit.study.comparison.drawn", None)
     with pytest.raises(ValueError, match=told):
         small(**{"settings": {"a": []}, **options})
