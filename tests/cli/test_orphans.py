@@ -10,22 +10,28 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 from tests.cli.conftest import ROOT
 
+Found = TypeVar("Found")
+
 DRAWING = ("ckpt=digits", "num_images=4000", "batch_size=4", "steps=50")
 TWO_RANKS = ("trainer.accelerator=cpu", "trainer.devices=2")
 
 
-def children(pid: int) -> list[int]:
-    """The processes that a process has started, zombies left out."""
+def ranks_of(pid: int) -> list[int]:
+    """The ranks that a process has started, zombies left out; other programs come and go."""
     listed = subprocess.run(
-        ["ps", "--ppid", str(pid), "-o", "pid=,stat="], capture_output=True, text=True, check=False
+        ["ps", "--ppid", str(pid), "-o", "pid=,stat=,args="],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    rows = [line.split() for line in listed.stdout.splitlines()]
-    return [int(row[0]) for row in rows if not row[1].startswith("Z")]
+    rows = [line.split(maxsplit=2) for line in listed.stdout.splitlines()]
+    return [int(row[0]) for row in rows if row[1][0] != "Z" and "sample.py" in row[2]]
 
 
 def alive(pid: int) -> bool:
@@ -35,13 +41,12 @@ def alive(pid: int) -> bool:
     return bool(state) and not state.startswith("Z")
 
 
-def wait_until(true: Callable[[], object], seconds: float) -> bool:
+def wait_for(found: Callable[[], Found], seconds: float) -> Found:
+    """Ask until there is something, and return it; in the end what there is then."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if true():
-            return True
+    while not (value := found()) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return False
+    return value
 
 
 @pytest.mark.slow
@@ -53,19 +58,19 @@ def test_a_rank_ends_with_rank_0(tmp_path: Path, moment: str) -> None:
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
-        assert wait_until(lambda: children(process.pid), 120)
+        ranks = wait_for(lambda: ranks_of(process.pid), 120)
+        assert ranks
         if moment == "while both draw":
             images = tmp_path / "two" / "images"
-            assert wait_until(lambda: len(list(images.glob("*.png"))) > 12, 120)
-        ranks = children(process.pid)
-        assert ranks
+            assert wait_for(lambda: len(list(images.glob("*.png"))) > 12, 120)
         process.kill()
         process.wait()
         # A rank that was only being started ends when it gets to our first line.
-        assert wait_until(lambda: not any(map(alive, ranks)), 15)
+        assert wait_for(lambda: not any(map(alive, ranks)), 15)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 STARTED = """
