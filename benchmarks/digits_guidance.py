@@ -93,7 +93,7 @@ def second_models(out: Path) -> list[str]:
     """Make what is not there yet, and return the rows of the methods that need it."""
     worse, classifier = out / "worse", out / "classifier.safetensors"
     if not (worse / "model.safetensors").is_file():
-        app.launch("train", train.run, [*LEARN, f"out={worse}"])
+        app.launch("train", train.run_train, [*LEARN, f"out={worse}"])
     if not classifier.is_file():
         fit_classifier(classifier)
     read = f"{{_target_: benchmarks.digits_guidance.read_classifier, path: {classifier}}}"
@@ -199,7 +199,7 @@ def main() -> None:
 
     def run(config: Evaluate) -> None:
         rows.update(config.compare or {})
-        evaluate.run(config)
+        evaluate.run_evaluate(config)
 
     print("python evaluate.py", *arguments, flush=True)
     app.launch("evaluate", run, arguments)

@@ -53,7 +53,7 @@ def fit(out: Path, *arguments: str) -> tuple[str, float]:
     print("python train.py", *command, flush=True)
     printed, start = io.StringIO(), time.process_time()
     with redirect_stdout(printed):
-        app.launch("train", train.run, [*command, *QUIET])
+        app.launch("train", train.run_train, [*command, *QUIET])
     return printed.getvalue(), time.process_time() - start
 
 

@@ -154,11 +154,11 @@ class Listed:
     found: Path | None
 
 
-def entries() -> list[Listed]:
+def listed() -> list[Listed]:
     """Return what can be loaded by name, and whether it is here; nothing is downloaded.
 
     Example:
-        >>> first = entries()[0]
+        >>> first = listed()[0]
         >>> first.entry.name, first.entry.resolution, first.found is not None
         ('digits', 8, True)
     """

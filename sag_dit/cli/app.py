@@ -31,6 +31,8 @@ KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 Run = Callable[[Any], None]
 """A command, which takes an instance of its schema."""
+Prepare = Callable[[str, Sequence[str]], Sequence[str]]
+"""(command, arguments) -> the arguments with those that the user did not state."""
 
 
 def _explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
@@ -105,6 +107,7 @@ def launch(
     run: Run,
     argv: Sequence[str] | None = None,
     entry: Sequence[str] = (),
+    prepare: Prepare | None = None,
 ) -> None:
     """Compose the configuration from the command line and run; never show a traceback for misuse.
 
@@ -115,6 +118,8 @@ def launch(
     end_with_parent()
     original = list(sys.argv)
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if prepare is not None:
+        arguments = list(prepare(config_name, arguments))
     # Hydra swallows exceptions unless told to show them; they are ours to explain.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:

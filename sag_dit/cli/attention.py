@@ -46,7 +46,7 @@ def gate_norms(denoiser: Denoiser) -> Iterator[Mapping[str, list[float]]]:
         yield norms
 
 
-def run(config: AttentionSheet) -> None:
+def run_attention(config: AttentionSheet) -> None:
     """Draw an image of each class, or of a prompt, unguided, and a sheet of what each layer saw.
 
     Raises:
@@ -99,5 +99,5 @@ def run(config: AttentionSheet) -> None:
             print(f"{layer.name:24} {gate} {layer.mask.mean():9.2f}")
 
 
-main = partial(launch, "attention", run)
+main = partial(launch, "attention", run_attention)
 """Run ``attention.py``, with the arguments of the command line unless others are given."""

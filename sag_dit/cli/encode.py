@@ -124,7 +124,7 @@ def progress_bar() -> Progress:
     )
 
 
-def run(config: Encode) -> None:
+def run_encode(config: Encode) -> None:
     """Encode what is missing; rank 0 then checks that all is there and writes the index."""
     quiet_lightning()
     from lightning.fabric import Fabric
@@ -186,5 +186,5 @@ def run(config: Encode) -> None:
     print(f"latents: {folder.path} ({index.images} images{left_out})")
 
 
-main = partial(launch, "encode", run)
+main = partial(launch, "encode", run_encode)
 """Run ``encode.py``, with the arguments of the command line unless others are given."""

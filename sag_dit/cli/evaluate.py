@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from sag_dit.cli.app import fail, launch, quiet_lightning
 from sag_dit.cli.composing import make, placed
 from sag_dit.cli.keys import Evaluate
-from sag_dit.cli.keys.key import plain
+from sag_dit.cli.keys.key import to_dict
 from sag_dit.cli.presets import with_presets
 from sag_dit.cli.rows import Configured, make_rows
 from sag_dit.cli.sweep import Choice, expand
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sag_dit.study.results import Record
 
 
-def check(config: Evaluate, rows: Sequence[Configured]) -> None:
+def check_rows(config: Evaluate, rows: Sequence[Configured]) -> None:
     """Refuse what cannot be meant, before anything is loaded.
 
     Raises:
@@ -49,7 +49,7 @@ def check(config: Evaluate, rows: Sequence[Configured]) -> None:
             raise ValueError("keep=true: images on disk are kept already; leave it out")
 
 
-def run(config: Evaluate, choices: Sequence[Choice] | None = None) -> None:
+def run_evaluate(config: Evaluate, choices: Sequence[Choice] | None = None) -> None:
     """Measure what has not been measured yet; rank 0 then writes and shows all results."""
     rows = make_rows(config, choices)
     quiet_lightning()
@@ -61,7 +61,7 @@ def run(config: Evaluate, choices: Sequence[Choice] | None = None) -> None:
     from sag_dit.training.predicting import Predictor
 
     # Everything is checked and put together on every rank before anything is drawn.
-    check(config, rows)
+    check_rows(config, rows)
     finished = Path(config.finished)
     predictor = Predictor(partial(make, config.trainer, "trainer"), finished, [LeaveWhenTold()])
     trainer = predictor.trainer
@@ -127,7 +127,7 @@ def _claim(measurement: Measurement, config: Evaluate) -> None:
     if isinstance(images, ToDraw) and images.folder is not None:
         sampler = own_sampler(config.sampler, images.model.denoiser.process)
         config = placed(replace(config, sampler=sampler), images.folder.path)
-        images.folder.claim(images.pixels, plain(config))
+        images.folder.claim(images.pixels, to_dict(config))
 
 
 def _name(measurements: Sequence[Measurement]) -> str:
@@ -161,11 +161,14 @@ def start(arguments: Sequence[str], entry: Sequence[str] = ()) -> None:
     def job(config: Evaluate) -> None:
         # Other ranks are started with the arguments as the user wrote them.
         sys.argv[1:] = [*entry, *arguments]
-        run(config, choices)
+        run_evaluate(config, choices)
 
     launch("evaluate", job, arguments if choices is None else choices[0].arguments, entry)
 
 
-def main(arguments: Sequence[str] | None = None, entry: Sequence[str] = ()) -> None:
+def start_with_presets(arguments: Sequence[str] | None = None, entry: Sequence[str] = ()) -> None:
     """Run ``evaluate.py``, with the arguments of the command line unless others are given."""
     start(with_presets("evaluate", sys.argv[1:] if arguments is None else arguments), entry)
+
+
+main = start_with_presets

@@ -37,7 +37,7 @@ def training_data(ckpt: str) -> str | None:
     return f"As the run's config.yaml says:\n\n```yaml\n{text}\n```"
 
 
-def run(config: Export) -> None:
+def run_export(config: Export) -> None:
     """Check what can be checked without the weights, load the model, and write it.
 
     Raises:
@@ -61,5 +61,5 @@ def run(config: Export) -> None:
     print(f"export: {done.path}{'' if done.fresh else ' (already there)'}")
 
 
-main = partial(launch, "export", run)
+main = partial(launch, "export", run_export)
 """Run ``export.py``, with the arguments of the command line unless others are given."""

@@ -43,7 +43,7 @@ def models() -> str:
     from sag_dit.checkpoints import zoo
 
     lines = [f"{'name':28} {'kind':12} {'pixels':>6} {'MB':>6}  {'licence':16} file"]
-    for each in zoo.entries():
+    for each in zoo.listed():
         entry = each.entry
         size = f"{entry.size / 1e6:,.0f}" if entry.size else "?"
         where = f"{each.found}" if each.found else f"not here: {entry.file or entry.repository}"

@@ -11,7 +11,7 @@ import torch
 from sag_dit.checkpoints import Model
 from sag_dit.cli.composing import make
 from sag_dit.cli.keys import Evaluate
-from sag_dit.cli.keys.key import plain, selected
+from sag_dit.cli.keys.key import selected, to_dict
 from sag_dit.cli.published import expected_of, otherwise
 from sag_dit.cli.rows import Configured
 from sag_dit.cli.sample import Plan, make_plan
@@ -80,7 +80,7 @@ def make_measurements(rows: Sequence[Configured], device: torch.device) -> list[
 
 def _plan(config: Evaluate, models: dict[str, Model]) -> Plan:
     # Settings that agree in what decides on the model share it.
-    values = plain(config)
+    values = to_dict(config)
     key = repr([selected(values, name) for name in determining("evaluate", "model")])
     # Kept images go where sample.py would draw them.
     plan = make_plan(config, config.num_images or MEASURED, None, models.get(key))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sag_dit.cli.keys import Draws, Text
-from sag_dit.cli.keys.key import plain
+from sag_dit.cli.keys.key import to_dict
 
 if TYPE_CHECKING:
     from sag_dit.checkpoints import Model
@@ -50,7 +50,7 @@ def _refuse_text(text: Text, ckpt: str) -> None:
     """
     from sag_dit.checkpoints import is_text
 
-    for name, value in plain(text).items():
+    for name, value in to_dict(text).items():
         # A text model without a prompt is told of that.
         if value not in (None, "") and not is_text(ckpt):
             raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from sag_dit.cli.composing import compose
 from sag_dit.cli.keys import Evaluate
-from sag_dit.cli.keys.key import keys_of, plain
+from sag_dit.cli.keys.key import keys_of, to_dict
 from sag_dit.cli.values import make_terms
 from sag_dit.evaluation.expected import Expected, differing
 
@@ -56,7 +56,7 @@ def otherwise(config: Evaluate, expected: Expected) -> list[str]:
 def _settings(config: Evaluate) -> dict[str, dict[str, Any]]:
     """Return what determines the images: the drawing, the sampler, and each term that is on."""
     drawing = {
-        key: plain(getattr(config, key))
+        key: to_dict(getattr(config, key))
         for key, (_, told) in keys_of(Evaluate).items()
         if told.published
     }

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sag_dit.cli.app import launch, quiet_lightning
 from sag_dit.cli.composing import make, placed
 from sag_dit.cli.keys import Guides, Sample
-from sag_dit.cli.keys.key import plain
+from sag_dit.cli.keys.key import to_dict
 from sag_dit.cli.models import load_model
 from sag_dit.cli.presets import with_presets
 from sag_dit.cli.values import (
@@ -104,7 +103,7 @@ def make_plan(config: Guides, num_images: int, out: str | None, model: Model | N
     return Plan(model, settings, requests, SampleFolder(path), pixels, stated)
 
 
-def run(config: Sample) -> None:
+def run_sample(config: Sample) -> None:
     """Draw what is missing; rank 0 then checks that all is there and writes what shows it."""
     from sag_dit.guidance import cost_of
 
@@ -122,7 +121,7 @@ def run(config: Sample) -> None:
         plan = replace(plan, maps=make_maps(config.attention, plan.model, how.steps, how.guidance))
     config = placed(replace(config, sampler=plan.sampler), plan.folder.path)
     cost = cost_of(plan.model.denoiser, how.guidance, how.sampler, how.steps)
-    plan.folder.claim(plan.pixels, {**plain(config), "cost": cost.plain()})
+    plan.folder.claim(plan.pixels, {**to_dict(config), "cost": cost.plain()})
     if not _is_launched_rank():
         print(f"cost: {cost}")
     # All ranks draw; rank 0 goes on once nothing is missing.
@@ -204,7 +203,5 @@ def _finish(config: Sample, plan: Plan) -> None:
     print(f"gallery: {page.resolve()}")
 
 
-def main(arguments: Sequence[str] | None = None, entry: Sequence[str] = ()) -> None:
-    """Run ``sample.py``, with the arguments of the command line unless others are given."""
-    given = sys.argv[1:] if arguments is None else arguments
-    launch("sample", run, with_presets("sample", given), entry)
+main = partial(launch, "sample", run_sample, prepare=with_presets)
+"""Run ``sample.py``, with the arguments of the command line unless others are given."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sag_dit.cli.app import launch, quiet_lightning
 from sag_dit.cli.composing import make, placed, refuse_strangers
 from sag_dit.cli.keys import Train
-from sag_dit.cli.keys.key import keys_of, mapping_of, plain
+from sag_dit.cli.keys.key import keys_of, mapping_of, to_dict
 from sag_dit.cli.run_identity import go_on_as_begun, identity, run_folder
 from sag_dit.cli.values import check_logger, make_terms, with_models
 
@@ -220,7 +220,7 @@ def make_trainer(config: Train, out: Path) -> Trainer:
     return trainer
 
 
-def run(config: Train) -> None:
+def run_train(config: Train) -> None:
     """Train, and export the weights that are to be sampled with."""
     if config.ckpt is None and config.model is None:
         raise ValueError(
@@ -239,7 +239,7 @@ def run(config: Train) -> None:
     base = None
     if config.ckpt:
         base, config = load_base(config)
-    out = run_folder(plain(config))
+    out = run_folder(to_dict(config))
     config = placed(go_on_as_begun(config, out), out)
     # The data, and a model that fits it.
     torch.set_float32_matmul_precision(config.matmul)
@@ -256,7 +256,7 @@ def run(config: Train) -> None:
     trainer.callbacks[:0] = trackers(config.track, model, out, trainer.strategy.root_device)  # type: ignore[attr-defined]
     data.rank_batch_size(trainer.world_size)
     # The folder is claimed, and a run that was begun there goes on.
-    settings = plain(config)
+    settings = to_dict(config)
     out.mkdir(parents=True, exist_ok=True)
     claim(out, identity(settings), settings, "a run")
     checkpoint, step = newest_checkpoint(out, module)
@@ -272,5 +272,5 @@ def run(config: Train) -> None:
         print(f"run: {out.resolve()}")
 
 
-main = partial(launch, "train", run)
+main = partial(launch, "train", run_train)
 """Run ``train.py``, with the arguments of the command line unless others are given."""

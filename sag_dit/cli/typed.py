@@ -12,7 +12,7 @@ import yaml
 
 from sag_dit.cli.composing import config_folder, refuse_strangers
 from sag_dit.cli.keys import COMMANDS
-from sag_dit.cli.keys.key import Key, is_open, keys_of, mapping_of, parts, plain, selected, walk
+from sag_dit.cli.keys.key import Key, is_open, keys_of, mapping_of, parts, selected, to_dict, walk
 
 HELP = ("-h", "--help")
 MULTIRUN = ("-m", "--multirun")
@@ -230,7 +230,7 @@ def check_added(command: str, config: Any, arguments: Sequence[str]) -> None:
     Raises:
         ValueError: the key, and those that are close.
     """
-    values = plain(config)
+    values = to_dict(config)
     for argument in arguments:
         path = argument.partition("=")[0].lstrip("+")
         parent, _, name = path.rpartition(".")

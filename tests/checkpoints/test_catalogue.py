@@ -29,7 +29,7 @@ def test_no_name_is_given_twice() -> None:
 
 @pytest.mark.parametrize("name", catalogue.entries("bundled"))
 def test_bundled_files_are_those_of_the_catalogue(name: str) -> None:
-    (listed,) = (each for each in zoo.entries() if each.entry.name == name)
+    (listed,) = (each for each in zoo.listed() if each.entry.name == name)
     assert listed.found is not None and listed.places == (str(listed.found),)
     content = listed.found.read_bytes()
     assert listed.entry.size == len(content)
@@ -44,7 +44,7 @@ def test_the_zoo_tells_where_it_looks_and_what_is_there(
     monkeypatch.setenv(zoo.WEIGHTS_FOLDER, "weights")
 
     def listed(name: str) -> zoo.Listed:
-        return next(each for each in zoo.entries() if each.entry.name == name)
+        return next(each for each in zoo.listed() if each.entry.name == name)
 
     before = listed("DiT-XL-2")
     assert before.found is None and before.entry.licence is None
@@ -66,4 +66,4 @@ def test_the_zoo_tells_where_it_looks_and_what_is_there(
     (folder / "config.json").write_text("{}")
     assert listed("sd-vae-ft-ema").found == Path("pretrained_models/sd-vae-ft-ema")
     assert zoo.locate_vae("ema") == Path("pretrained_models/sd-vae-ft-ema")
-    assert not any(each.entry.kind == "upsampler" for each in zoo.entries())
+    assert not any(each.entry.kind == "upsampler" for each in zoo.listed())

@@ -32,7 +32,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_sheet_of_every_layer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     launch(
         "attention",
-        attention.run,
+        attention.run_attention,
         ["classes=[3]", "steps=4", "attention.show=2", "attention.query=[0.9,0]", "out=seen"],
     )
     printed = capsys.readouterr().out
@@ -54,7 +54,7 @@ def test_sheet_of_every_layer(here: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_sheet_of_a_text_models_prompt(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.sd().save_pretrained(here / "text")
     asked = ["ckpt=text", "prompt=a corgi", "steps=2", "attention.show=1", "out=seen"]
-    launch("attention", attention.run, [*asked, "text.size=[16,32]"])
+    launch("attention", attention.run_attention, [*asked, "text.size=[16,32]"])
     assert "mid_block.attentions.0.transformer_blocks.0.attn1" in capsys.readouterr().out
     arrays = np.load("seen/000-prompt.npz")
     (name,) = (key for key in arrays.files if key.startswith("mid") and key.endswith("saliency"))
@@ -64,7 +64,7 @@ def test_sheet_of_a_text_models_prompt(here: Path, capsys: pytest.CaptureFixture
         assert sheet.width > 100
     for wrong, named in ((["classes=[0]"], "leave out either"), (["prompt=null"], "pass prompt=")):
         with pytest.raises(SystemExit):
-            launch("attention", attention.run, [*asked, *wrong])
+            launch("attention", attention.run_attention, [*asked, *wrong])
         assert named in capsys.readouterr().err
 
 
@@ -114,11 +114,11 @@ def test_maps_of_a_run_are_kept_later_too(
     asked = ["num_images=3", "steps=3", "out=run", "gallery.num=2", "batch_size=3"]
     # Beside CFG, SAG degrades the null branch, and the maps are the given class's.
     asked += ["cfg_scale=2", "guidance.sag.quantile=0.8", "guidance.sag.interval=[0.3,1]"]
-    launch("sample", sample.run, [*asked, "trainer.accelerator=cpu"])
+    launch("sample", sample.run_sample, [*asked, "trainer.accelerator=cpu"])
     assert not Path("run/attention").exists()
     files = [Path("run/images/000000.png"), Path("run/maps/000000.npz")]
     before = [file.read_bytes() for file in files]
-    launch("sample", sample.run, [*asked, "trainer.accelerator=cpu", "maps=true"])
+    launch("sample", sample.run_sample, [*asked, "trainer.accelerator=cpu", "maps=true"])
     assert "attention: run/attention" in capsys.readouterr().out
     kept = sorted(file.name for file in Path("run/attention").iterdir())
     assert kept == ["000000.npz", "000000.png", "000001.npz", "000001.png"]
@@ -138,7 +138,7 @@ def test_maps_without_a_gallery_are_refused(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["sample.py"])
     with pytest.raises(SystemExit):
-        launch("sample", sample.run, ["maps=true", "gallery.num=0", "ckpt=no-such-file"])
+        launch("sample", sample.run_sample, ["maps=true", "gallery.num=0", "ckpt=no-such-file"])
     assert "set gallery.num to how many" in capsys.readouterr().err
 
 
@@ -158,6 +158,6 @@ def test_maps_without_a_gallery_are_refused(
 )
 def test_refusals(capsys: pytest.CaptureFixture[str], asked: str, named: str) -> None:
     with pytest.raises(SystemExit):
-        launch("attention", attention.run, ["steps=4", asked])
+        launch("attention", attention.run_attention, ["steps=4", asked])
     assert named in capsys.readouterr().err
     assert not Path("outputs").exists()

@@ -46,7 +46,9 @@ def test_latents_of_the_emoji_train_a_model_that_draws(
         write_images(tmp_path / split, split, 1)  # type: ignore[arg-type]
         settings = [f"data.root={tmp_path / split}", f"out={tmp_path / 'latents' / split}"]
         settings += [f"vae={tmp_path / 'autoencoder'}", "data.size=64", "flip=false", "workers=0"]
-        launch("encode", encode.run, [*settings, "trainer.accelerator=cpu", "trainer.devices=1"])
+        launch(
+            "encode", encode.run_encode, [*settings, "trainer.accelerator=cpu", "trainer.devices=1"]
+        )
     latents = [f"data.root={tmp_path / 'latents' / 'train'}"]
     latents += [f"data.validation={tmp_path / 'latents' / 'tune'}"]
     outcome = in_process("train", "experiment=emoji", *latents, *SMALL, "out=run")

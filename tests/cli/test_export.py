@@ -26,14 +26,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run the command and return what it printed."""
-    launch("export", export.run, arguments)
+    launch("export", export.run_export, arguments)
     return capsys.readouterr().out
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run a command that fails, and return its error."""
     with pytest.raises(SystemExit) as stop:
-        launch("export", export.run, arguments)
+        launch("export", export.run_export, arguments)
     assert stop.value.code == 1
     return capsys.readouterr().err
 

@@ -37,7 +37,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     with pytest.MonkeyPatch.context() as patch:
         # The command sets it itself; here it must not stay set for other tests.
         patch.setenv("HYDRA_FULL_ERROR", "1")
-        launch("train", train.run, command)
+        launch("train", train.run_train, command)
     return folder
 
 

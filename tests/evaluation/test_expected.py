@@ -8,7 +8,7 @@ import pytest
 
 from sag_dit import catalogue
 from sag_dit.cli.composing import compose, config_folder
-from sag_dit.cli.keys.key import plain
+from sag_dit.cli.keys.key import to_dict
 from sag_dit.cli.published import expected_of as read
 from sag_dit.cli.values import make_terms
 from sag_dit.evaluation.expected import Expected, differing
@@ -171,7 +171,7 @@ def expected_of(config: Any) -> Expected:
 
 def test_evaluate_has_the_keys_of_sample() -> None:
     """So that whatever determines pixels there can be set here."""
-    sample, evaluate = (plain(compose(command)) for command in ("sample", "evaluate"))
+    sample, evaluate = (to_dict(compose(command)) for command in ("sample", "evaluate"))
     assert set(sample) - {"npz", "maps", "attention"} <= set(evaluate)
     scales = {key for key in sample if key.endswith("_scale")} - {"sag_scale"}
     assert scales

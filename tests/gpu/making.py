@@ -49,7 +49,7 @@ def differences(left: Tensor, right: Tensor) -> tuple[float, float]:
 
 def train_digits(out: Path, device: str, steps: int, *arguments: str) -> list[float]:
     """Run train.py on the digits in this process, and return the loss of every step it logged."""
-    train.run(
+    train.run_train(
         compose(
             "train",
             [

@@ -41,7 +41,7 @@ def trained(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> d
     """Run ``train.py`` here, and return the weights it leaves."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    launch("train", train_command.run, [*SMALL, *arguments, f"out={folder}"])
+    launch("train", train_command.run_train, [*SMALL, *arguments, f"out={folder}"])
     assert list((folder / "previews").glob("*.png"))
     return load_file(folder / "model.safetensors")
 

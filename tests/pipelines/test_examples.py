@@ -96,7 +96,7 @@ def test_a_text_model_from_python(folder: Path) -> None:
 
 def draw(*arguments: str) -> None:
     short = ["steps=2", "text.size=[16,16]", "sampler=euler_flow", "trainer.accelerator=cpu"]
-    app.launch("sample", cli.run, [*arguments, *short])
+    app.launch("sample", cli.run_sample, [*arguments, *short])
 
 
 def test_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,5 +129,5 @@ def test_misuse_is_told(
     folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        app.launch("sample", cli.run, arguments)
+        app.launch("sample", cli.run_sample, arguments)
     assert message in capsys.readouterr().err

@@ -128,11 +128,11 @@ def walk(
             yield from walk(inner, f"{prefix}{name}.", own)
 
 
-def plain(config: Any) -> Any:
+def to_dict(config: Any) -> Any:
     """Return a checked configuration as plain values, in the order in which it was composed."""
     if not isinstance(config, Closed):
         return config
-    return {name: plain(getattr(config, name)) for name in config.stated}
+    return {name: to_dict(getattr(config, name)) for name in config.stated}
 
 
 def substituted(value: Any, old: str, new: str) -> Any:

@@ -62,7 +62,7 @@ def command(
         capsys.readouterr()
         given = (f"data.root={root}", f"vae={vae}", f"out={out}", "rows=4", *SETTINGS, *arguments)
         try:
-            launch("encode", encode.run, given)
+            launch("encode", encode.run_encode, given)
         except SystemExit as stop:
             code = int(str(stop.code))
         printed = capsys.readouterr()

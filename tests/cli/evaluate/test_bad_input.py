@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sag_dit.cli.composing import changed
-from sag_dit.cli.evaluate import run
+from sag_dit.cli.evaluate import run_evaluate
 from sag_dit.cli.keys import Evaluate as Keys
 
 Evaluate = Callable[..., Any]
@@ -79,7 +79,7 @@ def test_values(
     monkeypatch.setattr("torch.hub.download_url_to_file", _no_network)
     monkeypatch.setattr("sag_dit.training.module.DiffusionModule.predict_step", _no_drawing)
     with pytest.raises(ValueError, match=told):
-        run(changed("evaluate", defaults, values))
+        run_evaluate(changed("evaluate", defaults, values))
     assert not (tmp_path / "outputs").exists()
 
 

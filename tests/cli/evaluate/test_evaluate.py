@@ -187,7 +187,7 @@ def test_kept_images_are_those_of_sample_and_are_read_back(
         ]
         assert shots[0].read_bytes() == shots[1].read_bytes() == kept[name]
 
-    launch("sample", sample_command.run, [
+    launch("sample", sample_command.run_sample, [
         *("ckpt=digits", "steps=2", "num_images=30", "batch_size=15", "gallery.num=0"),
         *("trainer.accelerator=cpu", "cfg_scale=1.5", "sag_scale=0", "npz=true"),
     ])  # fmt: skip

@@ -68,12 +68,12 @@ def make() -> None:
     """Run every command half way, in the working directory."""
     runs = {}
     for name, arguments in TRAINED.items():
-        launch("train", train.run, [*arguments, "max_steps=2"])
+        launch("train", train.run_train, [*arguments, "max_steps=2"])
         (runs[name],) = map(str, Path("outputs/train").glob(f"{name}-*"))
     places = {}
     for name, arguments in DRAWN.items():
         before = set(Path("outputs").glob("sample/*"))
-        launch("sample", sample.run, [*named(arguments, runs), "num_images=2"])
+        launch("sample", sample.run_sample, [*named(arguments, runs), "num_images=2"])
         (place,) = set(Path("outputs").glob("sample/*")) - before
         places[name] = str(place)
     for arguments in (SWEPT, FOUR_METRICS):

@@ -17,7 +17,7 @@ import yaml
 
 from sag_dit.cli import evaluate
 from sag_dit.cli.composing import compose
-from sag_dit.cli.keys.key import plain
+from sag_dit.cli.keys.key import to_dict
 from sag_dit.cli.measurements import make_measurements
 from sag_dit.cli.rows import make_rows
 from sag_dit.cli.run_identity import run_folder
@@ -273,7 +273,7 @@ def test_folders_of_images_keep_their_names(places: dict[str, str], number: int)
 @pytest.mark.parametrize("number", range(len(NAMED["train"])))
 def test_folders_of_training_runs_keep_their_names(number: int) -> None:
     config = compose("train", NAMED["train"][number])
-    assert str(run_folder(plain(config))) == NAMES["train"][number]
+    assert str(run_folder(to_dict(config))) == NAMES["train"][number]
 
 
 @pytest.mark.parametrize("number", range(len(NAMED["evaluate"])))
