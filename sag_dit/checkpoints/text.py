@@ -157,7 +157,7 @@ class _Encoder:
         try:
             return made.from_pretrained(
                 self.folder,
-                variant=_variant(files.weights_files(self.folder / self.part)[0]),
+                variant=_precision_variant(files.weights_files(self.folder / self.part)[0]),
                 local_files_only=True,
                 **left_out,
             )
@@ -181,7 +181,7 @@ def _network(folder: Path, name: str) -> nn.Module:
     try:
         network, report = getattr(diffusers, name).from_pretrained(
             folder,
-            variant=_variant(weights[0]),
+            variant=_precision_variant(weights[0]),
             use_safetensors=weights[0].suffix == ".safetensors",
             # Else memory for the initial values stands beside that for the weights.
             low_cpu_mem_usage=find_spec("accelerate") is not None,
@@ -204,7 +204,7 @@ def _network(folder: Path, name: str) -> nn.Module:
     return built
 
 
-def _variant(weights: Path) -> str | None:
+def _precision_variant(weights: Path) -> str | None:
     """Read fp16 from diffusion_pytorch_model.fp16.safetensors, or from ...fp16-00001-of-00002..."""
     _, *between, _ = weights.name.split(".")
     return between[0].split("-")[0] if between else None

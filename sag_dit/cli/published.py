@@ -46,7 +46,7 @@ def otherwise(config: Evaluate, expected: Expected) -> list[str]:
         first, second = stated.get(part, {}), ours.get(part, {})
         # Which sampler and terms there are, and the scales, the protocol says in a word.
         named = part.partition(".")[0] in expected.protocol
-        if named and _kind(part, first) != _kind(part, second):
+        if named and _told_apart(part, first) != _kind(part, second):
             continue
         known = {*expected.protocol, *([f"{part}.scale"] if named else [])}
         told += differing(_flat(part, first, known), _flat(part, second, known))
@@ -67,7 +67,7 @@ def _settings(config: Evaluate) -> dict[str, dict[str, Any]]:
     return {"": drawing, "sampler": config.sampler} | guidance
 
 
-def _kind(part: str, settings: Mapping[str, Any]) -> Any:
+def _told_apart(part: str, settings: Mapping[str, Any]) -> Any:
     """Return what the protocol's word tells apart: samplers by class, a term by being there."""
     return settings.get("_target_") if part == "sampler" else bool(settings)
 

@@ -25,7 +25,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         _drop(values, key)
     for key, value in later_keys("train").items():
         _drop(values, key, value)
-    named: dict[str, Any] = _named(plain(values))
+    named: dict[str, Any] = _with_names(plain(values))
     return named
 
 
@@ -45,13 +45,13 @@ def _drop(values: dict[str, Any], key: str, value: Any = ANY) -> None:
         del values[name]
 
 
-def _named(value: Any) -> Any:
+def _with_names(value: Any) -> Any:
     """Return values with every ``_target_`` by its key, and without what it takes since later."""
     if isinstance(value, list):
-        return [_named(each) for each in value]
+        return [_with_names(each) for each in value]
     if not isinstance(value, Mapping):
         return value
-    values = {name: _named(each) for name, each in value.items()}
+    values = {name: _with_names(each) for name, each in value.items()}
     target = values.get("_target_")
     if not isinstance(target, str):
         return values
