@@ -46,7 +46,7 @@ def otherwise(config: Evaluate, expected: Expected) -> list[str]:
         first, second = stated.get(part, {}), ours.get(part, {})
         # Which sampler and terms there are, and the scales, the protocol says in a word.
         named = part.partition(".")[0] in expected.protocol
-        if named and _told_apart(part, first) != _kind(part, second):
+        if named and _told_apart(part, first) != _told_apart(part, second):
             continue
         known = {*expected.protocol, *([f"{part}.scale"] if named else [])}
         told += differing(_flat(part, first, known), _flat(part, second, known))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
+from hydra._internal.utils import get_args_parser
 
 from sag_dit.cli.composing import config_folder, refuse_strangers
 from sag_dit.cli.keys import COMMANDS
@@ -17,12 +19,13 @@ from sag_dit.cli.keys.key import Key, is_open, keys_of, mapping_of, parts, selec
 HELP = ("-h", "--help")
 MULTIRUN = ("-m", "--multirun")
 OTHER_CONFIGS = ("-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name")
-VALUED = (*OTHER_CONFIGS, "-c", "--cfg", "-p", "--package", "--experimental-rerun")
-"""Flags of Hydra that a value follows."""
-SWITCHES = (
-    *(*HELP, *MULTIRUN, "--hydra-help", "--version", "--resolve", "-r", "--run"),
-    *("-sc", "--shell-completion", "-i", "--info"),
-)
+
+
+@cache
+def _values_after_flags() -> Mapping[str, int | str | None]:
+    """Flag of Hydra -> how many values follow, in argparse's words: 0, "?" or None for one."""
+    actions = get_args_parser()._actions
+    return {flag: action.nargs for action in actions for flag in action.option_strings}
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -42,11 +45,12 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             keys.append(argument)
             continue
         name, separator, value = argument.partition("=")
-        if name not in VALUED and name not in SWITCHES:
+        if name not in _values_after_flags():
             raise _not_a_flag(name, value or next(iter(rest), ""))
         flags.append(argument)
-        # The value of --info may be left out; it is a word, never KEY=VALUE.
-        follows = name in VALUED or (name in ("-i", "--info") and "=" not in "".join(rest[:1]))
+        # A value that may be left out, as of --info, is a word, never KEY=VALUE.
+        values = _values_after_flags()[name]
+        follows = values is None or (values == "?" and "=" not in "".join(rest[:1]))
         if follows and not separator and rest:
             flags.append(rest.pop(0))
     return keys, flags
