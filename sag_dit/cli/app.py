@@ -20,7 +20,13 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from sag_dit.cli.composing import checked, config_folder, quoted, unresolved
+from sag_dit.cli.composing import (
+    checked,
+    config_folder,
+    drop_strangers,
+    for_hydra,
+    unresolved,
+)
 from sag_dit.cli.help import help_text
 from sag_dit.cli.orphans import end_with_parent
 from sag_dit.cli.schema import nearest
@@ -139,6 +145,7 @@ def launch(
         own = [*others, *HydraConfig.get().overrides.task] if swept else arguments
         sys.argv[:] = [original[0], *entry, *own]
         try:
+            drop_strangers(config, keys)
             typed = dict(key.lstrip("+").split("=", 1) for key in keys if "=" in key)
             values = checked(config_name, config, typed)
             check_added(config_name, values, keys)
@@ -148,7 +155,7 @@ def launch(
                 raise
             fail(str(error))
 
-    sys.argv[1:] = [*flags, *(quoted(key) for key in keys)]
+    sys.argv[1:] = [*flags, *for_hydra(keys)]
     try:
         with leaving_when_told():
             hydra.main(

@@ -55,6 +55,7 @@ def run_attention(config: AttentionSheet) -> None:
     import torch
 
     from sag_dit.output.folder import pixels, write_arrays, write_sheet
+    from sag_dit.sampler import Sampler
     from sag_dit.sampling import Request, Settings, draw_batch, labels_of
 
     # Where to compute, and what to draw there.
@@ -69,7 +70,7 @@ def run_attention(config: AttentionSheet) -> None:
     if config.prompt is not None and config.classes is not None:
         raise ValueError("classes: a text model draws its prompt; leave out either")
     model = load_model(config)
-    sampler = make(own_sampler(config.sampler, model.denoiser.process), "sampler")
+    sampler = make(own_sampler(config.sampler, model.denoiser.process), "sampler", Sampler)
     classes = config.classes
     listed = classes if isinstance(classes, list) else [0 if classes is None else classes]
     labels = labels_of(listed, model.class_names)

@@ -19,7 +19,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sag_dit.cli.keys.key import Closed, substituted
@@ -101,11 +101,48 @@ def _literal(value: Any) -> Any:
     return [_literal(each) for each in value] if isinstance(value, list) else value
 
 
+def own_targets(arguments: Sequence[str]) -> set[str]:
+    """Return the mappings whose ``_target_`` the arguments name, by their paths."""
+    keys = (argument.partition("=")[0].lstrip("+") for argument in arguments)
+    return {key.removesuffix("._target_") for key in keys if key.endswith("._target_")}
+
+
+def for_hydra(arguments: Sequence[str]) -> list[str]:
+    """Return arguments as Hydra takes them: free text in quotes, a target's own keys added.
+
+    Hydra refuses keys that stand in no file, which those of the user's own class never do.
+    """
+    own = own_targets(arguments)
+    made = []
+    for argument in map(quoted, arguments):
+        mine = argument.partition("=")[0].rpartition(".")[0] in own
+        made.append(f"++{argument}" if mine and argument[0] not in "+~" else argument)
+    return made
+
+
+def drop_strangers(config: DictConfig, arguments: Sequence[str]) -> None:
+    """Drop what files say of a mapping whose class the user has replaced, where it takes no such.
+
+    What the user states stays, and is refused later.
+    """
+    stated = {argument.partition("=")[0].lstrip("+") for argument in arguments}
+    for path in own_targets(arguments):
+        node = OmegaConf.select(config, path)
+        takes = arguments_of(str(node["_target_"]))
+        kept = {*stated, *(f"{path}.{name}" for name in takes or node)}
+        with open_dict(node):
+            for name in map(str, list(node)):
+                if f"{path}.{name}" not in kept and not name.startswith("_"):
+                    del node[name]
+
+
 def _composed(command: str, arguments: Sequence[str]) -> DictConfig:
     # Within a command Hydra has begun, with the folders that the user named.
     begun, folder = GlobalHydra.instance().is_initialized(), str(config_folder())
     with nullcontext() if begun else hydra.initialize_config_dir(folder, version_base="1.3"):
-        return hydra.compose(command, [quoted(argument) for argument in arguments])
+        config = hydra.compose(command, for_hydra(arguments))
+    drop_strangers(config, arguments)
+    return config
 
 
 def unresolved(command: str, arguments: Sequence[str] = ()) -> dict[str, Any]:
@@ -146,6 +183,7 @@ def changed(command: str, config: C, changes: Mapping[str, Any]) -> C:
             OmegaConf.update(composed, key, _literal(value), force_add=True)
         except OmegaConfBaseException as error:
             raise ValueError(f"{key}: {error}") from error
+    drop_strangers(composed, [*changes])
     found: C = checked(command, composed)
     return found
 
@@ -182,13 +220,15 @@ def placed(config: C, folder: Path) -> C:
     return replace(config, out=str(folder), **changed)  # type: ignore[call-arg]
 
 
-def make(values: Mapping[str, Any], where: str, **more: Any) -> Any:
+def make(values: Mapping[str, Any], where: str, kind: type = object, **more: Any) -> Any:
     """Build the object that ``_target_`` names from the other values, lists and mappings plain.
 
-    ``where`` is the key at which they stand, for the message. ``more`` are arguments beside them.
+    ``where`` is the key at which they stand, for the message. ``kind`` is what it has to be.
+    ``more`` are arguments beside them.
 
     Raises:
-        ValueError: there is no such thing, it takes no such argument, or it refuses a value.
+        ValueError: there is no such thing, it takes no such argument, it refuses a value, or it
+            makes something of another kind.
 
     Example:
         >>> make({"_target_": "sag_dit.guidance.CFG", "scale": 2.0}, "guidance.cfg").scale
@@ -197,17 +237,28 @@ def make(values: Mapping[str, Any], where: str, **more: Any) -> Any:
     for path, node in _targets(values, where):
         refuse_strangers(path, [str(node["_target_"])], set(map(str, node)))
     try:
-        return hydra.utils.instantiate(_literal(values), **_literal(more), _convert_="all")
+        made = hydra.utils.instantiate(_literal(values), **_literal(more), _convert_="all")
     except InstantiationException as error:
         inside = re.search(r"\nfull_key: (.+)$", str(error))
         path = f"{where}.{inside[1]}" if inside else where
         cause = error.__cause__
+        if missing := re.search(r"No module named '([^']+)'", f"{error} {cause}"):
+            raise ValueError(
+                f"{path}._target_={values.get('_target_')}: there is no module {missing[1]}; start "
+                f"Python where its file lies, or put that folder on PYTHONPATH"
+            ) from error
         if isinstance(cause, TypeError):
             raise ValueError(f"{path}: {values.get('_target_')}: {cause}") from error
         if cause is not None:
             raise ValueError(f"{path}: {cause}") from error
         told = str(error).partition("\n")[0].partition(", set env var HYDRA")[0]
         raise ValueError(f"{path}: {told}") from error
+    if not isinstance(made, kind):
+        raise ValueError(
+            f"{where}: {values['_target_']} makes a {type(made).__name__}; expected a subclass of "
+            f"{kind.__module__}.{kind.__qualname__}"
+        )
+    return made
 
 
 def _targets(value: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -223,6 +274,17 @@ def _targets(value: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield from _targets(each, f"{path}.{name}")
 
 
+def arguments_of(target: str) -> set[str] | None:
+    """Return what a class or function takes by name; None if anything, or if there is none such."""
+    try:
+        parameters = inspect.signature(resolve_name(target)).parameters.values()
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return None  # It is told when it is made.
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return None
+    return {each.name for each in parameters}
+
+
 def refuse_strangers(path: str, targets: Sequence[str], names: Iterable[str]) -> None:
     """Refuse keys of an open mapping that none of its targets takes.
 
@@ -231,13 +293,10 @@ def refuse_strangers(path: str, targets: Sequence[str], names: Iterable[str]) ->
     """
     takes: set[str] = set()
     for target in targets:
-        try:
-            parameters = inspect.signature(resolve_name(target)).parameters.values()
-        except (ImportError, AttributeError, ValueError, TypeError):
-            return  # It is told when it is made.
-        if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        own = arguments_of(target)
+        if own is None:
             return
-        takes |= {each.name for each in parameters}
+        takes |= own
     for name in names:
         if targets and name not in takes and not name.startswith("_"):
             told = f"{' and '.join(targets)} take{'s' * (len(targets) == 1)}"

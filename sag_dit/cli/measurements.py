@@ -116,13 +116,7 @@ def make_features(node: Any, networks: dict[str, FeatureExtractor]) -> FeatureEx
         )
     key = repr(node)
     if key not in networks:
-        made = make(node, "features")
-        if not isinstance(made, FeatureExtractor):
-            raise ValueError(
-                f"features: {node['_target_']} makes a {type(made).__name__}; expected a "
-                f"subclass of sag_dit.evaluation.features.FeatureExtractor"
-            )
-        networks[key] = made
+        networks[key] = make(node, "features", FeatureExtractor)
     return networks[key]
 
 

@@ -63,15 +63,16 @@ def make_plan(config: Guides, num_images: int, out: str | None, model: Model | N
     from sag_dit.checkpoints import is_text
     from sag_dit.data.requests import make_requests, read_requests, renumbered
     from sag_dit.output.folder import SampleFolder
+    from sag_dit.sampler import Sampler
     from sag_dit.sampling import Pixels, Settings
 
     check_requests(config)
     guidance = make_terms(config.guidance)
     if not is_auto(config.sampler):
-        make(config.sampler, "sampler")  # Before a model is loaded.
+        make(config.sampler, "sampler", Sampler)  # Before a model is loaded.
     model = model or load_model(config, config.requests)
     stated = own_sampler(config.sampler, model.denoiser.process)
-    sampler = make(stated, "sampler")
+    sampler = make(stated, "sampler", Sampler)
     guidance = with_models(guidance)
     settings = Settings(
         sampler=sampler,

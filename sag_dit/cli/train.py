@@ -231,6 +231,7 @@ def run_train(config: Train) -> None:
 
     from sag_dit.cli.stopping import ending_together
     from sag_dit.cli.tracking import trackers
+    from sag_dit.data.training_batches import StepData
     from sag_dit.output.claim import claim
     from sag_dit.training.resume import export_run, newest_checkpoint
 
@@ -244,7 +245,7 @@ def run_train(config: Train) -> None:
     # The data, and a model that fits it.
     torch.set_float32_matmul_precision(config.matmul)
     torch.manual_seed(config.seed)
-    data = make(config.data, "data")
+    data = make(config.data, "data", StepData)
     told = ""
     if base is None:
         model = make_model(config, data)

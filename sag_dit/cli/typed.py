@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from hydra._internal.utils import get_args_parser
 
-from sag_dit.cli.composing import config_folder, refuse_strangers
+from sag_dit.cli.composing import config_folder, own_targets, refuse_strangers
 from sag_dit.cli.keys import COMMANDS
 from sag_dit.cli.keys.key import Key, is_open, keys_of, mapping_of, parts, selected, to_dict, walk
 
@@ -234,11 +234,12 @@ def check_added(command: str, config: Any, arguments: Sequence[str]) -> None:
     Raises:
         ValueError: the key, and those that are close.
     """
-    values = to_dict(config)
+    values, own = to_dict(config), own_targets(arguments)
     for argument in arguments:
         path = argument.partition("=")[0].lstrip("+")
         parent, _, name = path.rpartition(".")
-        node = selected(values, parent) if argument.startswith("+") and parent else None
+        added = argument.startswith("+") or parent in own
+        node = selected(values, parent) if added and parent else None
         if not isinstance(node, Mapping):
             continue
         found = known(command, parent)

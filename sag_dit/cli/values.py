@@ -108,13 +108,7 @@ def make_terms(guidance: Mapping[str, Any], where: str = "guidance") -> dict[str
             raise ValueError(
                 f"{where}.{name}={node!r}: expected a mapping with _target_, the class of a term"
             )
-        term = make(node, f"{where}.{name}")
-        if not isinstance(term, Term):
-            raise ValueError(
-                f"{where}.{name}: {node['_target_']} is no guidance method; expected a subclass "
-                f"of sag_dit.guidance.Term"
-            )
-        terms[name] = term
+        terms[name] = make(node, f"{where}.{name}", Term)
     return terms
 
 
