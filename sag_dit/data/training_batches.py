@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import count
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sag_dit.noise import generator
+
+if TYPE_CHECKING:
+    from sag_dit.checkpoints import Model
 
 SHUFFLE = 2
 """Purpose of the random streams that order the data, see :func:`sag_dit.noise.generator`."""
@@ -183,9 +186,20 @@ class StepData(LightningDataModule, ABC):
 
     Example::
 
-        data = Digits(batch_size=64)  # one of its subclasses
-        for images, labels in data.train_dataloader():
-            module.training_step((images, labels), 0)
+        class Discs(StepData):
+            key, class_names, channels = "discs", ("small", "large"), 1
+
+            def __init__(self, count=200, batch_size=16):
+                super().__init__(batch_size=batch_size, seed=0, flip=False, workers=0)
+                self.count = count
+
+            @property
+            def dataset(self):
+                return DiscImages(self.count)  # has __getitems__(batch: Batch)
+
+            @property
+            def held_out_images(self):
+                return np.arange(self.count) % 10 == 0
     """
 
     class_names: tuple[str, ...]
@@ -203,12 +217,26 @@ class StepData(LightningDataModule, ABC):
     @property
     @abstractmethod
     def dataset(self) -> Dataset[Any]:
-        """What serves a :class:`Batch`."""
+        """What serves a :class:`Batch`.
+
+        Its ``__getitems__`` returns uint8 images (b, c, h, w) and labels (b).
+        """
 
     @property
     @abstractmethod
     def held_out_images(self) -> NDArray[np.bool_]:
         """Which images are held out."""
+
+    def check(self, model: Model) -> None:
+        """Refuse a model that does not draw such images of as many classes.
+
+        Raises:
+            ValueError: what does not fit.
+        """
+        channels = model.denoiser.latent_shape[0]
+        if channels != self.channels:
+            raise ValueError(f"the data has {self.channels} channels and the model {channels}")
+        check_classes(len(self.class_names), model.class_conditional.num_classes)
 
     @property
     def training_images(self) -> Indices:

@@ -30,12 +30,13 @@ class Metric:
     """How a metric is called, and whether more of it is better."""
 
     label: str
-    higher: bool
+    higher: bool | None
 
     @property
     def title(self) -> str:
         """The label with the direction of the better."""
-        return f"{self.label} {'↑' if self.higher else '↓'}"
+        arrow = {True: " ↑", False: " ↓", None: ""}[self.higher]
+        return f"{self.label}{arrow}"
 
 
 @dataclass(frozen=True)

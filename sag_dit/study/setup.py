@@ -17,7 +17,7 @@ from sag_dit.data.digits import CLASS_NAMES as DIGITS
 from sag_dit.data.patches import CLASS_NAMES as PATCHES
 from sag_dit.evaluation.features import FeatureExtractor, feature_networks
 from sag_dit.evaluation.reference import Reference, load_reference
-from sag_dit.evaluation.suite import GROUPS, METRICS, SMALL, Suite
+from sag_dit.evaluation.suite import GROUPS, METRICS, SMALL, Suite, metric_kind
 from sag_dit.study.results import Metric
 
 Shape = tuple[int, ...]
@@ -84,8 +84,8 @@ class Setup:
         """Return what the metrics are called with these features."""
         network = self.extractor.name
         return {
-            name: Metric(METRICS[name].label_with(network), METRICS[name].higher_is_better)
-            for name in self.metrics
+            name: Metric(kind.label_with(network), kind.higher_is_better)
+            for name, kind in zip(self.metrics, map(metric_kind, self.metrics), strict=True)
         }
 
 
@@ -108,13 +108,13 @@ def check_metrics(metrics: Sequence[str] | None) -> None:
         return
     if isinstance(metrics, str):
         raise ValueError(f"metrics={metrics}: expected a list, such as metrics=[{metrics}]")
-    unknown = [str(name) for name in metrics if name not in METRICS]
-    if unknown or not metrics:
-        what = ", ".join(unknown) if unknown else "[]"
+    if not metrics:
         raise ValueError(
-            f"metrics={what}: expected some of {', '.join(METRICS)}, or null for all that the "
-            f"features allow; FD-DINOv2 is fid with features=dinov2"
+            f"metrics=[]: expected some of {', '.join(METRICS)}, or null for all that the features "
+            f"allow; FD-DINOv2 is fid with features=dinov2"
         )
+    for name in metrics:
+        metric_kind(str(name))
 
 
 class Setups:
@@ -169,7 +169,8 @@ class Setups:
                 f"{known.pool.mean.numel()}: expected the same; choose another reference"
             )
         # All metrics that both allow, or those that are asked for, if they do.
-        possible = [name for name, kind in METRICS.items() if kind.possible(seen, known)]
+        kinds = {**METRICS, **{name: metric_kind(name) for name in metrics or ()}}
+        possible = [name for name, kind in kinds.items() if kind.possible(seen, known)]
         wanted = possible if metrics is None else list(metrics)
         missing = [name for name in wanted if name not in possible]
         if missing:
