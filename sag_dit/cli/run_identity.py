@@ -68,8 +68,8 @@ def _named(value: Any) -> Any:
 def run_folder(config: Mapping[str, Any]) -> Path:
     """Return the run's folder: ``out``, or one named after what determines the weights.
 
-    Runs had names before there were the keys that are ``unnamed``, so the name tells of them only
-    where the first one is taken by a run that differs in them.
+    Runs had names before there were the keys that are ``unnamed``, so the name tells of one only
+    where the name without it is taken by a run that differs in it.
     """
     if config["out"]:
         return Path(config["out"])
@@ -77,14 +77,15 @@ def run_folder(config: Mapping[str, Any]) -> Path:
     unnamed = {key: selected(config, key) for key in _unnamed()}
     for key in unnamed:
         _drop(values, key)
-    first = _named_folder(config, values)
-    there = recorded(first).get("config", {})
-    if all(_held(there, key, value) == value for key, value in unnamed.items()):
-        return first
-    for key, value in unnamed.items():
-        *groups, name = key.split(".")
-        selected(values, ".".join(groups))[name] = value
-    return _named_folder(config, values)
+    while True:
+        folder = _named_folder(config, values)
+        there = recorded(folder).get("config", {})
+        other = [key for key, value in unnamed.items() if _held(there, key, value) != value]
+        if not other:
+            return folder
+        for key in other:
+            group, _, name = key.rpartition(".")
+            selected(values, group)[name] = unnamed.pop(key)
 
 
 def _named_folder(config: Mapping[str, Any], values: dict[str, Any]) -> Path:
@@ -109,10 +110,16 @@ def go_on_as_begun(config: Train, out: Path) -> Train:
     there = recorded(out).get("config", {})
     for key in _unnamed():
         group, _, name = key.rpartition(".")
-        if group in there and name not in there[group]:
-            inside = getattr(config, group)
-            kept = tuple(each for each in inside.stated if each != name)
+        if group not in there or name in there[group]:
+            continue
+        inside = getattr(config, group)
+        kept: Any
+        if isinstance(inside, Mapping):
+            # What its class takes later has there the same default.
+            kept = {each: value for each, value in inside.items() if each != name}
+        else:
             later = next(told.later for path, _, told in walk(Train) if path == key)
-            changed = {name: later, "stated": kept}
-            config = replace(config, **{group: replace(inside, **changed)})
+            stated = tuple(each for each in inside.stated if each != name)
+            kept = replace(inside, **{name: later, "stated": stated})
+        config = replace(config, **{group: kept})
     return config

@@ -25,7 +25,7 @@ SWITCHES = (
 )
 
 
-def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def keys_and_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the keys and the flags of a command line, each flag followed by its value.
 
     Hydra itself takes keys only before its flags, or only after them.

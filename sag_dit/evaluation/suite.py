@@ -347,8 +347,8 @@ def caveats(
 
     ``constant`` says for each Fréchet distance whether all images have the same features.
     """
+    found = [f"{reference.name}: {note}" for note in reference.notes]
     # Published numbers are of a certain count, on which FID and recall depend.
-    found = []
     expected = reference.protocol.get("sample_count")
     if expected is not None and count != expected:
         found.append(

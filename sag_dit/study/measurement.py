@@ -102,6 +102,12 @@ class Measurement:
         """How many images are measured."""
         return self.facts["count"]  # type: ignore[no-any-return]
 
+    @property
+    def notes(self) -> list[str]:
+        """What makes the numbers of these images less than comparable, a sentence each."""
+        notes = [] if isinstance(self.images, ToDraw) else list(self.images.notes)
+        return [f"{self.setting.name}: {note}" for note in notes]
+
     def lacking(self, record: Record | None) -> tuple[str, ...]:
         """Return the metrics that are still to be measured."""
         known = record.metrics if record else {}

@@ -15,6 +15,8 @@ import torch
 import yaml
 from PIL import Image
 
+from tests.data.making import image_folder
+
 Command = Callable[..., Any]
 Contents = Callable[[Path], dict[str, str]]
 
@@ -144,6 +146,48 @@ def test_a_run_begun_before_there_was_a_warm_up_goes_on_without(
         forget_warmup(begun)
     assert contents(begun)["model.safetensors"] == whole["model.safetensors"]
     assert contents(run_folder(train()))["model.safetensors"] == whole["model.safetensors"]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Class folders of four small images each, one of which is transparent."""
+    root = image_folder(tmp_path / "photos", side=8)
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(root / "cats" / "clear.png")
+    return root
+
+
+@pytest.fixture
+def train_on(in_process: Command, photos: Path) -> Command:
+    """``train.py`` with a small model of the photos, for four steps."""
+    small = (*SMALL[1:], "data.batch_size=4", "data.workers=0", "resolution=8", "patch_size=2")
+
+    def run(*arguments: str) -> Any:
+        return in_process("train", "experiment=folder", f"data.root={photos}", *small, *arguments)
+
+    return run
+
+
+def forget_background(folder: Path) -> None:
+    """Make a run look as versions without ``data.background`` left it."""
+    record = yaml.safe_load((folder / "config.yaml").read_text())
+    assert "background" not in record["settings"]["data"]
+    record["config"]["data"].pop("background", None)
+    (folder / "config.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
+
+
+def test_a_run_begun_before_there_was_a_background_keeps_its_reader(
+    train_on: Command, contents: Contents
+) -> None:
+    whole = contents(run_folder(train_on("out=whole", "data.background=null")))
+    begun = run_folder(train_on("data.background=null", "max_steps=2"))
+    # Its name is what the same run is called now, which is another one where that is taken.
+    fresh = run_folder(train_on("max_steps=2"))
+    assert fresh != begun
+    forget_background(begun)
+    assert run_folder(train_on()) == begun
+    weights = contents(begun)["model.safetensors"]
+    assert weights == whole["model.safetensors"]
+    assert weights != contents(run_folder(train_on("out=white")))["model.safetensors"]
 
 
 def test_misspelt_keys_and_experiments(train: Command) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from sag_dit.checkpoints import from_denoiser
 from sag_dit.codec import IdentityCodec, VAECodec
-from sag_dit.data.images import Crops, ImageFolderData, UnreadableImageError, find_images, read_crop
+from sag_dit.data.crop import UnreadableImageError, read_crop
+from sag_dit.data.images import Crops, ImageFolderData, find_images
 from sag_dit.data.training_batches import Batch
 from sag_dit.denoiser import ClassConditional
 from sag_dit.process import DDPM
@@ -47,6 +50,54 @@ def test_flat_folder_is_one_class(tmp_path: Path) -> None:
     assert found.class_names == ("photos",)
     assert found.names == ("00.jpg", "01.png", "02.png", "03.jpg")
     assert not found.labels.any()
+
+
+def test_images_that_are_not_read_are_named(tmp_path: Path) -> None:
+    root = image_folder(tmp_path)
+    for name in ("a.gif", "b.GIF", "c.JPE", "d.heic", "notes.txt", ".hidden.gif"):
+        (root / "cats" / name).write_bytes(b"")
+    (root / "dogs" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (root / "dogs" / "itself.png").symlink_to("itself.png")
+    os.mkfifo(root / "dogs" / "pipe.png")
+    (root / "dogs" / "linked.jpg").symlink_to(root / "dogs" / "01.png")
+    found = find_images(root)
+    assert len(found) == 9 and "dogs/linked.jpg" in found.names
+    assert {why: sorted(names) for why, names in found.left_out.items()} == {
+        ".gif is not read": ["cats/a.gif", "cats/b.GIF"],
+        ".jpe is not read": ["cats/c.JPE"],
+        ".heic is not read": ["cats/d.heic"],
+        "broken link": ["dogs/gone.png", "dogs/itself.png"],
+        "no file": ["dogs/pipe.png"],
+    }
+    # A folder of nothing else says so, and a training run needs none of them.
+    for image in (root / "cats").glob("0*"):
+        image.unlink()
+    with pytest.raises(ValueError, match=r"cats; .* left out are 2 \(\.gif is not read\): cats/"):
+        find_images(root)
+    data = ImageFolderData(root / "dogs", 16, 4, workers=0)
+    data.prepare_data()
+    assert len(steps(data, 3)) == 3
+
+
+@pytest.mark.parametrize("background", ["white", None])
+def test_transparent_images_are_read_over_the_background_and_told_of(
+    background: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = image_folder(tmp_path, ("a",))
+    Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(root / "a" / "clear.png")
+    data = ImageFolderData(root, 16, 5, flip=False, workers=0, background=background)
+    data.prepare_data()
+    (images, _) = steps(data, 1)[0]
+    colours = images.permute(0, 2, 3, 1).flatten(0, 2).unique(dim=0).tolist()
+    assert ([255, 255, 255] in colours, [255, 0, 0] in colours) == (
+        (True, False) if background else (False, True)
+    )
+    how = "laid over white" if background else "hidden colours show"
+    assert f"1 are transparent and {how}" in caplog.text.replace(
+        "read as before there was data.background: ", ""
+    )
+    with pytest.raises(ValueError, match="background=see-through: expected the name of a colour"):
+        ImageFolderData(root, 16, 4, background="see-through")
 
 
 @pytest.mark.parametrize(
