@@ -260,8 +260,8 @@ def run(config: Train) -> None:
     out.mkdir(parents=True, exist_ok=True)
     claim(out, identity(settings), settings, "a run")
     checkpoint, step = newest_checkpoint(out, module)
-    if told and trainer.is_global_zero:
-        print(told)
+    if trainer.is_global_zero:
+        print("\n".join(filter(None, (told, data.report()))))
     trainer.loggers = make_loggers(config.logger, out, step)
     for logger in trainer.loggers:
         logger.log_hyperparams(settings)

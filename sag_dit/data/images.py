@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from sag_dit.data.crop import (
     read_crop,
     read_header,
 )
-from sag_dit.data.training_batches import Batch, Indices, NamedData, check_classes, name_hash
+from sag_dit.data.training_batches import Batch, Indices, NamedData, check_classes, name_hash, some
 
 
 def latent_size(size: int, factor: int = 1, patch_size: int = 1) -> int:
@@ -164,11 +165,6 @@ def _images(
             left_out.setdefault(what, []).append(name)
 
 
-def some(names: Sequence[str]) -> str:
-    """Return the first names of a list."""
-    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
-
-
 def told_left_out(left_out: Mapping[str, Sequence[str]]) -> list[str]:
     """Return how many files are left out, why and the first of them, a text for each reason."""
     return [f"{len(names):,} ({why}): {some(names)}" for why, names in left_out.items()]
@@ -180,6 +176,8 @@ def _without(left_out: Mapping[str, Sequence[str]]) -> str:
 
 CHECKED_UP_FRONT = 20_000
 """Headers of at most so many images are read before the first step; that takes seconds."""
+LOOKED_AT = 1_000
+"""Where there are more, the headers of so many are."""
 
 log = logging.getLogger(__name__)
 
@@ -357,6 +355,43 @@ class Inspection(NamedTuple):
         return said
 
 
+def _range(values: Sequence[int]) -> str:
+    least, most = min(values), max(values)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
+def suspicions(files: ImageFiles) -> list[str]:
+    """Return what makes the classes look like others than were meant, a sentence each."""
+    found = []
+    # The parent of train/ and val/: the classes lie one level below.
+    inside: dict[str, set[str]] = {name: set() for name in files.class_names}
+    for name in files.names:
+        first, *between = name.split("/")[:-1] or [""]
+        if between:
+            inside[first].add(between[0])
+    shared = set.intersection(*inside.values())
+    if len(shared) > 1 and 2 * len(shared) > len(set.union(*inside.values())):
+        found.append(
+            f"every class folder ({some(files.class_names)}) holds the same folders "
+            f"({some(sorted(shared))}); if those are the classes, set "
+            f"data.root={files.root / files.class_names[0]}"
+        )
+    # The classes stand in the names of files, which say nothing here.
+    if len(files.class_names) == 1:
+        told = [CLASS_IN_NAME.match(Path(name).stem) for name in files.names]
+        names = list(dict.fromkeys(each[1] for each in told if each))
+        if all(told) and 1 < len(names) <= max(2, len(told) // 2):
+            found.append(
+                f"one class, but the files are called as if of {len(names)}: {some(names)}; if so, "
+                f"make a folder for each"
+            )
+    return found
+
+
+CLASS_IN_NAME = re.compile(r"(n\d{8}(?=_)|.*[^\W\d_])[\W\d_]*\d[\W_]*$")
+"""The name of a file that ends in a number, before that; ImageNet's classes are numbers too."""
+
+
 class ImageFolderData(NamedData):
     """Batches (uint8 images (b, c, size, size), labels) of a folder of images.
 
@@ -399,6 +434,7 @@ class ImageFolderData(NamedData):
         self.files = find_images(root)
         self.class_names = self.files.class_names
         self.channels = channels
+        self._reported = False
         self._crops = Crops(
             self.files,
             size,
@@ -424,9 +460,27 @@ class ImageFolderData(NamedData):
         """The hash of every image's name."""
         return np.array([name_hash(name) for name in self.files.names], dtype=np.int64)
 
+    def remarks(self) -> list[str]:
+        """Return the images' sizes, what is left out or changed, and what looks like a mistake."""
+        crops = self._crops
+        few = crops.strict or len(self.files) <= CHECKED_UP_FRONT
+        inspection = crops.inspect(None if few else LOOKED_AT)
+        self._reported = True
+        lines = []
+        if inspection.sizes:
+            wide, high = (_range(each) for each in zip(*inspection.sizes, strict=True))
+            of = "" if few else f", of {inspection.looked:,} of them"
+            lines.append(f"  sizes    {wide} pixels wide, {high} high{of}")
+        left_out = {**self.files.left_out}
+        if crops.skipped:
+            left_out["cannot be decoded"] = crops.skipped
+        lines += [f"  left out {text}" for text in told_left_out(left_out)]
+        lines += [f"  note: {text}" for text in inspection.told(crops)]
+        return lines + [f"  warning: {text}" for text in suspicions(self.files)]
+
     def prepare_data(self) -> None:
         """Read the images' headers before the first step, unless there are very many images."""
-        if self._crops.strict or len(self.files) <= CHECKED_UP_FRONT:
+        if not self._reported and (self._crops.strict or len(self.files) <= CHECKED_UP_FRONT):
             for text in self._crops.inspect().told(self._crops):
                 log.warning("%s", text)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import count
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ VALIDATION = 2**62
 """The step of the first validation batch, out of reach of training."""
 
 MOST_WORKERS = 8
+SHOWN = 5
+"""So many names of a list are shown."""
 HASH_RANGE = 2**63
 
 Indices = NDArray[np.int64]
@@ -119,6 +121,11 @@ def validation_batches(
     return [
         Batch(VALIDATION + number, part, [False] * len(part)) for number, part in enumerate(parts)
     ]
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first names of a list."""
+    return ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
 
 
 def name_hash(name: str) -> int:
@@ -215,6 +222,13 @@ class StepData(LightningDataModule, ABC):
         """The images of an epoch."""
         return np.flatnonzero(~self.held_out_images)
 
+    def report(self) -> str:
+        """Return in a few lines what there is to train on, and what of it looks like a mistake."""
+        held_out = int(self.held_out_images.sum())
+        count = len(self.held_out_images) - held_out
+        beside = f", {held_out:,} held out" if held_out else ""
+        return f"data: {count:,} images in {len(self.class_names):,} classes{beside}"
+
     @property
     def rank(self) -> int:
         """This process's number among all."""
@@ -304,6 +318,29 @@ class NamedData(StepData):
     @abstractmethod
     def name_hashes(self) -> Indices:
         """:func:`name_hash` of every image."""
+
+    def report(self) -> str:
+        """Return in a few lines what there is to train on, and what of it looks like a mistake."""
+        counts = self.class_counts
+        first = [f"{name} ({count:,})" for name, count in list(counts.items())[:SHOWN]]
+        if len(counts) > SHOWN:
+            fewest, most = min(counts.values()), max(counts.values())
+            first.append(f"... of {fewest:,} to {most:,} images each")
+        lines = [super().report(), f"  classes  {', '.join(first)}", *self.remarks()]
+        single = [name for name, count in counts.items() if count == 1]
+        if single:
+            lines.append(f"  warning: {len(single)} classes have a single image: {some(single)}")
+        return "\n".join(lines)
+
+    def remarks(self) -> list[str]:
+        """Return further lines of the report."""
+        return []
+
+    @property
+    def class_counts(self) -> dict[str, int]:
+        """How many images each class has."""
+        counts = np.bincount(self.labels, minlength=len(self.class_names)).tolist()
+        return dict(zip(self.class_names, counts, strict=True))
 
     @cached_property
     def held_out_images(self) -> NDArray[np.bool_]:

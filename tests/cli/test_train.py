@@ -167,6 +167,16 @@ def train_on(in_process: Command, photos: Path) -> Command:
     return run
 
 
+def test_a_run_tells_of_its_data_at_the_start(train_on: Command, train: Command) -> None:
+    (photos,) = [out for out in train_on("max_steps=1").out.split("run: ") if "data: " in out]
+    assert photos.splitlines()[:2] == [
+        "data: 9 images in 2 classes",
+        "  classes  cats (5), dogs (4)",
+    ]
+    assert "note: 1 are transparent and laid over white" in photos
+    assert "data: 1,078 images in 10 classes, 719 held out" in train("max_steps=1").out
+
+
 def forget_background(folder: Path) -> None:
     """Make a run look as versions without ``data.background`` left it."""
     record = yaml.safe_load((folder / "config.yaml").read_text())
