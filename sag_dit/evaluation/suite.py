@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -334,6 +336,23 @@ def _quietly(compute: Callable[[], Any]) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
         return compute()
+
+
+def class_by_class(labels: Sequence[int]) -> bool:
+    """Whether images come class by class, or nearly so.
+
+    That is where the class changes from one image to the next less than half as often as in a
+    random order.
+
+    Example:
+        >>> class_by_class([0, 0, 0, 1, 1, 1]), class_by_class([0, 1, 0, 1, 0, 1])
+        (True, False)
+    """
+    count = len(labels)
+    changes = sum(one != other for one, other in pairwise(labels))
+    pairs = sum(n * (n - 1) for n in Counter(labels).values())
+    expected = (count - 1) - pairs / max(1, count)
+    return changes < expected / 2
 
 
 def caveats(
