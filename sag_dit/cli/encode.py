@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import time
@@ -57,7 +56,7 @@ def plan_encoding(config: Encode) -> EncodingPlan:
     from sag_dit.checkpoints import zoo
     from sag_dit.codec import VAECodec, read_vae_config
     from sag_dit.data.encoding import EncodingPlan
-    from sag_dit.data.images import Crops, find_images, latent_size
+    from sag_dit.data.images import Crops, find_images, latent_size, listing_sha256
     from sag_dit.data.latents import encoder_sha256
     from sag_dit.data.shards import Index
 
@@ -80,13 +79,10 @@ def plan_encoding(config: Encode) -> EncodingPlan:
         strict=config.data.strict,
     )
     # What determines the latents, which names their folder.
-    listing = hashlib.sha256()
-    for number, name in enumerate(files.names):
-        listing.update(f"{name} {files.path(number).stat().st_size}\n".encode())
     identity = settings(
         Encoding(
             images=len(files),
-            images_sha256=listing.hexdigest(),
+            images_sha256=listing_sha256(files),
             size=config.data.size,
             upright=config.data.upright,
             flip=config.flip,

@@ -12,7 +12,7 @@ from sag_dit.cli.app import launch, quiet_lightning
 from sag_dit.cli.composing import make, placed, refuse_strangers
 from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import keys_of, mapping_of, plain
-from sag_dit.cli.run_identity import go_on_as_begun, identity, run_folder
+from sag_dit.cli.run_identity import claim_data, go_on_as_begun, identity, run_folder
 from sag_dit.cli.values import check_logger, make_terms, with_models
 
 if TYPE_CHECKING:
@@ -259,6 +259,8 @@ def run(config: Train) -> None:
     settings = plain(config)
     out.mkdir(parents=True, exist_ok=True)
     claim(out, identity(settings), settings, "a run")
+    if trainer.is_global_zero:
+        claim_data(out, data.fingerprint(), on_purpose=config.changed_data)
     checkpoint, step = newest_checkpoint(out, module)
     if trainer.is_global_zero:
         print("\n".join(filter(None, (told, data.report()))))

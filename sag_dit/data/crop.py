@@ -139,7 +139,7 @@ def _scaled(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
         )
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         values = white - values
-    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+    return Image.fromarray(np.rint(values * np.float32(255 / white)).astype(np.uint8))
 
 
 class Header(NamedTuple):

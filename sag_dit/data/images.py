@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -163,6 +164,16 @@ def _images(
         elif ending in EXTENSIONS:
             what = "broken link" if entry.is_symlink() else "no file"
             left_out.setdefault(what, []).append(name)
+
+
+def listing_sha256(files: ImageFiles) -> str:
+    """Return the sha256 of the images' names and sizes in bytes."""
+    with ThreadPoolExecutor(8) as pool:
+        sizes = pool.map(lambda number: files.path(number).stat().st_size, range(len(files)))
+        listing = hashlib.sha256()
+        for name, size in zip(files.names, sizes, strict=True):
+            listing.update(f"{name} {size}\n".encode())
+    return listing.hexdigest()
 
 
 def told_left_out(left_out: Mapping[str, Sequence[str]]) -> list[str]:
@@ -459,6 +470,10 @@ class ImageFolderData(NamedData):
     def name_hashes(self) -> Indices:
         """The hash of every image's name."""
         return np.array([name_hash(name) for name in self.files.names], dtype=np.int64)
+
+    def listing_sha256(self) -> str:
+        """Return the sha256 of the images' names and sizes in bytes."""
+        return listing_sha256(self.files)
 
     def remarks(self) -> list[str]:
         """Return the images' sizes, what is left out or changed, and what looks like a mistake."""

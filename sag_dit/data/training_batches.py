@@ -222,6 +222,13 @@ class StepData(LightningDataModule, ABC):
         """The images of an epoch."""
         return np.flatnonzero(~self.held_out_images)
 
+    def fingerprint(self) -> dict[str, Any] | None:
+        """Return what tells that the data has changed: ``images``, ``classes``, ``sha256``.
+
+        ``classes`` are the images of each class by its name. None where data cannot change.
+        """
+        return None
+
     def report(self) -> str:
         """Return in a few lines what there is to train on, and what of it looks like a mistake."""
         held_out = int(self.held_out_images.sum())
@@ -335,6 +342,15 @@ class NamedData(StepData):
     def remarks(self) -> list[str]:
         """Return further lines of the report."""
         return []
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells that the data has changed, see :meth:`StepData.fingerprint`."""
+        counts = self.class_counts
+        return {"images": sum(counts.values()), "classes": counts, "sha256": self.listing_sha256()}
+
+    def listing_sha256(self) -> str:
+        """Return a sha256 of the files' names and, where a subclass knows it, of their contents."""
+        return hashlib.sha256(np.sort(self.name_hashes).tobytes()).hexdigest()
 
     @property
     def class_counts(self) -> dict[str, int]:

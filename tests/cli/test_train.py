@@ -200,6 +200,70 @@ def test_a_run_begun_before_there_was_a_background_keeps_its_reader(
     assert weights != contents(run_folder(train_on("out=white")))["model.safetensors"]
 
 
+def renamed(photos: Path) -> None:
+    (photos / "cats").rename(photos / "kittens")
+
+
+def more(photos: Path) -> None:
+    Image.new("RGB", (8, 8)).save(photos / "cats" / "more.png")
+
+
+def larger(photos: Path) -> None:
+    Image.new("RGB", (80, 80), (1, 2, 3)).save(photos / "cats" / "clear.png")
+
+
+def another_class(photos: Path) -> None:
+    (photos / "birds").mkdir()
+    Image.new("RGB", (8, 8)).save(photos / "birds" / "0.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (renamed, "classes gone: cats (5 images); new classes: kittens (5 images)"),
+        (more, "images of cats: 5, now 6; 9 images in all, now 10"),
+        (larger, "as many images of each class, but of other names or sizes"),
+        (another_class, "new classes: birds (1 images); 9 images in all, now 10"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_data_unless_told_to(
+    change: Callable[[Path], None],
+    told: str,
+    train_on: Command,
+    photos: Path,
+    contents: Contents,
+) -> None:
+    folder = run_folder(train_on("max_steps=2"))
+    assert run_folder(train_on("max_steps=3")) == folder
+    before = contents(folder)
+    change(photos)
+    refused = train_on("max_steps=4")
+    assert refused.code == 1 and "Traceback" not in refused.err
+    assert f"the data has changed since the run began ({told})" in refused.err
+    assert {**contents(folder), "config.yaml": ""} == {**before, "config.yaml": ""}
+    if change is another_class:  # which the model does not have
+        assert "changed_data" not in refused.err
+        return
+    assert "changed_data=true" in refused.err
+    on_purpose = train_on("max_steps=4", "changed_data=true")
+    assert run_folder(on_purpose) == folder
+    assert f"({told}), on purpose" in on_purpose.out
+    # From then on the run is one of this data.
+    assert run_folder(train_on("max_steps=5")) == folder
+
+
+def test_a_run_of_before_is_taken_to_have_the_data_it_has(train_on: Command, photos: Path) -> None:
+    folder = run_folder(train_on("max_steps=2"))
+    (folder / "data.json").unlink()
+    more(photos)
+    assert run_folder(train_on("max_steps=3")) == folder
+    renamed(photos)
+    assert train_on("max_steps=4").code == 1
+    (folder / "data.json").write_text('{"images": 3}')
+    damaged = train_on("max_steps=4")
+    assert damaged.code == 1 and "data.json cannot be read" in damaged.err
+
+
 def test_misspelt_keys_and_experiments(train: Command) -> None:
     outcome = train("max_stpes=3")
     assert outcome.code == 1

@@ -413,6 +413,9 @@ class Train(Closed):
     kind: Literal["eps", "v", "x_0"] | None = key(
         "what the network puts out", words="prediction_type", by_checkpoint=True
     )
+    changed_data: bool = key(
+        "go on although the data has changed since the run began", determines="nothing"
+    )
     max_skipped: int = key(
         "stop after so many steps without finite gradients", least=1, determines="nothing"
     )
