@@ -117,6 +117,9 @@ def _in_8_bits(image: Image.Image, tags: Mapping[int, Any], background: str) -> 
         values, image = np.asarray(image), _scaled(image, tags)
         if isinstance(hidden, int):
             image.putalpha(Image.fromarray((values != hidden).astype(np.uint8) * 255))
+    elif isinstance(hidden, tuple) and max(hidden) > 255:
+        # Of colours of 16 bits Pillow has read the upper 8.
+        image.info["transparency"] = tuple(value >> 8 for value in hidden)
     if not image.has_transparency_data:
         return image
     behind = Image.new("RGBA", image.size, background)

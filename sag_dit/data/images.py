@@ -128,15 +128,16 @@ def find_images(root: str | Path) -> ImageFiles:
         if names and empty:
             raise ValueError(
                 f"data.root={root}: no image in {len(empty)} of {len(classes)} class folders: "
-                f"{some(empty)}; add images or remove the folders{_without(left_out)}"
+                f"{some(empty)}; add images or remove the folders{_also(left_out)}"
             )
     if not names:
         raise ValueError(
             f"data.root={root}: no image found; expected files ending in "
-            f"{', '.join(EXTENSIONS)}{_without(left_out)}"
+            f"{', '.join(EXTENSIONS)}{_also(left_out)}"
         )
     chosen = np.array(labels, dtype=np.int64)
-    return ImageFiles(folder, tuple(names), chosen, tuple(classes), left_out)
+    aside = {why: sorted(names) for why, names in sorted(left_out.items())}
+    return ImageFiles(folder, tuple(names), chosen, tuple(classes), aside)
 
 
 def _images(
@@ -181,7 +182,7 @@ def told_left_out(left_out: Mapping[str, Sequence[str]]) -> list[str]:
     return [f"{len(names):,} ({why}): {some(names)}" for why, names in left_out.items()]
 
 
-def _without(left_out: Mapping[str, Sequence[str]]) -> str:
+def _also(left_out: Mapping[str, Sequence[str]]) -> str:
     return f"; left out are {'; '.join(told_left_out(left_out))}" if left_out else ""
 
 
@@ -442,6 +443,7 @@ class ImageFolderData(NamedData):
         super().__init__(
             batch_size=batch_size, seed=seed, flip=flip, held_out=held_out, workers=workers
         )
+        # The images are listed here, and read by loader processes.
         self.files = find_images(root)
         self.class_names = self.files.class_names
         self.channels = channels

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +192,37 @@ def test_what_is_transparent_lies_over_the_background(mode: str, tmp_path: Path)
         np.testing.assert_array_equal(over_white[:, :, 16:], before[:, :, 16:])
         assert before[:, 0, 0].tolist() != [255, 255, 255]
     assert read_header(path).unlike_before
+
+
+def test_a_colour_of_16_bits_may_be_transparent(tmp_path: Path) -> None:
+    """Pillow cannot write such a file, so this one is made by hand."""
+    row = b"\0" + struct.pack(">3H", 60_000, 100, 7) * 2 + struct.pack(">3H", 0, 0, 65_535) * 2
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)),
+        (b"tRNS", struct.pack(">3H", 60_000, 100, 7)),
+        (b"IDAT", zlib.compress(row * 4)),
+        (b"IEND", b""),
+    ]
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, data in chunks:
+        content += struct.pack(">I", len(data)) + name + data
+        content += struct.pack(">I", zlib.crc32(name + data))
+    (tmp_path / "a.png").write_bytes(content)
+    pixels = read_image(tmp_path / "a.png")
+    assert pixels[:, 0].T.tolist() == [[255, 255, 255]] * 2 + [[0, 0, 255]] * 2
+
+
+def test_tiff_of_12_bits_is_scaled(tmp_path: Path) -> None:
+    """Pillow cannot write such a file, so this one is made by hand: two values in three bytes."""
+    values = [0, 4095, 2048, 1024]
+    data = b"".join(
+        struct.pack(">I", (one << 12) | two)[1:] for one, two in (values[:2], values[2:])
+    )
+    tags = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 122), (277, 1), (278, 1)]
+    entries = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in [*tags, (279, 6)])
+    header = b"II*\0" + struct.pack("<IH", 8, 9) + entries + struct.pack("<I", 0)
+    (tmp_path / "a.tiff").write_bytes(header + data)
+    assert read_image(tmp_path / "a.tiff", 1).tolist() == [[[0, 255, 128, 64]]]
 
 
 def test_half_of_a_colour_is_mixed_with_the_background(tmp_path: Path) -> None:
