@@ -30,7 +30,7 @@ from sag_dit.cli.composing import (
 from sag_dit.cli.help import help_text
 from sag_dit.cli.orphans import end_with_parent
 from sag_dit.cli.schema import nearest
-from sag_dit.cli.typed import HELP, MULTIRUN, check_added, check_arguments, split
+from sag_dit.cli.typed import HELP, MULTIRUN, check_added, check_arguments, keys_and_flags
 
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 """The signal that ends a process whatever it does; Windows knows one alone, which does."""
@@ -129,7 +129,7 @@ def launch(
     # Hydra swallows exceptions unless told to show them; they are ours to explain.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
-        keys, flags = split(arguments)
+        keys, flags = keys_and_flags(arguments)
         if set(HELP) & set(flags):
             print(help_text(config_name, next((key for key in keys if "=" not in key), None)))
             return

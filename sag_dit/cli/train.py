@@ -12,7 +12,7 @@ from sag_dit.cli.app import launch, quiet_lightning
 from sag_dit.cli.composing import make, placed, refuse_strangers
 from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import keys_of, mapping_of, to_dict
-from sag_dit.cli.run_identity import go_on_as_begun, identity, run_folder
+from sag_dit.cli.run_identity import claim_data, go_on_as_begun, identity, run_folder
 from sag_dit.cli.values import check_logger, make_terms, with_models
 
 if TYPE_CHECKING:
@@ -260,9 +260,11 @@ def run_train(config: Train) -> None:
     settings = to_dict(config)
     out.mkdir(parents=True, exist_ok=True)
     claim(out, identity(settings), settings, "a run")
+    if trainer.is_global_zero:
+        claim_data(out, data.fingerprint(), on_purpose=config.changed_data)
     checkpoint, step = newest_checkpoint(out, module)
-    if told and trainer.is_global_zero:
-        print(told)
+    if trainer.is_global_zero:
+        print("\n".join(filter(None, (told, data.report()))))
     trainer.loggers = make_loggers(config.logger, out, step)
     for logger in trainer.loggers:
         logger.log_hyperparams(settings)

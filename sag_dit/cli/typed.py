@@ -28,7 +28,7 @@ def _values_after_flags() -> Mapping[str, int | str | None]:
     return {flag: action.nargs for action in actions for flag in action.option_strings}
 
 
-def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def keys_and_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the keys and the flags of a command line, each flag followed by its value.
 
     Hydra itself takes keys only before its flags, or only after them.

@@ -64,6 +64,12 @@ class LatentFolder:
         except ValueError:
             return ()
 
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that the folder holds latents of; nothing if there are none yet."""
+        file = self.path / CONFIG
+        settings: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        return settings
+
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Make the folder this encoding's own, or find that it is.
 
@@ -82,9 +88,8 @@ class LatentFolder:
                 f"({error.strerror or error}); choose another out"
             ) from error
         # What it holds was made with the same settings, or it is empty.
-        file = self.path / CONFIG
-        if file.exists():
-            before = json.loads(file.read_text(encoding="utf-8"))
+        file, before = self.path / CONFIG, self.settings()
+        if before:
             differences = [
                 f"{key}: there {before.get(key, 'not set')}, now {settings.get(key, 'not set')}"
                 for key in sorted(before.keys() | settings.keys())

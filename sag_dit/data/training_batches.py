@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,6 +31,8 @@ VALIDATION = 2**62
 """The step of the first validation batch, out of reach of training."""
 
 MOST_WORKERS = 8
+SHOWN = 5
+"""So many names of a list are shown."""
 HASH_RANGE = 2**63
 
 Indices = NDArray[np.int64]
@@ -122,6 +124,11 @@ def validation_batches(
     return [
         Batch(VALIDATION + number, part, [False] * len(part)) for number, part in enumerate(parts)
     ]
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first names of a list."""
+    return ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
 
 
 def name_hash(name: str) -> int:
@@ -243,6 +250,20 @@ class StepData(LightningDataModule, ABC):
         """The images of an epoch."""
         return np.flatnonzero(~self.held_out_images)
 
+    def fingerprint(self) -> dict[str, Any] | None:
+        """Return what tells that the data has changed: ``images``, ``classes``, ``sha256``.
+
+        ``classes`` are the images of each class by its name. None where data cannot change.
+        """
+        return None
+
+    def report(self) -> str:
+        """Return in a few lines what there is to train on, and what of it looks like a mistake."""
+        held_out = int(self.held_out_images.sum())
+        count = len(self.held_out_images) - held_out
+        beside = f", {held_out:,} held out" if held_out else ""
+        return f"data: {count:,} images in {len(self.class_names):,} classes{beside}"
+
     @property
     def rank(self) -> int:
         """This process's number among all."""
@@ -332,6 +353,38 @@ class NamedData(StepData):
     @abstractmethod
     def name_hashes(self) -> Indices:
         """:func:`name_hash` of every image."""
+
+    def report(self) -> str:
+        """Return in a few lines what there is to train on, and what of it looks like a mistake."""
+        counts = self.class_counts
+        first = [f"{name} ({count:,})" for name, count in list(counts.items())[:SHOWN]]
+        if len(counts) > SHOWN:
+            fewest, most = min(counts.values()), max(counts.values())
+            first.append(f"... of {fewest:,} to {most:,} images each")
+        lines = [super().report(), f"  classes  {', '.join(first)}", *self.remarks()]
+        single = [name for name, count in counts.items() if count == 1]
+        if single:
+            lines.append(f"  warning: {len(single)} classes have a single image: {some(single)}")
+        return "\n".join(lines)
+
+    def remarks(self) -> list[str]:
+        """Return further lines of the report."""
+        return []
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells that the data has changed, see :meth:`StepData.fingerprint`."""
+        counts = self.class_counts
+        return {"images": sum(counts.values()), "classes": counts, "sha256": self.listing_sha256()}
+
+    def listing_sha256(self) -> str:
+        """Return a sha256 of the files' names and, where a subclass knows it, of their contents."""
+        return hashlib.sha256(np.sort(self.name_hashes).tobytes()).hexdigest()
+
+    @property
+    def class_counts(self) -> dict[str, int]:
+        """How many images each class has."""
+        counts = np.bincount(self.labels, minlength=len(self.class_names)).tolist()
+        return dict(zip(self.class_names, counts, strict=True))
 
     @cached_property
     def held_out_images(self) -> NDArray[np.bool_]:

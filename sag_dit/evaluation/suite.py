@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pkgutil import resolve_name
 from typing import Any
 
@@ -362,6 +364,23 @@ def _quietly(compute: Callable[[], Any]) -> Any:
         return compute()
 
 
+def class_by_class(labels: Sequence[int]) -> bool:
+    """Whether images come class by class, or nearly so.
+
+    That is where the class changes from one image to the next less than half as often as in a
+    random order.
+
+    Example:
+        >>> class_by_class([0, 0, 0, 1, 1, 1]), class_by_class([0, 1, 0, 1, 0, 1])
+        (True, False)
+    """
+    count = len(labels)
+    changes = sum(one != other for one, other in pairwise(labels))
+    pairs = sum(n * (n - 1) for n in Counter(labels).values())
+    expected = (count - 1) - pairs / max(1, count)
+    return changes < expected / 2
+
+
 def caveats(
     reference: Reference,
     count: int,
@@ -373,8 +392,8 @@ def caveats(
 
     ``constant`` says for each Fréchet distance whether all images have the same features.
     """
+    found = [f"{reference.name}: {note}" for note in reference.notes]
     # Published numbers are of a certain count, on which FID and recall depend.
-    found = []
     expected = reference.protocol.get("sample_count")
     if expected is not None and count != expected:
         found.append(

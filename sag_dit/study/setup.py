@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sag_dit.checkpoints import Model
 from sag_dit.checkpoints.zoo import WEIGHTS_FOLDER, local_folders
+from sag_dit.data.crop import WHITE
 from sag_dit.data.digits import CLASS_NAMES as DIGITS
 from sag_dit.data.patches import CLASS_NAMES as PATCHES
 from sag_dit.evaluation.features import FeatureExtractor, feature_networks
@@ -138,14 +139,16 @@ class Setups:
         *,
         features: FeatureExtractor | str | None = None,
         reference: str | None = None,
+        background: str = WHITE,
         metrics: Sequence[str] | None = None,
     ) -> Setup:
         """Return what to measure images like ``example``, uint8 (1, c, h, w), with.
 
         ``features`` is a network or the name of one of ``feature_networks()``, ``reference`` a
-        folder, an npz or a split such as digits:report, ``metrics`` some of ``METRICS``. What is
-        None is chosen by the images: a bundled model's own network and reference, else Inception
-        and ADM's file of ImageNet, and all metrics that are possible.
+        folder, an npz or a split such as digits:report, ``background`` the colour behind what is
+        transparent in its images, ``metrics`` some of ``METRICS``. What is None is chosen by the
+        images: a bundled model's own network and reference, else Inception and ADM's file of
+        ImageNet, and all metrics that are possible.
 
         Raises:
             ValueError: weights or a reference that cannot be found, images that the features cannot
@@ -159,7 +162,7 @@ class Setups:
             source = _located(reference)
         else:
             source = _default_reference(extractor.name, size, class_names)
-        known = self._reference(source, extractor)
+        known = self._reference(source, extractor, background)
         # One image tells what the network gives, which has to fit the reference.
         with torch.no_grad():
             seen = extractor(example.to(self._device))
@@ -196,11 +199,12 @@ class Setups:
             features = self._extractors[features]
         return features.eval().requires_grad_(False).to(self._device)
 
-    def _reference(self, source: str, extractor: FeatureExtractor) -> Reference:
-        key = json.dumps([source, extractor.name, dict(extractor.protocol)], default=str)
+    def _reference(self, source: str, extractor: FeatureExtractor, background: str) -> Reference:
+        read = [source, background, extractor.name, dict(extractor.protocol)]
+        key = json.dumps(read, default=str)
         if key not in self._references:
             try:
-                self._references[key] = load_reference(source, extractor)
+                self._references[key] = load_reference(source, extractor, background=background)
             except ValueError as error:
                 raise ValueError(f"reference={source}: {_without(source, str(error))}") from error
         return self._references[key]

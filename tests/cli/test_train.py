@@ -15,6 +15,8 @@ import torch
 import yaml
 from PIL import Image
 
+from tests.data.making import image_folder
+
 Command = Callable[..., Any]
 Contents = Callable[[Path], dict[str, str]]
 
@@ -144,6 +146,122 @@ def test_a_run_begun_before_there_was_a_warm_up_goes_on_without(
         forget_warmup(begun)
     assert contents(begun)["model.safetensors"] == whole["model.safetensors"]
     assert contents(run_folder(train()))["model.safetensors"] == whole["model.safetensors"]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Class folders of four small images each, one of which is transparent."""
+    root = image_folder(tmp_path / "photos", side=8)
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(root / "cats" / "clear.png")
+    return root
+
+
+@pytest.fixture
+def train_on(in_process: Command, photos: Path) -> Command:
+    """``train.py`` with a small model of the photos, for four steps."""
+    small = (*SMALL[1:], "data.batch_size=4", "data.workers=0", "resolution=8", "patch_size=2")
+
+    def run(*arguments: str) -> Any:
+        return in_process("train", "experiment=folder", f"data.root={photos}", *small, *arguments)
+
+    return run
+
+
+def test_a_run_tells_of_its_data_at_the_start(train_on: Command, train: Command) -> None:
+    (photos,) = [out for out in train_on("max_steps=1").out.split("run: ") if "data: " in out]
+    assert photos.splitlines()[:2] == [
+        "data: 9 images in 2 classes",
+        "  classes  cats (5), dogs (4)",
+    ]
+    assert "note: 1 are transparent and laid over white" in photos
+    assert "data: 1,078 images in 10 classes, 719 held out" in train("max_steps=1").out
+
+
+def forget_background(folder: Path) -> None:
+    """Make a run look as versions without ``data.background`` left it."""
+    record = yaml.safe_load((folder / "config.yaml").read_text())
+    assert "background" not in record["settings"]["data"]
+    record["config"]["data"].pop("background", None)
+    (folder / "config.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
+
+
+def test_a_run_begun_before_there_was_a_background_keeps_its_reader(
+    train_on: Command, contents: Contents
+) -> None:
+    whole = contents(run_folder(train_on("out=whole", "data.background=null")))
+    begun = run_folder(train_on("data.background=null", "max_steps=2"))
+    # Its name is what the same run is called now, which is another one where that is taken.
+    fresh = run_folder(train_on("max_steps=2"))
+    assert fresh != begun
+    forget_background(begun)
+    assert run_folder(train_on()) == begun
+    weights = contents(begun)["model.safetensors"]
+    assert weights == whole["model.safetensors"]
+    assert weights != contents(run_folder(train_on("out=white")))["model.safetensors"]
+
+
+def renamed(photos: Path) -> None:
+    (photos / "cats").rename(photos / "kittens")
+
+
+def more(photos: Path) -> None:
+    Image.new("RGB", (8, 8)).save(photos / "cats" / "more.png")
+
+
+def larger(photos: Path) -> None:
+    Image.new("RGB", (80, 80), (1, 2, 3)).save(photos / "cats" / "clear.png")
+
+
+def another_class(photos: Path) -> None:
+    (photos / "birds").mkdir()
+    Image.new("RGB", (8, 8)).save(photos / "birds" / "0.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (renamed, "classes gone: cats (5 images); new classes: kittens (5 images)"),
+        (more, "images of cats: 5, now 6; 9 images in all, now 10"),
+        (larger, "as many images of each class, but of other names or sizes"),
+        (another_class, "new classes: birds (1 images); 9 images in all, now 10"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_data_unless_told_to(
+    change: Callable[[Path], None],
+    told: str,
+    train_on: Command,
+    photos: Path,
+    contents: Contents,
+) -> None:
+    folder = run_folder(train_on("max_steps=2"))
+    assert run_folder(train_on("max_steps=3")) == folder
+    before = contents(folder)
+    change(photos)
+    refused = train_on("max_steps=4")
+    assert refused.code == 1 and "Traceback" not in refused.err
+    assert f"the data has changed since the run began ({told})" in refused.err
+    assert {**contents(folder), "config.yaml": ""} == {**before, "config.yaml": ""}
+    if change is another_class:  # which the model does not have
+        assert "changed_data" not in refused.err
+        return
+    assert "changed_data=true" in refused.err
+    on_purpose = train_on("max_steps=4", "changed_data=true")
+    assert run_folder(on_purpose) == folder
+    assert f"({told}), on purpose" in on_purpose.out
+    # From then on the run is one of this data.
+    assert run_folder(train_on("max_steps=5")) == folder
+
+
+def test_a_run_of_before_is_taken_to_have_the_data_it_has(train_on: Command, photos: Path) -> None:
+    folder = run_folder(train_on("max_steps=2"))
+    (folder / "data.json").unlink()
+    more(photos)
+    assert run_folder(train_on("max_steps=3")) == folder
+    renamed(photos)
+    assert train_on("max_steps=4").code == 1
+    (folder / "data.json").write_text('{"images": 3}')
+    damaged = train_on("max_steps=4")
+    assert damaged.code == 1 and "data.json cannot be read" in damaged.err
 
 
 def test_misspelt_keys_and_experiments(train: Command) -> None:

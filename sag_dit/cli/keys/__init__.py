@@ -248,6 +248,7 @@ class Evaluate(Guides):
     )
     seeds: int = key("draw each setting with so many seeds: mean and spread", least=1)
     reference: str | None = key("npz or folder; null: the model's own", text=True)
+    background: str = key("colour behind what is transparent in images on disk", text=True)
     metrics: Any = key("list of fid, sfid, is, precision, recall; null: all there are")
     against: str | None = key("row that others are set against; null: the first", text=True)
     confidence: ConfidenceKeys = key("how ± is told")
@@ -298,6 +299,12 @@ class DataKeys:
     """Arguments of the data module."""
 
     root: str = key("folder", text=True)
+    background: str | None = key(
+        "colour behind what is transparent; null: as runs before there was this key",
+        text=True,
+        later=None,
+        unnamed=True,
+    )
     batch_size: int = key("images per step", least=1, most=2**20, words="bs")
     workers: int | None = key("processes that read", least=0, most=1024, determines="nothing")
 
@@ -406,6 +413,9 @@ class Train(Closed):
     kind: Literal["eps", "v", "x_0"] | None = key(
         "what the network puts out", words="prediction_type", by_checkpoint=True
     )
+    changed_data: bool = key(
+        "go on although the data has changed since the run began", determines="nothing"
+    )
     max_skipped: int = key(
         "stop after so many steps without finite gradients", least=1, determines="nothing"
     )
@@ -436,6 +446,9 @@ class EncodeData(Closed):
     root: str = key("class folders, or a flat folder of images", text=True)
     size: int = key("pixels along each side of the crop", least=1, words="resolution image_size")
     upright: bool = key("turn photos as noted; false: as ADM's loader")
+    background: str | None = key(
+        "colour behind what is transparent; null: as before there was this key", text=True
+    )
     strict: bool = key("an image that cannot be read is an error", determines="nothing")
 
 
