@@ -29,6 +29,9 @@ from sag_dit.cli.typed import HELP, MULTIRUN, check_added, check_arguments, spli
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 """The signal that ends a process whatever it does; Windows knows one alone, which does."""
 
+TOLD_TO_STOP = (signal.SIGINT, signal.SIGTERM)
+"""Signals that tell a command to stop: Ctrl-C, and what schedulers send."""
+
 Run = Callable[[Any], None]
 """A command, which takes an instance of its schema."""
 
@@ -80,24 +83,38 @@ def leave(number: int, _: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def take_sigterm() -> Any:
-    """Make SIGTERM leave; return the handler before, None where Python allows no other.
+def take_signals() -> dict[int, Any]:
+    """Make Ctrl-C and SIGTERM leave; return their handlers before.
 
-    That is outside of the main thread.
+    Outside of the main thread Python allows no other handlers, and nothing changes.
     """
     main = threading.current_thread() is threading.main_thread()
-    return signal.signal(signal.SIGTERM, leave) if main else None
+    return {number: signal.signal(number, leave) for number in TOLD_TO_STOP} if main else {}
 
 
 @contextmanager
 def leaving_when_told() -> Iterator[None]:
-    """Make SIGTERM leave with exit code 143; training and prediction then take it over."""
-    before = take_sigterm()
+    """Make Ctrl-C and SIGTERM leave with exit codes 130 and 143, and tell how to go on.
+
+    Training and prediction then take the signals over.
+    """
+    before = take_signals()
     try:
         yield
+    except SystemExit as stop:
+        if stop.code in {128 + number for number in TOLD_TO_STOP} and is_first_rank():
+            told = "what is finished is kept; repeat the command to go on"
+            print(f"stopped: {getattr(stop, 'told', told)}", file=sys.stderr)
+        raise
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is no rank but the first, whoever has started it."""
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return all(rank == "0" for rank in ranks)
 
 
 def launch(

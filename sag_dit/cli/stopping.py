@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from sag_dit.cli.app import KILL, take_sigterm
+from sag_dit.cli.app import KILL, take_signals
 
 
 @contextmanager
@@ -34,4 +34,4 @@ class LeaveWhenTold(Callback):
 
     def on_predict_start(self, *_: Any) -> None:
         """Install the handler."""
-        take_sigterm()
+        take_signals()

@@ -12,7 +12,7 @@ from sag_dit.cli.app import launch, quiet_lightning
 from sag_dit.cli.composing import make, placed, refuse_strangers
 from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import keys_of, mapping_of, plain
-from sag_dit.cli.run_identity import go_on_as_begun, identity, run_folder
+from sag_dit.cli.run_identity import check_schedule, go_on_as_begun, identity, run_folder
 from sag_dit.cli.values import check_logger, make_terms, with_models
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def run(config: Train) -> None:
     from sag_dit.cli.stopping import ending_together
     from sag_dit.cli.tracking import trackers
     from sag_dit.output.claim import claim
-    from sag_dit.training.resume import export_run, newest_checkpoint
+    from sag_dit.training.resume import export_run, exported_step, newest_checkpoint
 
     # The folder follows from what determines the weights, a checkpoint's resolution included.
     check_logger(config.logger)
@@ -258,8 +258,14 @@ def run(config: Train) -> None:
     # The folder is claimed, and a run that was begun there goes on.
     settings = plain(config)
     out.mkdir(parents=True, exist_ok=True)
+    check_schedule(settings, out)
     claim(out, identity(settings), settings, "a run")
     checkpoint, step = newest_checkpoint(out, module)
+    if step >= config.max_steps and exported_step(out) == step:
+        if trainer.is_global_zero:
+            print(f"finished at step {step}: nothing is left to train; a larger max_steps goes on")
+            print(f"run: {out.resolve()}")
+        return
     if told and trainer.is_global_zero:
         print(told)
     trainer.loggers = make_loggers(config.logger, out, step)
@@ -269,6 +275,11 @@ def run(config: Train) -> None:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         export_run(trainer, module, out)
     if trainer.is_global_zero:
+        if trainer.global_step < config.max_steps:
+            print(
+                f"saved at step {trainer.global_step} of {config.max_steps}, where the trainer was "
+                f"told to stop; repeat the command to go on"
+            )
         print(f"run: {out.resolve()}")
 
 

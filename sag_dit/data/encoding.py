@@ -31,7 +31,7 @@ from sag_dit.data.shards import (
     read_index,
     read_shard,
 )
-from sag_dit.data.training_batches import as_it_is, name_hash
+from sag_dit.data.training_batches import as_it_is, name_hash, outlive_signals
 from sag_dit.files import atomic
 
 CONFIG = "config.json"
@@ -297,6 +297,7 @@ def encode_share(
         batch_size=None,
         collate_fn=as_it_is,
         num_workers=workers,
+        worker_init_fn=outlive_signals,
     )
     files = plan.crops.files
     kept: list[int] = []
