@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ from sag_dit.cli.help import help_text
 from sag_dit.cli.orphans import end_with_parent
 from sag_dit.cli.schema import nearest
 from sag_dit.cli.typed import HELP, MULTIRUN, check_added, check_arguments, split
+from sag_dit.files import using
 
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 """The signal that ends a process whatever it does; Windows knows one alone, which does."""
@@ -113,8 +115,22 @@ def leaving_when_told() -> Iterator[None]:
 
 def is_first_rank() -> bool:
     """Whether this process is no rank but the first, whoever has started it."""
-    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-    return all(rank == "0" for rank in ranks)
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+    return all(os.environ.get(name, "0") == "0" for name in names)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder for all ranks of this run, by the first of them.
+
+    Raises:
+        ValueError: another run is using it.
+    """
+    if is_first_rank():
+        with using(folder):
+            yield
+    else:
+        yield
 
 
 def launch(

@@ -1,4 +1,4 @@
-"""Stopping: SIGTERM during prediction, and ranks that end together when one of them fails."""
+"""Stopping: signals during prediction, and ranks that end together when one of them fails."""
 
 from __future__ import annotations
 

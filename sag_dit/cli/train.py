@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sag_dit.cli.app import launch, quiet_lightning
+from sag_dit.cli.app import alone_in, launch, quiet_lightning
 from sag_dit.cli.composing import make, placed, refuse_strangers
 from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import keys_of, mapping_of, plain
@@ -220,6 +220,32 @@ def make_trainer(config: Train, out: Path) -> Trainer:
     return trainer
 
 
+def fit(
+    config: Train,
+    trainer: Trainer,
+    module: DiffusionModule,
+    data: StepData,
+    checkpoint: Path | None,
+    step: int,
+) -> None:
+    """Train from a checkpoint's step on, on all ranks, and export the weights."""
+    from sag_dit.cli.stopping import ending_together
+    from sag_dit.training.resume import export_run
+
+    out = Path(trainer.default_root_dir)
+    trainer.loggers = make_loggers(config.logger, out, step)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(plain(config))
+    with ending_together(trainer):
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        export_run(trainer, module, out)
+    if trainer.is_global_zero and trainer.global_step < config.max_steps:
+        print(
+            f"saved at step {trainer.global_step} of {config.max_steps}, where the trainer was "
+            f"told to stop; repeat the command to go on"
+        )
+
+
 def run(config: Train) -> None:
     """Train, and export the weights that are to be sampled with."""
     if config.ckpt is None and config.model is None:
@@ -229,10 +255,9 @@ def run(config: Train) -> None:
     quiet_lightning()
     import torch
 
-    from sag_dit.cli.stopping import ending_together
     from sag_dit.cli.tracking import trackers
     from sag_dit.output.claim import claim
-    from sag_dit.training.resume import export_run, exported_step, newest_checkpoint
+    from sag_dit.training.resume import exported_step, newest_checkpoint
 
     # The folder follows from what determines the weights, a checkpoint's resolution included.
     check_logger(config.logger)
@@ -260,26 +285,16 @@ def run(config: Train) -> None:
     out.mkdir(parents=True, exist_ok=True)
     check_schedule(settings, out)
     claim(out, identity(settings), settings, "a run")
-    checkpoint, step = newest_checkpoint(out, module)
-    if step >= config.max_steps and exported_step(out) == step:
-        if trainer.is_global_zero:
-            print(f"finished at step {step}: nothing is left to train; a larger max_steps goes on")
-            print(f"run: {out.resolve()}")
-        return
-    if told and trainer.is_global_zero:
-        print(told)
-    trainer.loggers = make_loggers(config.logger, out, step)
-    for logger in trainer.loggers:
-        logger.log_hyperparams(settings)
-    with ending_together(trainer):
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        export_run(trainer, module, out)
+    with alone_in(out):
+        checkpoint, step = newest_checkpoint(out, module)
+        finished = step >= config.max_steps and exported_step(out) == step
+        if finished:
+            told = f"finished at step {step}: nothing is left to train; a larger max_steps goes on"
+        if told and trainer.is_global_zero:
+            print(told)
+        if not finished:
+            fit(config, trainer, module, data, checkpoint, step)
     if trainer.is_global_zero:
-        if trainer.global_step < config.max_steps:
-            print(
-                f"saved at step {trainer.global_step} of {config.max_steps}, where the trainer was "
-                f"told to stop; repeat the command to go on"
-            )
         print(f"run: {out.resolve()}")
 
 

@@ -102,6 +102,12 @@ class Measurement:
         """How many images are measured."""
         return self.facts["count"]  # type: ignore[no-any-return]
 
+    @property
+    def kept_in(self) -> Path | None:
+        """The folder that drawn images are kept in, if they are."""
+        folder = self.images.folder if isinstance(self.images, ToDraw) else None
+        return None if folder is None else folder.path
+
     def lacking(self, record: Record | None) -> tuple[str, ...]:
         """Return the metrics that are still to be measured."""
         known = record.metrics if record else {}

@@ -70,14 +70,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with atomic(file) as temporary, temporary.open("wb") as stream:
-                torch.save(checkpoint, stream)
-        except OSError as error:
-            raise OSError(
-                f"{file} could not be written ({error.strerror or error}). Earlier checkpoints are "
-                f"intact: make room, then repeat the command, and it goes on from there"
-            ) from error
+        with atomic(file) as temporary, temporary.open("wb") as stream:
+            torch.save(checkpoint, stream)
 
 
 def best_checkpoint(
