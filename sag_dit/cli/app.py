@@ -34,6 +34,9 @@ KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 TOLD_TO_STOP = (signal.SIGINT, signal.SIGTERM)
 """Signals that tell a command to stop: Ctrl-C, and what schedulers send."""
 
+LOST = r"[Cc]onnection (closed|reset) by peer|[Bb]roken pipe|remote process exited"
+"""What communication between ranks says when one of them is gone."""
+
 Run = Callable[[Any], None]
 """A command, which takes an instance of its schema."""
 
@@ -66,8 +69,19 @@ def _paths(values: object, prefix: str = "") -> list[str]:
 
 
 def quiet_lightning() -> None:
-    """Import Lightning and silence its list of devices and its tips; its warnings stay."""
+    """Import Lightning, silence its list of devices and its tips, and watch its ranks ourselves.
+
+    Its warnings stay.
+    """
+    import lightning.fabric.strategies.launchers.subprocess_script as of_fabric
     import lightning.pytorch
+    import lightning.pytorch.strategies.launchers.subprocess_script as of_trainer
+
+    from sag_dit.cli.stopping import watch_ranks
+
+    launchers: list[Any] = [of_fabric, of_trainer]
+    for each in launchers:
+        each._launch_process_observer = watch_ranks
 
     for name in (lightning.pytorch.__name__, "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -175,6 +189,14 @@ def launch(
             if os.environ.get("SAG_DIT_DEBUG"):
                 raise
             fail(str(error))
+        except RuntimeError as error:
+            # A rank whose partner is gone; who started them says which was lost.
+            if os.environ.get("SAG_DIT_DEBUG") or not re.search(LOST, str(error)):
+                raise
+            fail(
+                f"the connection to another rank is lost ({str(error).splitlines()[0]}); what is "
+                f"written is kept, repeat the command to go on"
+            )
 
     sys.argv[1:] = [*flags, *(quoted(key) for key in keys)]
     try:
