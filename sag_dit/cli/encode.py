@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -11,15 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sag_dit.cli.app import launch, quiet_lightning
+from sag_dit.cli.app import alone_in, launch, quiet_lightning
 from sag_dit.cli.composing import refuse_strangers
 from sag_dit.cli.keys import Encode
 from sag_dit.identity import LATER, digest, settings
 
 if TYPE_CHECKING:
+    from lightning.fabric import Fabric
     from rich.progress import Progress
 
     from sag_dit.data.encoding import EncodingPlan, LatentFolder
+    from sag_dit.data.shards import Index
 
 log = logging.getLogger(__name__)
 
@@ -153,17 +156,31 @@ def run_encode(config: Encode) -> None:
     quiet_lightning()
     from lightning.fabric import Fabric
 
+    plan = plan_encoding(config)
+    folder = plan.folder
+    refuse_strangers("trainer", ["lightning.fabric.Fabric"], config.trainer)
+    fabric = Fabric(**config.trainer)
+    folder.claim(plan.index.config)
+    index = folder.finished_index if not os.access(folder.path, os.W_OK) else None
+    if index is None:
+        with alone_in(folder.path):
+            index = _encode(config, plan, fabric)
+    if index is None:
+        return
+    skipped = sum(len(shard.skipped) for shard in index.shards)
+    left_out = f", {skipped} could not be decoded" if skipped else ""
+    print(f"latents: {folder.path} ({index.images} images{left_out})")
+
+
+def _encode(config: Encode, plan: EncodingPlan, fabric: Fabric) -> Index | None:
+    """Encode on all ranks; return the index on the first one."""
     from sag_dit.data.encoding import encode_share
     from sag_dit.data.images import CHECKED_UP_FRONT, told_left_out
     from sag_dit.data.training_batches import workers_per_process
     from sag_dit.output.ranks import RankReports
 
-    # Rank 0 makes the folder and looks at the images before the other ranks start.
-    plan = plan_encoding(config)
+    # Rank 0 looks at the images before the other ranks start.
     folder, crops = plan.folder, plan.crops
-    refuse_strangers("trainer", ["lightning.fabric.Fabric"], config.trainer)
-    fabric = Fabric(**config.trainer)
-    folder.claim(plan.index.config)
     if fabric.global_rank == 0:
         plan.check_room()
         for text in told_left_out(crops.files.left_out):
@@ -202,15 +219,12 @@ def run_encode(config: Encode) -> None:
                         done_by_all()
             folder.note(rank, done)
         if rank != 0:
-            return
+            return None
         reports.wait(done_by_all)
         done_by_all()
     # All is there.
     reports.clear()
-    index = folder.finish(plan.shards, plan.index)
-    skipped = sum(len(shard.skipped) for shard in index.shards)
-    left_out = f", {skipped} could not be decoded" if skipped else ""
-    print(f"latents: {folder.path} ({index.images} images{left_out})")
+    return folder.finish(plan.shards, plan.index)
 
 
 main = partial(launch, "encode", run_encode)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from hydra.errors import HydraException
 
-from sag_dit.cli.app import fail, launch, quiet_lightning
+from sag_dit.cli.app import alone_in, fail, launch, quiet_lightning
 from sag_dit.cli.composing import make, placed
 from sag_dit.cli.keys import Evaluate
 from sag_dit.cli.keys.key import to_dict
@@ -79,9 +81,10 @@ def run_evaluate(config: Evaluate, choices: Sequence[Choice] | None = None) -> N
             _claim(each, own)
             text = f"{each.setting.name} ({number} of {len(pending)})"
             so_far, num = known[each.identity], own.gallery.num
-            known[each.identity] = measure(
-                predictor, each, finished, text=text, known=so_far, num=num
-            )
+            with alone_in(each.kept_in) if each.kept_in else nullcontext():
+                known[each.identity] = measure(
+                    predictor, each, finished, text=text, known=so_far, num=num
+                )
     # Rank 0 puts the seeds of each setting together, shows the table and writes the page.
     if trainer.is_global_zero:
         records = {key: record for key, record in known.items() if record is not None}
@@ -143,6 +146,9 @@ def _report(config: Evaluate, comparison: Comparison, out: Path, *, swept: bool)
     from sag_dit.study.report import log, report
 
     comparison.show(Console(soft_wrap=True, highlight=False))
+    if (out / "results.json").exists() and not os.access(out, os.W_OK):
+        print(f"results: {out / 'results.json'}")
+        return
     finished, plots = Path(config.finished), swept and config.plots
     page = report(comparison, out, finished, num=config.gallery.num, plots=plots)
     if config.logger:

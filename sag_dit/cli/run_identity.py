@@ -187,3 +187,21 @@ def _data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     if before["images"] != now["images"]:
         changes.append(f"{before['images']:,} images in all, now {now['images']:,}")
     return changes or ["as many images of each class, but of other names or sizes"]
+
+
+def check_schedule(config: Mapping[str, Any], out: Path) -> None:
+    """Refuse to go on to other ``max_steps`` with a learning rate that depends on them.
+
+    Raises:
+        ValueError: the schedule of the run in the folder ends at the ``max_steps`` of its start.
+    """
+    there = recorded(out).get("config", {})
+    before, now = there.get("max_steps"), config["max_steps"]
+    schedules = there.get("schedule") or {}, config["schedule"] or {}
+    for key in schedules[0].keys() & schedules[1].keys():
+        if before != now and (schedules[0][key], schedules[1][key]) == (before, now):
+            raise ValueError(
+                f"max_steps={now}: the learning rate of the run in out={out} follows from "
+                f"max_steps={before} (schedule.{key}), so that it cannot go on to another; repeat "
+                f"max_steps={before}, or choose another out"
+            )

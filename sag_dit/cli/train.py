@@ -8,11 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sag_dit.cli.app import launch, quiet_lightning
+from sag_dit.cli.app import alone_in, launch, quiet_lightning
 from sag_dit.cli.composing import make, placed, refuse_strangers
 from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import keys_of, mapping_of, to_dict
-from sag_dit.cli.run_identity import claim_data, go_on_as_begun, identity, run_folder
+from sag_dit.cli.run_identity import (
+    check_schedule,
+    claim_data,
+    go_on_as_begun,
+    identity,
+    run_folder,
+)
 from sag_dit.cli.values import check_logger, make_terms, with_models
 
 if TYPE_CHECKING:
@@ -220,6 +226,32 @@ def make_trainer(config: Train, out: Path) -> Trainer:
     return trainer
 
 
+def go_on_training(
+    config: Train,
+    trainer: Trainer,
+    module: DiffusionModule,
+    data: StepData,
+    checkpoint: Path | None,
+    step: int,
+) -> None:
+    """Train from a checkpoint's step on, on all ranks, and export the weights."""
+    from sag_dit.cli.stopping import ending_together
+    from sag_dit.training.resume import export_run
+
+    out = Path(trainer.default_root_dir)
+    trainer.loggers = make_loggers(config.logger, out, step)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(to_dict(config))
+    with ending_together(trainer):
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        export_run(trainer, module, out)
+    if trainer.is_global_zero and trainer.global_step < config.max_steps:
+        print(
+            f"saved at step {trainer.global_step} of {config.max_steps}, where the trainer was "
+            f"told to stop; repeat the command to go on"
+        )
+
+
 def run_train(config: Train) -> None:
     """Train, and export the weights that are to be sampled with."""
     if config.ckpt is None and config.model is None:
@@ -229,11 +261,10 @@ def run_train(config: Train) -> None:
     quiet_lightning()
     import torch
 
-    from sag_dit.cli.stopping import ending_together
     from sag_dit.cli.tracking import trackers
     from sag_dit.data.training_batches import StepData
     from sag_dit.output.claim import claim
-    from sag_dit.training.resume import export_run, newest_checkpoint
+    from sag_dit.training.resume import exported_step, newest_checkpoint
 
     # The folder follows from what determines the weights, a checkpoint's resolution included.
     check_logger(config.logger)
@@ -259,18 +290,20 @@ def run_train(config: Train) -> None:
     # The folder is claimed, and a run that was begun there goes on.
     settings = to_dict(config)
     out.mkdir(parents=True, exist_ok=True)
+    check_schedule(settings, out)
     claim(out, identity(settings), settings, "a run")
-    if trainer.is_global_zero:
-        claim_data(out, data.fingerprint(), on_purpose=config.changed_data)
-    checkpoint, step = newest_checkpoint(out, module)
-    if trainer.is_global_zero:
-        print("\n".join(filter(None, (told, data.report()))))
-    trainer.loggers = make_loggers(config.logger, out, step)
-    for logger in trainer.loggers:
-        logger.log_hyperparams(settings)
-    with ending_together(trainer):
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        export_run(trainer, module, out)
+    with alone_in(out):
+        checkpoint, step = newest_checkpoint(out, module)
+        finished = step >= config.max_steps and exported_step(out) == step
+        if finished:
+            told = f"finished at step {step}: nothing is left to train; a larger max_steps goes on"
+        elif trainer.is_global_zero:
+            claim_data(out, data.fingerprint(), on_purpose=config.changed_data)
+            told = "\n".join(filter(None, (told, data.report())))
+        if told and trainer.is_global_zero:
+            print(told)
+        if not finished:
+            go_on_training(config, trainer, module, data, checkpoint, step)
     if trainer.is_global_zero:
         print(f"run: {out.resolve()}")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -177,6 +179,67 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
+def outlive_signals(_: int) -> None:
+    """Let a loader's process go on where its whole group is told to stop: its batch is awaited.
+
+    Who has started it ends it. A second SIGTERM does too, so that it can be ended where it hangs.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_at_the_next)
+
+
+def _end_at_the_next(number: int, _: Any) -> None:
+    signal.signal(number, signal.SIG_DFL)
+
+
+def explained(failure: Exception) -> Exception:
+    """Return in a sentence why a loader has failed, unless that is our own mistake."""
+    if not isinstance(failure, (ValueError, OSError, RuntimeError)):
+        return failure
+    # torch puts the traceback of the loader's process before what was raised there.
+    text = str(failure)
+    if caught := re.match(r"Caught (\w+) in DataLoader worker", text):
+        text = re.split(rf"\n(?:[\w.]+\.)?{caught[1]}: ", text)[-1].strip()
+    elif "DataLoader worker" in text:
+        text = (
+            "a process that reads data was killed, often for want of memory; data.workers=N "
+            "takes fewer of them"
+        )
+    return ValueError(text)
+
+
+class TrainingLoader(DataLoader[Any]):
+    """Gives training batches; once it cannot, it says so and repeats the last one.
+
+    Training looks for a ``failure`` after each batch and ends there, all ranks together. It is
+    always one batch ahead, since Lightning fetches one before it is needed where there is no end,
+    so what stands in for a batch is never trained on.
+
+    Example::
+
+        loader = TrainingLoader(dataset, batch_sampler=batches)
+        for images, labels in loader:
+            if loader.failure is not None:
+                break
+    """
+
+    failure: Exception | None = None
+    """Why there are no more batches."""
+
+    def __iter__(self) -> Any:
+        batch, batches = None, super().__iter__()
+        while True:
+            try:
+                batch = next(batches) if self.failure is None else batch
+            except StopIteration:
+                return
+            except Exception as error:
+                self.failure = explained(error)
+                if batch is None:
+                    raise self.failure from error
+            yield batch
+
+
 class StepData(LightningDataModule, ABC):
     """Training and validation batches of an indexed dataset.
 
@@ -317,11 +380,13 @@ class StepData(LightningDataModule, ABC):
         workers = self.workers
         if workers is None:
             workers = workers_per_process(self.trainer.num_devices if self.trainer else 1)
-        return DataLoader(
+        kind = TrainingLoader if isinstance(batches, TrainingBatches) else DataLoader
+        return kind(
             self.dataset,
             batch_sampler=batches,  # type: ignore[arg-type]
             collate_fn=as_it_is,
             num_workers=workers,
+            worker_init_fn=outlive_signals,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )

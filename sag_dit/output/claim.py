@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ def claim(folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], 
     """Make a folder belong to ``settings``, or find that it does.
 
     ``settings``, an identity, determines the results; ``config`` is the whole configuration; both
-    are written. A folder whose settings have former names of what has a key now is recognised.
+    are written, unless the folder is this one and cannot be written to. A folder whose settings
+    have former names of what has a key now is recognised.
 
     Raises:
         ValueError: the folder holds results of other settings; the differences are named.
@@ -32,6 +34,8 @@ def claim(folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], 
                 + "\n  ".join(differences)
                 + "\nChoose another out, leave out unset, or repeat the former settings"
             )
+        if not os.access(folder, os.W_OK):
+            return
     with atomic(file) as temporary:
         record = {"settings": written(settings), "config": dict(config)}
         temporary.write_text(

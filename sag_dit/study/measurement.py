@@ -118,6 +118,12 @@ class Measurement:
             )
         return [f"{self.setting.name}: {note}" for note in notes]
 
+    @property
+    def kept_in(self) -> Path | None:
+        """The folder that drawn images are kept in, if they are."""
+        folder = self.images.folder if isinstance(self.images, ToDraw) else None
+        return None if folder is None else folder.path
+
     def lacking(self, record: Record | None) -> tuple[str, ...]:
         """Return the metrics that are still to be measured."""
         known = record.metrics if record else {}

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 
-from sag_dit.files import atomic
+from sag_dit.files import atomic, writing
 
 
 class CSVLog(Logger):
@@ -59,7 +59,7 @@ class CSVLog(Logger):
         if new:
             self._columns += new
             self._rewrite(self._columns, self._rows())
-        with self._file.open("a", newline="", encoding="utf-8") as stream:
+        with writing(self._file), self._file.open("a", newline="", encoding="utf-8") as stream:
             csv.DictWriter(stream, self._columns).writerow(row)
 
     def _begin(self) -> list[str]:

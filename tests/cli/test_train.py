@@ -79,9 +79,44 @@ def test_the_same_command_again_trains_no_further(train: Command, contents: Cont
     before = contents(folder)["model.safetensors"]
     again = train()
     assert run_folder(again) == folder
+    assert "finished at step 4: nothing is left to train" in again.out
     assert again.evaluations == 0
     # The averaged weights, not the raw ones that training would go on with.
     assert contents(folder)["model.safetensors"] == before
+
+
+def test_a_run_shorter_than_its_intervals_goes_on_from_its_end(
+    train: Command, contents: Contents
+) -> None:
+    long = "every_n_steps.checkpoint=1000"
+    whole = contents(run_folder(train("out=whole", "max_steps=5", long)))
+    folder = run_folder(train("out=parts", "max_steps=3", long))
+    assert steps_of(folder) == 3
+    first = contents(folder)["model.safetensors"]
+    # Killed at step 5 before the weights were exported: those of step 3 do not count as done.
+    assert run_folder(train("out=parts", "max_steps=5", long)) == folder
+    (folder / "finished.json").write_text('{"step": 3}')
+    assert first != contents(folder)["model.safetensors"] == whole["model.safetensors"]
+    (folder / "model.safetensors").write_bytes(b"")
+    assert run_folder(train("out=parts", "max_steps=5", long)) == folder
+    assert contents(folder)["model.safetensors"] == whole["model.safetensors"]
+
+
+def test_a_schedule_that_ends_at_max_steps_is_not_prolonged(
+    train: Command, contents: Contents
+) -> None:
+    cosine = ("schedule=cosine", "schedule.num_warmup_steps=1", "out=run")
+    folder = run_folder(train(*cosine, "max_steps=2"))
+    before = contents(folder)
+    longer = train(*cosine, "max_steps=4")
+    assert longer.code == 1
+    assert "max_steps=4: the learning rate of the run in out=run follows from" in longer.err
+    assert "repeat max_steps=2, or choose another out" in longer.err
+    assert contents(folder) == before
+    assert train(*cosine, "max_steps=2").evaluations == 0
+    # The same holds for no other schedule.
+    assert train("schedule=warmup", "out=other", "max_steps=2").code == 0
+    assert train("schedule=warmup", "out=other", "max_steps=3").code == 0
 
 
 def logged(folder: Path) -> list[dict[str, str]]:
@@ -97,6 +132,7 @@ def test_a_run_goes_on_where_it_ended_weights_and_log(train: Command, contents: 
     whole = run_folder(train("out=whole", "max_steps=6", *options))
     first = run_folder(train("out=parts", "max_steps=3", *options))
     assert [row["step"] for row in logged(first)] == ["0", "1", "1", "2"]
+    (first / "checkpoints" / "step-00000003.ckpt").unlink()
     assert steps_of(first) == 2
     parts = run_folder(train("out=parts", "max_steps=6", *options))
     here, there = contents(parts), contents(whole)
@@ -142,7 +178,7 @@ def test_a_run_begun_before_there_was_a_warm_up_goes_on_without(
     # The same command as before, which did not state the key; and once more after that.
     for steps in (3, 4):
         assert run_folder(train(f"max_steps={steps}")) == begun
-        assert steps_of(begun) == 2 * (steps // 2)
+        assert steps_of(begun) == steps
         forget_warmup(begun)
     assert contents(begun)["model.safetensors"] == whole["model.safetensors"]
     assert contents(run_folder(train()))["model.safetensors"] == whole["model.safetensors"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sag_dit.files import atomic
+from sag_dit.files import atomic, using
 from sag_dit.training import resume
 from tests.data.making import image_folder, save_vae, truncate
 
@@ -163,6 +164,24 @@ def test_a_full_disk_ends_training_and_leaves_the_last_checkpoint(
     ]
     assert train(*command, "max_steps=4").code == 0
     assert torch.load(newest(tmp_path / "run"), weights_only=True)["global_step"] == 4
+
+
+def test_a_run_in_use_is_refused_and_a_finished_one_that_is_read_only_succeeds(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    with using(tmp_path / "run"):
+        outcome = train("out=run")
+    assert_refused(outcome, "another run is using this folder: run")
+    assert outcome.evaluations == 0
+    assert train("out=run").code == 0
+    before = sorted((each, each.stat().st_mtime_ns) for each in (tmp_path / "run").rglob("*"))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    again = train("out=run")
+    assert (again.code, again.evaluations) == (0, 0), again.err
+    # Nothing but the lock came and went.
+    after = sorted((each, each.stat().st_mtime_ns) for each in (tmp_path / "run").rglob("*"))
+    assert after == before
 
 
 def test_too_little_room_is_refused_before_the_first_step(

@@ -197,6 +197,9 @@ class Sample(Guides):
     expected: Any = key("what an experiment of a paper published", absent=True)
     num_images: int = key("how many", least=1, words="n num_samples count")
     out: str | None = key("folder; null: outputs/sample/NAME-HASH", **OUT, words=OUT_WORDS)
+    verify: bool = key(
+        "true: read finished images, and draw those again that have changed", determines="nothing"
+    )
     npz: bool = key("also write samples.npz for the ADM evaluator", determines="nothing")
     gallery: SampleGallery = key("the page", determines="nothing")
     maps: bool = key("true: keep the attention of the gallery's images", determines="nothing")
