@@ -21,8 +21,13 @@ EXPECTED = (
     "Lightning .ckpt of this package, a .safetensors file, or a diffusers folder"
 )
 METADATA_KEY = "sag_dit"
-WRAPPERS = ("module.", "_orig_mod.", "denoiser.network.")
-"""Prefixes of modules around a network: data parallel, compiled, and our LightningModule."""
+WRAPPERS = ("module.", "denoiser.network.")
+"""Prefixes of modules around a network: data parallel, and our LightningModule."""
+INNER_WRAPPERS = re.compile(
+    r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_fpw_module"
+    r"|_forward_module)\."
+)
+"""What torch and its companions put into names, at any place, for a module wrapped around one."""
 WEIGHTS = re.compile(
     r"diffusion_pytorch_model"
     r"(?:(?P<variant>\.\w+)?\.(?P<single>safetensors|bin)"
@@ -178,9 +183,19 @@ def tensors(value: Any, path: Path) -> Mapping[str, Tensor]:
     raise ValueError(f"{path}: {found} where tensors should be; {EXPECTED}")
 
 
+def plain_name(name: str) -> str:
+    """Return a parameter's name without what was wrapped around the modules in it.
+
+    Example:
+        >>> plain_name("blocks.0._orig_mod.attn._checkpoint_wrapped_module.qkv.weight")
+        'blocks.0.attn.qkv.weight'
+    """
+    return INNER_WRAPPERS.sub("", name)
+
+
 def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a network's own entries, without the prefixes of what was wrapped around it."""
-    entries = dict(state)
+    """Return a network's own entries, without the names of what was wrapped around it."""
+    entries = {plain_name(name): tensor for name, tensor in state.items()}
     for _ in WRAPPERS:
         for prefix in WRAPPERS:
             inner = {

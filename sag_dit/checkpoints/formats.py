@@ -11,10 +11,11 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor
 
-from sag_dit.checkpoints import files
+from sag_dit.checkpoints import files, sets
+from sag_dit.checkpoints.config import REQUIRED
 from sag_dit.denoiser.prompts import ENCODE
 from sag_dit.identity import settings
-from sag_dit.models.family import State, WeightsFile, families, family_of
+from sag_dit.models.family import FAMILY, State, WeightsFile, families, family_of
 from sag_dit.process import DDPM, Flow, Process
 from sag_dit.process.base import OutputKind
 from sag_dit.process.ddpm import BETAS
@@ -132,8 +133,7 @@ def read(path: Path, ema: bool) -> Checkpoint:
             raise ValueError(
                 f"{path}: one file of a diffusers model; pass the folder that holds its config"
             )
-        _single_set(path, ema)
-        return _as_ours(path, files.unwrapped(state), stated or config_beside(path))
+        return _as_ours(path, _network(path, state, stated, ema), stated or config_beside(path))
     return _read_torch(path, ema)
 
 
@@ -169,22 +169,56 @@ def _read_folder(path: Path, ema: bool) -> Checkpoint:
 
 
 def _read_torch(path: Path, ema: bool) -> Checkpoint:
-    """Read an official .pt, flat or with model, ema and args, or a Lightning .ckpt."""
+    """Read a file of torch.save: flat, of a trainer, or a Lightning .ckpt."""
     value = files.read_torch(path)
     if not isinstance(value, Mapping):
         raise ValueError(f"{path}: holds a {type(value).__name__}; {files.EXPECTED}")
+    hyper = value.get("hyper_parameters")
+    if isinstance(hyper, Mapping) and all(key in hyper for key in REQUIRED):
+        return _read_own_run(path, value, hyper, ema)
     stated = config_beside(path)
-    if "state_dict" in value:
-        return _read_lightning(path, value, stated, ema)
-    if isinstance(value.get("ema"), Mapping) or isinstance(value.get("model"), Mapping):
-        name = "ema" if ema else "model"
-        if not isinstance(value.get(name), Mapping):
-            raise ValueError(_lacking(path, ema))
-        state = files.unwrapped(files.tensors(value[name], path))
-        return _as_ours(path, state, stated, value.get("args"))
-    state = files.unwrapped(files.tensors(value, path))
-    _single_set(path, ema)
-    return _as_ours(path, state, stated)
+    return _as_ours(path, _network(path, value, stated, ema), stated, value.get("args"))
+
+
+def _network(path: Path, value: Mapping[str, Any], stated: Mapping[str, Any], ema: bool) -> State:
+    """Return the network of a file's content, averaged or raw.
+
+    Raises:
+        ValueError: the file lacks the weights that ``ema`` asks for, or holds no tensors.
+    """
+    # Lightning's own callback keeps the average where else the raw weights are.
+    if "current_model_state" in value:
+        value = {"ema": value.get("state_dict"), "model": value["current_model_state"]}
+    # A family from outside is known by its config alone, and its names are left as they are.
+    model = stated.get("model")
+    described = isinstance(model, Mapping) and FAMILY in model
+    found = [] if described else sets.sets_in(value)
+    if any(each.state for each in found):
+        if len(found) == 1 and not found[0].averaged and _is_flat(value, found[0]):
+            _single_set(path, ema)
+            return found[0].state
+        return sets.chosen(found, ema, path)
+    # What is not recognised is taken from the usual places, so that errors tell what is there.
+    usual = {key: value[key] for key in ("ema", *RAW) if isinstance(value.get(key), Mapping)}
+    if not usual:
+        _single_set(path, ema)
+        return files.unwrapped(files.tensors(value, path))
+    name = next((key for key in usual if (key == "ema") == ema), None)
+    if name is None:
+        raise ValueError(sets.lacking(path, ema))
+    return files.unwrapped(files.tensors(usual[name], path))
+
+
+RAW = ("model", "state_dict")
+"""Where a trainer's file usually has its raw weights."""
+
+
+def _is_flat(value: Mapping[str, Any], found: sets.Found) -> bool:
+    """Whether a set stands in a file itself, under no key."""
+    return any(
+        isinstance(item, Tensor) and files.plain_name(str(name)).startswith(found.where)
+        for name, item in value.items()
+    )
 
 
 def _as_ours(path: Path, state: State, stated: Mapping[str, Any], args: Any = None) -> Checkpoint:
@@ -200,19 +234,19 @@ AVERAGED = "averaged.module."
 """Where a DiffusionModule keeps its averaged denoiser."""
 
 
-def _read_lightning(
-    path: Path, value: Mapping[str, Any], beside: Mapping[str, Any], ema: bool
+def _read_own_run(
+    path: Path, value: Mapping[str, Any], stated: Mapping[str, Any], ema: bool
 ) -> Checkpoint:
-    """Read a Lightning checkpoint: ours, or one of Lightning's own averaging callback.
+    """Read a Lightning checkpoint that holds our config.
 
     Ours holds the average as a module ``averaged`` beside ``denoiser``. With Lightning's callback
     the state_dict is the average, and the raw weights are in ``current_model_state``.
     """
     # Which set of weights is where.
-    state = value["state_dict"]
+    state = files.tensors(value.get("state_dict"), path)
     beside_raw = any(name.startswith(AVERAGED) for name in state)
     if ema and not beside_raw and "current_model_state" not in value:
-        raise ValueError(_lacking(path, ema))
+        raise ValueError(sets.lacking(path, ema))
     if beside_raw:
         state = {
             name.replace(AVERAGED, "denoiser."): tensor
@@ -221,10 +255,7 @@ def _read_lightning(
         }
     elif not ema:
         state = value.get("current_model_state", state)
-    # Its config, and adapters that were trained beside the weights.
-    stated = value.get("hyper_parameters")
-    if not isinstance(stated, Mapping) or not isinstance(stated.get("model"), Mapping):
-        stated = beside
+    # Adapters may have been trained beside the weights.
     network = files.unwrapped(files.tensors(state, path))
     if stated.get("lora") is not None:
         try:
@@ -297,8 +328,3 @@ def _single_set(path: Path, ema: bool) -> None:
             f"ema=false: {path} holds one set of weights, taken to be the averaged ones, as all "
             f"published ones are; leave ema=true"
         )
-
-
-def _lacking(path: Path, ema: bool) -> str:
-    kind, remedy = ("averaged (EMA)", "ema=false") if ema else ("raw", "ema=true")
-    return f"ema={str(ema).lower()}: {path} holds no {kind} weights; use {remedy}"
