@@ -28,8 +28,9 @@ INNER_WRAPPERS = re.compile(
     r"|_forward_module)\."
 )
 """What torch and its companions put into names, at any place, for a module wrapped around one."""
-WEIGHTS = re.compile(
-    r"diffusion_pytorch_model"
+NETWORK = ("diffusion_pytorch_model",)
+"""What diffusers calls weights."""
+ENDINGS = (
     r"(?:(?P<variant>\.\w+)?\.(?P<single>safetensors|bin)"
     r"|\.(?P<sharded>safetensors|bin)\.index(?P<sharded_variant>\.\w+)?\.json)"
 )
@@ -130,12 +131,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, config
 
 
-def weights_name(names: Iterable[str]) -> str | None:
-    """Choose a diffusers folder's weights: full precision, then safetensors, then one file.
+def weights_name(names: Iterable[str], stems: Sequence[str] = NETWORK) -> str | None:
+    """Choose a folder's weights: full precision, then safetensors, then one file.
 
-    A sharded file is named by its index. None if there are no weights.
+    ``stems`` are what they may be called, diffusers' way by default. A sharded file is named by its
+    index. None if there are no weights.
     """
-    found = [match for name in names if (match := WEIGHTS.fullmatch(name))]
+    pattern = re.compile(f"(?:{'|'.join(stems)}){ENDINGS}")
+    found = [match for name in names if (match := pattern.fullmatch(name))]
     found.sort(
         key=lambda match: (
             match["variant"] or match["sharded_variant"] or "",
@@ -146,9 +149,9 @@ def weights_name(names: Iterable[str]) -> str | None:
     return found[0].string if found else None
 
 
-def weights_files(folder: Path) -> tuple[Path, ...]:
-    """Return the weight files of a diffusers folder, none if there are none or some are missing."""
-    name = weights_name(path.name for path in folder.glob("diffusion_pytorch_model*"))
+def weights_files(folder: Path, stems: Sequence[str] = NETWORK) -> tuple[Path, ...]:
+    """Return the weight files of a folder, none if there are none or some are missing."""
+    name = weights_name((path.name for path in folder.glob("*")), stems)
     if name is None:
         return ()
     files = [folder / name]
@@ -159,7 +162,7 @@ def weights_files(folder: Path) -> tuple[Path, ...]:
 
 
 def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
-    """Read and join the weight files of a diffusers folder."""
+    """Read and join the weight files of a folder."""
     state: dict[str, Tensor] = {}
     for file in files:
         part = read_safetensors(file)[0] if container(file) == "safetensors" else read_torch(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor
 
-from sag_dit.checkpoints import files, sets
+from sag_dit.checkpoints import files, sets, trainers
 from sag_dit.checkpoints.config import REQUIRED
 from sag_dit.denoiser.prompts import ENCODE
 from sag_dit.identity import settings
@@ -19,6 +20,8 @@ from sag_dit.models.family import FAMILY, State, WeightsFile, families, family_o
 from sag_dit.process import DDPM, Flow, Process
 from sag_dit.process.base import OutputKind
 from sag_dit.process.ddpm import BETAS
+
+log = logging.getLogger(__name__)
 
 BASE = ".base_layer."
 DOWN = ".lora_A.default.weight"
@@ -118,6 +121,11 @@ class Checkpoint:
     stated: Mapping[str, Any] = field(default_factory=dict)
     vae: str | Path | None = None
 
+    @property
+    def path(self) -> Path:
+        """The file that messages name, beside which a config can be stated."""
+        return self.files[0]
+
 
 def read(path: Path, ema: bool) -> Checkpoint:
     """Read a checkpoint of any layout; which one, is read from the files themselves.
@@ -127,14 +135,7 @@ def read(path: Path, ema: bool) -> Checkpoint:
     """
     if path.is_dir():
         return _read_folder(path, ema)
-    if files.container(path) == "safetensors":
-        state, stated = files.read_safetensors(path)
-        if any(name.startswith("transformer_blocks.") for name in state):
-            raise ValueError(
-                f"{path}: one file of a diffusers model; pass the folder that holds its config"
-            )
-        return _as_ours(path, _network(path, state, stated, ema), stated or config_beside(path))
-    return _read_torch(path, ema)
+    return _read_files((path,), ema)
 
 
 def _read_folder(path: Path, ema: bool) -> Checkpoint:
@@ -156,32 +157,63 @@ def _read_folder(path: Path, ema: bool) -> Checkpoint:
     # for by its own path.
     newest = max(candidates, key=lambda file: file.stat().st_mtime_ns, default=exported)
     if newest != exported:
-        return _read_torch(newest, ema)
-    if exported.is_file():
-        _single_set(path, ema)
-        state, stated = files.read_safetensors(exported)
-        stated = files.read_json(config) if config.is_file() else stated
-        return Checkpoint(files.unwrapped(state), (exported,), stated, stated.get("vae"))
+        return _read_files((newest,), ema)
+    weights = trainers.weights_of(path)
+    if weights:
+        return _read_files(weights, ema, trainers.keeps_state(path), alone=False)
+    for pieces in sorted((path / "checkpoints").glob("*"), reverse=True):
+        trainers.refuse_pieces(pieces)
     raise ValueError(
         f"{path}: a folder without checkpoint; expected checkpoints/*.ckpt or *.pt (a run), "
-        f"model.safetensors and config.json (an export), or model_index.json (diffusers)"
+        f"model.safetensors and config.json (an export), one file of weights, or "
+        f"model_index.json (diffusers)"
     )
 
 
-def _read_torch(path: Path, ema: bool) -> Checkpoint:
-    """Read a file of torch.save: flat, of a trainer, or a Lightning .ckpt."""
-    value = files.read_torch(path)
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{path}: holds a {type(value).__name__}; {files.EXPECTED}")
-    hyper = value.get("hyper_parameters")
-    if isinstance(hyper, Mapping) and all(key in hyper for key in REQUIRED):
-        return _read_own_run(path, value, hyper, ema)
-    stated = config_beside(path)
-    return _as_ours(path, _network(path, value, stated, ema), stated, value.get("args"))
+def _read_files(
+    weights: tuple[Path, ...], ema: bool, raw: bool = False, alone: bool = True
+) -> Checkpoint:
+    """Read one file of weights, or several that together are one.
+
+    ``raw`` weights were found where a trainer keeps no averaged ones. A file that is not ``alone``
+    was found in a folder, whose config then comes before the one in the file.
+    """
+    # What is in the file, and what it says of its config; in pieces there are tensors alone.
+    path = weights[0]
+    value: Any
+    said: Mapping[str, Any] = {}
+    if len(weights) > 1:
+        value = files.read_weights(weights)
+    elif files.container(path) == "safetensors":
+        value, said = files.read_safetensors(path)
+        if any(name.startswith("transformer_blocks.") for name in value):
+            raise ValueError(
+                f"{path}: one file of a diffusers model; pass the folder that holds its config"
+            )
+    else:
+        value = files.read_torch(path)
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{path}: holds a {type(value).__name__}; {files.EXPECTED}")
+        hyper = value.get("hyper_parameters")
+        said = hyper if isinstance(hyper, Mapping) and _is_whole(hyper) else {}
+    stated = _stated(path, said, alone)
+    # A checkpoint of our own runs has a config, and perhaps adapters.
+    if said and "state_dict" in value:
+        return _read_own_run(path, value, stated, ema)
+    args = value.get("args")
+    if trainers.is_deepspeed(value):
+        value, raw = trainers.whole_module(value, path), True
+    return _as_ours(weights, _network(path, value, stated, ema, raw), stated, args)
 
 
-def _network(path: Path, value: Mapping[str, Any], stated: Mapping[str, Any], ema: bool) -> State:
-    """Return the network of a file's content, averaged or raw.
+def _is_whole(config: Mapping[str, Any]) -> bool:
+    return all(key in config for key in REQUIRED)
+
+
+def _network(
+    path: Path, value: Mapping[str, Any], stated: Mapping[str, Any], ema: bool, raw: bool
+) -> State:
+    """Return the network of a file's content, averaged or raw; ``raw`` tells of a single set.
 
     Raises:
         ValueError: the file lacks the weights that ``ema`` asks for, or holds no tensors.
@@ -195,13 +227,13 @@ def _network(path: Path, value: Mapping[str, Any], stated: Mapping[str, Any], em
     found = [] if described else sets.sets_in(value)
     if any(each.state for each in found):
         if len(found) == 1 and not found[0].averaged and _is_flat(value, found[0]):
-            _single_set(path, ema)
+            _single_set(path, ema, raw)
             return found[0].state
         return sets.chosen(found, ema, path)
     # What is not recognised is taken from the usual places, so that errors tell what is there.
     usual = {key: value[key] for key in ("ema", *RAW) if isinstance(value.get(key), Mapping)}
     if not usual:
-        _single_set(path, ema)
+        _single_set(path, ema, raw)
         return files.unwrapped(files.tensors(value, path))
     name = next((key for key in usual if (key == "ema") == ema), None)
     if name is None:
@@ -221,13 +253,15 @@ def _is_flat(value: Mapping[str, Any], found: sets.Found) -> bool:
     )
 
 
-def _as_ours(path: Path, state: State, stated: Mapping[str, Any], args: Any = None) -> Checkpoint:
+def _as_ours(
+    weights: tuple[Path, ...], state: State, stated: Mapping[str, Any], args: Any = None
+) -> Checkpoint:
     """Return a file's checkpoint, read by the family that its config or its names tell."""
     model = stated.get("model", {})
     if isinstance(model, Mapping):  # What is none, is refused later.
-        file = WeightsFile(path, state, stated, args)
+        file = WeightsFile(weights[0], state, stated, args)
         state, stated = family_of(model, state).read(file)
-    return Checkpoint(state, (path,), stated, stated.get("vae"))
+    return Checkpoint(state, weights, stated, stated.get("vae"))
 
 
 AVERAGED = "averaged.module."
@@ -312,18 +346,39 @@ def _read_transformer(
 
 
 def config_beside(path: Path) -> dict[str, Any]:
-    """Return the config beside a file, model.json for model.pt or config.json, else nothing."""
-    for candidate in (path.with_suffix(".json"), path.with_name("config.json")):
-        if candidate.is_file():
-            config = files.read_json(candidate)
-            if isinstance(config.get("model"), Mapping):
-                return config
-    return {}
+    """Return the config beside a file, model.json for model.pt and config.json, else nothing."""
+    return _stated(path, {}, alone=True)
 
 
-def _single_set(path: Path, ema: bool) -> None:
-    """Refuse ema=False where there is one set of weights."""
-    if not ema:
+def _stated(path: Path, said: Mapping[str, Any], alone: bool) -> dict[str, Any]:
+    """Join what a file says of its config with what is stated beside it.
+
+    model.json is about model.pt and comes before all. config.json is about a folder: it comes
+    before the file if the folder was asked for, else after it, and then it adds nothing to a whole
+    config.
+    """
+    general, own = (
+        files.read_json(place) if place.is_file() else {}
+        for place in (path.with_name("config.json"), path.with_suffix(".json"))
+    )
+    # Such a file may be about anything: without a model it is no config of ours.
+    own = own if isinstance(own.get("model"), Mapping) else {}
+    if alone and (_is_whole(said) or not isinstance(general.get("model"), Mapping)):
+        general = {}
+    joined: dict[str, Any] = {}
+    for config in (general, said, own) if alone else (said, general, own):
+        before, model = joined.get("model"), config.get("model")
+        joined.update(config)
+        if isinstance(before, Mapping) and isinstance(model, Mapping):
+            joined["model"] = {**before, **model}
+    return joined
+
+
+def _single_set(path: Path, ema: bool, raw: bool = False) -> None:
+    """Refuse ema=False where there is one set of weights, unless these are known to be raw."""
+    if raw and ema:
+        log.warning("%s: its trainer keeps no averaged weights; the raw ones are taken", path)
+    if not ema and not raw:
         raise ValueError(
             f"ema=false: {path} holds one set of weights, taken to be the averaged ones, as all "
             f"published ones are; leave ema=true"

@@ -43,12 +43,12 @@ def load(
     """
     found = zoo.locate(ckpt)
     checkpoint = formats.read(found.path, ema)
-    config = full_config(checkpoint, found.path, num_heads, latent=vae is not None)
+    config = full_config(checkpoint, num_heads, latent=vae is not None)
     # Before the weights are copied, so that a missing autoencoder is told at once.
     source = autoencoder(config, vae or checkpoint.vae)
     codec = choose_codec(config, source)
     return from_denoiser(
-        filled(config, checkpoint.state, found.path),
+        filled(config, checkpoint),
         found.name,
         codec=codec,
         sha256=files.sha256(checkpoint.files),
@@ -66,10 +66,10 @@ def load_denoiser(ckpt: str | Path, *, ema: bool = True) -> ClassConditional:
     """
     found = zoo.locate(ckpt)
     checkpoint = formats.read(found.path, ema)
-    return filled(full_config(checkpoint, found.path), checkpoint.state, found.path)
+    return filled(full_config(checkpoint), checkpoint)
 
 
-def filled(config: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> ClassConditional:
+def filled(config: Mapping[str, Any], checkpoint: formats.Checkpoint) -> ClassConditional:
     """Build the denoiser of a whole config and give it its weights.
 
     Raises:
@@ -80,13 +80,14 @@ def filled(config: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -
         with torch.device("meta"):
             denoiser = build(config)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    fill(denoiser.network, state, path, families()[denoiser.network.key].source)
+        raise ValueError(f"{checkpoint.path}: {error}") from None
+    source = families()[denoiser.network.key].source
+    fill(denoiser.network, checkpoint.state, checkpoint.path, source)
     return denoiser.eval()
 
 
 def full_config(
-    checkpoint: formats.Checkpoint, path: Path, num_heads: int | None = None, latent: bool = False
+    checkpoint: formats.Checkpoint, num_heads: int | None = None, latent: bool = False
 ) -> dict[str, Any]:
     """Complete what a checkpoint says of its config with what its weights tell.
 
@@ -97,7 +98,7 @@ def full_config(
     Raises:
         ValueError: a stated value is of the wrong kind, or the weights are of no known network.
     """
-    stated = dict(checkpoint.stated)
+    path, stated = checkpoint.path, dict(checkpoint.stated)
     for key in ("model", "process", "defaults"):
         if not isinstance(stated.get(key, {}), Mapping):
             raise ValueError(f"{path}: its config's {key} is {stated[key]!r}; expected a mapping")
