@@ -21,6 +21,28 @@ EXPECTED = (
     "Lightning .ckpt of this package, a .safetensors file, or a diffusers folder"
 )
 METADATA_KEY = "sag_dit"
+_NUMPY = ("scalar", "_reconstruct")
+_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
+
+
+class Unused:
+    """Stands for a value of numpy or pathlib beside the weights, of which nothing is built."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+UNUSED = (
+    *("numpy.dtype", "numpy.ndarray"),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in _NUMPY),
+    *(f"pathlib.{kind}" for kind in _PATHS),
+    *(f"pathlib._local.{kind}" for kind in _PATHS),
+)
+"""The classes and functions by which numpy's numbers, arrays and random states, and paths, are
+pickled. numpy's own would trust what a file says of types and sizes."""
 WRAPPERS = ("module.", "denoiser.network.")
 """Prefixes of modules around a network: data parallel, and our LightningModule."""
 INNER_WRAPPERS = re.compile(
@@ -83,6 +105,8 @@ def container(path: Path) -> Literal["zip", "pickle", "safetensors"]:
 def read_torch(path: Path) -> Any:
     """Read what torch.save wrote: tensors, plain values and argparse.Namespace, nothing else.
 
+    Numbers and arrays of numpy, and paths, become :class:`Unused`.
+
     Raises:
         ValueError: the file is damaged, foreign, or holds objects that would have to be unpickled.
     """
@@ -90,7 +114,8 @@ def read_torch(path: Path) -> Any:
     # files can be; and by a path, torch would go by the extension.
     mapped = container(path) == "zip" and path.suffix != ".safetensors"
     try:
-        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
+        allowed: list[Any] = [Namespace, *((Unused, name) for name in UNUSED)]
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             if mapped:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -102,7 +127,8 @@ def read_torch(path: Path) -> Any:
             raise ValueError(f"{path}: damaged or no file of torch.save; {EXPECTED}") from None
         raise ValueError(
             f"{path}: refused, because it holds Python objects ({refused[1]}) and reading those "
-            f"can run code; expected tensors, plain values and an argparse.Namespace. If you "
+            f"can run code; expected tensors, plain values, numbers of numpy, paths and an "
+            f"argparse.Namespace. If you "
             f"trust where it comes from, save its state dict alone with torch.save and load that"
         ) from None
     except Exception as error:  # torch raises almost any type on a damaged file

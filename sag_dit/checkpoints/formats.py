@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,10 +201,33 @@ def _read_files(
     # A checkpoint of our own runs has a config, and perhaps adapters.
     if said and "state_dict" in value:
         return _read_own_run(path, value, stated, ema)
-    args = value.get("args")
+    args = {**_flat_config(path), **_arguments(value)}
     if trainers.is_deepspeed(value):
         value, raw = trainers.whole_module(value, path), True
     return _as_ours(weights, _network(path, value, stated, ema, raw), stated, args)
+
+
+def _arguments(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the training script that a file holds."""
+    for key in ("args", "hyper_parameters", "hparams", "config"):
+        args = value.get(key)
+        args = vars(args) if isinstance(args, Namespace) else args
+        if isinstance(args, Mapping) and args:
+            return _plain(args)
+    return {}
+
+
+def _plain(args: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return those arguments that are words or numbers."""
+    kinds = (str, int, float)
+    return {str(name): item for name, item in args.items() if isinstance(item, kinds)}
+
+
+def _flat_config(path: Path) -> dict[str, Any]:
+    """Return the arguments of a network's class as the hub's mixin leaves them in config.json."""
+    config = path.with_name("config.json")
+    said = files.read_json(config) if config.is_file() else {}
+    return {} if any(key in said for key in REQUIRED) else _plain(said)
 
 
 def _is_whole(config: Mapping[str, Any]) -> bool:
@@ -254,7 +278,7 @@ def _is_flat(value: Mapping[str, Any], found: sets.Found) -> bool:
 
 
 def _as_ours(
-    weights: tuple[Path, ...], state: State, stated: Mapping[str, Any], args: Any = None
+    weights: tuple[Path, ...], state: State, stated: Mapping[str, Any], args: Mapping[str, Any]
 ) -> Checkpoint:
     """Return a file's checkpoint, read by the family that its config or its names tell."""
     model = stated.get("model", {})
@@ -365,6 +389,8 @@ def _stated(path: Path, said: Mapping[str, Any], alone: bool) -> dict[str, Any]:
     own = own if isinstance(own.get("model"), Mapping) else {}
     if alone and (_is_whole(said) or not isinstance(general.get("model"), Mapping)):
         general = {}
+    if not any(key in general for key in REQUIRED):
+        general = {}  # see _flat_config
     joined: dict[str, Any] = {}
     for config in (general, said, own) if alone else (said, general, own):
         before, model = joined.get("model"), config.get("model")

@@ -173,6 +173,23 @@ def test_heads_can_be_given(make_dit: MakeDiT, tmp_path: Path, same: Same) -> No
     assert told.denoiser.process == DDPM("cosine", 1000) and told.denoiser.kind == "v"
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_flat_config_of_the_hubs_mixin_tells_the_heads(
+    make_dit: MakeDiT, tmp_path: Path, same: Same, name: str, whole: bool
+) -> None:
+    network, path = make_dit(in_channels=3), tmp_path / name
+    save_file(network.state_dict(), path) if "safe" in name else torch.save(
+        network.state_dict(), path
+    )
+    flat = {"num_heads": 4, "hidden_size": 48, "depth": 3, "qk_norm": False, "num_classes": 10}
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    assert same(load(tmp_path if whole else path).denoiser.network, network)
+    # Of another width, it is about something else.
+    (tmp_path / "config.json").write_text(json.dumps({**flat, "hidden_size": 768}))
+    assert not same(load(tmp_path if whole else path).denoiser.network, network)
+
+
 def test_stated_flow_is_of_kind_v(flat: Path) -> None:
     flat.with_suffix(".json").write_text('{"model": {}, "process": {"time_scale": 1000}}')
     model = load(flat)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -93,10 +92,14 @@ class DiTFamily(Family):
         said = arguments_said(file.args, file.state)
         model = {**said["model"], **file.stated.get("model", {})}
         stated = {**said, **file.stated, **({"model": model} if model else {})}
-        prediction = None if "process" in stated else sit.prediction_of(file.path, file.args)
-        if prediction is None:
+        variant = None
+        if "process" not in stated:
+            variant = sit.variant_of(file.path, file.state, file.args)
+        if variant is None:
             return file.state, stated
-        state, known = sit.from_sit(file.state, prediction)
+        state, known = sit.from_sit(file.state, variant)
+        if len(state) < len(file.state):
+            log.warning("%s: REPA's projectors, which serve training, are left out", file.path)
         return state, {**known, **stated}
 
     def infer(
@@ -177,19 +180,21 @@ class DiTFamily(Family):
         return Refitted(state, kept, remade)
 
 
-def arguments_said(args: Any, state: State) -> dict[str, Any]:
-    """Return what the arguments of DiT's or SiT's official training script say."""
+def arguments_said(args: Mapping[str, Any], state: State) -> dict[str, Any]:
+    """Return what the arguments of a training script, or of the network's class, say."""
     said: dict[str, Any] = {"model": {}}
-    if not isinstance(args, Namespace):
-        return said
-    size = SIZES.get(str(getattr(args, "model", "")).replace("SiT-", "DiT-"))
     proj = state.get("x_embedder.proj.weight")
-    if size and proj is not None and proj.shape[0] == size["hidden_size"]:
+    width = None if proj is None else proj.shape[0]
+    if args.get("hidden_size", width) != width:
+        return said
+    size = SIZES.get(str(args.get("model", "")).replace("SiT-", "DiT-"), {})
+    if size and size["hidden_size"] == width:
         said["model"]["num_heads"] = size["num_heads"]
-    if isinstance(getattr(args, "num_classes", None), int):
-        said["model"]["num_classes"] = args.num_classes
-    if proj is not None and proj.shape[1] == 4 and getattr(args, "vae", None) in ("ema", "mse"):
-        said["vae"] = args.vae
+    for name in ("num_heads", "num_classes"):
+        if type(args.get(name)) is int:
+            said["model"][name] = args[name]
+    if proj is not None and proj.shape[1] == 4 and args.get("vae") in ("ema", "mse"):
+        said["vae"] = args["vae"]
     return said
 
 
