@@ -326,15 +326,16 @@ def _read_own_run(
 def _read_pipeline(path: Path, ema: bool) -> Checkpoint:
     """Read a folder that diffusers saved of a class-conditional pipeline."""
     index = files.read_json(path / "model_index.json")
-    if index.get("_class_name") in ENCODE:
+    name = str(index.get("_class_name"))
+    if name in ENCODE:
         raise ValueError(
-            f"{path}: a text model, {index['_class_name']}; pass prompt='...' or requests=FILE to "
+            f"{path}: a text model, {name}; pass prompt='...' or requests=FILE to "
             f"sample.py, or load it with sag_dit.load_text(ckpt, prompts)"
         )
     known = [family.pipeline for family in families().values() if family.pipeline]
-    if index.get("_class_name") not in known:
+    if name not in known:
         raise ValueError(
-            f"{path}: a diffusers folder of {index.get('_class_name')}; expected "
+            f"{path}: a diffusers folder of {name}; expected "
             f"{' or '.join(known)}, which is class-conditional"
         )
     _single_set(path, ema)
