@@ -179,7 +179,7 @@ def fill(
     ``source`` says in an error whose parameter names are expected.
 
     Raises:
-        ValueError: names or shapes differ; the first of them are named.
+        ValueError: names or shapes differ, or weights are whole numbers; the first are named.
     """
     # Names and shapes have to be those of the network, all of them; one that compiles a part of
     # itself has the names of wrappers, which were taken off when the file was read.
@@ -209,6 +209,15 @@ def fill(
             + f"\nexpected the parameters of {source}; if a config comes "
             "with the file, see that it is this file's"
         )
+    # Whole numbers in the place of real ones are quantised, and mean nothing without their scales.
+    real = [n for n, tensor in network.state_dict().items() if tensor.is_floating_point()]
+    for name in real:
+        if not state[name].is_floating_point():
+            raise ValueError(
+                f"{path}: {name} is {str(state[name].dtype).removeprefix('torch.')}, as quantised "
+                f"weights are, whose scales are not read; expected weights in float32, float16 or "
+                f"bfloat16"
+            )
     # Copies, because a mapped file may change under a running program.
     copies = {
         name: tensor.detach().to(torch.float32, copy=True).contiguous()
