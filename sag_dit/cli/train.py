@@ -89,9 +89,11 @@ def load_base(config: Train) -> tuple[Model, Train]:
     That is ``resolution``, if null, and ``data.size``.
 
     Raises:
-        ValueError: the checkpoint cannot be loaded, or a key is set that it determines.
+        ValueError: the checkpoint cannot be loaded, its weights are NaN or infinite, or a key is
+            set that it determines.
     """
     from sag_dit.checkpoints import load
+    from sag_dit.checkpoints.export import check_finite
     from sag_dit.training.finetune import resolution_of
 
     determined = (key for key, (_, told) in keys_of(Train).items() if told.by_checkpoint)
@@ -103,6 +105,7 @@ def load_base(config: Train) -> tuple[Model, Train]:
         )
     lora_settings(config)  # Before a checkpoint is downloaded.
     base = load(str(config.ckpt), vae=config.vae, num_heads=config.num_heads)
+    check_finite(base.class_conditional.network.state_dict(), f"ckpt={config.ckpt}")
     side = config.resolution or resolution_of(base)
     data = {**config.data, "size": side} if "size" in config.data else config.data
     return base, replace(config, resolution=side, data=data)

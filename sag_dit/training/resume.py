@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed.tensor import DTensor
 
 from sag_dit.checkpoints import build, write_safetensors
-from sag_dit.checkpoints.export import Own
+from sag_dit.checkpoints.export import Own, check_finite, not_finite
 from sag_dit.checkpoints.formats import merged
 from sag_dit.files import atomic
 from sag_dit.training.module import DiffusionModule
@@ -225,6 +225,9 @@ def export_run(trainer: Trainer, module: DiffusionModule, out: Path) -> None:
     """Write the weights that are to be sampled with as safetensors; all ranks take part.
 
     Sharded weights are gathered one at a time; rank 0 writes.
+
+    Raises:
+        ValueError: weights are NaN or infinite; the newest checkpoint whose are not is named.
     """
     state = {}
     for name, tensor in module.evaluated.network.state_dict().items():
@@ -236,6 +239,8 @@ def export_run(trainer: Trainer, module: DiffusionModule, out: Path) -> None:
     description = module.model.description
     if "lora" in description:
         state = merged(state, description["lora"])
+    if not_finite(state):
+        check_finite(state, str(out), _last_good(out))
     denoiser = build(description)
     denoiser.network.load_state_dict(state)
     extra: dict[str, Any] = {
@@ -253,6 +258,21 @@ def exported_step(out: Path) -> int | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return step if isinstance(step, int) and (out / Own.weights).is_file() else None
+
+
+def _last_good(out: Path) -> str:
+    """Return what to do when the last weights are of no use."""
+    newest = sorted((out / FOLDER).glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
+    for checkpoint in reversed(newest):
+        state = (_read(checkpoint) or {}).get("state_dict", {})
+        if state and not not_finite(state):
+            return (
+                f"the newest checkpoint without is {checkpoint}: draw from it or go on "
+                f"from it by ckpt={checkpoint}, with a smaller optimizer.lr"
+            )
+    return (
+        "no checkpoint of this run is without such values: train anew, with a smaller optimizer.lr"
+    )
 
 
 def newest_checkpoint(out: Path, module: LightningModule) -> tuple[Path | None, int]:

@@ -190,3 +190,29 @@ def test_too_little_room_is_refused_before_the_first_step(
     monkeypatch.setattr(resume.shutil, "disk_usage", lambda folder: type("", (), {"free": 9}))
     outcome = train()
     assert_refused(outcome, "0.00 GB are free", "make room")
+
+
+def test_a_run_that_diverged_at_its_end_exports_nothing(train: Command, tmp_path: Path) -> None:
+    arguments = ("out=run", "every_n_steps.checkpoint=1", "optimizer.lr=1e30")
+    done = train(*arguments, "max_steps=1", "optimizer.weight_decay=1e10")
+    assert_refused(done, "run: weights that are NaN or infinite", "train anew, with a smaller")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert newest(tmp_path / "run").is_file()
+
+
+def test_the_last_good_checkpoint_is_named(
+    train: Command, in_process: Command, photos: Path, tmp_path: Path
+) -> None:
+    assert train("out=run", "every_n_steps.checkpoint=1", "max_steps=1").code == 0
+    checkpoint = newest(tmp_path / "run")
+    saved = torch.load(checkpoint, weights_only=True)
+    for name, tensor in saved["state_dict"].items():
+        if name.endswith("qkv.weight"):
+            tensor[0] = float("nan")
+    torch.save(saved, checkpoint.with_name("step-00000002.ckpt"))
+    told = resume._last_good(tmp_path / "run")
+    assert f"the newest checkpoint without is {checkpoint}: draw from it" in told
+    diverged = checkpoint.with_name("step-00000002.ckpt")
+    data = (f"data.root={photos}", "logger=none", "max_steps=1")
+    tuned = in_process("train", "experiment=finetune", f"ckpt={diverged}", *data)
+    assert_refused(tuned, f"ckpt={diverged}: weights that are NaN or infinite")
