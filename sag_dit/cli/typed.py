@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
+from sag_dit.bounds import parts
 from sag_dit.cli.composing import config_folder, refuse_strangers
 from sag_dit.cli.keys import COMMANDS
-from sag_dit.cli.keys.key import Key, is_open, keys_of, mapping_of, parts, plain, selected, walk
+from sag_dit.cli.keys.key import Key, is_open, keys_of, mapping_of, plain, selected, walk
 
 HELP = ("-h", "--help")
 MULTIRUN = ("-m", "--multirun")
