@@ -11,7 +11,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sag_dit.bounds import checked
 
@@ -219,13 +219,12 @@ def _check_events(events: Iterator[yaml.Event], file: Path) -> None:
             )
 
 
-def csv_rows(stream: IO[str], file: Path) -> Iterator[list[str]]:
-    """Yield the rows of a CSV file.
+def csv_rows(reader: Any, file: str | Path) -> Iterator[list[str]]:
+    """Yield the rows of a ``csv.reader``.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: a line is no row.
     """
-    reader = csv.reader(stream, skipinitialspace=True)
     try:
         yield from reader
     except csv.Error as error:

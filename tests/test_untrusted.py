@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import resource
 import time
 from collections.abc import Mapping, Sequence
@@ -179,4 +180,4 @@ def test_lines_name_their_number(tmp_path: Path) -> None:
 def test_rows_that_are_no_csv_are_named() -> None:
     long = ["a,b\n", "c" * 200_000]
     with pytest.raises(ValueError, match=r"log\.csv, line 2: no row of CSV"):
-        list(csv_rows(iter(long), Path("log.csv")))
+        list(csv_rows(csv.reader(long), "log.csv"))

@@ -29,10 +29,10 @@ from sag_dit.data.shards import (
     map_shard,
     pack,
     read_index,
-    read_shard,
 )
 from sag_dit.data.training_batches import as_it_is, name_hash
 from sag_dit.files import atomic
+from sag_dit.untrusted import read_json, read_json_as
 
 CONFIG = "config.json"
 
@@ -84,7 +84,7 @@ class LatentFolder:
         # What it holds was made with the same settings, or it is empty.
         file = self.path / CONFIG
         if file.exists():
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = read_json(file)
             differences = [
                 f"{key}: there {before.get(key, 'not set')}, now {settings.get(key, 'not set')}"
                 for key in sorted(before.keys() | settings.keys())
@@ -107,7 +107,7 @@ class LatentFolder:
         """Return what was recorded of a shard, here or in a finished index."""
         file = self._records / f"{number:05d}.json"
         if file.exists():
-            return read_shard(json.loads(file.read_text(encoding="utf-8")))
+            return read_json_as(file, Shard)
         return self._recorded[number] if number < len(self._recorded) else None
 
     def finished(self, number: int) -> Shard | None:
