@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import re
 import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from sag_dit.bounds import Bounds
+from sag_dit.untrusted import parse_json, read_json_as
+from sag_dit.untrusted import read_json as read_json
 
 EXPECTED = (
     "expected weights of a DiT: an official .pt (a state dict, or model, ema and args), a "
@@ -58,19 +62,13 @@ ENDINGS = (
 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+@dataclass(frozen=True)
+class WeightsIndex:
+    """What the index of sharded weights says: which file each tensor lies in."""
 
-    Raises:
-        ValueError: the file cannot be read or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a readable JSON file ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
+    weight_map: Annotated[
+        Mapping[str, str], Bounds(pattern=r"[\w.-]+", expected="names of files beside it")
+    ]
 
 
 def container(path: Path) -> Literal["zip", "pickle", "safetensors"]:
@@ -146,12 +144,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            config = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            told = (file.metadata() or {}).get(METADATA_KEY, "{}")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{path}: damaged, cut short, or no safetensors file ({error}); {EXPECTED}"
         ) from None
+    config = parse_json(told, f"{path}: its metadata's {METADATA_KEY}")
     if not isinstance(config, dict):
         raise ValueError(f"{path}: its metadata's {METADATA_KEY} is no JSON object but {config!r}")
     return state, config
@@ -182,8 +181,8 @@ def weights_files(folder: Path, stems: Sequence[str] = NETWORK) -> tuple[Path, .
         return ()
     files = [folder / name]
     if name.endswith(".json"):
-        shards = set(read_json(folder / name).get("weight_map", {}).values())
-        files = [folder / shard for shard in sorted(shards)]
+        shards = read_json_as(folder / name, WeightsIndex, open=True).weight_map.values()
+        files = [folder / shard for shard in sorted(set(shards))]
     return tuple(files) if all(file.is_file() for file in files) else ()
 
 

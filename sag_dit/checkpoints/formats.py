@@ -8,11 +8,12 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 from torch import Tensor
 
+from sag_dit.bounds import Bounds, Natural, Share, checked
 from sag_dit.checkpoints import files, sets, trainers
 from sag_dit.checkpoints.config import REQUIRED
 from sag_dit.denoiser.prompts import ENCODE
@@ -60,6 +61,40 @@ def merged(state: Mapping[str, Tensor], lora: Mapping[str, Any]) -> dict[str, Te
 KINDS: dict[str, OutputKind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x_0"}
 
 
+MOST_SHIFT = 50
+Shift = Annotated[float, Bounds(least=-10, most=10)]
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """What is asked of a scheduler's config; what it leaves out is what its class has.
+
+    Example:
+        >>> Scheduler().beta_schedule
+        'linear'
+    """
+
+    num_train_timesteps: Annotated[int, Bounds(least=1, most=100_000)] = 1000
+    beta_schedule: str = "linear"
+    beta_start: Share = 1e-4
+    beta_end: Share = 0.02
+    trained_betas: Any = None
+    rescale_betas_zero_snr: Any = None
+    prediction_type: str = "epsilon"
+    shift: float = 1.0
+    use_dynamic_shifting: bool | None = None
+    base_image_seq_len: Natural = 256
+    max_image_seq_len: Natural = 4096
+    base_shift: Shift = 0.5
+    max_shift: Shift = 1.15
+
+    def dynamic(self, tokens: int) -> float:
+        """Return FLUX's mu, linear in the number of tokens."""
+        many = self.max_image_seq_len - self.base_image_seq_len or 1
+        rise = self.max_shift - self.base_shift
+        return self.base_shift + rise * (tokens - self.base_image_seq_len) / many
+
+
 def read_scheduler(path: Path, cells: tuple[int, int] = (0, 0)) -> tuple[Process, OutputKind]:
     """Return the process and kind that a scheduler's config states, for an image of so many cells.
 
@@ -67,43 +102,42 @@ def read_scheduler(path: Path, cells: tuple[int, int] = (0, 0)) -> tuple[Process
         ValueError: the betas or the prediction type are not known.
     """
     # A flow states where it puts its steps, perhaps by the size of the image.
-    config = files.read_json(path)
-    steps = int(config.get("num_train_timesteps", 1000))
-    if str(config.get("_class_name")).startswith("FlowMatch"):
-        shift = float(config.get("shift", 1.0))
-        if config.get("use_dynamic_shifting"):
-            shift = math.exp(_shift(config, cells[0] * cells[1] // 4))
+    values = files.read_json(path)
+    config = checked(values, Scheduler, str(path), open=True)
+    steps = config.num_train_timesteps
+    if str(values.get("_class_name")).startswith("FlowMatch"):
+        shift = float(config.shift)
+        if config.use_dynamic_shifting:
+            mu = config.dynamic(cells[0] * cells[1] // 4)
+            if abs(mu) > MOST_SHIFT:
+                raise ValueError(
+                    f"{path}: max_shift={config.max_shift}: expected one that moves the times of "
+                    f"this size by at most e^{MOST_SHIFT}, not e^{mu:.3g}"
+                )
+            shift = math.exp(mu)
         return Flow(time_scale=steps, shift=shift), "v"
     # A DDPM is known by its betas.
-    first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    schedule = config.get("beta_schedule", "linear")
+    first, last, schedule = config.beta_start, config.beta_end, config.beta_schedule
     stated = {
         "linear": np.linspace(first, last, steps),
         "scaled_linear": np.linspace(first**0.5, last**0.5, steps) ** 2,
         "squaredcos_cap_v2": BETAS["cosine"](steps),
     }.get(schedule)
-    changed = config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr")
+    changed = config.trained_betas is not None or config.rescale_betas_zero_snr
     names = [
         name
         for name, betas in BETAS.items()
         if stated is not None and not changed and np.allclose(stated, betas(steps))
     ]
-    kind = KINDS.get(config.get("prediction_type", "epsilon"))
+    kind = KINDS.get(config.prediction_type)
     if not names or kind is None:
         raise ValueError(
             f"{path}: beta_schedule={schedule!r} from {first} to {last} in {steps} steps, "
-            f"prediction_type={config.get('prediction_type')!r}; expected the betas of DDPM "
+            f"prediction_type={config.prediction_type!r}; expected the betas of DDPM "
             f"(linear), Stable Diffusion (scaled_linear) or IDDPM (squaredcos_cap_v2), neither "
             f"trained nor rescaled, and one of {', '.join(KINDS)}"
         )
     return DDPM(cast(Any, names[0]), steps), kind
-
-
-def _shift(config: dict[str, Any], tokens: int) -> float:
-    """Return FLUX's mu, linear in the number of tokens."""
-    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return float(low + (high - low) * (tokens - few) / (many - few))
 
 
 @dataclass(frozen=True)

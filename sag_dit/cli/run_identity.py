@@ -10,11 +10,12 @@ from pkgutil import resolve_name
 from typing import Any
 
 from sag_dit.cli.keys import Train
-from sag_dit.cli.keys.key import selected, walk
+from sag_dit.cli.keys.key import is_open, keys_of, mapping_of, selected, walk
 from sag_dit.cli.schema import determining, later_keys
 from sag_dit.files import atomic
 from sag_dit.identity import Name, digest, name_of, plain, without_later
-from sag_dit.output.claim import recorded
+from sag_dit.output import claim
+from sag_dit.untrusted import read_json
 
 ANY = object()
 """Stands for whatever value a key has."""
@@ -65,6 +66,24 @@ def _with_names(value: Any) -> Any:
     # A class has several paths, of which the hash of this run may have had any.
     former = sorted(name.former, key=lambda path: path != target)
     return {**without_later(values, thing), "_target_": Name(name, former)}
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """Return what a run's folder records, see :func:`sag_dit.output.claim.recorded`.
+
+    Raises:
+        ValueError: a group of keys is none there.
+    """
+    found = claim.recorded(folder)
+    for name, value in found.get("config", {}).items():
+        hint, told = keys_of(Train).get(name, (Any, None))
+        grouped = told is not None and (is_open(hint) or mapping_of(hint, told))
+        if grouped and not isinstance(value, (Mapping, type(None))):
+            raise ValueError(
+                f"{folder / claim.CONFIG}: config.{name}={value!r:.60}: expected a mapping; mend "
+                f"it, or choose another out"
+            )
+    return found
 
 
 def run_folder(config: Mapping[str, Any]) -> Path:
@@ -160,7 +179,7 @@ def claim_data(out: Path, now: Mapping[str, Any] | None, *, on_purpose: bool) ->
 
 def _read_fingerprint(file: Path) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         counts = [values["images"], *values["classes"].values()]
         if not isinstance(values["sha256"], str) or not all(type(n) is int for n in counts):
             raise TypeError("expected counts and a sha256")

@@ -9,25 +9,13 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, NamedTuple, get_origin
 
+from sag_dit.bounds import fit, parts, shown, wanted
 from sag_dit.cli.keys import COMMANDS
-from sag_dit.cli.keys.key import UNSET, Determines, Key, is_open, keys_of, mapping_of, parts, walk
-
-
-def shown(value: Any) -> str:
-    """Return a value as one types it."""
-    if isinstance(value, list):
-        return f"[{','.join(map(shown, value))}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{name}: {shown(each)}' for name, each in value.items())}}}"
-    return (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
+from sag_dit.cli.keys.key import UNSET, Determines, Key, is_open, keys_of, mapping_of, walk
 
 
 def check(
@@ -74,7 +62,7 @@ def _checked(
             if opened or told.absent:
                 continue
             if type(None) not in parts(hint):
-                raise ValueError(f"{path}=null: expected {wanted(hint, told, path)}")
+                raise ValueError(f"{path}=null: expected {expected(hint, told, path)}")
             used[name] = None
             continue
         value = values[name]
@@ -86,7 +74,7 @@ def _checked(
         fits, used[name] = fit(value, hint, told)
         if not fits:
             text = typed.get(path, shown(value))
-            raise ValueError(f"{path}={text}: expected {wanted(hint, told, path)}")
+            raise ValueError(f"{path}={text}: expected {expected(hint, told, path)}")
     for name in nested:
         hint, told = known[name]
         inner, start = mapping_of(hint, told), f"{prefix}{name}."
@@ -109,84 +97,13 @@ def _refuse_nan(path: str, value: Any, typed: Mapping[str, str]) -> None:
             _refuse_nan(f"{path}.{name}", each, typed)
 
 
-def fit(value: Any, hint: Any, told: Key) -> tuple[bool, Any]:
-    """Return whether a value is of a type and within bounds, and the value as it is used."""
-    for kind in parts(hint):
-        fits, plain = _fit(value, kind, told)
-        if fits:
-            return True, plain
-    return False, value
-
-
-def _fit(value: Any, kind: Any, told: Key) -> tuple[bool, Any]:
-    if kind is Any:
-        return True, value
-    if kind is None or kind is type(None):
-        return value is None, value
-    if kind is bool:
-        return isinstance(value, bool), value
-    if kind is int or kind is float:
-        return _fit_number(value, kind, told)
-    if kind is str:
-        if not isinstance(value, str) or (told.folder and Path(value).resolve() == Path("/")):
-            return False, value
-        return not told.pattern or re.fullmatch(told.pattern, value) is not None, value
-    if get_origin(kind) is Literal:
-        return isinstance(value, str) and value in get_args(kind), value
-    if get_origin(kind) is list:
-        if not isinstance(value, list):
-            return False, value
-        counted = told.length is None or len(value) == told.length
-        return counted and all(fit(each, get_args(kind)[0], told)[0] for each in value), value
-    return False, value
-
-
-def _fit_number(value: Any, kind: type, told: Key) -> tuple[bool, Any]:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return False, value
-    if kind is int and isinstance(value, float):
-        if told.exact or not value.is_integer():
-            return False, value
-        value = int(value)
-    least, most, below = told.least, told.most, told.below
-    within = (least is None or value >= least) and (most is None or value <= most)
-    return within and (below is None or value < below) and value not in told.refused, value
-
-
-def wanted(hint: Any, told: Key, path: str = "") -> str:
-    """Return what a key takes, in words."""
-    if told.expected:
-        return told.expected
-    return ", or ".join(dict.fromkeys(_wanted(kind, told, path) for kind in parts(hint)))
-
-
-def _wanted(kind: Any, told: Key, path: str) -> str:
-    if kind is type(None) or kind is None:
-        return "null"
-    if kind is bool:
-        return "true or false"
-    if kind is int or kind is float:
-        return f"a{' whole' * (kind is int)} number{_bounds(told)}"
-    if kind is str:
-        return "a folder of its own" if told.folder else "text"
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(get_args(kind))}"
-    if get_origin(kind) is list:
-        (inner,) = get_args(kind)
-        names = {int: "whole numbers", float: "numbers", str: "names"}
-        return f"a list of {' or '.join(names[each] for each in parts(inner))}"
-    inside = mapping_of(kind, told)
+def expected(hint: Any, told: Key, path: str) -> str:
+    """Return what a key takes, in words; of a mapping, with a key that it has."""
+    words = wanted(hint, told)
+    inside = mapping_of(hint, told)
     first = next(iter(keys_of(inside)), None) if inside is not None else None
-    return f"a mapping, such as {path}.{first}=..." if first and path else "a mapping"
-
-
-def _bounds(told: Key) -> str:
-    least = "" if told.least is None else f"{told.least:,}"
-    if told.below is not None:
-        return f", {least} to less than {told.below:,}"
-    if told.most is not None:
-        return f", {least} to {'2^64 - 1' if told.most == 2**64 - 1 else f'{told.most:,}'}"
-    return f", {least} or more" if least else ""
+    example = f"a mapping, such as {path}.{first}=..."
+    return words.replace("a mapping", example) if first and not told.expected else words
 
 
 class FreeText(NamedTuple):

@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 from hydra._internal.utils import get_args_parser
 
+from sag_dit.bounds import parts
 from sag_dit.cli.composing import config_folder, own_targets, refuse_strangers
 from sag_dit.cli.keys import COMMANDS
-from sag_dit.cli.keys.key import Key, is_open, keys_of, mapping_of, parts, selected, to_dict, walk
+from sag_dit.cli.keys.key import Key, is_open, keys_of, mapping_of, selected, to_dict, walk
 
 HELP = ("-h", "--help")
 MULTIRUN = ("-m", "--multirun")

@@ -29,10 +29,10 @@ from sag_dit.data.shards import (
     map_shard,
     pack,
     read_index,
-    read_shard,
 )
 from sag_dit.data.training_batches import as_it_is, name_hash, outlive_signals
 from sag_dit.files import LOCK, atomic
+from sag_dit.untrusted import read_json_as
 
 CONFIG = "config.json"
 
@@ -67,8 +67,7 @@ class LatentFolder:
     def settings(self) -> dict[str, Any]:
         """Return the settings that the folder holds latents of; nothing if there are none yet."""
         file = self.path / CONFIG
-        settings: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {}
-        return settings
+        return read_json(file) if file.exists() else {}
 
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Make the folder this encoding's own, or find that it is.
@@ -114,7 +113,7 @@ class LatentFolder:
         """Return what was recorded of a shard, here or in a finished index."""
         file = self._records / f"{number:05d}.json"
         if file.exists():
-            return read_shard(json.loads(file.read_text(encoding="utf-8")))
+            return read_json_as(file, Shard)
         recorded = self.finished_index.shards if self.finished_index else ()
         return recorded[number] if number < len(recorded) else None
 

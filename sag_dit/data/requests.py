@@ -6,6 +6,7 @@ import csv
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -16,7 +17,10 @@ from torch.utils.data import DataLoader
 
 from sag_dit.noise import check_key, generator
 from sag_dit.sampling import Chosen, Request, labels_of
+from sag_dit.untrusted import csv_rows, read_text
 
+LIMIT = 1 << 30
+"""Bytes of a file of requests."""
 LABELS = 4
 """Purpose of the random streams that choose classes, see :func:`sag_dit.noise.generator`."""
 
@@ -145,9 +149,9 @@ def _lines(file: str | Path) -> list[_Line]:
     found = []
     if not Path(file).is_file():
         raise ValueError(f"requests={file}: no such file; expected lines of 'seed,class'")
-    with Path(file).open(newline="", encoding="utf-8-sig") as stream:
-        lines = list(stream)
-    for number, row in enumerate(reader := csv.reader(lines, skipinitialspace=True), start=1):
+    lines = list(StringIO(read_text(Path(file), most=LIMIT), newline=""))
+    reader = csv.reader(lines, skipinitialspace=True)
+    for number, row in enumerate(csv_rows(reader, file), start=1):
         if not row or (number == 1 and [cell.strip().lower() for cell in row][:1] == ["seed"]):
             continue
         try:
@@ -168,7 +172,9 @@ def _lines(file: str | Path) -> list[_Line]:
 
 
 def _unreadable(file: str | Path, number: int, line: str, error: Exception) -> ValueError:
-    return ValueError(f"{file}, line {number}: expected 'seed,class', found {line!r} ({error})")
+    return ValueError(
+        f"{file}, line {number}: expected 'seed,class', found {line!r:.100} ({error!s:.200})"
+    )
 
 
 class PendingRequests(LightningDataModule):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import zipfile
 import zlib
@@ -26,6 +25,7 @@ from PIL import ImageColor
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from sag_dit.bounds import Natural
 from sag_dit.checkpoints.files import sha256
 from sag_dit.data.crop import (
     TRANSPARENT,
@@ -42,6 +42,7 @@ from sag_dit.data.images import find_images, told_left_out
 from sag_dit.data.splits import SPLITS, split
 from sag_dit.evaluation.metrics import Statistics
 from sag_dit.tensors import Labels
+from sag_dit.untrusted import read_json_lines
 
 ImageBatch: TypeAlias = tuple[UInt8[Tensor, "b c h w"], Labels]
 
@@ -189,6 +190,19 @@ class DatasetImages(ImageSet):
         return self._scanned[0]
 
 
+@dataclass(frozen=True)
+class ManifestRow:
+    """What a line of a sample folder's ``manifest.jsonl`` says that is asked of it here.
+
+    Example:
+        >>> ManifestRow(index=3, label=7).label
+        7
+    """
+
+    index: Natural
+    label: Natural
+
+
 class FolderImages(ImageSet):
     """Image files below a folder.
 
@@ -240,8 +254,7 @@ class FolderImages(ImageSet):
         """The class of every image by its index, as a sample folder's manifest says."""
         if not self._manifest.is_file():
             return {}
-        rows = [json.loads(row) for row in self._manifest.read_text(encoding="utf-8").splitlines()]
-        return {int(row["index"]): int(row["label"]) for row in rows}
+        return {row.index: row.label for row in read_json_lines(self._manifest, ManifestRow)}
 
     @cached_property
     def _channels(self) -> int:

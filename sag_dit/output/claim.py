@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sag_dit.bounds import checked
 from sag_dit.files import atomic
 from sag_dit.identity import agree, written
+from sag_dit.untrusted import read_yaml
 
 CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class _Claimed:
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def claim(folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], what: str) -> None:
@@ -44,9 +53,15 @@ def claim(folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], 
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    """Return what a folder's ``config.yaml`` says; nothing if there is none."""
+    """Return what a folder's ``config.yaml`` says; nothing if there is none.
+
+    Raises:
+        ValueError: the file cannot be read, or is none of ours.
+    """
     file = folder / CONFIG
-    return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.exists() else {}
+    if not file.exists():
+        return {}
+    return dict(vars(checked(read_yaml(file), _Claimed, str(file), open=True)))
 
 
 def _by_path(values: object, prefix: str = "") -> dict[str, object]:

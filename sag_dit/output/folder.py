@@ -25,12 +25,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from sag_dit.bounds import Natural
 from sag_dit.files import atomic
 from sag_dit.output.claim import CONFIG, claim
 from sag_dit.output.gallery import Pair
 from sag_dit.output.journal import Entry, Journal
 from sag_dit.sampling import Chosen, Drawn, Request
 from sag_dit.traces import AttentionView, StepView
+from sag_dit.untrusted import read_json_lines
 
 Pixels = NDArray[np.uint8]
 MANIFEST = "manifest.jsonl"
@@ -120,6 +122,19 @@ def write_sheet(
     bar.ax.tick_params(labelsize=7)
     with atomic(file) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a line of ``manifest.jsonl`` says of an image's file.
+
+    Example:
+        >>> Written(index=3, sha256="9f86").index
+        3
+    """
+
+    index: Natural
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -242,12 +257,9 @@ class SampleFolder:
         """Return what is known of images; of those before there was a journal the hash alone."""
         if self.journal.begun():
             return self.journal.read()
-        try:
-            lines = (self.path / MANIFEST).read_text(encoding="utf-8").splitlines()
-        except OSError:
-            return {}
-        rows = map(json.loads, lines)
-        return {row["index"]: Entry(ANY_SIZE, row["sha256"]) for row in rows}
+        manifest = self.path / MANIFEST
+        rows = read_json_lines(manifest, Written) if manifest.exists() else ()
+        return {row.index: Entry(ANY_SIZE, row.sha256) for row in rows}
 
     def write(self, drawn: Drawn) -> None:
         """Write a batch: first what belongs to the images, then the images, which mark completion.

@@ -10,13 +10,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from sag_dit.bounds import Natural, checked
 from sag_dit.files import atomic, writing
+from sag_dit.untrusted import parse_json
+
+LINE = 4_096
+"""Characters of a line that can be ours."""
 
 
 class Entry(NamedTuple):
     """The size in bytes and the hash of a file; of files older than the journal it may be None."""
 
     size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A line of a journal.
+
+    Example:
+        >>> Noted(index=3, size=120, sha256=None).size
+        120
+    """
+
+    index: Natural
+    size: Natural
     sha256: str | None
 
 
@@ -97,13 +116,13 @@ def _lines(entries: Mapping[int, Entry]) -> str:
 def _read(file: Path) -> dict[int, Entry]:
     found = {}
     try:
-        with file.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            for line in iter(lambda: stream.readline(LINE), ""):
                 try:
-                    row = json.loads(line)
-                    found[int(row["index"])] = Entry(int(row["size"]), row["sha256"])
-                except (ValueError, KeyError, TypeError):
+                    row = checked(parse_json(line, file), Noted, str(file))
+                except ValueError:
                     continue
+                found[row.index] = Entry(row.size, row.sha256)
     except FileNotFoundError:
         return {}
     return found

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
+
+from sag_dit.bounds import Bounds, parts
 
 Determines = Literal["model", "pixels", "weights", "nothing"]
 
@@ -14,8 +15,8 @@ UNSET = object()
 
 
 @dataclass(frozen=True)
-class Key:
-    """What is known of a key beside its type.
+class Key(Bounds):
+    """What is known of a key beside its type and bounds.
 
     ``words`` are what other programs call it, with spaces between. ``text`` may hold anything, so
     that Hydra's grammar must not read it; so may ``names``, which may be numbers too. ``absent``
@@ -30,19 +31,10 @@ class Key:
     """
 
     help: str
-    least: float | None = None
-    most: float | None = None
-    below: float | None = None
-    expected: str = ""
-    pattern: str = ""
-    length: int | None = None
-    refused: tuple[Any, ...] = ()
     words: str = ""
     determines: Determines | None = None
     text: bool = False
     names: bool = False
-    folder: bool = False
-    exact: bool = False
     absent: bool = False
     added: bool = False
     later: Any = UNSET
@@ -97,12 +89,6 @@ def keys_of(schema: Any) -> dict[str, tuple[Any, Key]]:
     hints = get_type_hints(schema)
     declared = (each for each in fields(schema) if "key" in each.metadata)
     return {each.name: (hints[each.name], each.metadata["key"]) for each in declared}
-
-
-def parts(hint: Any) -> tuple[Any, ...]:
-    """Return the alternatives of a type."""
-    union = get_origin(hint) in (Union, types.UnionType)
-    return get_args(hint) if union else (hint,)
 
 
 def is_open(hint: Any) -> bool:
