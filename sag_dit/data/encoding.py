@@ -32,7 +32,7 @@ from sag_dit.data.shards import (
 )
 from sag_dit.data.training_batches import as_it_is, name_hash, outlive_signals
 from sag_dit.files import LOCK, atomic
-from sag_dit.untrusted import read_json_as
+from sag_dit.untrusted import read_json, read_json_as
 
 CONFIG = "config.json"
 
