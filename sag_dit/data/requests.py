@@ -13,7 +13,7 @@ from typing import NamedTuple, overload
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from sag_dit.noise import check_key, generator
 from sag_dit.sampling import Chosen, Request, labels_of
@@ -177,6 +177,19 @@ def _unreadable(file: str | Path, number: int, line: str, error: Exception) -> V
     )
 
 
+class _Batches(Dataset[list[Request]]):
+    """Requests, so many at a time; the last batch may be short."""
+
+    def __init__(self, requests: Sequence[Request], size: int) -> None:
+        self._requests, self._size = requests, size
+
+    def __len__(self) -> int:
+        return -(-len(self._requests) // self._size)
+
+    def __getitem__(self, number: int) -> list[Request]:
+        return list(self._requests[number * self._size : (number + 1) * self._size])
+
+
 class PendingRequests(LightningDataModule):
     """Batches of the requests still to be drawn; rank r of w takes every w-th from the r-th on.
 
@@ -200,10 +213,11 @@ class PendingRequests(LightningDataModule):
         """Return the batch as it is: requests hold no tensors."""
         return batch
 
-    def predict_dataloader(self) -> DataLoader[Request]:
+    def predict_dataloader(self) -> DataLoader[list[Request]]:
         """Return this rank's share, in batches of the compute size; the last may be short."""
         rank, world = (
             (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         )
-        share = self.pending[rank::world]
-        return DataLoader(share, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]
+        share = _Batches(self.pending[rank::world], self.batch_size)
+        # Batches of our own: of a loader's, Lightning remembers which they were, without end.
+        return DataLoader(share, batch_size=None, collate_fn=list)

@@ -419,7 +419,8 @@ def measure(
 
 def _keep(predictor: Predictor, images: ToDraw, folder: SampleFolder, text: str) -> None:
     """Draw what a folder lacks, as sample.py does."""
-    missing = folder.missing(images.requests, gallery=0)
+    tell = print if predictor.trainer.is_global_zero else None
+    missing = folder.missing(images.requests, gallery=0, tell=tell)
     # Ranks that have started have all looked before any of them draws.
     predictor.trainer.strategy.barrier()
     if missing:

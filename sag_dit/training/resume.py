@@ -16,12 +16,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from sag_dit.checkpoints import build, write_safetensors
 from sag_dit.checkpoints.export import Own, check_finite, not_finite
 from sag_dit.checkpoints.formats import merged
-from sag_dit.files import atomic
+from sag_dit.files import atomic, writing
 from sag_dit.training.module import DiffusionModule
 
 FOLDER = "checkpoints"
@@ -207,7 +208,13 @@ class LastCheckpoints(Checkpoint):
         if not self._due:
             return
         self._due = False
-        trainer.save_checkpoint(self._folder / f"step-{trainer.global_step:08d}.ckpt")
+        file = self._folder / f"step-{trainer.global_step:08d}.ckpt"
+        with writing(file):
+            try:
+                trainer.save_checkpoint(file)
+            except CheckpointException as error:
+                # Of a sharded one every rank writes a part; the first reason is told.
+                raise next(iter(error.failures.values()))[0] from error
         for old in _newest_first(self._folder)[KEPT:]:
             trainer.strategy.remove_checkpoint(old)
 

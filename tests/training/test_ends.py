@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from traceback import StackSummary
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import Dataset
 
 from sag_dit.data.digits import Digits
@@ -198,3 +201,17 @@ def test_a_loader_process_that_is_killed_is_told() -> None:
         assert "was killed, often for want of memory; data.workers=N" in str(loader.failure)
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_full_disk_is_told_of_sharded_checkpoints_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's own error of these is none that programs catch, and hides what the ranks met."""
+
+    def full(*_: Any) -> None:
+        reason = OSError(errno.ENOSPC, "No space left on device")
+        raise CheckpointException("write", {0: (reason, StackSummary())})
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", full)
+    with pytest.raises(OSError, match=r"step-00000002\.ckpt could not be written \(No space left"):
+        train(tmp_path / "run", 2)

@@ -178,8 +178,14 @@ def test_two_ranks_write_what_one_writes(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("told", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_leaves_no_broken_shard(
-    command: Encode, start: Start, vae: Path, contents: Contents, tmp_path: Path
+    command: Encode,
+    start: Start,
+    vae: Path,
+    contents: Contents,
+    tmp_path: Path,
+    told: signal.Signals,
 ) -> None:
     many = tmp_path / "many"
     many.mkdir()
@@ -194,8 +200,12 @@ def test_a_killed_run_leaves_no_broken_shard(
     while len(list(records.glob("*.json"))) < 5:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
         time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    os.killpg(process.pid, told)
+    _, err = process.communicate(timeout=60)
+    if told == signal.SIGINT:  # Ctrl-C, which the processes that read are told of as well
+        assert process.returncode == 130, err
+        assert "stopped: what is finished is kept; repeat the command to go on" in err
+        assert "Traceback" not in err
     left = {name: sha for name, sha in contents(tmp_path / "cut").items() if "/" not in name}
     shards = {name: sha for name, sha in left.items() if name.startswith("latents-")}
     assert 5 <= len(shards) < 100 and "index.json" not in left

@@ -54,7 +54,9 @@ def test_a_rank_that_fails_ends_the_command(
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     (folder,) = (tmp_path / "outputs" / "sample").iterdir()
-    (folder / "images" / "000001.png").write_bytes(b"broken")
+    # Of the same size, since another would be noticed, and the image drawn again.
+    image = folder / "images" / "000001.png"
+    image.write_bytes(b"broken".ljust(image.stat().st_size))
     process = start(
         *(*SMALL, "compare=none", "trainer.devices=2", "keep=true", "finished=again"),
         script="evaluate.py",
