@@ -115,6 +115,22 @@ def kinds(root: Path) -> Iterator[tuple[str, Kind]]:
     (folder / "old.json").write_text(json.dumps({"model": {"num_heads": 2}}))
     torch.save(state, folder / "old.pt", _use_new_zipfile_serialization=False)
     yield "legacy .pt", Kind(folder, "old.pt", lambda f: sag_dit.load(f / "old.pt"))
+    folder = new("trainer")
+    beside = {"args": {"model": "DiT-S/2"}, "best": np.float64(3.2), "rng": np.random.get_state()}
+    raw = {f"model.{name}": part for name, part in state.items()}
+    average = {f"model_ema.{name}": part for name, part in state.items()}
+    torch.save({"state_dict": raw | average, **beside}, folder / "epoch.pt")
+    yield "trainer's .pt", Kind(folder, "epoch.pt", sag_dit.load)
+    folder = new("deepspeed")
+    (folder / "global_step5").mkdir()
+    module = {f"module.{name}": part for name, part in state.items()}
+    name = "global_step5/mp_rank_00_model_states.pt"
+    torch.save({"module": module, "ds_version": "0.14", "buffer_names": []}, folder / name)
+    yield "DeepSpeed", Kind(folder, name, sag_dit.load)
+    folder = new("accelerate")
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps({"num_heads": 2, "hidden_size": 16}))
+    yield "accelerate", Kind(folder, "pytorch_model.bin", sag_dit.load)
     folder = new("lightning")
     parts = {f"denoiser.network.{name}": part for name, part in state.items()}
     torch.save({"state_dict": parts, "hyper_parameters": config}, folder / "last.ckpt")
