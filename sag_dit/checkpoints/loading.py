@@ -105,6 +105,7 @@ def full_config(
     checked(
         stated.get("defaults", {}), Defaults, f"{path}: its config", prefix="defaults.", open=True
     )
+    files.refuse_spread(checkpoint.state, path)
     model = stated.get("model", {})
     model = family_of(model, checkpoint.state).infer(checkpoint.state, path, model, num_heads)
     latent = latent or checkpoint.vae is not None

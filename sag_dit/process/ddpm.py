@@ -101,7 +101,9 @@ class DDPM(Process):
             )
         # Below 21 steps the scaled linear betas would exceed 1; each has its place in a table.
         if not 21 <= self.num_timesteps <= 1_000_000:
-            raise ValueError(f"num_timesteps={self.num_timesteps}: expected 21 to 1,000,000")
+            raise ValueError(
+                f"num_timesteps={self.num_timesteps}: expected 21 or more, and at most 1,000,000"
+            )
 
     @property
     def max_steps(self) -> int:  # type: ignore[override]
