@@ -17,9 +17,10 @@ Its keys, as in the config.json beside exported weights:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, get_args
 
+from sag_dit.bounds import Count, checked
 from sag_dit.denoiser import ClassConditional
 from sag_dit.identity import settings, without_later
 from sag_dit.models.family import check_keys, families, family_of
@@ -31,6 +32,30 @@ PROCESSES: dict[tuple[str, ...], type[DDPM] | type[Flow]] = {
 }
 """A process is known by the names of its settings."""
 REQUIRED = ("model", "process", "kind", "x_0_range")
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What every config holds; its model and process are held against those they are of."""
+
+    model: Mapping[str, Any]
+    process: Any
+    kind: OutputKind
+    x_0_range: tuple[float, float] | None
+    class_names: tuple[str, ...] = ()
+    vae: str | None = None
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a checkpoint recommends to sample with.
+
+    Example:
+        >>> Defaults().batch_size
+        16
+    """
+
+    batch_size: Count = 16
 
 
 def describe(denoiser: ClassConditional) -> dict[str, Any]:
@@ -64,12 +89,13 @@ def build(config: Mapping[str, Any]) -> ClassConditional:
     if config["kind"] not in get_args(OutputKind):
         raise ValueError(f"kind={config['kind']!r}: expected one of {get_args(OutputKind)}")
     check_keys("the config's model", config["model"], required=())
+    found = checked(config, _Config, "the config", open=True)
     return ClassConditional(
         family_of(config["model"]).build(config["model"]),
         build_process(config["process"]),
-        kind=config["kind"],
-        x_0_range=None if config["x_0_range"] is None else tuple(config["x_0_range"]),
-        class_names=config.get("class_names", ()),
+        kind=found.kind,
+        x_0_range=found.x_0_range,
+        class_names=found.class_names,
     )
 
 
@@ -82,6 +108,7 @@ def build_process(settings: Mapping[str, Any]) -> Process:
     if isinstance(settings, Mapping):
         for names, process in PROCESSES.items():
             if set(settings) <= set(names):
-                return process(**settings)
+                made: Process = checked(settings, process, "the config", prefix="process.")
+                return made
     known = " or ".join(", ".join(names) for names in PROCESSES)
     raise ValueError(f"process={settings!r}: expected a mapping with {known}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import filecmp
+import html
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,8 +90,9 @@ def model_card(
 
 
 def _cell(text: str | None) -> str:
-    """Return a text that cannot break out of a table's cell."""
-    return " ".join((text or "").replace("|", "\\|").split())
+    """Return a text that is no markup: neither HTML nor Markdown, nor the end of a table's cell."""
+    plain = html.escape(" ".join((text or "").split()), quote=False)
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", plain)
 
 
 def _autoencoder(model: Model, there: bool) -> str:

@@ -6,9 +6,11 @@ import hashlib
 import pickle
 import re
 import warnings
+import zipfile
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +27,8 @@ EXPECTED = (
     "Lightning .ckpt of this package, a .safetensors file, or a diffusers folder"
 )
 METADATA_KEY = "sag_dit"
+MAKES_BYTES = b"\nbytearray\n"
+"""How a pickle of torch.save names the class that makes any number of bytes."""
 _NUMPY = ("scalar", "_reconstruct")
 _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
 
@@ -110,7 +114,9 @@ def read_torch(path: Path) -> Any:
     """
     # Mapped, the optimizer's state in a training checkpoint is never read from disk. Only zipped
     # files can be; and by a path, torch would go by the extension.
-    mapped = container(path) == "zip" and path.suffix != ".safetensors"
+    held = container(path)
+    mapped = held == "zip" and path.suffix != ".safetensors"
+    _refuse_bombs(path, held == "zip")
     try:
         allowed: list[Any] = [Namespace, *((Unused, name) for name in UNUSED)]
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
@@ -134,6 +140,61 @@ def read_torch(path: Path) -> Any:
         raise ValueError(
             f"{path}: damaged, cut short, or no file of torch.save ({reason}); {EXPECTED}"
         ) from None
+
+
+def _refuse_bombs(path: Path, zipped: bool) -> None:
+    """Refuse an archive that is packed, and a pickle that makes bytes by their number.
+
+    torch.save does neither; torch's reader allows both, and so would fill any memory.
+
+    Raises:
+        ValueError: it is such a file, or no archive.
+    """
+    try:
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+                unpacked, size = sum(each.file_size for each in entries), path.stat().st_size
+                if unpacked > size or any(each.compress_type for each in entries):
+                    raise ValueError(f"{size:,} bytes that unpack to {unpacked:,}")
+                pickles = [archive.read(e) for e in entries if e.filename.endswith(".pkl")]
+                makes_bytes = any(MAKES_BYTES in each for each in pickles)
+        else:
+            with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+                makes_bytes = content.find(MAKES_BYTES) >= 0
+        if makes_bytes:
+            raise ValueError("a bytearray, made by its length alone")
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path}: damaged, cut short, or no file of torch.save ({error}); {EXPECTED}"
+        ) from None
+
+
+def refuse_spread(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that are larger than what is stored of them, or not stored at all.
+
+    Strides may repeat one number a billion times, and many tensors be views of the same numbers.
+
+    Raises:
+        ValueError: there is one; it is named.
+    """
+    stored: dict[int, int] = {}
+    total = 0
+    for name, tensor in state.items():
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        there = tensor.untyped_storage().nbytes() if plain else 0
+        if tensor.nbytes > there:
+            raise ValueError(
+                f"{path}: {name} is {tuple(tensor.shape)}, of which {there:,} bytes are stored: "
+                f"expected all of it, as torch.save stores tensors"
+            )
+        stored[tensor.untyped_storage().data_ptr()] = there
+        total += tensor.nbytes
+    if total > 2 * sum(stored.values()):
+        raise ValueError(
+            f"{path}: tensors of {total:,} bytes share {sum(stored.values()):,} stored ones: "
+            f"expected weights of their own"
+        )
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -204,6 +265,7 @@ def tensors(value: Any, path: Path) -> Mapping[str, Tensor]:
     if isinstance(value, Mapping) and value:
         strange = [name for name, item in value.items() if not isinstance(item, Tensor)]
         if not strange:
+            refuse_spread(value, path)
             return value
         found = f"found {', '.join(str(name) for name in strange[:5])}"
     else:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sag_dit.bounds import checked
 from sag_dit.checkpoints import files, formats, zoo
-from sag_dit.checkpoints.config import build, build_process
+from sag_dit.checkpoints.config import Defaults, build, build_process
 from sag_dit.checkpoints.model import Model, from_denoiser
 from sag_dit.codec import Codec, IdentityCodec, VAECodec
 from sag_dit.denoiser import ClassConditional
@@ -102,12 +103,20 @@ def full_config(
     for key in ("model", "process", "defaults"):
         if not isinstance(stated.get(key, {}), Mapping):
             raise ValueError(f"{path}: its config's {key} is {stated[key]!r}; expected a mapping")
+    checked(
+        stated.get("defaults", {}), Defaults, f"{path}: its config", prefix="defaults.", open=True
+    )
+    files.refuse_spread(checkpoint.state, path)
     model = stated.get("model", {})
     model = family_of(model, checkpoint.state).infer(checkpoint.state, path, model, num_heads)
     latent = latent or checkpoint.vae is not None
     pixels = model["in_channels"] in (1, 3) and not latent
+    try:
+        process = build_process(stated.get("process", {}))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return {
-        "kind": build_process(stated.get("process", {})).usual_kind,
+        "kind": process.usual_kind,
         "process": {},
         "x_0_range": (-1.0, 1.0) if pixels else None,
         **stated,

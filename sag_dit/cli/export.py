@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def training_data(ckpt: str) -> str | None:
     if not isinstance(data, dict):
         return None
     text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True).strip()
-    return f"As the run's config.yaml says:\n\n```yaml\n{text}\n```"
+    # A longer fence than any that stands in the text, which may be anybody's.
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 0)
+    return f"As the run's config.yaml says:\n\n{fence}yaml\n{text}\n{fence}"
 
 
 def run_export(config: Export) -> None:

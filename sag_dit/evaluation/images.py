@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import tokenize
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -328,6 +330,8 @@ class FolderImages(ImageSet):
         return total.hexdigest()
 
 
+MOST_UNPACKED = 256 << 20
+"""Bytes of an image, or of an array of labels or statistics beyond twice its file."""
 EXPECTED = "expected arr_0, uint8 images (n, h, w, 1 or 3), as sample.py writes with npz=true"
 
 
@@ -449,15 +453,19 @@ class NpzImages(ImageSet):
             if "arr_0.npy" not in archive.namelist():
                 raise ValueError(f"{self.path} holds {archive.namelist()}; {EXPECTED}")
             with archive.open("arr_0.npy") as stream:
-                version = np.lib.format.read_magic(stream)
-                header = {
-                    (1, 0): np.lib.format.read_array_header_1_0,
-                    (2, 0): np.lib.format.read_array_header_2_0,
-                }.get(version)
-                shape, fortran, dtype = header(stream) if header else ((), True, None)
+                try:
+                    shape, fortran, dtype = _npy_header(stream)
+                except ValueError as error:
+                    raise ValueError(f"{self.path}: arr_0: {error}; {EXPECTED}") from None
                 images = len(shape) == 4 and shape[3] in (1, 3) and min(shape) > 0
                 if not images or fortran or dtype != np.uint8:
                     raise ValueError(f"{self.path}: arr_0 is {dtype} {shape}; {EXPECTED}")
+                size = archive.getinfo("arr_0.npy").file_size
+                if math.prod(shape) > size or math.prod(shape[1:]) > MOST_UNPACKED:
+                    raise ValueError(
+                        f"{self.path}: arr_0 says it is {shape} and has {size:,} bytes: cut short, "
+                        f"or images too large; {EXPECTED}"
+                    )
                 yield stream, shape
 
     def digest(self) -> str:
@@ -476,6 +484,33 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
 
 def _array(path: Path, archive: zipfile.ZipFile, name: str) -> NDArray[np.generic]:
     try:
-        return np.lib.format.read_array(BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
+        # Sizes first: an entry may unpack to a thousand times the file, and a header say anything.
+        size = archive.getinfo(f"{name}.npy").file_size
+        if size > 2 * path.stat().st_size + MOST_UNPACKED:
+            raise ValueError(f"it unpacks to {size / 1e6:,.0f} MB")
+        content = archive.read(f"{name}.npy")
+        shape, _, dtype = _npy_header(BytesIO(content))
+        if math.prod(shape) * dtype.itemsize > size:
+            raise ValueError(f"it says {dtype} {shape} and has {size} bytes")
+        return np.lib.format.read_array(BytesIO(content), allow_pickle=False)
     except ValueError as error:
         raise ValueError(f"{path}: {name} cannot be read ({error})") from None
+
+
+def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return the shape, order and type that an array's header says, which is read.
+
+    Raises:
+        ValueError: there is none, or of a version that numpy's savez does not write.
+    """
+    version = np.lib.format.read_magic(stream)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read is None:
+        raise ValueError(f"version {version} of npy: expected 1.0 or 2.0")
+    try:
+        return read(stream)
+    except (SyntaxError, TypeError, tokenize.TokenError, RecursionError) as error:
+        raise ValueError(f"no header of an array ({error})") from None

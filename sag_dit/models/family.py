@@ -11,14 +11,16 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, get_origin, get_type_hints
 
 from torch import Tensor
 
+from sag_dit.bounds import fit, parts, wanted
 from sag_dit.models.network import Network
 from sag_dit.process import Process
 
@@ -193,7 +195,7 @@ class Family(ABC):
         """
         arguments = {name: value for name, value in model.items() if name != FAMILY}
         check_keys("the config's model", arguments, self.required(), tuple(self._parameters()))
-        network: Network = self.network()(**arguments)
+        network: Network = self.network()(**checked_arguments(self.network(), arguments))
         return network
 
     def _parameters(self) -> dict[str, inspect.Parameter]:
@@ -305,6 +307,55 @@ def family_of(
     described = (each for each in known.values() if each.describes(model))
     recognised = (each for each in known.values() if each.recognises(state))
     return next(described, None) or next(recognised, known[FIRST])
+
+
+def checked_arguments(
+    network: type[Any], arguments: Mapping[str, Any], path: Path | None = None
+) -> dict[str, Any]:
+    """Return a network's arguments as it takes them, those that its hints bound held against them.
+
+    A network that states bounds, see :mod:`sag_dit.bounds`, is held to all its hints; of another
+    they may be wrong, and are not looked at.
+
+    Raises:
+        ValueError: a value is of another type or out of bounds.
+    """
+    used = dict(arguments)
+    hints = _hints(network)  # type: ignore[arg-type]
+    for name in arguments.keys() & hints.keys():
+        fits, used[name] = fit(arguments[name], hints[name])
+        if not fits:
+            raise ValueError(
+                f"{f'{path}: ' if path else ''}model.{name}={arguments[name]!r:.60}: expected "
+                f"{wanted(hints[name])}"
+            )
+    return used
+
+
+@cache
+def _hints(network: type[Any]) -> dict[str, Any]:
+    try:
+        hints = get_type_hints(network.__init__, include_extras=True)
+    except Exception:  # names that are there for type checkers alone
+        return {}
+    bounded = any(get_origin(part) is Annotated for hint in hints.values() for part in parts(hint))
+    return hints if bounded else {}
+
+
+def agreeing(path: Path, *sizes: tuple[str, object, object]) -> None:
+    """Check that sizes which a config states are those of the weights, before a network is built.
+
+    Each is what is stated, in words, its value there, and its value by the weights.
+
+    Raises:
+        ValueError: one is another.
+    """
+    for what, stated, found in sizes:
+        if stated != found:
+            raise ValueError(
+                f"{path}: its config says {what}={stated!r:.60}, and its weights are of "
+                f"{what}={found}; if a config comes with the file, see that it is this file's"
+            )
 
 
 def check_keys(

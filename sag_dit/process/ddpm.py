@@ -99,9 +99,11 @@ class DDPM(Process):
                 f"schedule={self.schedule!r}: expected {' or '.join(map(repr, BETAS))}, the "
                 f"published betas"
             )
-        # Below 21 steps the scaled linear betas would exceed 1.
-        if self.num_timesteps < 21:
-            raise ValueError(f"num_timesteps={self.num_timesteps}: expected 21 or more")
+        # Below 21 steps the scaled linear betas would exceed 1; each has its place in a table.
+        if not 21 <= self.num_timesteps <= 1_000_000:
+            raise ValueError(
+                f"num_timesteps={self.num_timesteps}: expected 21 or more, and at most 1,000,000"
+            )
 
     @property
     def max_steps(self) -> int:  # type: ignore[override]

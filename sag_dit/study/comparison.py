@@ -272,8 +272,10 @@ def changes(result: Result, metrics: Mapping[str, Metric]) -> dict[str, str]:
 
 def _print_whole(console: Console, table: Table) -> None:
     """Print a table that is never squeezed: where the terminal is narrower its lines go on."""
-    width = console.measure(table, options=console.options.update(max_width=500)).maximum
-    Console(file=console.file, width=max(console.width, width), highlight=False).print(table)
+    # Names in it are the user's: a [x] in them is no markup.
+    unbounded = console.options.update(max_width=500, markup=False)
+    width = max(console.width, console.measure(table, options=unbounded).maximum)
+    Console(file=console.file, width=width, highlight=False, markup=False).print(table)
 
 
 def _show_expected(console: Console, result: Result, metrics: Mapping[str, Metric]) -> None:
@@ -286,7 +288,7 @@ def _show_expected(console: Console, result: Result, metrics: Mapping[str, Metri
         decimals = 2 if abs(published) >= 1 else 4
         numbers = (f"{published:g}", f"{measured:.{decimals}f}", f"{difference:+.{decimals}f}")
         table.add_row(metrics[name].label, *numbers)
-    console.print(table)
+    console.print(table, markup=False)
     if result.deviations:
         console.print("the protocols differ, or may differ, in", markup=False)
         for line in result.deviations:

@@ -60,7 +60,7 @@ class Bar:
         self.stop()
         self._total, self._done = total, done
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             _Rate(table_column=Column(no_wrap=True)),

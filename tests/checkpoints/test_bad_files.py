@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
+import time
 import zipfile
 from argparse import Namespace
 from fractions import Fraction
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from sag_dit.checkpoints import load
+from sag_dit.checkpoints import build, load
 from sag_dit.checkpoints.files import Unused, read_torch
 from sag_dit.models import DiT
 from tests.checkpoints.conftest import Same
@@ -186,7 +189,9 @@ def test_first_keys_that_do_not_fit_are_named(pixel_dit: DiT, tmp_path: Path) ->
 
 def test_config_of_another_file_is_found_out(flat: Path) -> None:
     flat.with_suffix(".json").write_text('{"model": {"depth": 3}}')
-    with pytest.raises(ValueError, match=r"10 missing: blocks\.2[^!]*see that it is this file's"):
+    with pytest.raises(
+        ValueError, match=r"says depth=3, .* are of depth=2.*see that it is this file's"
+    ):
         load(flat)
     flat.with_suffix(".json").write_text('{"model": {"num_heads": 3}}')
     with pytest.raises(ValueError, match=r"small\.pt: hidden_size=128.*multiple of num_heads=3"):
@@ -239,3 +244,126 @@ def test_number_in_a_name_is_not_trusted(pixel_dit: DiT, tmp_path: Path) -> None
     torch.save(state, tmp_path / "deep.pt")
     with pytest.raises(ValueError, match=r"1 unexpected: blocks\.999999999\.x"):
         load(tmp_path / "deep.pt")
+
+
+@pytest.mark.parametrize(
+    ("stated", "told"),
+    [
+        ({"hidden_size": 1e9}, "says hidden_size=1000000000, and its weights are of hidden_size="),
+        ({"depth": 10**9}, "says depth=1000000000, and its weights are of depth=2"),
+        ({"depth": 10**400}, r"model\.depth=1000.*: expected a whole number, 1 to"),
+        ({"num_heads": 0}, r"model\.num_heads=0: expected a whole number, 1 to"),
+        ({"patch_size": -2}, r"model\.patch_size=-2: expected a whole number"),
+        ({"patch_size": 8}, "says patch_size=8, and"),
+        ({"mlp_ratio": 1e3}, "says int.hidden_size mlp_ratio.=128000, and"),
+        ({"mlp_ratio": float("nan")}, r"model\.mlp_ratio=nan: expected a number"),
+        ({"num_classes": 10**9}, "says rows of the label table=100000000., and"),
+        ({"input_size": [2**20, 2**20]}, "says tokens=274877906944, and"),
+        ({"input_size": "ab"}, r"model\.input_size='ab': expected a whole number"),
+        ({"learn_sigma": 1}, r"model\.learn_sigma=1: expected true or false"),
+    ],
+    ids=str,
+)
+def test_sizes_that_the_weights_do_not_have_cost_nothing(
+    flat: Path, stated: dict[str, Any], told: str
+) -> None:
+    flat.with_suffix(".json").write_text(json.dumps({"model": stated}))
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(ValueError, match=rf"small\.pt: .*{told}") as caught:
+        load(flat)
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - began < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+
+
+@pytest.mark.parametrize(
+    ("stated", "told"),
+    [
+        ({"x_0_range": "ab"}, "x_0_range=ab: expected a list of 2 numbers, or null"),
+        ({"x_0_range": [1]}, r"x_0_range=\[1\]: expected a list of 2 numbers"),
+        ({"class_names": [1, 2]}, r"class_names=\[1,2\]: expected a list of names"),
+        ({"process": {"num_timesteps": 10**9}}, "num_timesteps=1000000000: expected 21 or more"),
+        ({"process": {"num_timesteps": "a"}}, r"process\.num_timesteps=a: expected a whole number"),
+        ({"process": {"time_scale": []}}, r"process\.time_scale=\[\]: expected a number"),
+        ({"defaults": {"batch_size": "a"}}, r"defaults\.batch_size=a: expected a whole number"),
+        ({"defaults": {"batch_size": 0}}, r"defaults\.batch_size=0: expected a whole number"),
+    ],
+    ids=str,
+)
+def test_values_that_a_config_cannot_have_are_named(
+    flat: Path, stated: dict[str, Any], told: str
+) -> None:
+    flat.with_suffix(".json").write_text(json.dumps({"model": {}, **stated}))
+    with pytest.raises(ValueError, match=rf"small\.pt: .*{told}"):
+        load(flat)
+
+
+@pytest.mark.parametrize(
+    ("stated", "told"),
+    [
+        ({"model_channels": 64}, "model_channels=64, and its weights are of model_channels=32"),
+        ({"num_res_blocks": 10**9}, "num_res_blocks=1000000000, and"),
+        ({"channel_mult": [1] * 1000}, "levels of channel_mult=1000, and .* of channel_mult=2"),
+        ({"num_classes": 10**9}, "rows of the label table=1000000000, and"),
+    ],
+    ids=str,
+)
+def test_sizes_that_a_unet_does_not_have_cost_nothing(
+    tmp_path: Path, stated: dict[str, Any], told: str
+) -> None:
+    model = {"input_size": 16, "model_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 2]}
+    model |= {"attention_resolutions": [8], "num_heads": 4, "num_classes": 3}
+    network = build({**CONFIG, "model": model}).network
+    config = {**CONFIG, "model": {**model, **stated}}
+    state = {name: part.contiguous() for name, part in network.state_dict().items()}
+    save_file(state, tmp_path / "unet.safetensors", metadata={"sag_dit": json.dumps(config)})
+    with pytest.raises(ValueError, match=rf"unet\.safetensors: .*{told}"):
+        load(tmp_path / "unet.safetensors")
+
+
+CONFIG: dict[str, Any] = {"process": {}, "kind": "eps", "x_0_range": [-1, 1]}
+
+
+class Bytes:
+    """Unpickles to as many bytes as are asked for, in a file of a few."""
+
+    def __reduce__(self) -> tuple[object, tuple[int]]:
+        return bytearray, (3 * 10**9,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_makes_bytes_is_refused(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "bytes.pt"
+    torch.save({"ema": {}, "more": Bytes()}, path, _use_new_zipfile_serialization=zipped)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"bytes\.pt: .*a bytearray, made by its length alone"):
+        load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10
+
+
+def test_an_archive_that_unpacks_to_more_is_refused(tmp_path: Path) -> None:
+    honest, packed = tmp_path / "honest.pt", tmp_path / "packed.pt"
+    torch.save({"blocks.0.x": torch.zeros(4_000_000)}, honest)
+    with zipfile.ZipFile(honest) as before, zipfile.ZipFile(packed, "w") as after:
+        for entry in before.infolist():
+            after.writestr(entry.filename, before.read(entry), zipfile.ZIP_DEFLATED)
+    assert packed.stat().st_size < 100_000
+    with pytest.raises(ValueError, match=r"packed\.pt: .* bytes that unpack to 16,0"):
+        load(packed)
+
+
+@pytest.mark.parametrize("how", ["strides", "views", "meta"])
+def test_weights_that_are_not_stored_are_refused(flat: Path, how: str) -> None:
+    state = torch.load(flat, weights_only=True)
+    name, other = "blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc1.weight"
+    if how == "strides":
+        state[name] = torch.zeros(1).expand(10**6, 10**6)
+    elif how == "views":
+        shared = torch.zeros(10**6)
+        state = {f"{other}.{i}": shared for i in range(1000)} | state
+    else:
+        state[name] = torch.empty(10**6, 10**6, device="meta")
+    torch.save(state, flat)
+    told = "of which .* bytes are stored" if how != "views" else "share .* stored ones"
+    with pytest.raises(ValueError, match=rf"small\.pt: .*{told}"):
+        load(flat)

@@ -296,3 +296,12 @@ def test_no_room_is_told_before_anything_is_written(
     with pytest.raises(ValueError, match=r"0\.00 GB are free and .* needed; make room"):
         export(make_model(), tmp_path / "out", "dit")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_class_names_are_no_markup_in_the_card(pixel_dit: DiT, tmp_path: Path) -> None:
+    names = ["<script>x</script>", "![i](http://a)", "a|b`c`", *map(str, range(3, 10))]
+    denoiser = ClassConditional(pixel_dit, DDPM(), class_names=names)
+    export(from_denoiser(denoiser, "small"), tmp_path / "out", "safetensors")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "&lt;script&gt;x&lt;/script&gt;" in card and "<script" not in card
+    assert r"!\[i\](http://a)" in card and r"a\|b\`c\`" in card

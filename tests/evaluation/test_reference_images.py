@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import resource
+import struct
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -214,3 +219,57 @@ def test_npz_with_pickled_statistics_is_refused(tmp_path: Path) -> None:
     file = write_npz(tmp_path / "shape.npz", mu=np.zeros(3), sigma=np.eye(2))
     with pytest.raises(ValueError, match=r"expected a mean \(d\) and a covariance"):
         read_statistics(file)
+
+
+def bomb(file: Path, name: str, shape: tuple[int, ...], dtype: str, content: int) -> Path:
+    """An npz, one of whose arrays says a shape that its zeros are not enough for."""
+    header = io.BytesIO()
+    header_of = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, header_of)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        if name != "arr_0":
+            images = io.BytesIO()
+            np.lib.format.write_array(images, nhwc(IMAGES))
+            archive.writestr("arr_0.npy", images.getvalue())
+        with archive.open(f"{name}.npy", "w") as entry:
+            entry.write(header.getvalue())
+            for _ in range(content >> 20):
+                entry.write(bytes(1 << 20))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "content", "told"),
+    [
+        ("arr_1", (10**14,), "i8", 0, r"arr_1 cannot be read \(it says int64 .100000000000000,."),
+        ("arr_1", (2**27,), "i8", 2**30, r"arr_1 cannot be read \(it unpacks to 1,074 MB\)"),
+        ("arr_0", (10**9, 8, 8, 3), "u1", 2**20, "arr_0 says it is .* and has 1,048,"),
+        ("arr_0", (1, 2**14, 2**15, 1), "u1", 2**30, "arr_0 says .* or images too large"),
+    ],
+)
+def test_npz_that_promises_too_much_costs_nothing(
+    tmp_path: Path, name: str, shape: tuple[int, ...], dtype: str, content: int, told: str
+) -> None:
+    file = bomb(tmp_path / "bomb.npz", name, shape, dtype, content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=rf"bomb\.npz: {told}"):
+        images = open_images(file)
+        assert images.labels
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10
+
+
+def test_an_image_that_promises_too_many_pixels_costs_nothing(tmp_path: Path) -> None:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        told = kind + content
+        return struct.pack(">I", len(content)) + told + struct.pack(">I", zlib.crc32(told))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    file = tmp_path / "photos" / "huge.png"
+    file.parent.mkdir()
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"huge\.png.*900000000 pixels") as caught:
+        read_crop(file, 8)
+    assert "\n" not in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10

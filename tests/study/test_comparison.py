@@ -107,3 +107,12 @@ def test_what_is_not_measured_or_no_number_is_shown_as_such() -> None:
     text = str(Comparison(results, METRICS))
     assert text.splitlines()[1].split() == ["a", "nan", "–"]
     assert Comparison(results, METRICS).to_dict()["results"][0]["metrics"] == {"fid": None}
+
+
+@pytest.mark.parametrize("name", ["photos [v1]", "x[/y]", "[bold red]a", r"\[x]", "[link=a]b[/]"])
+def test_names_are_no_markup(name: str) -> None:
+    results = compared([result(name, PLAIN), result(f"{name} too", BETTER)], None)
+    metrics = {"fid": Metric("[FD]", higher=False), "is": Metric("IS[/]", higher=True)}
+    text = str(Comparison(results, metrics, f"of {name}"))
+    assert text.count(f"{name} too") == 2 and f"\nof {name}\n" in text
+    assert f"against {name} at" in text and "[FD] ↓" in text and "IS[/] ↑" in text

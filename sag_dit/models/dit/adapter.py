@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sag_dit.bounds import Count, checked
 from sag_dit.catalogue import entries
 from sag_dit.identity import later
 from sag_dit.models.dit import sit
@@ -29,6 +31,8 @@ from sag_dit.models.family import (
     Refitted,
     State,
     WeightsFile,
+    agreeing,
+    checked_arguments,
     register,
 )
 
@@ -54,6 +58,29 @@ ASSUMED_PROCESS = (
     'of 1000 steps. If that is wrong, state {"model": {}, "process": ..., "kind": ...} in %s '
     "beside it"
 )
+
+
+MOST_TOKENS = 128
+"""Tokens along a side of a model whose positions its files do not hold."""
+
+
+@dataclass(frozen=True)
+class DiffusersConfig:
+    """Sizes in the config of diffusers' DiTTransformer2DModel, with the defaults of its class.
+
+    Example:
+        >>> DiffusersConfig().num_layers
+        28
+    """
+
+    num_attention_heads: Count = 16
+    attention_head_dim: Count = 72
+    in_channels: Count = 4
+    out_channels: Count | None = None
+    patch_size: Count = 2
+    sample_size: Count = 32
+    num_layers: Count = 28
+    num_embeds_ada_norm: Count = 1000
 
 
 @register
@@ -124,7 +151,7 @@ class DiTFamily(Family):
                 the published file of this name.
         """
         told = {} if num_heads is None else {"num_heads": num_heads}
-        model = model_config(state, path, {**stated, **told})
+        model = model_config(state, path, checked_arguments(DiT, {**stated, **told}, path))
         check_resolution(model, path)
         return model
 
@@ -153,11 +180,22 @@ class DiTFamily(Family):
         strange = [key for key, value in expected.items() if config.get(key, value) != value]
         if strange:
             raise ValueError(f"{path}: {strange[0]}={config[strange[0]]!r}, which no DiT has")
-        # What a config leaves out has the default of diffusers' class.
-        heads = config.get("num_attention_heads", 16)
-        hidden = heads * config.get("attention_head_dim", 72)
-        channels, patch = config.get("in_channels", 4), config.get("patch_size", 2)
-        size, depth = config.get("sample_size", 32), config.get("num_layers", 28)
+        told = checked(config, DiffusersConfig, f"{path / 'config.json'}", open=True)
+        heads, channels, patch = told.num_attention_heads, told.in_channels, told.patch_size
+        hidden, size, depth = heads * told.attention_head_dim, told.sample_size, told.num_layers
+        # Sizes have to be those of the weights, before anything of these sizes is made.
+        bias = state.get("pos_embed.proj.bias")
+        blocks = {name.split(".")[1] for name in state if name.startswith("transformer_blocks.")}
+        agreeing(
+            path,
+            ("num_attention_heads attention_head_dim", hidden, 0 if bias is None else len(bias)),
+            ("num_layers", depth, len(blocks)),
+        )
+        if size // patch > MOST_TOKENS:
+            raise ValueError(
+                f"{path}: sample_size={size}, patch_size={patch}: expected at most {MOST_TOKENS} "
+                f"tokens along a side"
+            )
         try:
             renamed = renamed_from_diffusers(state, depth)
         except ValueError as error:
@@ -170,8 +208,8 @@ class DiTFamily(Family):
             "hidden_size": hidden,
             "depth": depth,
             "num_heads": heads,
-            "num_classes": config.get("num_embeds_ada_norm", 1000),
-            "learn_sigma": (config.get("out_channels") or channels) == 2 * channels,
+            "num_classes": told.num_embeds_ada_norm,
+            "learn_sigma": (told.out_channels or channels) == 2 * channels,
         }
 
     def refit(self, before: Any, after: Any, names: Sequence[str], now: Sequence[str]) -> Refitted:
@@ -270,14 +308,18 @@ def model_config(
         )
     # Counted, not the highest number: of a gap, strict loading tells.
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    inferred: dict[str, Any] = {
+    labels, mlp_size = (shapes[name][0] for name in (TABLE, "blocks.0.mlp.fc1.weight"))
+    told: dict[str, Any] = {
         "patch_size": patch,
         "in_channels": channels,
         "hidden_size": hidden,
         "depth": depth,
-        "mlp_ratio": mlp_ratio(hidden, shapes["blocks.0.mlp.fc1.weight"][0]),
         "learn_sigma": out_channels == 2 * channels,
-        **_labels(shapes[TABLE][0], stated, path),
+    }
+    inferred = {
+        **told,
+        "mlp_ratio": mlp_ratio(hidden, mlp_size),
+        **_labels(labels, stated, path),
         **stated,
     }
     # What shapes leave open is found by other means.
@@ -287,6 +329,17 @@ def model_config(
         inferred["input_size"] = rows * patch if square else [rows * patch, columns * patch]
     if "num_heads" not in stated:
         inferred["num_heads"] = head_count(hidden, depth, path)
+    # What is stated has to be so, before a network of these sizes is built.
+    size = inferred["input_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    dropped = inferred["class_dropout_prob"] > 0
+    agreeing(
+        path,
+        *((name, inferred[name], value) for name, value in told.items()),
+        ("int(hidden_size mlp_ratio)", int(hidden * inferred["mlp_ratio"]), mlp_size),
+        ("rows of the label table", inferred["num_classes"] + dropped, labels),
+        ("tokens", (height // patch) * (width // patch), shapes[POSITIONS][1]),
+    )
     return inferred
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sag_dit.attention import AttentionLayer
+from sag_dit.bounds import Bounds, Count, Share
 from sag_dit.tensors import Images, Labels
 
 POSITION_TOLERANCE = 0.01
@@ -190,15 +191,15 @@ class DiT(nn.Module):
 
     def __init__(
         self,
-        input_size: int | tuple[int, int] = 32,
-        patch_size: int = 2,
-        in_channels: int = 4,
-        hidden_size: int = 1152,
-        depth: int = 28,
-        num_heads: int = 16,
-        mlp_ratio: float = 4.0,
-        class_dropout_prob: float = 0.1,
-        num_classes: int = 1000,
+        input_size: Count | tuple[Count, Count] = 32,
+        patch_size: Count = 2,
+        in_channels: Count = 4,
+        hidden_size: Count = 1152,
+        depth: Count = 28,
+        num_heads: Count = 16,
+        mlp_ratio: Annotated[float, Bounds(least=0.01, most=1000)] = 4.0,
+        class_dropout_prob: Share = 0.1,
+        num_classes: Count = 1000,
         learn_sigma: bool = True,
     ) -> None:
         super().__init__()

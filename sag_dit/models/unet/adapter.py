@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from sag_dit.catalogue import Kind, entries
-from sag_dit.models.family import Family, State, WeightsFile, register
+from sag_dit.models.family import (
+    Family,
+    State,
+    WeightsFile,
+    agreeing,
+    checked_arguments,
+    register,
+)
 from sag_dit.models.unet.parts import Part, decoder_parts, encoder_parts
 
 if TYPE_CHECKING:
@@ -279,10 +286,45 @@ class UNetFamily(Family):
                 f'{{"model": {{"num_heads": {num_heads}}}}} in '
                 f"{path.with_suffix('.json').name} beside them"
             )
-        return dict(stated)
+        model = checked_arguments(self.network(), stated, path)
+        # What is stated has to be so, before a network of these sizes is built.
+        full = {name: each.default for name, each in self._parameters().items()} | model
+        channels, widths = full["model_channels"], full["channel_mult"]
+        classes, dropped = full["num_classes"], full["class_dropout_prob"] > 0
+        agreeing(
+            path,
+            ("model_channels", channels, _shape(state, "time_embedding.linear_1.weight")[1]),
+            ("in_channels", full["in_channels"], _shape(state, "conv_in.weight")[1]),
+            ("levels of channel_mult", len(widths), _numbered(state, "down_blocks.")),
+            ("num_res_blocks", full["num_res_blocks"], _numbered(state, "down_blocks.0.resnets.")),
+            (
+                "rows of the label table",
+                classes + dropped if classes else 0,
+                _shape(state, "class_embedding.weight")[0],
+            ),
+        )
+        return model
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """Return a weight's shape, zeros where there is none."""
+    return (*state[name].shape, 0, 0) if name in state else (0, 0)
+
+
+def _numbered(state: Mapping[str, Tensor], prefix: str) -> int:
+    """Return how many modules there are whose names are a prefix and a number."""
+    return len(
+        {name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)}
+    )
 
 
 CLASSIFIER_SOURCE = "openai/guided-diffusion's classifier, here under diffusers' names"
+
+
+def _classifier() -> type[Classifier]:
+    from sag_dit.models.unet.classifier import Classifier
+
+    return Classifier
 
 
 def read_classifier(file: WeightsFile) -> tuple[State, Classifier]:
@@ -291,8 +333,6 @@ def read_classifier(file: WeightsFile) -> tuple[State, Classifier]:
     Raises:
         ValueError: the file holds no classifier, or one that cannot be built.
     """
-    from sag_dit.models.unet.classifier import Classifier
-
     if not is_published(file.state):
         raise ValueError(
             f"{file.path}: not a classifier of openai/guided-diffusion; found "
@@ -301,7 +341,7 @@ def read_classifier(file: WeightsFile) -> tuple[State, Classifier]:
     converted = convert(file.state, file.path, file.stated, classifier=True)
     try:
         with torch.device("meta"):
-            return converted.state, Classifier(**converted.model)
+            return converted.state, _classifier()(**converted.model)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file.path}: {error}") from None
 
@@ -428,7 +468,19 @@ def convert(
     if is_classifier(state) != classifier:
         what, wanted = ("a classifier", "a diffusion model")[:: -1 if classifier else 1]
         raise ValueError(f"{path}: {what}, where {wanted} is expected; {resembling(sizes)}")
-    own = dict(stated.get("model", {}))
+    network = _classifier() if classifier else UNetFamily().network()
+    own = checked_arguments(network, stated.get("model", {}), path)
+    found = asdict(sizes)
+    agreeing(
+        path,
+        *(
+            (name, _hashable(own[name]), found[name])
+            for name in ("in_channels", "model_channels", "num_res_blocks", "channel_mult")
+            if name in own
+        ),
+    )
+    if classifier and "num_classes" in own:
+        agreeing(path, ("num_classes", own["num_classes"], sizes.num_classes))
     variant = _variant(sizes, path, bool(own))
     if sizes.in_channels == 6:
         raise ValueError(

@@ -6,13 +6,14 @@ The arithmetic is that of openai/guided-diffusion (Dhariwal & Nichol 2021, arXiv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from jaxtyping import Float, Int
 from timm.layers import AttentionPool2d
 from torch import Tensor, nn
 
+from sag_dit.bounds import Bounds, Count
 from sag_dit.models.unet.network import block_type, time_embedding
 from sag_dit.models.unet.parts import GROUPS, Shape, pair
 from sag_dit.tensors import Images
@@ -39,16 +40,16 @@ class Classifier(nn.Module):
 
     def __init__(
         self,
-        input_size: int | Sequence[int] = 64,
-        in_channels: int = 3,
-        model_channels: int = 128,
-        num_res_blocks: int = 2,
-        channel_mult: Sequence[float] = (1, 2, 3, 4),
-        attention_resolutions: Sequence[int] = (32, 16, 8),
-        num_head_channels: int = 64,
+        input_size: Count | tuple[Count, Count] = 64,
+        in_channels: Count = 3,
+        model_channels: Count = 128,
+        num_res_blocks: Count = 2,
+        channel_mult: Sequence[Annotated[float, Bounds(least=0, most=1000)]] = (1, 2, 3, 4),
+        attention_resolutions: Sequence[Count] = (32, 16, 8),
+        num_head_channels: Count = 64,
         scale_shift_norm: bool = True,
         resblock_updown: bool = True,
-        num_classes: int = 1000,
+        num_classes: Count = 1000,
     ) -> None:
         super().__init__()
         # Sizes of the levels, checked as a UNet's.

@@ -8,7 +8,7 @@ names.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers.models import UNet2DModel
@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sag_dit.attention import AttentionLayer
+from sag_dit.bounds import Bounds, Count, Share
 from sag_dit.models.unet.parts import GROUPS, Shape, decoder_parts, encoder_parts, pair
 from sag_dit.tensors import Images, Labels
 
@@ -71,20 +72,20 @@ class UNet(UNet2DModel):  # type: ignore[misc]  # diffusers' classes are untyped
 
     def __init__(
         self,
-        input_size: int | Sequence[int] = 64,
-        in_channels: int = 3,
-        model_channels: int = 128,
-        num_res_blocks: int = 2,
-        channel_mult: Sequence[float] = (1, 2, 3, 4),
-        attention_resolutions: Sequence[int] = (16, 8),
-        num_heads: int | None = None,
-        num_head_channels: int | None = None,
+        input_size: Count | tuple[Count, Count] = 64,
+        in_channels: Count = 3,
+        model_channels: Count = 128,
+        num_res_blocks: Count = 2,
+        channel_mult: Sequence[Annotated[float, Bounds(least=0, most=1000)]] = (1, 2, 3, 4),
+        attention_resolutions: Sequence[Count] = (16, 8),
+        num_heads: Count | None = None,
+        num_head_channels: Count | None = None,
         scale_shift_norm: bool = True,
         resblock_updown: bool = False,
-        num_classes: int = 0,
-        class_dropout_prob: float = 0.0,
+        num_classes: Annotated[int, Bounds(least=0, most=2**31)] = 0,
+        class_dropout_prob: Share = 0.0,
         learn_sigma: bool = True,
-        dropout: float = 0.0,
+        dropout: Share = 0.0,
         time_scale: float = 1.0,
     ) -> None:
         # Sizes of the levels, checked.
