@@ -265,7 +265,7 @@ class StepData(LightningDataModule, ABC):
 
             @property
             def dataset(self):
-                return DiscImages(self.count)  # has __getitems__(batch: Batch)
+                return disc_images(self.count)  # has __getitems__(batch)
 
             @property
             def held_out_images(self):

@@ -51,7 +51,7 @@ class APG(Term):
 
     _: KW_ONLY
     eta: float = 0.0
-    """Share of the update that is parallel to the prediction; with 1 it is CFG."""
+    """Share of the update that is parallel to the prediction; 1 keeps all of it."""
     norm_threshold: float = 0.0
     """The longest update, by the size of the latent 2.5 to 15; 0 is off."""
     momentum: float = -0.5

@@ -65,7 +65,7 @@ class FDG(Term):
     does = "CFG with scales of their own for high and low frequencies"
     source = "Sadat et al. 2025"
 
-    neutral = 1.0
+    neutral: ClassVar[float] = 1.0
     strengths = ("scale", "low")
     from_null = True
 

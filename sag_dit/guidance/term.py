@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
@@ -286,7 +286,7 @@ class Term(ABC):
     scale: float = 1.0
     _: KW_ONLY
     interval: tuple[Bound, Bound] = (0.0, 1.0)
-    """Where the method acts; outside it costs nothing."""
+    """Where the method acts; outside of it the method costs nothing."""
     interval_in: Unit = field(default="progress", metadata=LATER)
     """The unit of the bounds: progress from noise (0) to image (1), t, or sigma."""
     schedule: Schedule = field(default="constant", metadata=LATER)
@@ -334,10 +334,6 @@ class Term(ABC):
         """Whether the term's strengths make it contribute nothing."""
         return all(getattr(self, name) == self.neutral for name in self.strengths)
 
-    def switched_off(self) -> Self:
-        """Return the term with all of its strengths neutral."""
-        return replace(self, **dict.fromkeys(self.strengths, self.neutral))  # type: ignore[arg-type]
-
     def weight(self, step: Step) -> float:
         """Return what the contribution is multiplied by at this step."""
         return weight_of(self.schedule, step.progress)
@@ -352,10 +348,12 @@ class Term(ABC):
         if self.interval_in == "t":
             check_times(self.interval, model.process)
         if self.from_null and model.null(1) is None:
-            name = f"{type(self).__name__.lower()}_scale"
+            key = getattr(self, "key", type(self).__name__.lower())
+            others = (f"guidance.{key}.{each}" for each in self.strengths if each != "scale")
+            off = " and ".join(f"{each}={self.neutral:g}" for each in (f"{key}_scale", *others))
             raise ValueError(
-                f"{name}={self.scale}: this model has no null condition (trained without label "
-                f"dropout), so classifier-free guidance is impossible; set {name}=1"
+                f"{key}_scale={self.scale}: this model has no null condition (trained without "
+                f"label dropout), so classifier-free guidance is impossible; set {off}"
             )
 
     def check_sampler(self, sampler: Sampler) -> None:  # noqa: B027 - most terms suit all

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +93,11 @@ def batch(rows: int = 3) -> tuple[Tensor, Tensor]:
     """Noisy images and the classes they are asked for."""
     x = torch.randn(rows, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     return x, torch.tensor([1, 2, 3])[:rows]
+
+
+def switched_off(term: Term) -> Term:
+    """Return the term with all of its strengths neutral."""
+    return replace(term, **dict.fromkeys(term.strengths, term.neutral))  # type: ignore[arg-type]
 
 
 def guided(

@@ -8,7 +8,7 @@ import torch
 from sag_dit.guidance import CFG, FDG, Term
 from sag_dit.guidance.fdg import bands
 from tests.closeness import assert_near
-from tests.guidance.every import MODELS, guided
+from tests.guidance.every import MODELS, guided, switched_off
 from tests.guidance.reference import counted, step_at
 
 SIZES = [(8, 8), (9, 12), (7, 5), (2, 4), (1, 1)]
@@ -118,7 +118,7 @@ def test_only_the_low_band_changes_the_mean() -> None:
 
 def test_it_is_off_where_both_scales_are_1() -> None:
     term = FDG(2.0, low=3.0)
-    assert term.switched_off() == FDG(1.0, low=1.0)
+    assert switched_off(term) == FDG(1.0, low=1.0)
     step = step_at(MODELS["eps"].process, 4)
     for each, rows in ((FDG(), [3]), (FDG(2.0), [6]), (FDG(1.0, low=2.0), [6])):
         assert each.off == (rows == [3])

@@ -13,7 +13,7 @@ from sag_dit.guidance import APG, CFG, ICG, Autoguidance, GuidedDenoiser, Term
 from sag_dit.models.unet.network import UNet
 from sag_dit.process import DDPM, Prediction
 from tests.closeness import assert_near
-from tests.guidance.every import every, guided
+from tests.guidance.every import every, guided, switched_off
 from tests.guidance.reference import counted, step_at
 from tests.small import filled
 
@@ -66,7 +66,7 @@ def test_every_method_guides_a_unet(name: str) -> None:
     for index in (0, 9):
         step, plain = step_at(UNET.process, index), plain_at(index)
         with counted(UNET) as rows:
-            off = guided(UNET, [term.switched_off()], step)
+            off = guided(UNET, [switched_off(term)], step)
         assert rows == [3] and torch.equal(off.v, plain.v)
         found = guided(UNET, [term], step)
         assert found.v.isfinite().all()

@@ -16,6 +16,7 @@ from benchmarks.methods import ROWS, classes, setting
 from sag_dit.guidance import CFG, SAG, SEG, SLG, TPG, Autoguidance, CFGZero, Term
 from sag_dit.pipelines import guide
 from tests.closeness import assert_near
+from tests.guidance.every import switched_off
 from tests.pipelines import tiny
 from tests.pipelines.test_traces import network_of, traces
 from tests.pipelines.tiny import draw
@@ -135,7 +136,7 @@ def test_every_method_guides_every_family(pipe: Any, family: str, method: str) -
     assert_near(apart, changed, 1e-4)
     assert traces(pipe) == before
     with counted(pipe) as rows:
-        off = guided(pipe, family, terms[0].switched_off())
+        off = guided(pipe, family, switched_off(terms[0]))
     assert rows == own_rows
     assert torch.equal(off, plain)
     if terms[0].from_null:

@@ -16,7 +16,7 @@ from sag_dit.guidance import CFG, SAG, SEG, CFGZero, GuidedDenoiser, Term, cost_
 from sag_dit.process import Flow, Step
 from sag_dit.sampler import DDIM, EulerFlow, Sampler
 from tests.closeness import assert_near
-from tests.guidance.every import CELLS, METHODS, MODELS, NOISE, batch, every, guided
+from tests.guidance.every import CELLS, METHODS, MODELS, NOISE, batch, every, guided, switched_off
 from tests.guidance.reference import counted, step_at
 
 ENDS = (0, 9)
@@ -59,7 +59,7 @@ def test_every_method_changes_v_and_stays_finite(model: str, name: str) -> None:
 def test_off_costs_no_forward_and_changes_no_bit(name: str) -> None:
     model = first_of(name)
     denoiser, term = MODELS[model], every(model)[name]
-    off = term.switched_off()
+    off = switched_off(term)
     assert off.off and not term.off
     step = step_at(denoiser.process, 4)
     with counted(denoiser) as rows:
