@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sag_dit.cli.app import launch, quiet_lightning
-from sag_dit.cli.composing import refuse_strangers
+from sag_dit.cli.composing import make
 from sag_dit.cli.keys import Encode
 from sag_dit.identity import LATER, digest, settings
 
@@ -137,8 +137,7 @@ def run_encode(config: Encode) -> None:
     # Rank 0 makes the folder and looks at the images before the other ranks start.
     plan = plan_encoding(config)
     folder, crops = plan.folder, plan.crops
-    refuse_strangers("trainer", ["lightning.fabric.Fabric"], config.trainer)
-    fabric = Fabric(**config.trainer)
+    fabric = make({"_target_": "lightning.fabric.Fabric", **config.trainer}, "trainer", Fabric)
     folder.claim(plan.index.config)
     if fabric.global_rank == 0:
         plan.check_room()
@@ -149,7 +148,7 @@ def run_encode(config: Encode) -> None:
     rank, world = fabric.global_rank, fabric.world_size
     workers = config.workers
     if workers is None:
-        workers = workers_per_process(world // config.trainer["num_nodes"])
+        workers = workers_per_process(world // config.trainer.get("num_nodes", 1))
     reports = RankReports(folder.path, rank, world)
     bar = progress_bar()
     bar.disable = rank != 0

@@ -7,6 +7,7 @@ those that their ``_target_`` takes.
 
 from __future__ import annotations
 
+import collections.abc
 import difflib
 import math
 import re
@@ -16,7 +17,19 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from sag_dit.cli.keys import COMMANDS
-from sag_dit.cli.keys.key import UNSET, Determines, Key, is_open, keys_of, mapping_of, parts, walk
+from sag_dit.cli.keys.key import (
+    MOST,
+    UNSET,
+    Determines,
+    Key,
+    is_open,
+    keys_of,
+    mapping_of,
+    parts,
+    walk,
+)
+
+LISTS = (list, tuple, collections.abc.Sequence)
 
 
 def shown(value: Any) -> str:
@@ -74,11 +87,13 @@ def _checked(
             if opened or told.absent:
                 continue
             if type(None) not in parts(hint):
-                raise ValueError(f"{path}=null: expected {wanted(hint, told, path)}")
+                text = f"~{path}" if f"~{path}" in typed else f"{path}=null"
+                raise ValueError(f"{text}: expected {wanted(hint, told, path)}")
             used[name] = None
             continue
         value = values[name]
-        if path in unset:
+        # A group of which nothing is chosen is an empty mapping.
+        if path in unset or (value == {} and type(None) in parts(hint)):
             continue
         if isinstance(value, dict) and (is_open(hint) or mapping_of(hint, told)):
             nested.append(name)
@@ -111,7 +126,8 @@ def _refuse_nan(path: str, value: Any, typed: Mapping[str, str]) -> None:
 
 def fit(value: Any, hint: Any, told: Key) -> tuple[bool, Any]:
     """Return whether a value is of a type and within bounds, and the value as it is used."""
-    for kind in parts(hint):
+    # Of a number that may be whole or not, the one that it is.
+    for kind in sorted(parts(hint), key=lambda kind: kind is not type(value)):
         fits, plain = _fit(value, kind, told)
         if fits:
             return True, plain
@@ -130,25 +146,41 @@ def _fit(value: Any, kind: Any, told: Key) -> tuple[bool, Any]:
     if kind is str:
         if not isinstance(value, str) or (told.folder and Path(value).resolve() == Path("/")):
             return False, value
+        if not value and not told.blank:
+            return False, value
         return not told.pattern or re.fullmatch(told.pattern, value) is not None, value
     if get_origin(kind) is Literal:
-        return isinstance(value, str) and value in get_args(kind), value
-    if get_origin(kind) is list:
-        if not isinstance(value, list):
-            return False, value
-        counted = told.length is None or len(value) == told.length
-        return counted and all(fit(each, get_args(kind)[0], told)[0] for each in value), value
-    return False, value
+        return (type(value), value) in [(type(each), each) for each in get_args(kind)], value
+    if get_origin(kind) in LISTS:
+        return _fit_list(value, kind, told)
+    # A schema's mappings are looked into by themselves; of another class a value says nothing.
+    return not (is_open(kind) or mapping_of(kind, told)), value
+
+
+def _fit_list(value: Any, kind: Any, told: Key) -> tuple[bool, Any]:
+    if not isinstance(value, list) or not (value or told.blank):
+        return False, value
+    inner = get_args(kind)
+    several = get_origin(kind) is not tuple or inner[-1] is ...
+    length = told.length if several else len(inner)
+    if length is not None and len(value) != length:
+        return False, value
+    found = [fit(each, inner[0 if several else place], told) for place, each in enumerate(value)]
+    return all(fits for fits, _ in found), [used for _, used in found]
 
 
 def _fit_number(value: Any, kind: type, told: Key) -> tuple[bool, Any]:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        return False, value
+    if math.isinf(value) and told.most != math.inf:
         return False, value
     if kind is int and isinstance(value, float):
         if told.exact or not value.is_integer():
             return False, value
         value = int(value)
     least, most, below = told.least, told.most, told.below
+    if kind is int and most is None:
+        most = MOST
     within = (least is None or value >= least) and (most is None or value <= most)
     return within and (below is None or value < below) and value not in told.refused, value
 
@@ -166,27 +198,34 @@ def _wanted(kind: Any, told: Key, path: str) -> str:
     if kind is bool:
         return "true or false"
     if kind is int or kind is float:
-        return f"a{' whole' * (kind is int)} number{_bounds(told)}"
+        return f"a{' whole' * (kind is int)} number{_bounds(kind, told)}"
     if kind is str:
-        return "a folder of its own" if told.folder else "text"
+        path = "a folder of its own" if told.folder else "a path or a name"
+        return path if told.text and not told.blank else "text"
     if get_origin(kind) is Literal:
-        return f"one of {', '.join(get_args(kind))}"
-    if get_origin(kind) is list:
-        (inner,) = get_args(kind)
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) in LISTS:
+        inner = get_args(kind)
         names = {int: "whole numbers", float: "numbers", str: "names"}
-        return f"a list of {' or '.join(names[each] for each in parts(inner))}"
+        of = " or ".join(names[each] for each in parts(inner[0]) if each in names) or "values"
+        fixed = get_origin(kind) is tuple and inner[-1] is not ...
+        counted = f"{len(inner) if fixed else told.length or ''} ".lstrip()
+        return f"a list of {counted}{of}{_bounds(parts(inner[0])[0], told)}"
     inside = mapping_of(kind, told)
     first = next(iter(keys_of(inside)), None) if inside is not None else None
     return f"a mapping, such as {path}.{first}=..." if first and path else "a mapping"
 
 
-def _bounds(told: Key) -> str:
+def _bounds(kind: Any, told: Key) -> str:
     least = "" if told.least is None else f"{told.least:,}"
+    if told.most == math.inf:
+        return ""
     if told.below is not None:
         return f", {least} to less than {told.below:,}"
     if told.most is not None:
         return f", {least} to {'2^64 - 1' if told.most == 2**64 - 1 else f'{told.most:,}'}"
-    return f", {least} or more" if least else ""
+    most = f", at most {MOST:,}" * (kind is int)
+    return f", {least} or more{most}" if least else most
 
 
 class FreeText(NamedTuple):

@@ -11,6 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 Determines = Literal["model", "pixels", "weights", "nothing"]
 
 UNSET = object()
+MOST = 10**9
+"""The greatest whole number that a key takes, unless it says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,9 @@ class Key:
     """What is known of a key beside its type.
 
     ``words`` are what other programs call it, with spaces between. ``text`` may hold anything, so
-    that Hydra's grammar must not read it; so may ``names``, which may be numbers too. ``absent``
+    that Hydra's grammar must not read it; so may ``names``, which may be numbers too. A text or a
+    list may be empty only if it is ``blank``. A whole number is at most :data:`MOST` unless
+    ``most`` says otherwise; an infinite one is meant only where ``most`` is infinite. ``absent``
     keys come with a choice or an experiment; those that are ``added`` stand in no file, and are
     recorded where they are stated alone. ``later`` is the value that means what runs did before
     there was the key; the first name of a run's folder leaves out an ``unnamed`` one whatever its
@@ -41,6 +45,7 @@ class Key:
     determines: Determines | None = None
     text: bool = False
     names: bool = False
+    blank: bool = False
     folder: bool = False
     exact: bool = False
     absent: bool = False
