@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as change
 
 from sag_dit.data.digits import Digits
 from sag_dit.data.patches import Patches
-from sag_dit.data.splits import read_split
+from sag_dit.data.splits import split
 from sag_dit.data.training_batches import StepData
 from sag_dit.evaluation.classifier import SmallClassifier, bundled_classifier
 from sag_dit.evaluation.metrics import Statistics, frechet_distance
@@ -115,14 +115,14 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 def report(model: SmallClassifier) -> None:
     """Print accuracy and what the distances notice."""
-    images, labels = read_split(f"{model.name}:held_out")
+    images, labels = split(f"{model.name}:held_out")
     hits = (model(images).logits.argmax(1) == labels).double()
     print(
         f"{hits.mean():.1%} of {len(labels)} held-out images of {model.name} recognised; by class:"
     )
     print(", ".join(f"{number}: {hits[labels == number].mean():.0%}" for number in labels.unique()))
-    tune = model(read_split(f"{model.name}:tune")[0])
-    half, half_labels = read_split(f"{model.name}:report")
+    tune = model(split(f"{model.name}:tune")[0])
+    half, half_labels = split(f"{model.name}:report")
     unchanged = model(half)
     print("| report, changed | FID to unchanged | sFID | FID to tune | sFID | recognised |")
     print("|---|---|---|---|---|---|")

@@ -42,7 +42,7 @@ from safetensors.torch import save_file
 import sag_dit
 from sag_dit.checkpoints.config import describe
 from sag_dit.checkpoints.files import METADATA_KEY
-from sag_dit.data.images import read_crop
+from sag_dit.data.crop import read_crop
 from sag_dit.data.latents import LatentData
 from sag_dit.data.requests import read_requests
 from sag_dit.data.shards import read_index

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeAlias
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from sag_dit.bounds import Bounds, Count, checked
 from sag_dit.tensors import Images
+from sag_dit.untrusted import read_json
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -32,6 +34,9 @@ def to_pixels(images: Images) -> Pixels:
 def from_pixels(pixels: Pixels) -> Images:
     """Turn pixels into float32 values in [-1, 1]; ``to_pixels`` returns the same pixels."""
     return pixels.float() / 127.5 - 1
+
+
+WEIGHTS = "diffusion_pytorch_model*"
 
 
 class Codec(ABC):
@@ -215,6 +220,19 @@ class VAECodec(Codec):
         return self
 
 
+@dataclass(frozen=True)
+class _VAEConfig:
+    """What is asked of the config.json of an AutoencoderKL."""
+
+    block_out_channels: tuple[Count, ...] = (64,)
+    layers_per_block: Annotated[int, Bounds(least=1, most=64)] = 1
+    latent_channels: Count | None = None
+    scaling_factor: float | None = None
+    shift_factor: float | None = None
+    latents_mean: Sequence[float] | None = None
+    latents_std: Sequence[float] | None = None
+
+
 def read_vae_config(folder: Path) -> dict[str, Any]:
     """Read the config.json of an AutoencoderKL's folder.
 
@@ -223,17 +241,40 @@ def read_vae_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = read_json(path)
+    except ValueError as error:
         raise ValueError(
             f"vae={folder}: expected a folder with the config.json and the weights of diffusers' "
             f"AutoencoderKL; {path.name} could not be read ({error})"
         ) from None
-    name = config.get("_class_name") if isinstance(config, dict) else None
+    name = config.get("_class_name")
     if name != "AutoencoderKL":
         raise ValueError(f"vae={folder}: expected an AutoencoderKL, and its config says {name!r}")
+    stated = checked(config, _VAEConfig, f"vae={folder}: {path.name}", open=True)
+    if not 1 <= len(stated.block_out_channels) <= 16:
+        raise ValueError(
+            f"vae={folder}: {path.name}: block_out_channels={stated.block_out_channels}: expected "
+            f"1 to 16 numbers"
+        )
     # Values that the file leaves out are those of the class.
     return {"block_out_channels": (64,), **config}
+
+
+def refuse_larger(build: Callable[[], torch.nn.Module], files: Iterable[Path]) -> None:
+    """Refuse a network that has more numbers than the files of its weights have bytes.
+
+    It is built without memory, so that a config that states impossible sizes costs nothing.
+
+    Raises:
+        ValueError: the network is larger.
+    """
+    with torch.device("meta"):
+        numbers = sum(each.numel() for each in build().parameters())
+    there = sum(file.stat().st_size for file in files)
+    if numbers > there:
+        raise ValueError(
+            f"its config describes {numbers:,} numbers, and its weights have {there:,} bytes"
+        )
 
 
 def build_vae(folder: Path) -> AutoencoderKL:
@@ -245,10 +286,12 @@ def build_vae(folder: Path) -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
     # model.safetensors or model.fp16.bin: full precision before variants, then safetensors.
-    names = [path.name.split(".") for path in folder.glob("diffusion_pytorch_model*")]
+    names = [path.name.split(".") for path in folder.glob(WEIGHTS)]
     variants = [(name[1:-1], name[-1]) for name in names if name[-1] in ("safetensors", "bin")]
     variant, end = min(variants, key=lambda v: (v[0], v[1] != "safetensors"), default=([], "bin"))
+    config = read_vae_config(folder)
     try:
+        refuse_larger(lambda: AutoencoderKL.from_config(config), folder.glob(WEIGHTS))
         vae, report = AutoencoderKL.from_pretrained(
             folder,
             variant=".".join(variant) or None,

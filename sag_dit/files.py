@@ -1,11 +1,52 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, folders of one run, and errors that name the file."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
+"""Errors that are the disk's, not the caller's."""
+
+
+LOCK = ".lock"
+"""The file by which a run holds a folder."""
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Name the file, and what to do, if the disk does not take what is written within.
+
+    Raises:
+        OSError: the disk is full, fails or takes nothing.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _fault_of_disk(error)
+        if reason is None:
+            raise
+        raise OSError(
+            f"{file} could not be written ({reason}). What was written before is intact: make "
+            f"room, then repeat the command to go on"
+        ) from error
+
+
+def _fault_of_disk(error: Exception) -> str | None:
+    """Return what is wrong with a disk, None if the error is not the disk's."""
+    if isinstance(error, OSError) and error.errno in DISK:
+        return error.strerror
+    # torch and safetensors write files themselves, and have no OSError for it.
+    if isinstance(error, OSError) or "os error" in str(error):
+        found = re.search(r"([\w ]+) \(os error (\d+)\)", str(error))
+        return found[1].strip() if found and int(found[2]) in DISK else None
+    full = isinstance(error, RuntimeError) and "inline_container" in str(error)
+    return "the disk is full or fails" if full else None
 
 
 @contextmanager
@@ -14,10 +55,77 @@ def atomic(file: Path) -> Iterator[Path]:
 
     The name holds the process's number, so that two processes never write one file; a temporary
     that a killed process left behind is overwritten or ignored.
+
+    Raises:
+        OSError: as :func:`writing`.
     """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, file)
+        with writing(file):
+            yield temporary
+            os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def using(folder: Path) -> Iterator[None]:
+    """Hold a folder for this run; only the first of its ranks asks.
+
+    The system frees a lock when its process ends, however that ends. Where it knows no locks, as
+    some network file systems, or the folder cannot be written to, the run goes on without.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    file = folder / LOCK
+    held = _lock(file)
+    try:
+        yield
+    finally:
+        if held is not None:
+            # While it is held: who waits for it then finds that it has gone, and makes another.
+            file.unlink(missing_ok=True)
+            os.close(held.pop())
+
+
+def _lock(file: Path) -> list[int] | None:
+    """Return the descriptor of a locked file, None where there are no locks.
+
+    The list is empty once the descriptor is closed: processes that are forked off share the lock,
+    and would keep it beyond the end of this one, so they close it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        return None
+    while True:
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_nlink:
+                break
+            os.close(descriptor)  # Removed by the run that had held it.
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 300).decode(errors="replace")
+            os.close(descriptor)
+            raise ValueError(
+                f"another run is using this folder: {file.parent} ({holder}); wait for it to end, "
+                f"or choose another out"
+            ) from error
+        except OSError:
+            os.close(descriptor)
+            return None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    held = [descriptor]
+
+    def forget() -> None:
+        if held:
+            os.close(held.pop())
+
+    os.register_at_fork(after_in_child=forget)
+    return held

@@ -10,10 +10,12 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, overload
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sag_dit.checkpoints import Model
@@ -37,6 +39,45 @@ class Request(NamedTuple):
     seed: int
     label: int
     stream: int
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen(Sequence[Request]):
+    """Some requests of a set, found when they are asked for: a set may be too large to list.
+
+    ``without`` are the places that are left out, in order; ``picks`` counts those that remain.
+
+    Example::
+
+        rest = Chosen.of(requests, without=np.array([0, 1, 5]))
+        rest[0], rest[1::2]
+    """
+
+    requests: Sequence[Request]
+    picks: range
+    gaps: NDArray[np.int64]
+    """Of each place that is left out, how many that remain lie before it."""
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], without: NDArray[np.int64]) -> Self:
+        """Return all requests but those at some places."""
+        count = len(requests) - len(without)
+        return cls(requests, range(count), without - np.arange(len(without)))
+
+    def __len__(self) -> int:
+        return len(self.picks)
+
+    @overload
+    def __getitem__(self, at: int) -> Request: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Request]: ...
+
+    def __getitem__(self, at: int | slice) -> Request | Sequence[Request]:
+        if isinstance(at, slice):
+            return replace(self, picks=self.picks[at])
+        pick = self.picks[at]
+        return self.requests[pick + int(np.searchsorted(self.gaps, pick, side="right"))]
 
 
 @dataclass(frozen=True)

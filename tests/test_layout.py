@@ -17,7 +17,8 @@ PACKAGE = ROOT / "sag_dit"
 
 # Later groups see earlier ones, never the other way round. Members of one group are strangers.
 ORDER: tuple[frozenset[str], ...] = (
-    frozenset({"tensors", "files", "identity", "methods", "catalogue"}),
+    frozenset({"bounds"}),
+    frozenset({"tensors", "files", "untrusted", "identity", "methods", "catalogue"}),
     frozenset({"process"}),
     frozenset({"noise", "sampler", "attention"}),
     frozenset({"models"}),

@@ -70,7 +70,7 @@ def run(command: str) -> None:
     assert script in SHORT, f"{script}: the README names a script that this test cannot run"
     name = script.removesuffix(".py")
     module = importlib.import_module(f"sag_dit.cli.{name}")
-    app.launch(name, module.run, [*arguments, *SHORT[script]])
+    app.launch(name, getattr(module, f"run_{name}"), [*arguments, *SHORT[script]])
 
 
 def only(part: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from sag_dit.checkpoints.config import describe
 from sag_dit.checkpoints.files import METADATA_KEY
@@ -138,6 +139,7 @@ class Own(Layout):
         return ["`sag_dit.load('this folder')`, or `python sample.py ckpt='this folder'`."]
 
 
+EARLIER = "choose an earlier checkpoint, from before the training diverged"
 OWN = "safetensors"
 """What ``export.py format=...`` calls :class:`Own`."""
 
@@ -148,12 +150,36 @@ def write_safetensors(
     """Write a denoiser's weights and config in our own layout, and return the weights' path.
 
     ``extra`` joins the config; ``vae`` and ``defaults`` are what a denoiser does not know.
+
+    Raises:
+        ValueError: weights are NaN or infinite.
     """
     folder = Path(folder)
+    check_finite(denoiser.network.state_dict(), str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     config = {**describe(denoiser), **(extra or {})}
     Own().write(folder, Source(denoiser.network, denoiser.process, config, {}))
     return folder / Own.weights
+
+
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """Return the parameters that hold NaN or infinite values."""
+    return [name for name, tensor in state.items() if not tensor.isfinite().all()]
+
+
+def check_finite(state: Mapping[str, Tensor], where: str, remedy: str = EARLIER) -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Raises:
+        ValueError: some are; the first parameter is named, and ``remedy`` is told.
+    """
+    broken = not_finite(state)
+    if broken:
+        others = f" and {len(broken) - 1} other parameters" if broken[1:] else ""
+        raise ValueError(
+            f"{where}: weights that are NaN or infinite, which nothing can be drawn with, in "
+            f"{broken[0]}{others}; {remedy}"
+        )
 
 
 def check_layout(layout: str) -> None:
@@ -195,13 +221,14 @@ def export(
     weights are averaged ones.
 
     Raises:
-        ValueError: the layout is unknown or cannot express the model; ``out`` is a file or holds
-            something else; there is no room on the disk.
+        ValueError: the layout is unknown or cannot express the model; weights are NaN or infinite;
+            ``out`` is a file or holds something else; there is no room on the disk.
     """
     # What can be refused is refused before anything is written.
     check_layout(layout)
     folder = check_out(out)
     denoiser, codec = model.class_conditional, model.codec
+    check_finite(denoiser.network.state_dict(), model.name)
     settings = codec.settings if isinstance(codec, VAECodec) else {}
     source = Source(denoiser.network, denoiser.process, model.description, settings)
     chosen = fitting(families()[denoiser.network.key], layout, source)

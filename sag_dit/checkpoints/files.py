@@ -3,46 +3,72 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import re
 import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from sag_dit.bounds import Bounds
+from sag_dit.untrusted import parse_json, read_json_as
+from sag_dit.untrusted import read_json as read_json
 
 EXPECTED = (
     "expected weights of a DiT: an official .pt (a state dict, or model, ema and args), a "
     "Lightning .ckpt of this package, a .safetensors file, or a diffusers folder"
 )
 METADATA_KEY = "sag_dit"
-WRAPPERS = ("module.", "_orig_mod.", "denoiser.network.")
-"""Prefixes of modules around a network: data parallel, compiled, and our LightningModule."""
-WEIGHTS = re.compile(
-    r"diffusion_pytorch_model"
+_NUMPY = ("scalar", "_reconstruct")
+_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
+
+
+class Unused:
+    """Stands for a value of numpy or pathlib beside the weights, of which nothing is built."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+UNUSED = (
+    *("numpy.dtype", "numpy.ndarray"),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in _NUMPY),
+    *(f"pathlib.{kind}" for kind in _PATHS),
+    *(f"pathlib._local.{kind}" for kind in _PATHS),
+)
+"""The classes and functions by which numpy's numbers, arrays and random states, and paths, are
+pickled. numpy's own would trust what a file says of types and sizes."""
+WRAPPERS = ("module.", "denoiser.network.")
+"""Prefixes of modules around a network: data parallel, and our LightningModule."""
+INNER_WRAPPERS = re.compile(
+    r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_fpw_module"
+    r"|_forward_module)\."
+)
+"""What torch and its companions put into names, at any place, for a module wrapped around one."""
+NETWORK = ("diffusion_pytorch_model",)
+"""What diffusers calls weights."""
+ENDINGS = (
     r"(?:(?P<variant>\.\w+)?\.(?P<single>safetensors|bin)"
     r"|\.(?P<sharded>safetensors|bin)\.index(?P<sharded_variant>\.\w+)?\.json)"
 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+@dataclass(frozen=True)
+class WeightsIndex:
+    """What the index of sharded weights says: which file each tensor lies in."""
 
-    Raises:
-        ValueError: the file cannot be read or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a readable JSON file ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
+    weight_map: Annotated[
+        Mapping[str, str], Bounds(pattern=r"[\w.-]+", expected="names of files beside it")
+    ]
 
 
 def container(path: Path) -> Literal["zip", "pickle", "safetensors"]:
@@ -77,6 +103,8 @@ def container(path: Path) -> Literal["zip", "pickle", "safetensors"]:
 def read_torch(path: Path) -> Any:
     """Read what torch.save wrote: tensors, plain values and argparse.Namespace, nothing else.
 
+    Numbers and arrays of numpy, and paths, become :class:`Unused`.
+
     Raises:
         ValueError: the file is damaged, foreign, or holds objects that would have to be unpickled.
     """
@@ -84,7 +112,8 @@ def read_torch(path: Path) -> Any:
     # files can be; and by a path, torch would go by the extension.
     mapped = container(path) == "zip" and path.suffix != ".safetensors"
     try:
-        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
+        allowed: list[Any] = [Namespace, *((Unused, name) for name in UNUSED)]
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             if mapped:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -96,7 +125,8 @@ def read_torch(path: Path) -> Any:
             raise ValueError(f"{path}: damaged or no file of torch.save; {EXPECTED}") from None
         raise ValueError(
             f"{path}: refused, because it holds Python objects ({refused[1]}) and reading those "
-            f"can run code; expected tensors, plain values and an argparse.Namespace. If you "
+            f"can run code; expected tensors, plain values, numbers of numpy, paths and an "
+            f"argparse.Namespace. If you "
             f"trust where it comes from, save its state dict alone with torch.save and load that"
         ) from None
     except Exception as error:  # torch raises almost any type on a damaged file
@@ -114,23 +144,26 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            config = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            told = (file.metadata() or {}).get(METADATA_KEY, "{}")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{path}: damaged, cut short, or no safetensors file ({error}); {EXPECTED}"
         ) from None
+    config = parse_json(told, f"{path}: its metadata's {METADATA_KEY}")
     if not isinstance(config, dict):
         raise ValueError(f"{path}: its metadata's {METADATA_KEY} is no JSON object but {config!r}")
     return state, config
 
 
-def weights_name(names: Iterable[str]) -> str | None:
-    """Choose a diffusers folder's weights: full precision, then safetensors, then one file.
+def weights_name(names: Iterable[str], stems: Sequence[str] = NETWORK) -> str | None:
+    """Choose a folder's weights: full precision, then safetensors, then one file.
 
-    A sharded file is named by its index. None if there are no weights.
+    ``stems`` are what they may be called, diffusers' way by default. A sharded file is named by its
+    index. None if there are no weights.
     """
-    found = [match for name in names if (match := WEIGHTS.fullmatch(name))]
+    pattern = re.compile(f"(?:{'|'.join(stems)}){ENDINGS}")
+    found = [match for name in names if (match := pattern.fullmatch(name))]
     found.sort(
         key=lambda match: (
             match["variant"] or match["sharded_variant"] or "",
@@ -141,20 +174,20 @@ def weights_name(names: Iterable[str]) -> str | None:
     return found[0].string if found else None
 
 
-def weights_files(folder: Path) -> tuple[Path, ...]:
-    """Return the weight files of a diffusers folder, none if there are none or some are missing."""
-    name = weights_name(path.name for path in folder.glob("diffusion_pytorch_model*"))
+def weights_files(folder: Path, stems: Sequence[str] = NETWORK) -> tuple[Path, ...]:
+    """Return the weight files of a folder, none if there are none or some are missing."""
+    name = weights_name((path.name for path in folder.glob("*")), stems)
     if name is None:
         return ()
     files = [folder / name]
     if name.endswith(".json"):
-        shards = set(read_json(folder / name).get("weight_map", {}).values())
-        files = [folder / shard for shard in sorted(shards)]
+        shards = read_json_as(folder / name, WeightsIndex, open=True).weight_map.values()
+        files = [folder / shard for shard in sorted(set(shards))]
     return tuple(files) if all(file.is_file() for file in files) else ()
 
 
 def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
-    """Read and join the weight files of a diffusers folder."""
+    """Read and join the weight files of a folder."""
     state: dict[str, Tensor] = {}
     for file in files:
         part = read_safetensors(file)[0] if container(file) == "safetensors" else read_torch(file)
@@ -178,9 +211,19 @@ def tensors(value: Any, path: Path) -> Mapping[str, Tensor]:
     raise ValueError(f"{path}: {found} where tensors should be; {EXPECTED}")
 
 
+def plain_name(name: str) -> str:
+    """Return a parameter's name without what was wrapped around the modules in it.
+
+    Example:
+        >>> plain_name("blocks.0._orig_mod.attn._checkpoint_wrapped_module.qkv.weight")
+        'blocks.0.attn.qkv.weight'
+    """
+    return INNER_WRAPPERS.sub("", name)
+
+
 def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a network's own entries, without the prefixes of what was wrapped around it."""
-    entries = dict(state)
+    """Return a network's own entries, without the names of what was wrapped around it."""
+    entries = {plain_name(name): tensor for name, tensor in state.items()}
     for _ in WRAPPERS:
         for prefix in WRAPPERS:
             inner = {

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 from torch import Tensor
 
-from sag_dit.checkpoints import files
+from sag_dit.bounds import Bounds, Natural, Share, checked
+from sag_dit.checkpoints import files, sets, trainers
+from sag_dit.checkpoints.config import REQUIRED
 from sag_dit.denoiser.prompts import ENCODE
 from sag_dit.identity import settings
-from sag_dit.models.family import State, WeightsFile, families, family_of
+from sag_dit.models.family import FAMILY, State, WeightsFile, families, family_of
 from sag_dit.process import DDPM, Flow, Process
 from sag_dit.process.base import OutputKind
 from sag_dit.process.ddpm import BETAS
+
+log = logging.getLogger(__name__)
 
 BASE = ".base_layer."
 DOWN = ".lora_A.default.weight"
@@ -55,6 +61,40 @@ def merged(state: Mapping[str, Tensor], lora: Mapping[str, Any]) -> dict[str, Te
 KINDS: dict[str, OutputKind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x_0"}
 
 
+MOST_SHIFT = 50
+Shift = Annotated[float, Bounds(least=-10, most=10)]
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """What is asked of a scheduler's config; what it leaves out is what its class has.
+
+    Example:
+        >>> Scheduler().beta_schedule
+        'linear'
+    """
+
+    num_train_timesteps: Annotated[int, Bounds(least=1, most=100_000)] = 1000
+    beta_schedule: str = "linear"
+    beta_start: Share = 1e-4
+    beta_end: Share = 0.02
+    trained_betas: Any = None
+    rescale_betas_zero_snr: Any = None
+    prediction_type: str = "epsilon"
+    shift: float = 1.0
+    use_dynamic_shifting: bool | None = None
+    base_image_seq_len: Natural = 256
+    max_image_seq_len: Natural = 4096
+    base_shift: Shift = 0.5
+    max_shift: Shift = 1.15
+
+    def dynamic(self, tokens: int) -> float:
+        """Return FLUX's mu, linear in the number of tokens."""
+        many = self.max_image_seq_len - self.base_image_seq_len or 1
+        rise = self.max_shift - self.base_shift
+        return self.base_shift + rise * (tokens - self.base_image_seq_len) / many
+
+
 def read_scheduler(path: Path, cells: tuple[int, int] = (0, 0)) -> tuple[Process, OutputKind]:
     """Return the process and kind that a scheduler's config states, for an image of so many cells.
 
@@ -62,43 +102,42 @@ def read_scheduler(path: Path, cells: tuple[int, int] = (0, 0)) -> tuple[Process
         ValueError: the betas or the prediction type are not known.
     """
     # A flow states where it puts its steps, perhaps by the size of the image.
-    config = files.read_json(path)
-    steps = int(config.get("num_train_timesteps", 1000))
-    if str(config.get("_class_name")).startswith("FlowMatch"):
-        shift = float(config.get("shift", 1.0))
-        if config.get("use_dynamic_shifting"):
-            shift = math.exp(_shift(config, cells[0] * cells[1] // 4))
+    values = files.read_json(path)
+    config = checked(values, Scheduler, str(path), open=True)
+    steps = config.num_train_timesteps
+    if str(values.get("_class_name")).startswith("FlowMatch"):
+        shift = float(config.shift)
+        if config.use_dynamic_shifting:
+            mu = config.dynamic(cells[0] * cells[1] // 4)
+            if abs(mu) > MOST_SHIFT:
+                raise ValueError(
+                    f"{path}: max_shift={config.max_shift}: expected one that moves the times of "
+                    f"this size by at most e^{MOST_SHIFT}, not e^{mu:.3g}"
+                )
+            shift = math.exp(mu)
         return Flow(time_scale=steps, shift=shift), "v"
     # A DDPM is known by its betas.
-    first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    schedule = config.get("beta_schedule", "linear")
+    first, last, schedule = config.beta_start, config.beta_end, config.beta_schedule
     stated = {
         "linear": np.linspace(first, last, steps),
         "scaled_linear": np.linspace(first**0.5, last**0.5, steps) ** 2,
         "squaredcos_cap_v2": BETAS["cosine"](steps),
     }.get(schedule)
-    changed = config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr")
+    changed = config.trained_betas is not None or config.rescale_betas_zero_snr
     names = [
         name
         for name, betas in BETAS.items()
         if stated is not None and not changed and np.allclose(stated, betas(steps))
     ]
-    kind = KINDS.get(config.get("prediction_type", "epsilon"))
+    kind = KINDS.get(config.prediction_type)
     if not names or kind is None:
         raise ValueError(
             f"{path}: beta_schedule={schedule!r} from {first} to {last} in {steps} steps, "
-            f"prediction_type={config.get('prediction_type')!r}; expected the betas of DDPM "
+            f"prediction_type={config.prediction_type!r}; expected the betas of DDPM "
             f"(linear), Stable Diffusion (scaled_linear) or IDDPM (squaredcos_cap_v2), neither "
             f"trained nor rescaled, and one of {', '.join(KINDS)}"
         )
     return DDPM(cast(Any, names[0]), steps), kind
-
-
-def _shift(config: dict[str, Any], tokens: int) -> float:
-    """Return FLUX's mu, linear in the number of tokens."""
-    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return float(low + (high - low) * (tokens - few) / (many - few))
 
 
 @dataclass(frozen=True)
@@ -117,6 +156,11 @@ class Checkpoint:
     stated: Mapping[str, Any] = field(default_factory=dict)
     vae: str | Path | None = None
 
+    @property
+    def path(self) -> Path:
+        """The file that messages name, beside which a config can be stated."""
+        return self.files[0]
+
 
 def read(path: Path, ema: bool) -> Checkpoint:
     """Read a checkpoint of any layout; which one, is read from the files themselves.
@@ -126,15 +170,7 @@ def read(path: Path, ema: bool) -> Checkpoint:
     """
     if path.is_dir():
         return _read_folder(path, ema)
-    if files.container(path) == "safetensors":
-        state, stated = files.read_safetensors(path)
-        if any(name.startswith("transformer_blocks.") for name in state):
-            raise ValueError(
-                f"{path}: one file of a diffusers model; pass the folder that holds its config"
-            )
-        _single_set(path, ema)
-        return _as_ours(path, files.unwrapped(state), stated or config_beside(path))
-    return _read_torch(path, ema)
+    return _read_files((path,), ema)
 
 
 def _read_folder(path: Path, ema: bool) -> Checkpoint:
@@ -156,63 +192,153 @@ def _read_folder(path: Path, ema: bool) -> Checkpoint:
     # for by its own path.
     newest = max(candidates, key=lambda file: file.stat().st_mtime_ns, default=exported)
     if newest != exported:
-        return _read_torch(newest, ema)
-    if exported.is_file():
-        _single_set(path, ema)
-        state, stated = files.read_safetensors(exported)
-        stated = files.read_json(config) if config.is_file() else stated
-        return Checkpoint(files.unwrapped(state), (exported,), stated, stated.get("vae"))
+        return _read_files((newest,), ema)
+    weights = trainers.weights_of(path)
+    if weights:
+        return _read_files(weights, ema, trainers.keeps_state(path), alone=False)
+    for pieces in sorted((path / "checkpoints").glob("*"), reverse=True):
+        trainers.refuse_pieces(pieces)
     raise ValueError(
         f"{path}: a folder without checkpoint; expected checkpoints/*.ckpt or *.pt (a run), "
-        f"model.safetensors and config.json (an export), or model_index.json (diffusers)"
+        f"model.safetensors and config.json (an export), one file of weights, or "
+        f"model_index.json (diffusers)"
     )
 
 
-def _read_torch(path: Path, ema: bool) -> Checkpoint:
-    """Read an official .pt, flat or with model, ema and args, or a Lightning .ckpt."""
-    value = files.read_torch(path)
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{path}: holds a {type(value).__name__}; {files.EXPECTED}")
-    stated = config_beside(path)
-    if "state_dict" in value:
-        return _read_lightning(path, value, stated, ema)
-    if isinstance(value.get("ema"), Mapping) or isinstance(value.get("model"), Mapping):
-        name = "ema" if ema else "model"
-        if not isinstance(value.get(name), Mapping):
-            raise ValueError(_lacking(path, ema))
-        state = files.unwrapped(files.tensors(value[name], path))
-        return _as_ours(path, state, stated, value.get("args"))
-    state = files.unwrapped(files.tensors(value, path))
-    _single_set(path, ema)
-    return _as_ours(path, state, stated)
+def _read_files(
+    weights: tuple[Path, ...], ema: bool, raw: bool = False, alone: bool = True
+) -> Checkpoint:
+    """Read one file of weights, or several that together are one.
+
+    ``raw`` weights were found where a trainer keeps no averaged ones. A file that is not ``alone``
+    was found in a folder, whose config then comes before the one in the file.
+    """
+    # What is in the file, and what it says of its config; in pieces there are tensors alone.
+    path = weights[0]
+    value: Any
+    said: Mapping[str, Any] = {}
+    if len(weights) > 1:
+        value = files.read_weights(weights)
+    elif files.container(path) == "safetensors":
+        value, said = files.read_safetensors(path)
+        if any(name.startswith("transformer_blocks.") for name in value):
+            raise ValueError(
+                f"{path}: one file of a diffusers model; pass the folder that holds its config"
+            )
+    else:
+        value = files.read_torch(path)
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{path}: holds a {type(value).__name__}; {files.EXPECTED}")
+        hyper = value.get("hyper_parameters")
+        said = hyper if isinstance(hyper, Mapping) and _is_whole(hyper) else {}
+    stated = _stated(path, said, alone)
+    # A checkpoint of our own runs has a config, and perhaps adapters.
+    if said and "state_dict" in value:
+        return _read_own_run(path, value, stated, ema)
+    args = {**_flat_config(path), **_arguments(value)}
+    if trainers.is_deepspeed(value):
+        value, raw = trainers.whole_module(value, path), True
+    return _as_ours(weights, _network(path, value, stated, ema, raw), stated, args)
 
 
-def _as_ours(path: Path, state: State, stated: Mapping[str, Any], args: Any = None) -> Checkpoint:
+def _arguments(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the training script that a file holds."""
+    for key in ("args", "hyper_parameters", "hparams", "config"):
+        args = value.get(key)
+        args = vars(args) if isinstance(args, Namespace) else args
+        if isinstance(args, Mapping) and args:
+            return _plain(args)
+    return {}
+
+
+def _plain(args: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return those arguments that are words or numbers."""
+    kinds = (str, int, float)
+    return {str(name): item for name, item in args.items() if isinstance(item, kinds)}
+
+
+def _flat_config(path: Path) -> dict[str, Any]:
+    """Return the arguments of a network's class as the hub's mixin leaves them in config.json."""
+    config = path.with_name("config.json")
+    said = files.read_json(config) if config.is_file() else {}
+    return {} if any(key in said for key in REQUIRED) else _plain(said)
+
+
+def _is_whole(config: Mapping[str, Any]) -> bool:
+    return all(key in config for key in REQUIRED)
+
+
+def _network(
+    path: Path, value: Mapping[str, Any], stated: Mapping[str, Any], ema: bool, raw: bool
+) -> State:
+    """Return the network of a file's content, averaged or raw; ``raw`` tells of a single set.
+
+    Raises:
+        ValueError: the file lacks the weights that ``ema`` asks for, or holds no tensors.
+    """
+    # Lightning's own callback keeps the average where else the raw weights are.
+    if "current_model_state" in value:
+        value = {"ema": value.get("state_dict"), "model": value["current_model_state"]}
+    # A family from outside is known by its config alone, and its names are left as they are.
+    model = stated.get("model")
+    described = isinstance(model, Mapping) and FAMILY in model
+    found = [] if described else sets.sets_in(value)
+    if any(each.state for each in found):
+        if len(found) == 1 and not found[0].averaged and _is_flat(value, found[0]):
+            _single_set(path, ema, raw)
+            return found[0].state
+        return sets.chosen(found, ema, path)
+    # What is not recognised is taken from the usual places, so that errors tell what is there.
+    usual = {key: value[key] for key in ("ema", *RAW) if isinstance(value.get(key), Mapping)}
+    if not usual:
+        _single_set(path, ema, raw)
+        return files.unwrapped(files.tensors(value, path))
+    name = next((key for key in usual if (key == "ema") == ema), None)
+    if name is None:
+        raise ValueError(sets.lacking(path, ema))
+    return files.unwrapped(files.tensors(usual[name], path))
+
+
+RAW = ("model", "state_dict")
+"""Where a trainer's file usually has its raw weights."""
+
+
+def _is_flat(value: Mapping[str, Any], found: sets.Found) -> bool:
+    """Whether a set stands in a file itself, under no key."""
+    return any(
+        isinstance(item, Tensor) and files.plain_name(str(name)).startswith(found.where)
+        for name, item in value.items()
+    )
+
+
+def _as_ours(
+    weights: tuple[Path, ...], state: State, stated: Mapping[str, Any], args: Mapping[str, Any]
+) -> Checkpoint:
     """Return a file's checkpoint, read by the family that its config or its names tell."""
     model = stated.get("model", {})
     if isinstance(model, Mapping):  # What is none, is refused later.
-        file = WeightsFile(path, state, stated, args)
+        file = WeightsFile(weights[0], state, stated, args)
         state, stated = family_of(model, state).read(file)
-    return Checkpoint(state, (path,), stated, stated.get("vae"))
+    return Checkpoint(state, weights, stated, stated.get("vae"))
 
 
 AVERAGED = "averaged.module."
 """Where a DiffusionModule keeps its averaged denoiser."""
 
 
-def _read_lightning(
-    path: Path, value: Mapping[str, Any], beside: Mapping[str, Any], ema: bool
+def _read_own_run(
+    path: Path, value: Mapping[str, Any], stated: Mapping[str, Any], ema: bool
 ) -> Checkpoint:
-    """Read a Lightning checkpoint: ours, or one of Lightning's own averaging callback.
+    """Read a Lightning checkpoint that holds our config.
 
     Ours holds the average as a module ``averaged`` beside ``denoiser``. With Lightning's callback
     the state_dict is the average, and the raw weights are in ``current_model_state``.
     """
     # Which set of weights is where.
-    state = value["state_dict"]
+    state = files.tensors(value.get("state_dict"), path)
     beside_raw = any(name.startswith(AVERAGED) for name in state)
     if ema and not beside_raw and "current_model_state" not in value:
-        raise ValueError(_lacking(path, ema))
+        raise ValueError(sets.lacking(path, ema))
     if beside_raw:
         state = {
             name.replace(AVERAGED, "denoiser."): tensor
@@ -221,10 +347,7 @@ def _read_lightning(
         }
     elif not ema:
         state = value.get("current_model_state", state)
-    # Its config, and adapters that were trained beside the weights.
-    stated = value.get("hyper_parameters")
-    if not isinstance(stated, Mapping) or not isinstance(stated.get("model"), Mapping):
-        stated = beside
+    # Adapters may have been trained beside the weights.
     network = files.unwrapped(files.tensors(state, path))
     if stated.get("lora") is not None:
         try:
@@ -237,15 +360,16 @@ def _read_lightning(
 def _read_pipeline(path: Path, ema: bool) -> Checkpoint:
     """Read a folder that diffusers saved of a class-conditional pipeline."""
     index = files.read_json(path / "model_index.json")
-    if index.get("_class_name") in ENCODE:
+    name = str(index.get("_class_name"))
+    if name in ENCODE:
         raise ValueError(
-            f"{path}: a text model, {index['_class_name']}; pass prompt='...' or requests=FILE to "
+            f"{path}: a text model, {name}; pass prompt='...' or requests=FILE to "
             f"sample.py, or load it with sag_dit.load_text(ckpt, prompts)"
         )
     known = [family.pipeline for family in families().values() if family.pipeline]
-    if index.get("_class_name") not in known:
+    if name not in known:
         raise ValueError(
-            f"{path}: a diffusers folder of {index.get('_class_name')}; expected "
+            f"{path}: a diffusers folder of {name}; expected "
             f"{' or '.join(known)}, which is class-conditional"
         )
     _single_set(path, ema)
@@ -281,24 +405,42 @@ def _read_transformer(
 
 
 def config_beside(path: Path) -> dict[str, Any]:
-    """Return the config beside a file, model.json for model.pt or config.json, else nothing."""
-    for candidate in (path.with_suffix(".json"), path.with_name("config.json")):
-        if candidate.is_file():
-            config = files.read_json(candidate)
-            if isinstance(config.get("model"), Mapping):
-                return config
-    return {}
+    """Return the config beside a file, model.json for model.pt and config.json, else nothing."""
+    return _stated(path, {}, alone=True)
 
 
-def _single_set(path: Path, ema: bool) -> None:
-    """Refuse ema=False where there is one set of weights."""
-    if not ema:
+def _stated(path: Path, said: Mapping[str, Any], alone: bool) -> dict[str, Any]:
+    """Join what a file says of its config with what is stated beside it.
+
+    model.json is about model.pt and comes before all. config.json is about a folder: it comes
+    before the file if the folder was asked for, else after it, and then it adds nothing to a whole
+    config.
+    """
+    general, own = (
+        files.read_json(place) if place.is_file() else {}
+        for place in (path.with_name("config.json"), path.with_suffix(".json"))
+    )
+    # Such a file may be about anything: without a model it is no config of ours.
+    own = own if isinstance(own.get("model"), Mapping) else {}
+    if alone and (_is_whole(said) or not isinstance(general.get("model"), Mapping)):
+        general = {}
+    if not any(key in general for key in REQUIRED):
+        general = {}  # see _flat_config
+    joined: dict[str, Any] = {}
+    for config in (general, said, own) if alone else (said, general, own):
+        before, model = joined.get("model"), config.get("model")
+        joined.update(config)
+        if isinstance(before, Mapping) and isinstance(model, Mapping):
+            joined["model"] = {**before, **model}
+    return joined
+
+
+def _single_set(path: Path, ema: bool, raw: bool = False) -> None:
+    """Refuse ema=False where there is one set of weights, unless these are known to be raw."""
+    if raw and ema:
+        log.warning("%s: its trainer keeps no averaged weights; the raw ones are taken", path)
+    if not ema and not raw:
         raise ValueError(
             f"ema=false: {path} holds one set of weights, taken to be the averaged ones, as all "
             f"published ones are; leave ema=true"
         )
-
-
-def _lacking(path: Path, ema: bool) -> str:
-    kind, remedy = ("averaged (EMA)", "ema=false") if ema else ("raw", "ema=true")
-    return f"ema={str(ema).lower()}: {path} holds no {kind} weights; use {remedy}"

@@ -43,12 +43,12 @@ def load(
     """
     found = zoo.locate(ckpt)
     checkpoint = formats.read(found.path, ema)
-    config = full_config(checkpoint, found.path, num_heads, latent=vae is not None)
+    config = full_config(checkpoint, num_heads, latent=vae is not None)
     # Before the weights are copied, so that a missing autoencoder is told at once.
     source = autoencoder(config, vae or checkpoint.vae)
     codec = choose_codec(config, source)
     return from_denoiser(
-        filled(config, checkpoint.state, found.path),
+        filled(config, checkpoint),
         found.name,
         codec=codec,
         sha256=files.sha256(checkpoint.files),
@@ -66,10 +66,10 @@ def load_denoiser(ckpt: str | Path, *, ema: bool = True) -> ClassConditional:
     """
     found = zoo.locate(ckpt)
     checkpoint = formats.read(found.path, ema)
-    return filled(full_config(checkpoint, found.path), checkpoint.state, found.path)
+    return filled(full_config(checkpoint), checkpoint)
 
 
-def filled(config: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> ClassConditional:
+def filled(config: Mapping[str, Any], checkpoint: formats.Checkpoint) -> ClassConditional:
     """Build the denoiser of a whole config and give it its weights.
 
     Raises:
@@ -80,13 +80,14 @@ def filled(config: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -
         with torch.device("meta"):
             denoiser = build(config)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    fill(denoiser.network, state, path, families()[denoiser.network.key].source)
+        raise ValueError(f"{checkpoint.path}: {error}") from None
+    source = families()[denoiser.network.key].source
+    fill(denoiser.network, checkpoint.state, checkpoint.path, source)
     return denoiser.eval()
 
 
 def full_config(
-    checkpoint: formats.Checkpoint, path: Path, num_heads: int | None = None, latent: bool = False
+    checkpoint: formats.Checkpoint, num_heads: int | None = None, latent: bool = False
 ) -> dict[str, Any]:
     """Complete what a checkpoint says of its config with what its weights tell.
 
@@ -97,7 +98,7 @@ def full_config(
     Raises:
         ValueError: a stated value is of the wrong kind, or the weights are of no known network.
     """
-    stated = dict(checkpoint.stated)
+    path, stated = checkpoint.path, dict(checkpoint.stated)
     for key in ("model", "process", "defaults"):
         if not isinstance(stated.get(key, {}), Mapping):
             raise ValueError(f"{path}: its config's {key} is {stated[key]!r}; expected a mapping")
@@ -178,10 +179,13 @@ def fill(
     ``source`` says in an error whose parameter names are expected.
 
     Raises:
-        ValueError: names or shapes differ; the first of them are named.
+        ValueError: names or shapes differ, or weights are whole numbers; the first are named.
     """
-    # Names and shapes have to be those of the network, all of them.
+    # Names and shapes have to be those of the network, all of them; one that compiles a part of
+    # itself has the names of wrappers, which were taken off when the file was read.
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    own = {files.plain_name(name): name for name in expected}
+    state = {own.get(name, name): tensor for name, tensor in state.items()}
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
     differing = [
@@ -205,6 +209,15 @@ def fill(
             + f"\nexpected the parameters of {source}; if a config comes "
             "with the file, see that it is this file's"
         )
+    # Whole numbers in the place of real ones are quantised, and mean nothing without their scales.
+    real = [n for n, tensor in network.state_dict().items() if tensor.is_floating_point()]
+    for name in real:
+        if not state[name].is_floating_point():
+            raise ValueError(
+                f"{path}: {name} is {str(state[name].dtype).removeprefix('torch.')}, as quantised "
+                f"weights are, whose scales are not read; expected weights in float32, float16 or "
+                f"bfloat16"
+            )
     # Copies, because a mapped file may change under a running program.
     copies = {
         name: tensor.detach().to(torch.float32, copy=True).contiguous()

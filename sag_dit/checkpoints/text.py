@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,20 @@ from sag_dit.process import Flow
 BATCH_SIZE = 4
 MAX_LENGTH = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300, "FluxPipeline": 512}
 """Text tokens of a T5, as the pipelines have them; 256 elsewhere."""
+KNOWN = {
+    "diffusers": re.compile(
+        r"AutoencoderKL|UNet2DConditionModel|(PixArt|SD3|Flux)?Transformer2DModel|\w+Scheduler"
+    ),
+    "transformers": re.compile(
+        r"CLIPTextModel(WithProjection)?|CLIPVisionModelWithProjection|CLIPTokenizer(Fast)?"
+        r"|CLIP(ImageProcessor(Fast|Pil)?|FeatureExtractor)|T5EncoderModel|T5Tokenizer(Fast)?"
+        r"|Siglip(VisionModel|ImageProcessor)"
+    ),
+    "stable_diffusion": re.compile(r"StableDiffusionSafetyChecker"),
+}
+"""The libraries and classes that a pipeline's parts may be of."""
+FOREIGN = ("auto_map", "custom_pipeline", "attn_implementation", "_attn_implementation")
+"""Keys of a part's config that would have code fetched and run."""
 DISTILLED = 3.5
 """What FLUX dev is told of guidance unless asked otherwise, as in its pipeline."""
 
@@ -38,7 +53,49 @@ def is_text(ckpt: str | Path) -> bool:
 
 def _pipeline(path: Path) -> str | None:
     index = path / "model_index.json"
-    return files.read_json(index).get("_class_name") if index.is_file() else None
+    name = files.read_json(index).get("_class_name") if index.is_file() else None
+    return name if isinstance(name, str) else None
+
+
+def check_parts(folder: Path) -> None:
+    """Refuse a pipeline's folder that would have Python of its own, or of others, run.
+
+    diffusers looks for a class first in the folder, and before 0.38 ran what it found there.
+
+    Raises:
+        ValueError: a part is of an unknown class, brings Python, or names code elsewhere.
+    """
+    # Which classes the parts are of: [library, class], or [null, null] for a part that is left out.
+    parts = {
+        name: value
+        for name, value in files.read_json(folder / "model_index.json").items()
+        if not name.startswith("_") and isinstance(value, list) and value != [None, None]
+    }
+    for name, value in parts.items():
+        library, made = value if len(value) == 2 else (None, None)
+        known = KNOWN.get(library) if isinstance(library, str) else None
+        if known is None or not isinstance(made, str) or not known.fullmatch(made):
+            raise ValueError(
+                f"{folder / 'model_index.json'}: {name} is of {value!r}; expected a class of "
+                f"diffusers or transformers that this pipeline has, as no folder's own code is run"
+            )
+        if Path(name).name != name:
+            raise ValueError(f"{folder / 'model_index.json'}: {name!r} is no part's name")
+    # What lies in the parts: no Python, and no config that has it fetched.
+    for part in (folder / name for name in parts):
+        python = next(iter(sorted(part.glob("*.py"))), None)
+        if python is not None:
+            raise ValueError(
+                f"{python}: a model folder's own Python, which is never run; if the model works "
+                f"without it, delete it"
+            )
+        for config in sorted(part.glob("*config.json")):
+            foreign = [key for key in FOREIGN if key in files.read_json(config)]
+            if foreign:
+                raise ValueError(
+                    f"{config}: its {foreign[0]} names code that would be run; if the model works "
+                    f"without it, delete this key"
+                )
 
 
 def load_text(
@@ -72,8 +129,11 @@ def load_text(
         raise ValueError(f"prompts={list(prompts)}: expected at least one prompt, as text")
     # The pipeline's parts: its autoencoder and its network, in the layout of its tokens.
     folder = found.path if Path(ckpt).exists() else hub.whole(str(ckpt))
+    check_parts(folder)
     index = files.read_json(folder / "model_index.json")
     part = "unet" if "unet" in index else "transformer"
+    if not isinstance(index.get(part), list):
+        raise ValueError(f"{folder / 'model_index.json'}: expected a unet or a transformer")
     codec = find_codec(str(vae or folder / "vae"))
     if not isinstance(codec, VAECodec):
         raise ValueError(f"{folder}: expected an autoencoder in {folder / 'vae'}")

@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -30,10 +31,24 @@ from sag_dit.cli.help import help_text
 from sag_dit.cli.orphans import end_with_parent
 from sag_dit.cli.schema import nearest
 from sag_dit.cli.sweep import expand
-from sag_dit.cli.typed import HELP, check_added, check_arguments, is_group, only_with, split
+from sag_dit.cli.typed import (
+    HELP,
+    check_added,
+    check_arguments,
+    is_group,
+    keys_and_flags,
+    only_with,
+)
+from sag_dit.files import using
 
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 """The signal that ends a process whatever it does; Windows knows one alone, which does."""
+
+TOLD_TO_STOP = (signal.SIGINT, signal.SIGTERM)
+"""Signals that tell a command to stop: Ctrl-C, and what schedulers send."""
+
+LOST = r"[Cc]onnection (closed|reset) by peer|[Bb]roken pipe|remote process exited"
+"""What communication between ranks says when one of them is gone."""
 
 Run = Callable[[Any], None]
 """A command, which takes an instance of its schema."""
@@ -81,8 +96,19 @@ def _paths(values: object, prefix: str = "") -> list[str]:
 
 
 def quiet_lightning() -> None:
-    """Import Lightning and silence its list of devices and its tips; its warnings stay."""
+    """Import Lightning, silence its list of devices and its tips, and watch its ranks ourselves.
+
+    Its warnings stay.
+    """
+    import lightning.fabric.strategies.launchers.subprocess_script as of_fabric
     import lightning.pytorch
+    import lightning.pytorch.strategies.launchers.subprocess_script as of_trainer
+
+    from sag_dit.cli.stopping import watch_ranks
+
+    launchers: list[Any] = [of_fabric, of_trainer]
+    for each in launchers:
+        each._launch_process_observer = watch_ranks
 
     for name in (lightning.pytorch.__name__, "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -109,24 +135,52 @@ def leave(number: int, _: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def take_sigterm() -> Any:
-    """Make SIGTERM leave; return the handler before, None where Python allows no other.
+def take_signals() -> dict[int, Any]:
+    """Make Ctrl-C and SIGTERM leave; return their handlers before.
 
-    That is outside of the main thread.
+    Outside of the main thread Python allows no other handlers, and nothing changes.
     """
     main = threading.current_thread() is threading.main_thread()
-    return signal.signal(signal.SIGTERM, leave) if main else None
+    return {number: signal.signal(number, leave) for number in TOLD_TO_STOP} if main else {}
 
 
 @contextmanager
 def leaving_when_told() -> Iterator[None]:
-    """Make SIGTERM leave with exit code 143; training and prediction then take it over."""
-    before = take_sigterm()
+    """Make Ctrl-C and SIGTERM leave with exit codes 130 and 143, and tell how to go on.
+
+    Training and prediction then take the signals over.
+    """
+    before = take_signals()
     try:
         yield
+    except SystemExit as stop:
+        if stop.code in {128 + number for number in TOLD_TO_STOP} and is_first_rank():
+            told = "what is finished is kept; repeat the command to go on"
+            print(f"stopped: {getattr(stop, 'told', told)}", file=sys.stderr)
+        raise
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is no rank but the first, whoever has started it."""
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+    return all(os.environ.get(name, "0") == "0" for name in names)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder for all ranks of this run, by the first of them.
+
+    Raises:
+        ValueError: another run is using it.
+    """
+    if is_first_rank():
+        with using(folder):
+            yield
+    else:
+        yield
 
 
 def launch(
@@ -150,13 +204,13 @@ def launch(
     # Hydra swallows exceptions unless told to show them; they are ours to explain.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
-        keys, flags = split(arguments)
+        keys, flags = keys_and_flags(arguments)
         if set(HELP) & set(flags):
             say(help_text(config_name, keys[-1] if keys else None))
             return
         choices = expand(arguments)
         for choice in choices or ():
-            check_arguments(config_name, *split(choice.arguments))
+            check_arguments(config_name, *keys_and_flags(choice.arguments))
         if choices is None:
             keys = check_arguments(config_name, keys, flags)
     except (ValueError, HydraException) as error:
@@ -181,6 +235,14 @@ def launch(
             if os.environ.get("SAG_DIT_DEBUG"):
                 raise
             fail(explain(error, config_name, keys))
+        except RuntimeError as error:
+            # A rank whose partner is gone; who started them says which was lost.
+            if os.environ.get("SAG_DIT_DEBUG") or not re.search(LOST, str(error)):
+                raise
+            fail(
+                f"the connection to another rank is lost ({str(error).splitlines()[0]}); what is "
+                f"written is kept, repeat the command to go on"
+            )
 
     sys.argv[1:] = [*flags, *for_hydra(keys)]
     try:

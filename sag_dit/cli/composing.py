@@ -7,7 +7,6 @@ command's schema, and :func:`make` takes plain values.
 from __future__ import annotations
 
 import inspect
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -23,8 +22,9 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sag_dit.cli.keys.key import Closed, Key, substituted
-from sag_dit.cli.schema import check, fit, free_text, nearest, shown, wanted
+from sag_dit.bounds import Bounds, fit, shown, wanted
+from sag_dit.cli.keys.key import Closed, substituted
+from sag_dit.cli.schema import check, free_text, nearest
 from sag_dit.methods import guidance_defaults, scales
 
 QUOTATION = re.compile(r"""(['"])(\\.|(?!\1|\\).)*\1""", re.DOTALL)
@@ -42,7 +42,7 @@ NO_NAME = re.compile(
 FOLDER = "<the folder of this run>"
 """Stands where a configuration names ``${out}`` before the folder is known."""
 
-UNDECLARED = Key("", most=math.inf, blank=True)
+UNDECLARED = Bounds(lenient=True)
 """Of an argument of which its annotation is all that is known."""
 
 INSTEAD = {
@@ -326,7 +326,8 @@ def fitted(values: Mapping[str, Any], where: str, targets: Sequence[str]) -> dic
         hint = takes.get(name, Any)
         if isinstance(value, Mapping):
             continue
-        fits, used[name] = fit(value, hint, UNDECLARED)
+        fits, plain = fit(value, hint, UNDECLARED)
+        used[name] = list(plain) if isinstance(plain, tuple) else plain
         if not fits:
             raise ValueError(f"{where}.{name}={shown(value)}: expected {wanted(hint, UNDECLARED)}")
     return used

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
+import os
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sag_dit.cli.app import launch, quiet_lightning
+from sag_dit.cli.app import alone_in, launch, quiet_lightning
 from sag_dit.cli.composing import make
 from sag_dit.cli.keys import Encode
 from sag_dit.identity import LATER, digest, settings
 
 if TYPE_CHECKING:
+    from lightning.fabric import Fabric
     from rich.progress import Progress
 
-    from sag_dit.data.encoding import EncodingPlan
+    from sag_dit.data.encoding import EncodingPlan, LatentFolder
+    from sag_dit.data.shards import Index
+
+log = logging.getLogger(__name__)
 
 NOTE_EVERY = 1.0
 """Seconds between a rank's notes of how far it is."""
@@ -39,6 +44,7 @@ class Encoding:
     slice_size: int
     encoder_sha256: str
     scaling_factor: float
+    background: str | None = field(default=None, metadata=LATER)
     shift_factor: float | None = field(default=None, metadata=LATER)
     latents_mean: Sequence[float] | None = field(default=None, metadata=LATER)
     latents_std: Sequence[float] | None = field(default=None, metadata=LATER)
@@ -52,8 +58,8 @@ def plan_encoding(config: Encode) -> EncodingPlan:
     """
     from sag_dit.checkpoints import zoo
     from sag_dit.codec import VAECodec, read_vae_config
-    from sag_dit.data.encoding import EncodingPlan, LatentFolder
-    from sag_dit.data.images import Crops, find_images, latent_size
+    from sag_dit.data.encoding import EncodingPlan
+    from sag_dit.data.images import Crops, find_images, latent_size, listing_sha256
     from sag_dit.data.latents import encoder_sha256
     from sag_dit.data.shards import Index
 
@@ -72,16 +78,14 @@ def plan_encoding(config: Encode) -> EncodingPlan:
         config.data.size,
         channels=read_vae_config(vae).get("in_channels", 3),
         upright=config.data.upright,
+        background=config.data.background,
         strict=config.data.strict,
     )
     # What determines the latents, which names their folder.
-    listing = hashlib.sha256()
-    for number, name in enumerate(files.names):
-        listing.update(f"{name} {files.path(number).stat().st_size}\n".encode())
     identity = settings(
         Encoding(
             images=len(files),
-            images_sha256=listing.hexdigest(),
+            images_sha256=listing_sha256(files),
             size=config.data.size,
             upright=config.data.upright,
             flip=config.flip,
@@ -92,8 +96,10 @@ def plan_encoding(config: Encode) -> EncodingPlan:
             **codec.settings,
         )
     )
-    # The index to be.
     name = re.sub(r"[^\w.+-]+", "-", files.root.resolve().name)
+    folder, identity = _folder_of(config, name, identity)
+    crops.background = identity.get("background")
+    # The index to be.
     named = Path(config.vae).expanduser()
     index = Index(
         config=identity,
@@ -105,8 +111,29 @@ def plan_encoding(config: Encode) -> EncodingPlan:
         counts=(0,) * len(files.class_names),
         shards=(),
     )
-    folder = LatentFolder(Path(config.out or f"outputs/latents/{name}-{digest(identity)[:8]}"))
     return EncodingPlan(crops, codec, folder, index, config.rows)
+
+
+def _folder_of(
+    config: Encode, name: str, identity: dict[str, Any]
+) -> tuple[LatentFolder, dict[str, Any]]:
+    """Return where latents go, and their identity, with the background where they know of one.
+
+    Folders had names before there was a background, so the name tells of it only where the one
+    without it is taken by another. What was begun before there was one goes on without.
+    """
+    from sag_dit.data.encoding import LatentFolder
+
+    background = config.data.background
+    told = identity if background is None else {**identity, "background": background}
+    place = config.out or f"outputs/latents/{name}-{digest(identity)[:8]}"
+    folder = LatentFolder(Path(place))
+    before = folder.settings()
+    if before == identity:
+        return folder, identity
+    if before and before != told and config.out is None:
+        folder = LatentFolder(Path(f"outputs/latents/{name}-{digest(told)[:8]}"))
+    return folder, told
 
 
 def progress_bar() -> Progress:
@@ -129,20 +156,37 @@ def run_encode(config: Encode) -> None:
     quiet_lightning()
     from lightning.fabric import Fabric
 
+    plan = plan_encoding(config)
+    folder = plan.folder
+    fabric = make({"_target_": "lightning.fabric.Fabric", **config.trainer}, "trainer", Fabric)
+    folder.claim(plan.index.config)
+    index = folder.finished_index if not os.access(folder.path, os.W_OK) else None
+    if index is None:
+        with alone_in(folder.path):
+            index = _encode(config, plan, fabric)
+    if index is None:
+        return
+    skipped = sum(len(shard.skipped) for shard in index.shards)
+    left_out = f", {skipped} could not be decoded" if skipped else ""
+    print(f"latents: {folder.path} ({index.images} images{left_out})")
+
+
+def _encode(config: Encode, plan: EncodingPlan, fabric: Fabric) -> Index | None:
+    """Encode on all ranks; return the index on the first one."""
     from sag_dit.data.encoding import encode_share
-    from sag_dit.data.images import CHECKED_UP_FRONT
+    from sag_dit.data.images import CHECKED_UP_FRONT, told_left_out
     from sag_dit.data.training_batches import workers_per_process
     from sag_dit.output.ranks import RankReports
 
-    # Rank 0 makes the folder and looks at the images before the other ranks start.
-    plan = plan_encoding(config)
+    # Rank 0 looks at the images before the other ranks start.
     folder, crops = plan.folder, plan.crops
-    fabric = make({"_target_": "lightning.fabric.Fabric", **config.trainer}, "trainer", Fabric)
-    folder.claim(plan.index.config)
     if fabric.global_rank == 0:
         plan.check_room()
+        for text in told_left_out(crops.files.left_out):
+            log.warning("left out are %s", text)
         if crops.strict or len(crops.files) <= CHECKED_UP_FRONT:
-            crops.inspect()
+            for text in crops.inspect().told(crops):
+                log.warning("%s", text)
     fabric.launch()
     # Every rank encodes its share; rank 0 shows how far all are.
     rank, world = fabric.global_rank, fabric.world_size
@@ -174,15 +218,12 @@ def run_encode(config: Encode) -> None:
                         done_by_all()
             folder.note(rank, done)
         if rank != 0:
-            return
+            return None
         reports.wait(done_by_all)
         done_by_all()
     # All is there.
     reports.clear()
-    index = folder.finish(plan.shards, plan.index)
-    skipped = sum(len(shard.skipped) for shard in index.shards)
-    left_out = f", {skipped} could not be decoded" if skipped else ""
-    print(f"latents: {folder.path} ({index.images} images{left_out})")
+    return folder.finish(plan.shards, plan.index)
 
 
 main = partial(launch, "encode", run_encode)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,14 +15,14 @@ from typing import TYPE_CHECKING
 
 from hydra.errors import HydraException
 
-from sag_dit.cli.app import explain, fail, launch, quiet_lightning
+from sag_dit.cli.app import alone_in, explain, fail, launch, quiet_lightning
 from sag_dit.cli.composing import make, placed
 from sag_dit.cli.keys import Evaluate
 from sag_dit.cli.keys.key import to_dict
 from sag_dit.cli.presets import with_presets
 from sag_dit.cli.rows import Configured, make_rows
 from sag_dit.cli.sweep import Choice, expand
-from sag_dit.cli.typed import check_arguments, split
+from sag_dit.cli.typed import check_arguments, keys_and_flags
 from sag_dit.cli.values import check_logger, own_sampler
 
 if TYPE_CHECKING:
@@ -80,9 +82,10 @@ def run_evaluate(config: Evaluate, choices: Sequence[Choice] | None = None) -> N
             _claim(each, own)
             text = f"{each.setting.name} ({number} of {len(pending)})"
             so_far, num = known[each.identity], own.gallery.num
-            known[each.identity] = measure(
-                predictor, each, finished, text=text, known=so_far, num=num
-            )
+            with alone_in(each.kept_in) if each.kept_in else nullcontext():
+                known[each.identity] = measure(
+                    predictor, each, finished, text=text, known=so_far, num=num
+                )
     # Rank 0 puts the seeds of each setting together, shows the table and writes the page.
     if trainer.is_global_zero:
         records = {key: record for key, record in known.items() if record is not None}
@@ -144,6 +147,9 @@ def _report(config: Evaluate, comparison: Comparison, out: Path, *, swept: bool)
     from sag_dit.study.report import log, report
 
     comparison.show(Console(soft_wrap=True, highlight=False))
+    if (out / "results.json").exists() and not os.access(out, os.W_OK):
+        print(f"results: {out / 'results.json'}")
+        return
     finished, plots = Path(config.finished), swept and config.plots
     page = report(comparison, out, finished, num=config.gallery.num, plots=plots)
     if config.logger:
@@ -157,7 +163,7 @@ def start(arguments: Sequence[str], entry: Sequence[str] = ()) -> None:
     try:
         choices = expand(arguments)
         for choice in choices or ():
-            check_arguments("evaluate", *split(choice.arguments))
+            check_arguments("evaluate", *keys_and_flags(choice.arguments))
     except (ValueError, HydraException) as error:
         fail(explain(error, "evaluate", arguments))
 

@@ -18,6 +18,7 @@ def training_data(ckpt: str) -> str | None:
     """
     from sag_dit import catalogue
     from sag_dit.checkpoints import zoo
+    from sag_dit.output.claim import recorded
 
     found = zoo.locate(ckpt)
     bundled, published = catalogue.entries("bundled"), catalogue.entries("model")
@@ -28,8 +29,8 @@ def training_data(ckpt: str) -> str | None:
     inside = path.is_file() and path.parent.name == "checkpoints"
     run = path.parent.parent if inside else path if path.is_dir() else path.parent
     try:
-        data = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["config"]["data"]
-    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
+        data = recorded(run)["config"]["data"]
+    except (ValueError, LookupError):
         return None
     if not isinstance(data, dict):
         return None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any, Literal, get_args, get_origin
 
+from sag_dit.bounds import parts, shown
 from sag_dit.cli.composing import config_folder, unresolved
 from sag_dit.cli.keys import COMMANDS
-from sag_dit.cli.keys.key import mapping_of, parts, selected, walk
-from sag_dit.cli.schema import shown
+from sag_dit.cli.keys.key import mapping_of, selected, walk
 from sag_dit.cli.typed import choices, experiments, groups
 from sag_dit.methods import OF_ALL, Method, methods
 

@@ -52,13 +52,14 @@ def make_measurements(rows: Sequence[Configured], device: torch.device) -> list[
             images = ToDraw(plan.model, how, plan.requests, plan.pixels, cost, folder)
             example, names = example_of(plan.model), plan.model.class_names
         else:
-            images = sets.setdefault(row.source, _opened(row))
+            images = sets.setdefault(f"{row.source} over {config.background}", _opened(row))
             example, names = next(images.read(1))[0][:1], ()
         setup = setups.setup(
             example,
             names,
             features=make_features(config.features, networks),
             reference=config.reference,
+            background=config.background,
             metrics=config.metrics,
         )
         prepared.append((images, setup))
@@ -96,7 +97,7 @@ def _opened(row: Configured) -> ImageSet:
             f"leave it out"
         )
     try:
-        return open_images(row.source or "")
+        return open_images(row.source or "", background=row.config.background)
     except ValueError as error:
         raise ValueError(f"samples: {error}") from error
 

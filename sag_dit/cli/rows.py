@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sag_dit.bounds import shown
 from sag_dit.cli.composing import changed, compose
 from sag_dit.cli.keys import Evaluate
-from sag_dit.cli.schema import determining, shown
+from sag_dit.cli.schema import determining
 from sag_dit.cli.sweep import Choice, Value
-from sag_dit.cli.typed import split
+from sag_dit.cli.typed import keys_and_flags
 from sag_dit.cli.values import MEASURED, make_terms
 
 SHARED = ("samples", "seeds", "against", "confidence", "compare", "trainer")
@@ -69,7 +70,7 @@ def _swept(choices: Sequence[Choice]) -> list[Configured]:
     rows: list[Configured] = []
     places: dict[str, int] = {}
     for choice in choices:
-        config: Evaluate = compose("evaluate", split(choice.arguments)[0])
+        config: Evaluate = compose("evaluate", keys_and_flags(choice.arguments)[0])
         if isinstance(config.samples, list):
             raise ValueError(
                 "-m: a sweep takes one set of samples; leave -m out to compare several"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,12 @@ from pkgutil import resolve_name
 from typing import Any
 
 from sag_dit.cli.keys import Train
-from sag_dit.cli.keys.key import selected, walk
+from sag_dit.cli.keys.key import is_open, keys_of, mapping_of, selected, walk
 from sag_dit.cli.schema import determining, later_keys
+from sag_dit.files import atomic
 from sag_dit.identity import Name, digest, name_of, plain, without_later
-from sag_dit.output.claim import recorded
+from sag_dit.output import claim
+from sag_dit.untrusted import read_json
 
 ANY = object()
 """Stands for whatever value a key has."""
@@ -65,11 +68,29 @@ def _with_names(value: Any) -> Any:
     return {**without_later(values, thing), "_target_": Name(name, former)}
 
 
+def recorded(folder: Path) -> dict[str, Any]:
+    """Return what a run's folder records, see :func:`sag_dit.output.claim.recorded`.
+
+    Raises:
+        ValueError: a group of keys is none there.
+    """
+    found = claim.recorded(folder)
+    for name, value in found.get("config", {}).items():
+        hint, told = keys_of(Train).get(name, (Any, None))
+        grouped = told is not None and (is_open(hint) or mapping_of(hint, told))
+        if grouped and not isinstance(value, (Mapping, type(None))):
+            raise ValueError(
+                f"{folder / claim.CONFIG}: config.{name}={value!r:.60}: expected a mapping; mend "
+                f"it, or choose another out"
+            )
+    return found
+
+
 def run_folder(config: Mapping[str, Any]) -> Path:
     """Return the run's folder: ``out``, or one named after what determines the weights.
 
-    Runs had names before there were the keys that are ``unnamed``, so the name tells of them only
-    where the first one is taken by a run that differs in them.
+    Runs had names before there were the keys that are ``unnamed``, so the name tells of one only
+    where the name without it is taken by a run that differs in it.
     """
     if config["out"]:
         return Path(config["out"])
@@ -77,14 +98,15 @@ def run_folder(config: Mapping[str, Any]) -> Path:
     unnamed = {key: selected(config, key) for key in _unnamed()}
     for key in unnamed:
         _drop(values, key)
-    first = _named_folder(config, values)
-    there = recorded(first).get("config", {})
-    if all(_held(there, key, value) == value for key, value in unnamed.items()):
-        return first
-    for key, value in unnamed.items():
-        *groups, name = key.split(".")
-        selected(values, ".".join(groups))[name] = value
-    return _named_folder(config, values)
+    while True:
+        folder = _named_folder(config, values)
+        there = recorded(folder).get("config", {})
+        other = [key for key, value in unnamed.items() if _held(there, key, value) != value]
+        if not other:
+            return folder
+        for key in other:
+            group, _, name = key.rpartition(".")
+            selected(values, group)[name] = unnamed.pop(key)
 
 
 def _named_folder(config: Mapping[str, Any], values: dict[str, Any]) -> Path:
@@ -109,10 +131,96 @@ def go_on_as_begun(config: Train, out: Path) -> Train:
     there = recorded(out).get("config", {})
     for key in _unnamed():
         group, _, name = key.rpartition(".")
-        if group in there and name not in there[group]:
-            inside = getattr(config, group)
-            kept = tuple(each for each in inside.stated if each != name)
+        if group not in there or name in there[group]:
+            continue
+        inside = getattr(config, group)
+        kept: Any
+        if isinstance(inside, Mapping):
+            # What its class takes later has there the same default.
+            kept = {each: value for each, value in inside.items() if each != name}
+        else:
             later = next(told.later for path, _, told in walk(Train) if path == key)
-            changed = {name: later, "stated": kept}
-            config = replace(config, **{group: replace(inside, **changed)})
+            stated = tuple(each for each in inside.stated if each != name)
+            kept = replace(inside, **{name: later, "stated": stated})
+        config = replace(config, **{group: kept})
     return config
+
+
+DATA = "data.json"
+"""Beside a run's identity: what its data was when it began, or was last changed on purpose."""
+
+
+def claim_data(out: Path, now: Mapping[str, Any] | None, *, on_purpose: bool) -> None:
+    """Check that a run goes on with the data it began with, and write down what that is.
+
+    ``now`` is the data's fingerprint. A run that was begun before there were fingerprints gets one.
+
+    Raises:
+        ValueError: the data has changed, not ``on_purpose``; what has changed is told.
+    """
+    if now is None:
+        return
+    file = out / DATA
+    before = _read_fingerprint(file) if file.exists() else now
+    if before["sha256"] != now["sha256"] or before["classes"] != now["classes"]:
+        changes = "; ".join(_data_changes(before, now))
+        if not on_purpose:
+            remedy = ", or go on with it on purpose: changed_data=true"
+            # A model of so many classes does not go on with more or fewer.
+            goes_on = len(before["classes"]) == len(now["classes"])
+            raise ValueError(
+                f"out={out}: the data has changed since the run began ({changes}): expected it as "
+                f"it was; restore it, begin another run with another out{remedy * goes_on}"
+            )
+        print(f"the data has changed since the run began ({changes}), on purpose")
+    with atomic(file) as temporary:
+        temporary.write_text(json.dumps(now, indent=1), encoding="utf-8")
+
+
+def _read_fingerprint(file: Path) -> dict[str, Any]:
+    try:
+        values = read_json(file)
+        counts = [values["images"], *values["classes"].values()]
+        if not isinstance(values["sha256"], str) or not all(type(n) is int for n in counts):
+            raise TypeError("expected counts and a sha256")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}); delete it, and the data is taken to be what it was"
+        ) from None
+    return values
+
+
+def _data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what has changed between two fingerprints, a text for each kind of change."""
+    from sag_dit.data.training_batches import some
+
+    old, new = before["classes"], now["classes"]
+    gone = [f"{name} ({old[name]:,} images)" for name in old if name not in new]
+    added = [f"{name} ({new[name]:,} images)" for name in new if name not in old]
+    other = [f"{n}: {old[n]:,}, now {new[n]:,}" for n in old if n in new and old[n] != new[n]]
+    changes = [
+        f"{what} {some(names)}"
+        for what, names in (("classes gone:", gone), ("new classes:", added), ("images of", other))
+        if names
+    ]
+    if before["images"] != now["images"]:
+        changes.append(f"{before['images']:,} images in all, now {now['images']:,}")
+    return changes or ["as many images of each class, but of other names or sizes"]
+
+
+def check_schedule(config: Mapping[str, Any], out: Path) -> None:
+    """Refuse to go on to other ``max_steps`` with a learning rate that depends on them.
+
+    Raises:
+        ValueError: the schedule of the run in the folder ends at the ``max_steps`` of its start.
+    """
+    there = recorded(out).get("config", {})
+    before, now = there.get("max_steps"), config["max_steps"]
+    schedules = there.get("schedule") or {}, config["schedule"] or {}
+    for key in schedules[0].keys() & schedules[1].keys():
+        if before != now and (schedules[0][key], schedules[1][key]) == (before, now):
+            raise ValueError(
+                f"max_steps={now}: the learning rate of the run in out={out} follows from "
+                f"max_steps={before} (schedule.{key}), so that it cannot go on to another; repeat "
+                f"max_steps={before}, or choose another out"
+            )

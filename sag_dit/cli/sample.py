@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sag_dit.cli.app import launch, quiet_lightning
+from sag_dit.cli.app import alone_in, is_first_rank, launch, quiet_lightning
 from sag_dit.cli.composing import make, placed
 from sag_dit.cli.keys import Guides, Sample
 from sag_dit.cli.keys.key import to_dict
@@ -40,7 +40,7 @@ class Plan:
 
     model: Model
     settings: Settings
-    requests: list[Request]
+    requests: Sequence[Request]
     folder: SampleFolder
     pixels: Mapping[str, Any]
     """The folder's identity: :class:`~sag_dit.sampling.Pixels` as plain values."""
@@ -49,9 +49,15 @@ class Plan:
     maps: Maps | None = None
     """Which attention to keep of the gallery's images."""
 
-    def missing(self, gallery: int) -> list[Request]:
+    def missing(self, gallery: int, verify: bool) -> Sequence[Request]:
         """Return the requests that are still to be drawn, the first ``gallery`` with a twin."""
-        return self.folder.missing(self.requests, gallery, attention=self.maps is not None)
+        return self.folder.missing(
+            self.requests,
+            gallery,
+            attention=self.maps is not None,
+            verify=verify,
+            tell=print if is_first_rank() else None,
+        )
 
 
 def make_plan(config: Guides, num_images: int, out: str | None, model: Model | None = None) -> Plan:
@@ -85,7 +91,9 @@ def make_plan(config: Guides, num_images: int, out: str | None, model: Model | N
     model = replace(model, class_names=settings.class_names(model))
     if config.requests is not None:
         prompts = is_text(str(config.ckpt))
-        requests = read_requests(config.requests, model.class_names, prompts=prompts)
+        requests: Sequence[Request] = read_requests(
+            config.requests, model.class_names, prompts=prompts
+        )
         rule: Any = {
             "requests_sha256": hashlib.sha256(Path(config.requests).read_bytes()).hexdigest()
         }
@@ -123,32 +131,38 @@ def run_sample(config: Sample) -> None:
     config = placed(replace(config, sampler=plan.sampler), plan.folder.path)
     cost = cost_of(plan.model.denoiser, how.guidance, how.sampler, how.steps)
     plan.folder.claim(plan.pixels, {**to_dict(config), "cost": cost.plain()})
-    if not _is_launched_rank():
+    if is_first_rank():
         print(f"cost: {cost}")
-    # All ranks draw; rank 0 goes on once nothing is missing.
-    pending = plan.missing(gallery)
-    if pending:
-        if not _predict(config.trainer, plan, pending, gallery):
-            return
-        left = plan.missing(gallery)
-        if left:
-            raise ValueError(
-                f"{len(left)} of {len(plan.requests)} images are missing in {plan.folder.path}, "
-                f"the first is {left[0].index}; repeat the command to draw them"
-            )
-    elif _is_launched_rank():
-        return
-    _finish(config, plan)
+    with alone_in(plan.folder.path):
+        if _complete(config, plan) and is_first_rank():
+            _finish(config, plan)
 
 
-def _is_launched_rank() -> bool:
-    """Whether this process is a rank other than 0 that torchrun or SLURM has started."""
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
+def _complete(config: Sample, plan: Plan) -> bool:
+    """Draw what is missing, on all ranks; return whether this is the first one."""
+    gallery = config.gallery.num
+    pending = plan.missing(gallery, config.verify)
+    if not pending:
+        return True
+    if not plan.folder.writable:
+        raise ValueError(
+            f"out={plan.folder.path}: {len(pending)} images are missing, and nothing can be "
+            f"written there; give permission, or choose another out"
+        )
+    if not _predict(config.trainer, plan, pending, gallery):
+        return False
+    left = [each for each in pending if not plan.folder.image(each.index).exists()]
+    if left:
+        raise ValueError(
+            f"{len(left)} of {len(plan.requests)} images are missing in {plan.folder.path}, "
+            f"the first is {left[0].index}; repeat the command to draw them"
+        )
+    return True
 
-    return getattr(rank_zero_only, "rank", 0) != 0
 
-
-def _predict(settings: Mapping[str, Any], plan: Plan, pending: list[Request], gallery: int) -> bool:
+def _predict(
+    settings: Mapping[str, Any], plan: Plan, pending: Sequence[Request], gallery: int
+) -> bool:
     """Draw the pending requests on all ranks; return whether this is rank 0."""
     quiet_lightning()
     from sag_dit.cli.stopping import LeaveWhenTold, ending_together
@@ -172,16 +186,22 @@ def _predict(settings: Mapping[str, Any], plan: Plan, pending: list[Request], ga
             )
         if not trainer.is_global_zero:
             return False
-        reports.wait(folder.count)
+        reports.wait(folder.journal.length)
     reports.clear()
     return True
 
 
 def _finish(config: Sample, plan: Plan) -> None:
     from sag_dit.output.folder import gallery_entries, log_gallery, write_manifest, write_npz
-    from sag_dit.output.gallery import write_gallery
+    from sag_dit.output.gallery import PAGE, write_gallery
 
-    names = plan.model.class_names
+    names, page = plan.model.class_names, plan.folder.path / PAGE
+    if not plan.folder.writable:
+        # All was written before; nothing can be added now.
+        print(f"images: {plan.folder.path / 'images'} ({len(plan.requests)})")
+        if page.exists():
+            print(f"gallery: {page.resolve()}")
+        return
     write_manifest(plan.folder, plan.requests, names)
     if config.npz:
         print(f"npz: {write_npz(plan.folder, plan.requests)}")

@@ -7,40 +7,15 @@ those that their ``_target_`` takes.
 
 from __future__ import annotations
 
-import collections.abc
 import difflib
 import math
-import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, NamedTuple, get_origin
 
+from sag_dit.bounds import fit, parts, shown, wanted
 from sag_dit.cli.keys import COMMANDS
-from sag_dit.cli.keys.key import (
-    MOST,
-    UNSET,
-    Determines,
-    Key,
-    is_open,
-    keys_of,
-    mapping_of,
-    parts,
-    walk,
-)
-
-LISTS = (list, tuple, collections.abc.Sequence)
-
-
-def shown(value: Any) -> str:
-    """Return a value as one types it."""
-    if isinstance(value, list):
-        return f"[{','.join(map(shown, value))}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{name}: {shown(each)}' for name, each in value.items())}}}"
-    return (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
+from sag_dit.cli.keys.key import UNSET, Determines, Key, is_open, keys_of, mapping_of, walk
 
 
 def check(
@@ -88,7 +63,7 @@ def _checked(
                 continue
             if type(None) not in parts(hint):
                 text = f"~{path}" if f"~{path}" in typed else f"{path}=null"
-                raise ValueError(f"{text}: expected {wanted(hint, told, path)}")
+                raise ValueError(f"{text}: expected {expected(hint, told, path)}")
             used[name] = None
             continue
         value = values[name]
@@ -101,7 +76,7 @@ def _checked(
         fits, used[name] = fit(value, hint, told)
         if not fits:
             text = typed.get(path, shown(value))
-            raise ValueError(f"{path}={text}: expected {wanted(hint, told, path)}")
+            raise ValueError(f"{path}={text}: expected {expected(hint, told, path)}")
     for name in nested:
         hint, told = known[name]
         inner, start = mapping_of(hint, told), f"{prefix}{name}."
@@ -124,108 +99,15 @@ def _refuse_nan(path: str, value: Any, typed: Mapping[str, str]) -> None:
             _refuse_nan(f"{path}.{name}", each, typed)
 
 
-def fit(value: Any, hint: Any, told: Key) -> tuple[bool, Any]:
-    """Return whether a value is of a type and within bounds, and the value as it is used."""
-    # Of a number that may be whole or not, the one that it is.
-    for kind in sorted(parts(hint), key=lambda kind: kind is not type(value)):
-        fits, plain = _fit(value, kind, told)
-        if fits:
-            return True, plain
-    return False, value
-
-
-def _fit(value: Any, kind: Any, told: Key) -> tuple[bool, Any]:
-    if kind is Any:
-        return True, value
-    if kind is None or kind is type(None):
-        return value is None, value
-    if kind is bool:
-        return isinstance(value, bool), value
-    if kind is int or kind is float:
-        return _fit_number(value, kind, told)
-    if kind is str:
-        if not isinstance(value, str) or (told.folder and Path(value).resolve() == Path("/")):
-            return False, value
-        if not value and not told.blank:
-            return False, value
-        return not told.pattern or re.fullmatch(told.pattern, value) is not None, value
-    if get_origin(kind) is Literal:
-        return (type(value), value) in [(type(each), each) for each in get_args(kind)], value
-    if get_origin(kind) in LISTS:
-        return _fit_list(value, kind, told)
-    # A schema's mappings are looked into by themselves; of another class a value says nothing.
-    return not (is_open(kind) or mapping_of(kind, told)), value
-
-
-def _fit_list(value: Any, kind: Any, told: Key) -> tuple[bool, Any]:
-    if not isinstance(value, list) or not (value or told.blank):
-        return False, value
-    inner = get_args(kind)
-    several = get_origin(kind) is not tuple or inner[-1] is ...
-    length = told.length if several else len(inner)
-    if length is not None and len(value) != length:
-        return False, value
-    found = [fit(each, inner[0 if several else place], told) for place, each in enumerate(value)]
-    return all(fits for fits, _ in found), [used for _, used in found]
-
-
-def _fit_number(value: Any, kind: type, told: Key) -> tuple[bool, Any]:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-        return False, value
-    if math.isinf(value) and told.most != math.inf:
-        return False, value
-    if kind is int and isinstance(value, float):
-        if told.exact or not value.is_integer():
-            return False, value
-        value = int(value)
-    least, most, below = told.least, told.most, told.below
-    if kind is int and most is None:
-        most = MOST
-    within = (least is None or value >= least) and (most is None or value <= most)
-    return within and (below is None or value < below) and value not in told.refused, value
-
-
-def wanted(hint: Any, told: Key, path: str = "") -> str:
-    """Return what a key takes, in words."""
-    if told.expected:
-        return told.expected
-    return ", or ".join(dict.fromkeys(_wanted(kind, told, path) for kind in parts(hint)))
-
-
-def _wanted(kind: Any, told: Key, path: str) -> str:
-    if kind is type(None) or kind is None:
-        return "null"
-    if kind is bool:
-        return "true or false"
-    if kind is int or kind is float:
-        return f"a{' whole' * (kind is int)} number{_bounds(kind, told)}"
-    if kind is str:
-        path = "a folder of its own" if told.folder else "a path or a name"
-        return path if told.text and not told.blank else "text"
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, get_args(kind)))}"
-    if get_origin(kind) in LISTS:
-        inner = get_args(kind)
-        names = {int: "whole numbers", float: "numbers", str: "names"}
-        of = " or ".join(names[each] for each in parts(inner[0]) if each in names) or "values"
-        fixed = get_origin(kind) is tuple and inner[-1] is not ...
-        counted = f"{len(inner) if fixed else told.length or ''} ".lstrip()
-        return f"a list of {counted}{of}{_bounds(parts(inner[0])[0], told)}"
-    inside = mapping_of(kind, told)
+def expected(hint: Any, told: Key, path: str) -> str:
+    """Return what a key takes, in words; of a mapping, with a key that it has."""
+    words = wanted(hint, told)
+    if told.text and not (told.blank or told.folder or told.expected):
+        words = words.replace("text", "a path or a name")
+    inside = mapping_of(hint, told)
     first = next(iter(keys_of(inside)), None) if inside is not None else None
-    return f"a mapping, such as {path}.{first}=..." if first and path else "a mapping"
-
-
-def _bounds(kind: Any, told: Key) -> str:
-    least = "" if told.least is None else f"{told.least:,}"
-    if told.most == math.inf:
-        return ""
-    if told.below is not None:
-        return f", {least} to less than {told.below:,}"
-    if told.most is not None:
-        return f", {least} to {'2^64 - 1' if told.most == 2**64 - 1 else f'{told.most:,}'}"
-    most = f", at most {MOST:,}" * (kind is int)
-    return f", {least} or more{most}" if least else most
+    example = f"a mapping, such as {path}.{first}=..."
+    return words.replace("a mapping", example) if first and not told.expected else words
 
 
 class FreeText(NamedTuple):

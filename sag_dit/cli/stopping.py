@@ -1,14 +1,27 @@
-"""Stopping: SIGTERM during prediction, and ranks that end together when one of them fails."""
+"""Stopping: signals during prediction, and ranks that end together when one of them fails."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from sag_dit.cli.app import KILL, take_sigterm
+from sag_dit.cli.app import KILL, TOLD_TO_STOP, take_signals
+
+EVERY = 0.2
+"""Seconds between two looks at the ranks that this process has started."""
+GRACE = 10.0
+"""Seconds that the first rank has to end in its own words when another one has failed."""
+
+Ranks = Sequence["subprocess.Popen[bytes]"]
 
 
 @contextmanager
@@ -16,13 +29,73 @@ def ending_together(trainer: Trainer) -> Iterator[None]:
     """End the ranks that Lightning has started when the work within fails.
 
     They would go on without this process, or wait for it, holding their devices.
+
+    Raises:
+        ValueError: what failed is that one of them was killed; it is named.
     """
     try:
         yield
-    except BaseException:
-        if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(KILL)
+    except BaseException as error:
+        ranks: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
+        # A connection breaks a moment before the system tells why.
+        deadline = time.monotonic() + (2.0 if isinstance(error, RuntimeError) else 0.0)
+        while (told := _killed(ranks)) is None and ranks and time.monotonic() < deadline:
+            time.sleep(EVERY)
+        _end(ranks)
+        if told is not None and isinstance(error, Exception):
+            raise ValueError(told) from error
         raise
+
+
+def watch_ranks(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """End this process and its ranks when one of them ends otherwise than well, and tell which.
+
+    In place of Lightning's own watch, which kills all without a word. A collective that waits for a
+    rank that is gone cannot be interrupted, so this is a thread that ends the process.
+    """
+    threading.Thread(target=_watch, args=(ranks,), daemon=True).start()
+
+
+def _watch(ranks: list[subprocess.Popen[bytes]]) -> None:
+    failed_since: float | None = None
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if all(code == 0 for code in codes):
+            return
+        told = _killed(ranks)
+        if told is None and any(codes):
+            # It has told why; the first rank reads that where it waits, and ends by itself.
+            failed_since = failed_since or time.monotonic()
+            if time.monotonic() - failed_since > GRACE:
+                which = next(place for place, code in enumerate(codes, start=1) if code)
+                told = f"rank {which} failed; what is written is kept, repeat the command to go on"
+        if told is not None and ranks:
+            _end(ranks)
+            sys.stdout.flush()
+            print(f"\nerror: {told}", file=sys.stderr, flush=True)
+            os._exit(1)
+        time.sleep(EVERY)
+
+
+def _killed(ranks: Ranks) -> str | None:
+    """Return which rank was killed by what, None if none was; to be told to stop does not count."""
+    for number, rank in enumerate(ranks, start=1):
+        code = rank.poll()
+        if code is not None and code < 0 and -code not in TOLD_TO_STOP:
+            name = signal.Signals(-code).name
+            return (
+                f"rank {number} was killed by signal {-code} ({name}), often for want of memory; "
+                f"what is written is kept, repeat the command to complete"
+            )
+    return None
+
+
+def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Kill ranks; whoever watches them then finds none, since this is no fault of theirs."""
+    ending = list(ranks)
+    ranks.clear()
+    for rank in ending:
+        rank.send_signal(KILL)
 
 
 class LeaveWhenTold(Callback):
@@ -34,4 +107,4 @@ class LeaveWhenTold(Callback):
 
     def on_predict_start(self, *_: Any) -> None:
         """Install the handler."""
-        take_sigterm()
+        take_signals()

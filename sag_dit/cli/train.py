@@ -8,11 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sag_dit.cli.app import launch, quiet_lightning
+from sag_dit.cli.app import alone_in, launch, quiet_lightning
 from sag_dit.cli.composing import fitted, make, placed
 from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import keys_of, mapping_of, to_dict
-from sag_dit.cli.run_identity import go_on_as_begun, identity, run_folder
+from sag_dit.cli.run_identity import (
+    check_schedule,
+    claim_data,
+    go_on_as_begun,
+    identity,
+    run_folder,
+)
 from sag_dit.cli.values import check_logger, make_terms, with_models
 
 if TYPE_CHECKING:
@@ -85,9 +91,11 @@ def load_base(config: Train) -> tuple[Model, Train]:
     That is ``resolution``, if null, and ``data.size``.
 
     Raises:
-        ValueError: the checkpoint cannot be loaded, or a key is set that it determines.
+        ValueError: the checkpoint cannot be loaded, its weights are NaN or infinite, or a key is
+            set that it determines.
     """
     from sag_dit.checkpoints import load
+    from sag_dit.checkpoints.export import check_finite
     from sag_dit.training.finetune import resolution_of
 
     determined = (key for key, (_, told) in keys_of(Train).items() if told.by_checkpoint)
@@ -99,6 +107,7 @@ def load_base(config: Train) -> tuple[Model, Train]:
         )
     lora_settings(config)  # Before a checkpoint is downloaded.
     base = load(str(config.ckpt), vae=config.vae, num_heads=config.num_heads)
+    check_finite(base.class_conditional.network.state_dict(), f"ckpt={config.ckpt}")
     side = config.resolution or resolution_of(base)
     data = {**config.data, "size": side} if "size" in config.data else config.data
     return base, replace(config, resolution=side, data=data)
@@ -231,6 +240,32 @@ def make_trainer(config: Train, out: Path) -> Trainer:
     return trainer
 
 
+def go_on_training(
+    config: Train,
+    trainer: Trainer,
+    module: DiffusionModule,
+    data: StepData,
+    checkpoint: Path | None,
+    step: int,
+) -> None:
+    """Train from a checkpoint's step on, on all ranks, and export the weights."""
+    from sag_dit.cli.stopping import ending_together
+    from sag_dit.training.resume import export_run
+
+    out = Path(trainer.default_root_dir)
+    trainer.loggers = make_loggers(config.logger, out, step)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(to_dict(config))
+    with ending_together(trainer):
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        export_run(trainer, module, out)
+    if trainer.is_global_zero and trainer.global_step < config.max_steps:
+        print(
+            f"saved at step {trainer.global_step} of {config.max_steps}, where the trainer was "
+            f"told to stop; repeat the command to go on"
+        )
+
+
 def run_train(config: Train) -> None:
     """Train, and export the weights that are to be sampled with."""
     if config.ckpt is None and config.model is None:
@@ -240,11 +275,10 @@ def run_train(config: Train) -> None:
     quiet_lightning()
     import torch
 
-    from sag_dit.cli.stopping import ending_together
     from sag_dit.cli.tracking import trackers
     from sag_dit.data.training_batches import StepData
     from sag_dit.output.claim import claim
-    from sag_dit.training.resume import export_run, newest_checkpoint
+    from sag_dit.training.resume import exported_step, newest_checkpoint
 
     # The folder follows from what determines the weights, a checkpoint's resolution included.
     check_logger(config.logger)
@@ -270,16 +304,20 @@ def run_train(config: Train) -> None:
     # The folder is claimed, and a run that was begun there goes on.
     settings = to_dict(config)
     out.mkdir(parents=True, exist_ok=True)
+    check_schedule(settings, out)
     claim(out, identity(settings), settings, "a run")
-    checkpoint, step = newest_checkpoint(out, module)
-    if told and trainer.is_global_zero:
-        print(told)
-    trainer.loggers = make_loggers(config.logger, out, step)
-    for logger in trainer.loggers:
-        logger.log_hyperparams(settings)
-    with ending_together(trainer):
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        export_run(trainer, module, out)
+    with alone_in(out):
+        checkpoint, step = newest_checkpoint(out, module)
+        finished = step >= config.max_steps and exported_step(out) == step
+        if finished:
+            told = f"finished at step {step}: nothing is left to train; a larger max_steps goes on"
+        elif trainer.is_global_zero:
+            claim_data(out, data.fingerprint(), on_purpose=config.changed_data)
+            told = "\n".join(filter(None, (told, data.report())))
+        if told and trainer.is_global_zero:
+            print(told)
+        if not finished:
+            go_on_training(config, trainer, module, data, checkpoint, step)
     if trainer.is_global_zero:
         print(f"run: {out.resolve()}")
 

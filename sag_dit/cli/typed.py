@@ -12,10 +12,11 @@ from typing import Any
 import yaml
 from hydra._internal.utils import get_args_parser
 
+from sag_dit.bounds import parts
 from sag_dit.cli.composing import config_folder, own_targets, refuse_strangers
 from sag_dit.cli.keys import COMMANDS
-from sag_dit.cli.keys.key import Key, is_open, keys_of, mapping_of, parts, selected, to_dict, walk
-from sag_dit.cli.schema import wanted
+from sag_dit.cli.keys.key import Key, is_open, keys_of, mapping_of, selected, to_dict, walk
+from sag_dit.cli.schema import expected
 
 HELP = ("-h", "--help")
 MULTIRUN = ("-m", "--multirun")
@@ -29,7 +30,7 @@ def _values_after_flags() -> Mapping[str, int | str | None]:
     return {flag: action.nargs for action in actions for flag in action.option_strings}
 
 
-def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def keys_and_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the keys and the flags of a command line, each flag followed by its value.
 
     Hydra itself takes keys only before its flags, or only after them.
@@ -83,7 +84,7 @@ def check_arguments(command: str, arguments: Sequence[str], flags: Sequence[str]
         found = known(command, name)
         if is_group(name) and name not in groups(command) and found is not None:
             # Hydra would take it for a choice of another command's group.
-            raise ValueError(f"{argument}: expected {wanted(*found, name)}")
+            raise ValueError(f"{argument}: expected {expected(*found, name)}")
         if is_group(name):
             chosen = argument if others else _choice(command, argument, name, value)
             kept += [chosen] if chosen else []

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from sag_dit.bounds import shown
 from sag_dit.cli.composing import check_target, config_folder, fitted, make
 from sag_dit.cli.keys import Attention, Evaluate, Guides
-from sag_dit.cli.schema import shown
 
 if TYPE_CHECKING:
     from torch import nn

@@ -29,10 +29,10 @@ from sag_dit.data.shards import (
     map_shard,
     pack,
     read_index,
-    read_shard,
 )
-from sag_dit.data.training_batches import as_it_is, name_hash
-from sag_dit.files import atomic
+from sag_dit.data.training_batches import as_it_is, name_hash, outlive_signals
+from sag_dit.files import LOCK, atomic
+from sag_dit.untrusted import read_json, read_json_as
 
 CONFIG = "config.json"
 
@@ -57,12 +57,17 @@ class LatentFolder:
         return self.path / "records"
 
     @cached_property
-    def _recorded(self) -> tuple[Shard, ...]:
-        """The shards of an index that an earlier run has finished."""
+    def finished_index(self) -> Index | None:
+        """The index that an earlier run has finished, if any."""
         try:
-            return read_index(self.path).shards
+            return read_index(self.path)
         except ValueError:
-            return ()
+            return None
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that the folder holds latents of; nothing if there are none yet."""
+        file = self.path / CONFIG
+        return read_json(file) if file.exists() else {}
 
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Make the folder this encoding's own, or find that it is.
@@ -73,18 +78,18 @@ class LatentFolder:
         # A folder that can be written to.
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.path, os.W_OK):
+            writable = os.access(self.path, os.W_OK)
+            if not writable and self.finished_index is None:
                 raise PermissionError(f"no permission to write to {self.path}")
-            held = any(self.path.iterdir())
+            held = any(each.name != LOCK for each in self.path.iterdir())
         except OSError as error:
             raise ValueError(
                 f"out={self.path}: cannot be used as a folder of latents "
                 f"({error.strerror or error}); choose another out"
             ) from error
         # What it holds was made with the same settings, or it is empty.
-        file = self.path / CONFIG
-        if file.exists():
-            before = json.loads(file.read_text(encoding="utf-8"))
+        file, before = self.path / CONFIG, self.settings()
+        if before:
             differences = [
                 f"{key}: there {before.get(key, 'not set')}, now {settings.get(key, 'not set')}"
                 for key in sorted(before.keys() | settings.keys())
@@ -101,14 +106,16 @@ class LatentFolder:
         else:
             with atomic(file) as temporary:
                 temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-        self._records.mkdir(exist_ok=True)
+        if writable:
+            self._records.mkdir(exist_ok=True)
 
     def record(self, number: int) -> Shard | None:
         """Return what was recorded of a shard, here or in a finished index."""
         file = self._records / f"{number:05d}.json"
         if file.exists():
-            return read_shard(json.loads(file.read_text(encoding="utf-8")))
-        return self._recorded[number] if number < len(self._recorded) else None
+            return read_json_as(file, Shard)
+        recorded = self.finished_index.shards if self.finished_index else ()
+        return recorded[number] if number < len(recorded) else None
 
     def finished(self, number: int) -> Shard | None:
         """Return a shard's record if its file is what was recorded."""
@@ -297,6 +304,7 @@ def encode_share(
         batch_size=None,
         collate_fn=as_it_is,
         num_workers=workers,
+        worker_init_fn=outlive_signals,
     )
     files = plan.crops.files
     kept: list[int] = []

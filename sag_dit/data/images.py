@@ -2,92 +2,36 @@
 
 from __future__ import annotations
 
-import io
+import hashlib
 import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from sag_dit.checkpoints import Model
-from sag_dit.data.training_batches import Batch, Indices, NamedData, check_classes, name_hash
-
-PixelArray = NDArray[np.uint8]
-MODES = {1: "L", 3: "RGB"}
-
-
-class UnreadableImageError(ValueError):
-    """An image file that cannot be decoded; names the file and says why.
-
-    Example::
-
-        try:
-            pixels = read_crop(path, 256)
-        except UnreadableImageError as error:
-            print(error)
-    """
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Return the centre square of ``size`` pixels of an image whose short side is scaled to it.
-
-    The image is halved by a box filter while its short side is at least 2 ``size``, then scaled by
-    bicubic interpolation. A smaller image is enlarged.
-
-    Source: openai/guided-diffusion, image_datasets.py; facebookresearch/DiT trains on it.
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    scaled = (round(image.width * scale), round(image.height * scale))
-    image = image.resize(scaled, Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def read_crop(path: Path, size: int, channels: int = 3, upright: bool = True) -> PixelArray:
-    """Read a file as pixels (channels, size, size), uint8.
-
-    ``upright`` turns photos as their camera noted; ADM's own loader ignores that note.
-
-    Raises:
-        UnreadableImageError: the file's content cannot be decoded.
-        OSError: the file cannot be read, which says nothing about its content.
-    """
-    content = path.read_bytes()
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            turned = ImageOps.exif_transpose(image) if upright else image
-            pixels = np.asarray(center_crop(turned.convert(MODES[channels]), size))
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise almost any type
-        raise UnreadableImageError(f"{path} cannot be decoded ({error!r})") from None
-    return np.ascontiguousarray(pixels.reshape(size, size, channels).transpose(2, 0, 1))
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Return (width, height) of an image file, of which only the header is read.
-
-    Raises:
-        UnreadableImageError: the header cannot be decoded.
-        OSError: the file cannot be read.
-    """
-    with path.open("rb") as stream:
-        try:
-            with Image.open(stream) as image:
-                return image.size
-        except Exception as error:  # decoders raise almost any type
-            raise UnreadableImageError(f"{path} cannot be decoded ({error!r})") from None
+from sag_dit.data.crop import (
+    MODES,
+    TRANSPARENT,
+    WHITE,
+    Header,
+    PixelArray,
+    UnreadableImageError,
+    check_background,
+    read_crop,
+    read_header,
+)
+from sag_dit.data.training_batches import Batch, Indices, NamedData, check_classes, name_hash, some
 
 
 def latent_size(size: int, factor: int = 1, patch_size: int = 1) -> int:
@@ -110,6 +54,12 @@ def latent_size(size: int, factor: int = 1, patch_size: int = 1) -> int:
 
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Endings of the files that are read, in capitals too."""
+PASSED_OVER = (
+    *(".jpe", ".jfif", ".gif", ".apng", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".ico"),
+    *(".pbm", ".pnm", ".tga", ".psd", ".exr", ".hdr", ".dng", ".cr2", ".nef", ".arw"),
+)
+"""Endings of images that are not read, but told of."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +71,7 @@ class ImageFiles:
         names: paths relative to it, with ``/``.
         labels: the class of each.
         class_names: names of the class folders; of a flat folder its own name.
+        left_out: names of images that are not among them, by the reason.
 
     Example::
 
@@ -132,6 +83,7 @@ class ImageFiles:
     names: tuple[str, ...]
     labels: Indices
     class_names: tuple[str, ...]
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -145,7 +97,7 @@ def find_images(root: str | Path) -> ImageFiles:
     """List the images below a folder: one class per folder in it, or a single class if it has none.
 
     Class folders are searched in depth. Hidden files and folders, and files without an image's
-    ending, are left out.
+    ending, are left out; images of other endings, and links to nothing, too, but these are named.
 
     Raises:
         ValueError: no such folder, no image in it, a class without image, or images beside class
@@ -156,51 +108,88 @@ def find_images(root: str | Path) -> ImageFiles:
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "does not exist"
         raise ValueError(f"data.root={root}: {what}; expected a folder of images")
+    left_out: dict[str, list[str]] = {}
     entries = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     classes = [name for name in entries if (folder / name).is_dir()]
-    loose = [name for name in entries if name not in set(classes) and _is_image(name)]
+    loose = sorted(_images(folder, "", left_out, deep=False))
     if classes and loose:
         raise ValueError(
             f"data.root={root}: {len(loose)} images ({loose[0]}, ...) lie beside the folders "
-            f"{_some(classes)}; expected either class folders or images alone"
+            f"{some(classes)}; expected either class folders or images alone"
         )
     # List the images, class by class; a flat folder is one class of its own name.
     if not classes:
         names, labels, classes = loose, [0] * len(loose), [folder.resolve().name]
     else:
-        found = [sorted(_walk(folder, name)) for name in classes]
+        found = [sorted(_images(folder, f"{name}/", left_out)) for name in classes]
         names = [name for part in found for name in part]
         labels = [label for label, part in enumerate(found) for _ in part]
         empty = [name for name, part in zip(classes, found, strict=True) if not part]
         if names and empty:
             raise ValueError(
                 f"data.root={root}: no image in {len(empty)} of {len(classes)} class folders: "
-                f"{_some(empty)}; add images or remove the folders"
+                f"{some(empty)}; add images or remove the folders{_also(left_out)}"
             )
     if not names:
         raise ValueError(
-            f"data.root={root}: no image found; expected files ending in {', '.join(EXTENSIONS)}"
+            f"data.root={root}: no image found; expected files ending in "
+            f"{', '.join(EXTENSIONS)}{_also(left_out)}"
         )
-    return ImageFiles(folder, tuple(names), np.array(labels, dtype=np.int64), tuple(classes))
+    chosen = np.array(labels, dtype=np.int64)
+    aside = {why: sorted(names) for why, names in sorted(left_out.items())}
+    return ImageFiles(folder, tuple(names), chosen, tuple(classes), aside)
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+def _images(
+    root: Path, below: str, left_out: dict[str, list[str]], *, deep: bool = True
+) -> Iterator[str]:
+    """Yield the images below a folder in ``root``; note in ``left_out`` those that are not read."""
+    try:
+        entries = list(os.scandir(root / below))
+    except OSError:
+        left_out.setdefault("folder that cannot be opened", []).append(below)
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        name, ending = f"{below}{entry.name}", Path(entry.name).suffix.lower()
+        # What a link leads to; of other entries the folder has told it.
+        there = Path(entry) if entry.is_symlink() else entry
+        if there.is_dir():
+            if deep:
+                yield from _images(root, f"{name}/", left_out)
+        elif ending in PASSED_OVER:
+            left_out.setdefault(f"{ending} is not read", []).append(name)
+        elif ending in EXTENSIONS and there.is_file():
+            yield name
+        elif ending in EXTENSIONS:
+            what = "broken link" if entry.is_symlink() else "no file"
+            left_out.setdefault(what, []).append(name)
 
 
-def _walk(root: Path, start: str) -> Iterator[str]:
-    for folder, below, files in os.walk(root / start, followlinks=True):
-        below[:] = [name for name in below if not name.startswith(".")]
-        relative = Path(folder).relative_to(root)
-        yield from ((relative / name).as_posix() for name in files if _is_image(name))
+def listing_sha256(files: ImageFiles) -> str:
+    """Return the sha256 of the images' names and sizes in bytes."""
+    with ThreadPoolExecutor(8) as pool:
+        sizes = pool.map(lambda number: files.path(number).stat().st_size, range(len(files)))
+        listing = hashlib.sha256()
+        for name, size in zip(files.names, sizes, strict=True):
+            listing.update(f"{name} {size}\n".encode())
+    return listing.hexdigest()
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+def told_left_out(left_out: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return how many files are left out, why and the first of them, a text for each reason."""
+    return [f"{len(names):,} ({why}): {some(names)}" for why, names in left_out.items()]
+
+
+def _also(left_out: Mapping[str, Sequence[str]]) -> str:
+    return f"; left out are {'; '.join(told_left_out(left_out))}" if left_out else ""
 
 
 CHECKED_UP_FRONT = 20_000
 """Headers of at most so many images are read before the first step; that takes seconds."""
+LOOKED_AT = 1_000
+"""Where there are more, the headers of so many are."""
 
 log = logging.getLogger(__name__)
 
@@ -229,6 +218,7 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         *,
         channels: int = 3,
         upright: bool = True,
+        background: str | None = WHITE,
         strict: bool = False,
         groups: NDArray[np.bool_] | None = None,
     ) -> None:
@@ -236,8 +226,9 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
             raise ValueError(f"size={size}: expected 1 or more pixels")
         if channels not in MODES:
             raise ValueError(f"channels={channels}: expected 3 (colour) or 1 (grey)")
+        check_background(background)
         self.files, self.size, self.channels = files, size, channels
-        self.upright, self.strict = upright, strict
+        self.upright, self.background, self.strict = upright, background, strict
         self._groups = np.zeros(len(files), dtype=np.bool_) if groups is None else groups
         # Shared with loader processes, so that an image that one has met is known to all.
         self._unreadable = torch.zeros(len(files), dtype=torch.bool).share_memory_()
@@ -256,7 +247,9 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         if self._unreadable[index]:
             return None
         try:
-            return read_crop(self.files.path(index), self.size, self.channels, self.upright)
+            return read_crop(
+                self.files.path(index), self.size, self.channels, self.upright, self.background
+            )
         except UnreadableImageError as error:
             self.note_unreadable(index, error)
             return None
@@ -296,49 +289,129 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
             f"strict=true to learn what is wrong with each"
         )
 
-    def inspect(self) -> None:
-        """Read the headers of all images; log how many cannot be read and how many are too small.
+    def inspect(self, most: int | None = None) -> Inspection:
+        """Read the headers of all images, or of ``most`` of them, evenly spaced.
 
         Raises:
-            ValueError: with ``strict``, the first such image.
+            ValueError: with ``strict``, an image that cannot be read or is too small.
         """
 
-        def size(index: int) -> tuple[int, int] | UnreadableImageError:
+        def header(index: int) -> Header | UnreadableImageError:
             try:
-                return image_size(self.files.path(index))
+                return read_header(self.files.path(index))
             except UnreadableImageError as error:
                 return error
 
         # Several threads read the headers; what is found is told in the order of the files.
-        small: list[int] = []
+        count = len(self.files)
+        looked = range(count) if most is None else range(0, count, -(-count // most))
+        inspection = Inspection(len(looked), [], [], {})
         with ThreadPoolExecutor(8) as pool:
-            for index, found in enumerate(pool.map(size, range(len(self.files)))):
+            for index, found in zip(looked, pool.map(header, looked), strict=True):
                 if isinstance(found, UnreadableImageError):
                     self.note_unreadable(index, found)
-                elif min(found) < self.size:
+                    continue
+                inspection.sizes.append((found.width, found.height))
+                if found.unlike_before:
+                    inspection.unlike_before.setdefault(found.unlike_before, []).append(index)
+                if min(found.width, found.height) < self.size:
                     if self.strict:
                         raise ValueError(
-                            f"{self.files.path(index)} has {found[0]} x {found[1]} pixels: "
+                            f"{self.files.path(index)} has {found.width} x {found.height} pixels: "
                             f"expected {self.size} or more on each side; remove it, or set "
                             f"strict=false to have small images enlarged"
                         )
-                    small.append(index)
-        if small:
-            log.warning(
-                "%d of %d images are smaller than %d pixels and are enlarged, the first is %s",
-                len(small),
-                len(self.files),
-                self.size,
-                self.files.path(small[0]),
+                    inspection.small.append(index)
+        return inspection
+
+
+class Inspection(NamedTuple):
+    """What the headers of images say.
+
+    Attributes:
+        looked: at so many.
+        sizes: width and height of each that can be read.
+        small: which are smaller than the crop.
+        unlike_before: which were read otherwise before there was a background, by the reason.
+
+    Example::
+
+        print(crops.inspect().small)
+    """
+
+    looked: int
+    sizes: list[tuple[int, int]]
+    small: list[int]
+    unlike_before: dict[str, list[int]]
+
+    def told(self, crops: Crops) -> list[str]:
+        """Return a text for each thing that is done to some of the images."""
+        names, background = crops.files.names, crops.background
+        said = []
+        for what, indices in self.unlike_before.items():
+            if background is None:
+                how = (
+                    "read as before there was data.background: hidden colours show, and more than "
+                    "8 bits are clipped; data.background=white in another run reads them right"
+                )
+            elif what == TRANSPARENT:
+                how = f"laid over {background}"
+            else:
+                how = "scaled to 8 bits"
+            said.append(f"{len(indices):,} are {what} and {how}, the first is {names[indices[0]]}")
+        if self.small:
+            said.append(
+                f"{len(self.small)} of {self.looked} images are smaller than {crops.size} pixels "
+                f"and are enlarged, the first is {crops.files.path(self.small[0])}"
             )
+        return said
+
+
+def _range(values: Sequence[int]) -> str:
+    least, most = min(values), max(values)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
+def suspicions(files: ImageFiles) -> list[str]:
+    """Return what makes the classes look like others than were meant, a sentence each."""
+    found = []
+    # The parent of train/ and val/: the classes lie one level below.
+    inside: dict[str, set[str]] = {name: set() for name in files.class_names}
+    for name in files.names:
+        first, *between = name.split("/")[:-1] or [""]
+        if between:
+            inside[first].add(between[0])
+    shared = set.intersection(*inside.values())
+    if len(shared) > 1 and 2 * len(shared) > len(set.union(*inside.values())):
+        found.append(
+            f"every class folder ({some(files.class_names)}) holds the same folders "
+            f"({some(sorted(shared))}); if those are the classes, set "
+            f"data.root={files.root / files.class_names[0]}"
+        )
+    # The classes stand in the names of files, which say nothing here.
+    if len(files.class_names) == 1:
+        told = [CLASS_IN_NAME.match(Path(name).stem) for name in files.names]
+        names = list(dict.fromkeys(each[1] for each in told if each))
+        if all(told) and 1 < len(names) <= max(2, len(told) // 2):
+            found.append(
+                f"one class, but the files are called as if of {len(names)}: {some(names)}; if so, "
+                f"make a folder for each"
+            )
+    return found
+
+
+CLASS_IN_NAME = re.compile(r"(n\d{8}(?=_)|.*[^\W\d_])[\W\d_]*\d[\W_]*$")
+"""The name of a file that ends in a number, before that; ImageNet's classes are numbers too."""
 
 
 class ImageFolderData(NamedData):
     """Batches (uint8 images (b, c, size, size), labels) of a folder of images.
 
     ``flip`` mirrors an image with probability 1/2. ``upright`` turns photos as their camera noted.
-    An image that cannot be decoded is left out, and one smaller than ``size`` is enlarged; both are
-    logged. With ``strict`` either is an error.
+    ``background`` is the colour behind what is transparent; with None, as in runs that were begun
+    before there was one, transparency is dropped and more than 8 bits are clipped. An image that
+    cannot be decoded is left out, and one smaller than ``size`` is enlarged; both are logged. With
+    ``strict`` either is an error.
 
     Raises:
         ValueError: the folder holds no usable images, or a value is out of its range.
@@ -350,6 +423,7 @@ class ImageFolderData(NamedData):
 
     key = "folder"
     former = ("sag_dit.data.images.ImageFolderData",)
+    later: ClassVar[Mapping[str, object]] = {"background": None}
 
     def __init__(
         self,
@@ -364,18 +438,22 @@ class ImageFolderData(NamedData):
         upright: bool = True,
         strict: bool = False,
         workers: int | None = None,
+        background: str | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size, seed=seed, flip=flip, held_out=held_out, workers=workers
         )
+        # The images are listed here, and read by loader processes.
         self.files = find_images(root)
         self.class_names = self.files.class_names
         self.channels = channels
+        self._reported = False
         self._crops = Crops(
             self.files,
             size,
             channels=channels,
             upright=upright,
+            background=background,
             strict=strict,
             groups=self.held_out_images,
         )
@@ -395,10 +473,33 @@ class ImageFolderData(NamedData):
         """The hash of every image's name."""
         return np.array([name_hash(name) for name in self.files.names], dtype=np.int64)
 
+    def listing_sha256(self) -> str:
+        """Return the sha256 of the images' names and sizes in bytes."""
+        return listing_sha256(self.files)
+
+    def remarks(self) -> list[str]:
+        """Return the images' sizes, what is left out or changed, and what looks like a mistake."""
+        crops = self._crops
+        few = crops.strict or len(self.files) <= CHECKED_UP_FRONT
+        inspection = crops.inspect(None if few else LOOKED_AT)
+        self._reported = True
+        lines = []
+        if inspection.sizes:
+            wide, high = (_range(each) for each in zip(*inspection.sizes, strict=True))
+            of = "" if few else f", of {inspection.looked:,} of them"
+            lines.append(f"  sizes    {wide} pixels wide, {high} high{of}")
+        left_out = {**self.files.left_out}
+        if crops.skipped:
+            left_out["cannot be decoded"] = crops.skipped
+        lines += [f"  left out {text}" for text in told_left_out(left_out)]
+        lines += [f"  note: {text}" for text in inspection.told(crops)]
+        return lines + [f"  warning: {text}" for text in suspicions(self.files)]
+
     def prepare_data(self) -> None:
         """Read the images' headers before the first step, unless there are very many images."""
-        if self._crops.strict or len(self.files) <= CHECKED_UP_FRONT:
-            self._crops.inspect()
+        if not self._reported and (self._crops.strict or len(self.files) <= CHECKED_UP_FRONT):
+            for text in self._crops.inspect().told(self._crops):
+                log.warning("%s", text)
 
     def teardown(self, stage: str) -> None:
         """Log how many images were left out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from sag_dit.data.training_batches import (
     as_it_is,
     balanced,
     check_classes,
+    some,
     validation_batches,
 )
 from sag_dit.noise import generator
@@ -211,6 +213,17 @@ class LatentData(NamedData):
         there = np.arange(len(self._validation))
         batches: Any = validation_batches(there, max(1, self.batch_size // world), self.rank, world)
         return DataLoader(self._validation, batch_sampler=batches, collate_fn=as_it_is)
+
+    def listing_sha256(self) -> str:
+        """Return the sha256 of the shards' names and contents, as the index says."""
+        listing = "".join(f"{shard.file} {shard.sha256}\n" for shard in self.index.shards)
+        return hashlib.sha256(listing.encode()).hexdigest()
+
+    def remarks(self) -> list[str]:
+        """Return what was left out when the images were encoded."""
+        skipped = [name for shard in self.index.shards for name in shard.skipped]
+        text = f"  left out {len(skipped):,} (could not be decoded): {some(skipped)}"
+        return [text] if skipped else []
 
     def prepare_data(self) -> None:
         """Compare the shards with the index, once on every machine."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sag_dit.checkpoints import Model
-from sag_dit.data.images import read_crop
+from sag_dit.data.crop import read_crop
 from sag_dit.data.training_batches import Batch, StepData, check_classes
 from sag_dit.tensors import Images, Labels
 

@@ -5,18 +5,60 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from sag_dit.noise import check_key, generator
-from sag_dit.sampling import Request, labels_of
+from sag_dit.sampling import Chosen, Request, labels_of
+from sag_dit.untrusted import csv_rows, read_text
 
+LIMIT = 1 << 30
+"""Bytes of a file of requests."""
 LABELS = 4
 """Purpose of the random streams that choose classes, see :func:`sag_dit.noise.generator`."""
+
+
+@dataclass(frozen=True, eq=False)
+class ClassRequests(Sequence[Request]):
+    """Requests by a class rule, each made when it is asked for.
+
+    ``labels`` are cycled over the indices; without them each is drawn of ``classes``.
+
+    Example::
+
+        ClassRequests(10**9, seed=0, labels=(3, 7), classes=10)[5].label
+    """
+
+    num_images: int
+    seed: int
+    labels: tuple[int, ...] | None
+    classes: int
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    @overload
+    def __getitem__(self, at: int) -> Request: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Request]: ...
+
+    def __getitem__(self, at: int | slice) -> Request | Sequence[Request]:
+        if isinstance(at, slice):
+            return Chosen.of(self, np.empty(0, dtype=np.int64))[at]
+        index = range(self.num_images)[at]
+        if self.labels is None:
+            label = int(generator(self.seed, index, 0, LABELS).integers(self.classes))
+        else:
+            label = self.labels[index % len(self.labels)]
+        return Request(index, self.seed, label, stream=index)
 
 
 def make_requests(
@@ -24,7 +66,7 @@ def make_requests(
     seed: int,
     classes: Sequence[int | str] | str | int | None,
     class_names: Sequence[str],
-) -> list[Request]:
+) -> Sequence[Request]:
     """Return requests 0 to ``num_images`` - 1 by a class rule.
 
     ``classes``: a list is cycled over the indices; None cycles over all classes, so that their
@@ -35,22 +77,16 @@ def make_requests(
     """
     if num_images < 1:
         raise ValueError(f"num_images={num_images}: expected 1 or more")
-    # Each image's class: drawn, or the listed ones in turn.
     if classes == "random":
-        labels = [
-            int(generator(seed, index, 0, LABELS).integers(len(class_names)))
-            for index in range(num_images)
-        ]
+        return ClassRequests(num_images, seed, None, len(class_names))
+    if classes is None:
+        chosen = list(range(len(class_names)))
     else:
-        if classes is None:
-            chosen = list(range(len(class_names)))
-        else:
-            listed = [classes] if isinstance(classes, (str, int)) else list(classes)
-            chosen = labels_of(listed, class_names)
-        if not chosen:
-            raise ValueError("classes=[]: expected at least one class, 'random', or null for all")
-        labels = [chosen[index % len(chosen)] for index in range(num_images)]
-    return [Request(i, seed, label, stream=i) for i, label in enumerate(labels)]
+        listed = [classes] if isinstance(classes, (str, int)) else list(classes)
+        chosen = labels_of(listed, class_names)
+    if not chosen:
+        raise ValueError("classes=[]: expected at least one class, 'random', or null for all")
+    return ClassRequests(num_images, seed, tuple(chosen), len(class_names))
 
 
 def read_requests(
@@ -113,9 +149,9 @@ def _lines(file: str | Path) -> list[_Line]:
     found = []
     if not Path(file).is_file():
         raise ValueError(f"requests={file}: no such file; expected lines of 'seed,class'")
-    with Path(file).open(newline="", encoding="utf-8-sig") as stream:
-        lines = list(stream)
-    for number, row in enumerate(reader := csv.reader(lines, skipinitialspace=True), start=1):
+    lines = list(StringIO(read_text(Path(file), most=LIMIT), newline=""))
+    reader = csv.reader(lines, skipinitialspace=True)
+    for number, row in enumerate(csv_rows(reader, file), start=1):
         if not row or (number == 1 and [cell.strip().lower() for cell in row][:1] == ["seed"]):
             continue
         try:
@@ -136,7 +172,9 @@ def _lines(file: str | Path) -> list[_Line]:
 
 
 def _unreadable(file: str | Path, number: int, line: str, error: Exception) -> ValueError:
-    return ValueError(f"{file}, line {number}: expected 'seed,class', found {line!r} ({error})")
+    return ValueError(
+        f"{file}, line {number}: expected 'seed,class', found {line!r:.100} ({error!s:.200})"
+    )
 
 
 class PendingRequests(LightningDataModule):
@@ -152,7 +190,7 @@ class PendingRequests(LightningDataModule):
 
     def __init__(self, pending: Sequence[Request], batch_size: int) -> None:
         super().__init__()
-        self.pending = list(pending)
+        self.pending = pending
         self.batch_size = batch_size
         self.allow_zero_length_dataloader_with_multiple_devices = True
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import safetensors.torch
 import torch
@@ -24,8 +24,10 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sag_dit.bounds import Bounds, Count, Natural, checked
 from sag_dit.data.training_batches import Indices
 from sag_dit.tensors import Labels
+from sag_dit.untrusted import parse_json, read_json
 
 FORMAT = 1
 INDEX = "index.json"
@@ -52,20 +54,11 @@ class Shard:
         ()
     """
 
-    file: str
-    rows: int
-    bytes: int
+    file: Annotated[str, Bounds(pattern=r"[\w.-]+", expected="the name of a file beside it")]
+    rows: Natural
+    bytes: Natural
     sha256: str
     skipped: tuple[str, ...] = ()
-
-
-def read_shard(values: Any) -> Shard:
-    """Return a shard's entry from plain values.
-
-    Raises:
-        TypeError: a key is missing or unknown.
-    """
-    return Shard(**{**values, "skipped": tuple(values.get("skipped", ()))})
 
 
 @dataclass(frozen=True)
@@ -91,10 +84,10 @@ class Index:
     config: dict[str, Any]
     vae: str
     class_names: tuple[str, ...]
-    shape: tuple[int, int, int]
-    dtype: str
-    flips: int
-    counts: tuple[int, ...]
+    shape: tuple[Count, Count, Count]
+    dtype: Literal["float16", "float32"]
+    flips: Annotated[int, Bounds(least=1, most=2)]
+    counts: tuple[Natural, ...]
     shards: tuple[Shard, ...]
 
     @property
@@ -120,25 +113,22 @@ def read_index(folder: Path) -> Index:
         )
     # Read the index, and check that its parts agree with each other.
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        version, images = values.pop("format"), values.pop("images")
+        values = read_json(file)
+        version, images = values.pop("format", None), values.pop("images", None)
         if version != FORMAT:
-            raise ValueError(f"its format is {version}, expected {FORMAT}")
-        shards = tuple(read_shard(shard) for shard in values.pop("shards"))
-        for name in ("class_names", "shape", "counts"):
-            values[name] = tuple(values[name])
-        index = Index(**values, shards=shards)
-        if index.dtype not in DTYPES or index.flips not in (1, 2) or len(index.shape) != 3:
-            raise ValueError(f"dtype {index.dtype}, flips {index.flips}, shape {index.shape}")
+            raise ValueError(f"{file}: its format is {version!r:.60}, expected {FORMAT}")
+        index = checked(values, Index, str(file))
         if len(index.counts) != len(index.class_names):
-            raise ValueError(f"{len(index.class_names)} classes, and counts of {len(index.counts)}")
+            raise ValueError(
+                f"{file}: {len(index.class_names)} classes, and counts of {len(index.counts)}"
+            )
         if not images == index.images == sum(index.counts) > 0:
             raise ValueError(
-                f"it says {images} images, its shards {index.images}, its classes "
+                f"{file}: it says {images!r:.60} images, its shards {index.images}, its classes "
                 f"{sum(index.counts)}"
             )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: damaged ({error}); {REMEDY}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; {REMEDY}") from None
     return index
 
 
@@ -191,7 +181,7 @@ def map_shard(folder: Path, shard: Shard, index: Index) -> Rows:
     types = {"moments": DTYPES[index.dtype], "labels": torch.int64, "names": torch.int64}
     try:
         length = int.from_bytes(content[:8].numpy().tobytes(), "little")
-        header = json.loads(content[8 : 8 + length].numpy().tobytes())
+        header = parse_json(content[8 : 8 + length].numpy().tobytes().decode(), file)
         found_here = {name: (header[name]["dtype"], header[name]["shape"]) for name in expected}
         if found_here != expected:
             raise ValueError(f"it holds {found_here}, and the index says {expected}")

@@ -35,7 +35,7 @@ SPLITS: dict[str, Callable[[], tuple[Images, Labels]]] = {
 }
 
 
-def read_split(name: str) -> tuple[Images, Labels]:
+def split(name: str) -> tuple[Images, Labels]:
     """Return images (b, c, h, w), uint8, and labels of a split that ``SPLITS`` names.
 
     ``held_out`` holds all images that no bundled model was trained on. Its halves share no image,

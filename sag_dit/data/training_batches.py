@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import count
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +19,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sag_dit.noise import generator
+
+if TYPE_CHECKING:
+    from sag_dit.checkpoints import Model
 
 SHUFFLE = 2
 """Purpose of the random streams that order the data, see :func:`sag_dit.noise.generator`."""
@@ -28,6 +33,8 @@ VALIDATION = 2**62
 """The step of the first validation batch, out of reach of training."""
 
 MOST_WORKERS = 8
+SHOWN = 5
+"""So many names of a list are shown."""
 HASH_RANGE = 2**63
 
 Indices = NDArray[np.int64]
@@ -121,6 +128,11 @@ def validation_batches(
     ]
 
 
+def some(names: Sequence[str]) -> str:
+    """Return the first names of a list."""
+    return ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
+
+
 def name_hash(name: str) -> int:
     """Return 63 bits of a file's name relative to the data's root."""
     digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
@@ -167,6 +179,67 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
+def outlive_signals(_: int) -> None:
+    """Let a loader's process go on where its whole group is told to stop: its batch is awaited.
+
+    Who has started it ends it. A second SIGTERM does too, so that it can be ended where it hangs.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_at_the_next)
+
+
+def _end_at_the_next(number: int, _: Any) -> None:
+    signal.signal(number, signal.SIG_DFL)
+
+
+def explained(failure: Exception) -> Exception:
+    """Return in a sentence why a loader has failed, unless that is our own mistake."""
+    if not isinstance(failure, (ValueError, OSError, RuntimeError)):
+        return failure
+    # torch puts the traceback of the loader's process before what was raised there.
+    text = str(failure)
+    if caught := re.match(r"Caught (\w+) in DataLoader worker", text):
+        text = re.split(rf"\n(?:[\w.]+\.)?{caught[1]}: ", text)[-1].strip()
+    elif "DataLoader worker" in text:
+        text = (
+            "a process that reads data was killed, often for want of memory; data.workers=N "
+            "takes fewer of them"
+        )
+    return ValueError(text)
+
+
+class TrainingLoader(DataLoader[Any]):
+    """Gives training batches; once it cannot, it says so and repeats the last one.
+
+    Training looks for a ``failure`` after each batch and ends there, all ranks together. It is
+    always one batch ahead, since Lightning fetches one before it is needed where there is no end,
+    so what stands in for a batch is never trained on.
+
+    Example::
+
+        loader = TrainingLoader(dataset, batch_sampler=batches)
+        for images, labels in loader:
+            if loader.failure is not None:
+                break
+    """
+
+    failure: Exception | None = None
+    """Why there are no more batches."""
+
+    def __iter__(self) -> Any:
+        batch, batches = None, super().__iter__()
+        while True:
+            try:
+                batch = next(batches) if self.failure is None else batch
+            except StopIteration:
+                return
+            except Exception as error:
+                self.failure = explained(error)
+                if batch is None:
+                    raise self.failure from error
+            yield batch
+
+
 class StepData(LightningDataModule, ABC):
     """Training and validation batches of an indexed dataset.
 
@@ -183,9 +256,20 @@ class StepData(LightningDataModule, ABC):
 
     Example::
 
-        data = Digits(batch_size=64)  # one of its subclasses
-        for images, labels in data.train_dataloader():
-            module.training_step((images, labels), 0)
+        class Discs(StepData):
+            key, class_names, channels = "discs", ("small", "large"), 1
+
+            def __init__(self, count=200, batch_size=16):
+                super().__init__(batch_size=batch_size, seed=0, flip=False, workers=0)
+                self.count = count
+
+            @property
+            def dataset(self):
+                return DiscImages(self.count)  # has __getitems__(batch: Batch)
+
+            @property
+            def held_out_images(self):
+                return np.arange(self.count) % 10 == 0
     """
 
     class_names: tuple[str, ...]
@@ -203,17 +287,45 @@ class StepData(LightningDataModule, ABC):
     @property
     @abstractmethod
     def dataset(self) -> Dataset[Any]:
-        """What serves a :class:`Batch`."""
+        """What serves a :class:`Batch`.
+
+        Its ``__getitems__`` returns uint8 images (b, c, h, w) and labels (b).
+        """
 
     @property
     @abstractmethod
     def held_out_images(self) -> NDArray[np.bool_]:
         """Which images are held out."""
 
+    def check(self, model: Model) -> None:
+        """Refuse a model that does not draw such images of as many classes.
+
+        Raises:
+            ValueError: what does not fit.
+        """
+        channels = model.denoiser.latent_shape[0]
+        if channels != self.channels:
+            raise ValueError(f"the data has {self.channels} channels and the model {channels}")
+        check_classes(len(self.class_names), model.class_conditional.num_classes)
+
     @property
     def training_images(self) -> Indices:
         """The images of an epoch."""
         return np.flatnonzero(~self.held_out_images)
+
+    def fingerprint(self) -> dict[str, Any] | None:
+        """Return what tells that the data has changed: ``images``, ``classes``, ``sha256``.
+
+        ``classes`` are the images of each class by its name. None where data cannot change.
+        """
+        return None
+
+    def report(self) -> str:
+        """Return in a few lines what there is to train on, and what of it looks like a mistake."""
+        held_out = int(self.held_out_images.sum())
+        count = len(self.held_out_images) - held_out
+        beside = f", {held_out:,} held out" if held_out else ""
+        return f"data: {count:,} images in {len(self.class_names):,} classes{beside}"
 
     @property
     def rank(self) -> int:
@@ -268,11 +380,13 @@ class StepData(LightningDataModule, ABC):
         workers = self.workers
         if workers is None:
             workers = workers_per_process(self.trainer.num_devices if self.trainer else 1)
-        return DataLoader(
+        kind = TrainingLoader if isinstance(batches, TrainingBatches) else DataLoader
+        return kind(
             self.dataset,
             batch_sampler=batches,  # type: ignore[arg-type]
             collate_fn=as_it_is,
             num_workers=workers,
+            worker_init_fn=outlive_signals,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
@@ -304,6 +418,38 @@ class NamedData(StepData):
     @abstractmethod
     def name_hashes(self) -> Indices:
         """:func:`name_hash` of every image."""
+
+    def report(self) -> str:
+        """Return in a few lines what there is to train on, and what of it looks like a mistake."""
+        counts = self.class_counts
+        first = [f"{name} ({count:,})" for name, count in list(counts.items())[:SHOWN]]
+        if len(counts) > SHOWN:
+            fewest, most = min(counts.values()), max(counts.values())
+            first.append(f"... of {fewest:,} to {most:,} images each")
+        lines = [super().report(), f"  classes  {', '.join(first)}", *self.remarks()]
+        single = [name for name, count in counts.items() if count == 1]
+        if single:
+            lines.append(f"  warning: {len(single)} classes have a single image: {some(single)}")
+        return "\n".join(lines)
+
+    def remarks(self) -> list[str]:
+        """Return further lines of the report."""
+        return []
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells that the data has changed, see :meth:`StepData.fingerprint`."""
+        counts = self.class_counts
+        return {"images": sum(counts.values()), "classes": counts, "sha256": self.listing_sha256()}
+
+    def listing_sha256(self) -> str:
+        """Return a sha256 of the files' names and, where a subclass knows it, of their contents."""
+        return hashlib.sha256(np.sort(self.name_hashes).tobytes()).hexdigest()
+
+    @property
+    def class_counts(self) -> dict[str, int]:
+        """How many images each class has."""
+        counts = np.bincount(self.labels, minlength=len(self.class_names)).tolist()
+        return dict(zip(self.class_names, counts, strict=True))
 
     @cached_property
     def held_out_images(self) -> NDArray[np.bool_]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -22,15 +21,28 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ImageColor
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from sag_dit.bounds import Natural
 from sag_dit.checkpoints.files import sha256
-from sag_dit.data.images import MODES, PixelArray, find_images, read_crop
-from sag_dit.data.splits import SPLITS, read_split
+from sag_dit.data.crop import (
+    TRANSPARENT,
+    WHITE,
+    PixelArray,
+    UnreadableImageError,
+    check_background,
+    header_of,
+    read_crop,
+    read_header,
+    read_image,
+)
+from sag_dit.data.images import find_images, told_left_out
+from sag_dit.data.splits import SPLITS, split
 from sag_dit.evaluation.metrics import Statistics
 from sag_dit.tensors import Labels
+from sag_dit.untrusted import read_json_lines
 
 ImageBatch: TypeAlias = tuple[UInt8[Tensor, "b c h w"], Labels]
 
@@ -38,7 +50,8 @@ ImageBatch: TypeAlias = tuple[UInt8[Tensor, "b c h w"], Labels]
 class ImageSet(ABC):
     """Images in one order, each with an index of its own.
 
-    ``protocol`` says, as plain JSON values, what was done to them before they are read.
+    ``protocol`` says, as plain JSON values, what was done to them before they are read. ``notes``
+    are sentences to stand beside their numbers, such as which files were left out.
 
     Example::
 
@@ -48,6 +61,7 @@ class ImageSet(ABC):
 
     name: str
     protocol: Mapping[str, Any]
+    notes: Sequence[str] = ()
 
     @property
     @abstractmethod
@@ -88,8 +102,10 @@ Source: TypeAlias = "str | Path | tuple[Tensor, Tensor] | Dataset[Any]"
 """A path, a name such as ``digits:report``, (images, labels), or a dataset of (image, label)."""
 
 
-def open_images(source: Source, *, size: int | None = None) -> ImageSet:
+def open_images(source: Source, *, size: int | None = None, background: str = WHITE) -> ImageSet:
     """Open a set of images; ``size`` crops the images of a folder to squares as ADM does.
+
+    ``background`` is the colour behind what is transparent in the images of a folder.
 
     A folder is one of ``sample.py``, whose manifest tells each image's index, or class folders, or
     any flat folder: there the order of the names does.
@@ -104,9 +120,9 @@ def open_images(source: Source, *, size: int | None = None) -> ImageSet:
         return DatasetImages(source, type(source).__name__)
     text, path = str(source), Path(source).expanduser()
     if text in SPLITS:
-        return DatasetImages(TensorDataset(*read_split(text)), text)
+        return DatasetImages(TensorDataset(*split(text)), text)
     if path.is_dir():
-        return FolderImages(path, size)
+        return FolderImages(path, size, background)
     if path.is_file() and path.suffix == ".npz":
         return NpzImages(path)
     found = "no such file or folder" if not path.exists() else "a file that is not an npz"
@@ -174,7 +190,17 @@ class DatasetImages(ImageSet):
         return self._scanned[0]
 
 
-GREY = {"1", "L", "LA", "I;16"}
+@dataclass(frozen=True)
+class ManifestRow:
+    """What a line of a sample folder's ``manifest.jsonl`` says that is asked of it here.
+
+    Example:
+        >>> ManifestRow(index=3, label=7).label
+        7
+    """
+
+    index: Natural
+    label: Natural
 
 
 class FolderImages(ImageSet):
@@ -189,9 +215,10 @@ class FolderImages(ImageSet):
             suite.update(images, indices)
     """
 
-    def __init__(self, path: Path, size: int | None = None) -> None:
+    def __init__(self, path: Path, size: int | None = None, background: str = WHITE) -> None:
         if size is not None and size < 1:
             raise ValueError(f"size={size}: expected 1 or more pixels")
+        check_background(background)
         # A folder of sample.py holds its images in a folder of their own.
         self._manifest = path / "manifest.jsonl"
         sampled = self._manifest.is_file() or (path / "config.yaml").is_file()
@@ -201,7 +228,8 @@ class FolderImages(ImageSet):
         except ValueError as error:
             raise ValueError(str(error).removeprefix("data.root=")) from None
         self.name = path.resolve().name
-        self.size = size
+        self.notes = [f"left out are {text}" for text in told_left_out(self._files.left_out)]
+        self.size, self.background = size, background
         self.protocol = {"crop": None if size is None else f"ADM's centre crop to {size} pixels"}
         # The indices are the files' names where these are different numbers, else their places.
         stems = [Path(name).stem for name in self._files.names]
@@ -226,19 +254,20 @@ class FolderImages(ImageSet):
         """The class of every image by its index, as a sample folder's manifest says."""
         if not self._manifest.is_file():
             return {}
-        rows = [json.loads(row) for row in self._manifest.read_text(encoding="utf-8").splitlines()]
-        return {int(row["index"]): int(row["label"]) for row in rows}
+        return {row.index: row.label for row in read_json_lines(self._manifest, ManifestRow)}
 
     @cached_property
     def _channels(self) -> int:
         """3 where any image is in colour, whichever comes first, else 1; headers alone are read."""
+        behind = ImageColor.getrgb(self.background)
+        grey_behind = len(set(behind)) == 1
 
         def grey(place: int) -> bool:
             try:
-                with Image.open(self._files.path(place)) as image:
-                    return image.mode in GREY
-            except OSError:
+                header = read_header(self._files.path(place))
+            except (UnreadableImageError, OSError):
                 return True  # It is refused by name when its turn comes.
+            return header.grey and (grey_behind or header.unlike_before != TRANSPARENT)
 
         return 1 if all(map(grey, range(len(self)))) else 3
 
@@ -271,23 +300,31 @@ class FolderImages(ImageSet):
         return channels, height, width
 
     def _pixels(self, place: int) -> PixelArray:
-        path = self._files.path(place)
-        if self.size is not None:
-            return read_crop(path, self.size, self._channels)
+        path, channels = self._files.path(place), self._channels
         try:
-            with Image.open(path) as image:
-                turned = ImageOps.exif_transpose(image).convert(MODES[self._channels])
-        except OSError as error:
-            raise ValueError(f"{path} cannot be decoded ({error}); remove it") from None
-        pixels = np.asarray(turned).reshape(turned.height, turned.width, self._channels)
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+            if self.size is not None:
+                return read_crop(path, self.size, channels, background=self.background)
+            return read_image(path, channels, background=self.background)
+        except UnreadableImageError as error:
+            raise ValueError(f"{error}; remove it") from None
 
     def digest(self) -> str:
-        """Return a sha256 over names and files, and the crop."""
+        """Return a sha256 over names and files, the crop and, where it matters, the background."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         total = hashlib.sha256(f"{self.size} {self._channels}".encode())
+        unlike_before = False
         for place, name in enumerate(self._files.names):
-            content = self._files.path(place).read_bytes()
+            path = self._files.path(place)
+            content = path.read_bytes()
             total.update(f"{name}\n{hashlib.sha256(content).hexdigest()}\n".encode())
+            with suppress(UnreadableImageError):
+                unlike_before |= bool(header_of(BytesIO(content), path).unlike_before)
+        # Numbers of such files that were measured before are of other pixels.
+        if unlike_before:
+            total.update(f"over {self.background}".encode())
         return total.hexdigest()
 
 

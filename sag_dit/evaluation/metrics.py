@@ -48,18 +48,20 @@ def gathered(state: Tensor, group: dist.ProcessGroup | None = None) -> list[Tens
     An empty state's type and width are unknown and taken from the other ranks.
     """
     ranks = dist.get_world_size(group)
-    rows, width, kind = 0, 0, 0
+    # Every rank tells how many rows it has, of which type, and their shape of up to two dimensions.
+    rows, kind, shape = 0, 0, [0, 0]
     if state.numel():
-        rows, width = len(state), state.shape[1] if state.ndim > 1 else 0
-        kind = DTYPES.index(state.dtype)
-    header = torch.tensor([rows, width, kind], device=state.device)
+        rows, kind = len(state), DTYPES.index(state.dtype)
+        shape[: state.ndim - 1] = state.shape[1:]
+    header = torch.tensor([rows, kind, *shape], device=state.device)
     headers = [torch.zeros_like(header) for _ in range(ranks)]
     dist.all_gather(headers, header, group=group)
-    counts, widths, kinds = torch.stack(headers).T.tolist()
+    counts, kinds, *shapes = torch.stack(headers).T.tolist()
     if not max(counts):
         return [state]
-    shape = [max(counts), max(widths)] if max(widths) else [max(counts)]
-    own = state.new_zeros(shape, dtype=DTYPES[max(kinds)])
+    # Then its rows, padded to as many as any rank has.
+    width = [max(each) for each in shapes if max(each)]
+    own = state.new_zeros([max(counts), *width], dtype=DTYPES[max(kinds)])
     if rows:
         own[:rows] = state
     every = [torch.empty_like(own) for _ in range(ranks)]
@@ -307,7 +309,8 @@ class InceptionScore(Metric):
 
     As ADM computes it. An image of index i belongs to split i // ``split_size``, whenever and on
     whichever rank it comes. A short last split counts like the others. ``logits`` are the network's
-    without bias. Of each split only sum p, sum p log p and n are kept, k + 2 numbers.
+    without bias. Of each split that occurs only its number, sum p, sum p log p and n are kept,
+    k + 3 numbers; so an index may be any number.
 
     Raises:
         ValueError: a parameter is below 1.
@@ -323,16 +326,19 @@ class InceptionScore(Metric):
 
     full_state_update = True
     higher_is_better = True
+    splits: Tensor
     sums: Tensor
 
     def __init__(self, split_size: int = 5_000, groups: int = 1, period: int = 1) -> None:
-        super().__init__(dist_sync_fn=summed)
+        super().__init__(dist_sync_fn=gathered)
         if min(split_size, groups, period) < 1:
             raise ValueError(
                 f"split_size={split_size}, groups={groups}, period={period}: expected 1 or more"
             )
         self.split_size, self.groups, self.period = split_size, groups, period
-        empty = torch.zeros(groups, 0, 0, dtype=torch.float64)
+        # The splits that occur, in order, and of each the sums of all groups.
+        self.add_state("splits", torch.zeros(0, dtype=torch.int64), dist_reduce_fx="sum")
+        empty = torch.zeros(0, groups, 0, dtype=torch.float64)
         self.add_state("sums", empty, dist_reduce_fx="sum")
 
     def update(self, logits: Float[Tensor, "b k"], indices: Labels) -> None:
@@ -341,8 +347,7 @@ class InceptionScore(Metric):
         Raises:
             ValueError: the shape is another, a value is not finite, or an index is negative.
         """
-        _, splits, columns = self.sums.shape
-        rows = _all_finite("logits", logits, max(0, columns - 2)).to(self.sums)
+        rows = _all_finite("logits", logits, max(0, self.sums.shape[2] - 2)).to(self.sums)
         indices = indices.to(rows.device)
         if len(indices) != len(rows) or (indices < 0).any():
             raise ValueError(f"indices {indices.tolist()}: expected {len(rows)} of 0 or more")
@@ -353,9 +358,14 @@ class InceptionScore(Metric):
         p = log_p.exp()
         each = torch.cat([p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])], 1)
         split = indices // self.split_size
-        splits = max(splits, int(split.max()) + 1)
-        self.sums = padded(self.sums, [self.groups, splits, each.shape[1]]).contiguous()
-        place = group_of(indices, self.groups, self.period) * splits + split
+        known, self.splits = self.splits, torch.cat([self.splits, split]).unique()
+        if len(self.splits) > len(known):
+            grown = each.new_zeros(len(self.splits), self.groups, each.shape[1])
+            if len(known):
+                grown[torch.searchsorted(self.splits, known)] = self.sums
+            self.sums = grown
+        place = torch.searchsorted(self.splits, split) * self.groups
+        place = place + group_of(indices, self.groups, self.period)
         self.sums.view(-1, each.shape[1]).index_add_(0, place, each)
 
     def compute(self) -> Tensor:
@@ -368,7 +378,11 @@ class InceptionScore(Metric):
 
     def value(self, groups: Groups = None) -> float:
         """Return the score of some groups, of this rank or, while synced, of all."""
-        sums = total(self.sums, groups)
+        # Ranks may have had images of the same split.
+        splits, place = self.splits.unique(return_inverse=True)
+        merged = self.sums.new_zeros(len(splits), *self.sums.shape[1:])
+        merged.index_add_(0, place, self.sums)
+        sums = total(merged.transpose(0, 1).contiguous(), groups)
         sums = sums[sums[:, -1] > 0] if sums.numel() else sums
         if not sums.numel():
             raise ValueError("0 images: expected 1 or more")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sag_dit.data.crop import WHITE
 from sag_dit.evaluation.features import FeatureExtractor, exact
 from sag_dit.evaluation.images import ImageSet, Source, open_images, read_statistics
 from sag_dit.evaluation.metrics import Moments, Statistics
@@ -43,6 +44,7 @@ class Reference:
         features: pooled features (m, d) for precision and recall, at most as many as asked for.
         protocol: all that changes a number, as plain JSON values: the extractor's protocol, source,
             sha256, counts, image size, label balance.
+        notes: sentences to stand beside numbers, such as which files were left out.
 
     Example::
 
@@ -56,6 +58,7 @@ class Reference:
     spatial: Statistics | None
     features: Float[Tensor, "m d"] | None
     protocol: Mapping[str, Any]
+    notes: Sequence[str] = ()
 
     def check(self, extractor: FeatureExtractor) -> None:
         """Check that the reference was made with an extractor.
@@ -92,6 +95,7 @@ def load_reference(
     batch_size: int = 64,
     features: int = 10_000,
     size: int | None = None,
+    background: str = WHITE,
     sample_count: int | None = None,
     cache: str | Path | None = "auto",
 ) -> Reference:
@@ -101,8 +105,9 @@ def load_reference(
     statistics made with ADM's Inception. They are used if ``extractor`` is that network. Everything
     else is computed from the images. For precision and recall ``features`` vectors are kept, evenly
     spaced over the images; ADM takes all 10,000 of its file. ``size`` crops images to squares as
-    ADM does. ``sample_count`` is the number of samples with which numbers against this reference
-    are published; for ADM's files it is known.
+    ADM does, ``background`` is the colour behind what is transparent. ``sample_count`` is the
+    number of samples with which numbers against this reference are published; for ADM's files it is
+    known.
 
     What was made from images is kept in the folder ``cache``, and found again by the images'
     content and the network's protocol. ``auto`` is $SAG_DIT_CACHE or ~/.cache/sag_dit, None is
@@ -122,7 +127,7 @@ def load_reference(
     # What is made from the images, where there are any: now, or by an earlier run.
     images = None
     if given is None or given.has_images:
-        images = open_images(source, size=size)
+        images = open_images(source, size=size, background=background)
     made: _Made | None = None
     content: dict[str, Any] = {}
     if images is not None:
@@ -152,6 +157,7 @@ def load_reference(
         spatial=None if told is None else told.spatial,
         features=None if made is None else made.features,
         protocol=protocol,
+        notes=images.notes if images else (),
     )
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -50,9 +53,9 @@ class MetricKind:
     options: Sequence[str] = ()
 
     @property
-    def higher_is_better(self) -> bool:
-        """Whether more of it is better."""
-        return bool(self.metric.higher_is_better)
+    def higher_is_better(self) -> bool | None:
+        """Whether more of it is better; None where neither is."""
+        return self.metric.higher_is_better
 
     def label_with(self, network: str) -> str:
         """Return what it is called with the features of a network."""
@@ -74,6 +77,32 @@ METRICS: Mapping[str, MetricKind] = {
     "recall": MetricKind(PrecisionRecall, "recall", "pool", "features", options=["k"]),
 }
 """All metrics, in the order of tables."""
+
+
+def metric_kind(name: str) -> MetricKind:
+    """Return what is known of a metric: one of ``METRICS``, or one's own by ``module.NAME``.
+
+    Raises:
+        ValueError: there is no such metric, or the name is not that of a :class:`MetricKind`.
+
+    Example:
+        >>> metric_kind("fid").label
+        'FD'
+    """
+    if name in METRICS:
+        return METRICS[name]
+    expected = f"expected {', '.join(METRICS)}, or module.NAME of a MetricKind of your own"
+    if "." not in name:
+        raise ValueError(f"metrics={name}: {expected}")
+    try:
+        found = resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"metrics={name}: {error}; {expected}") from error
+    if not isinstance(found, MetricKind):
+        raise ValueError(f"metrics={name} is a {type(found).__name__}; {expected}")
+    return found
+
+
 SMALL = 256
 """Features of so many dimensions or fewer are kept by group unless told otherwise: 17 MB."""
 GROUPS = 32
@@ -84,7 +113,8 @@ class Suite:
 
     ``metrics`` are some of ``METRICS``: ``fid`` compares pooled features, whichever network they
     come from (FD-DINOv2 with DINOv2's), ``sfid`` spatial ones, ``is`` needs logits alone,
-    ``precision`` and ``recall`` keep the features.
+    ``precision`` and ``recall`` keep the features. One of your own is named by ``module.NAME`` of
+    its :class:`MetricKind`.
 
     ``groups`` is the number of parts into which the images are divided, for :meth:`confidence` to
     take random halves of: an even number of 4 or more, or 1 for no parts. FID keeps its sums once
@@ -118,15 +148,14 @@ class Suite:
         k: int = 3,
     ) -> None:
         # What is measured, with which network, against which reference.
-        unknown = [name for name in metrics if name not in METRICS]
-        if unknown or not metrics:
-            raise ValueError(f"metrics={list(metrics)}: expected some of {', '.join(METRICS)}")
+        if not metrics:
+            raise ValueError(f"metrics=[]: expected some of {', '.join(METRICS)}")
+        kinds = {name: metric_kind(name) for name in metrics}
         reference.check(extractor)
         self.extractor = extractor.eval().requires_grad_(False)
         self.reference = reference
         self.metrics = tuple(metrics)
         # How many groups: many where their sums are small.
-        kinds = {name: METRICS[name] for name in metrics}
         against = {name: self._against(name, kind) for name, kind in kinds.items()}
         if groups is None:
             sums = [each for each in against.values() if isinstance(each, Statistics)]
@@ -139,9 +168,8 @@ class Suite:
         given = {"split_size": split_size, "k": k}
         for name, kind in kinds.items():
             what = (kind.metric, kind.reference)
-            names = tuple(
-                n for n, other in METRICS.items() if what == (other.metric, other.reference)
-            )
+            every = {**METRICS, **kinds}
+            names = tuple(n for n, each in every.items() if what == (each.metric, each.reference))
             if names not in self._metrics:
                 own = {option: given[option] for option in kind.options}
                 compared = () if kind.reference is None else (against[name],)
@@ -211,7 +239,7 @@ class Suite:
         used: dict[tuple[str, ...], Tensor] = {}
         for names in self._metrics:
             name = names[0]
-            values = getattr(features, METRICS[name].features)
+            values = getattr(features, metric_kind(name).features)
             if values is None:
                 raise ValueError(
                     f"metrics={list(self.metrics)}: {self.extractor.name} has no features for "
@@ -336,6 +364,23 @@ def _quietly(compute: Callable[[], Any]) -> Any:
         return compute()
 
 
+def class_by_class(labels: Sequence[int]) -> bool:
+    """Whether images come class by class, or nearly so.
+
+    That is where the class changes from one image to the next less than half as often as in a
+    random order.
+
+    Example:
+        >>> class_by_class([0, 0, 0, 1, 1, 1]), class_by_class([0, 1, 0, 1, 0, 1])
+        (True, False)
+    """
+    count = len(labels)
+    changes = sum(one != other for one, other in pairwise(labels))
+    pairs = sum(n * (n - 1) for n in Counter(labels).values())
+    expected = (count - 1) - pairs / max(1, count)
+    return changes < expected / 2
+
+
 def caveats(
     reference: Reference,
     count: int,
@@ -347,8 +392,8 @@ def caveats(
 
     ``constant`` says for each Fréchet distance whether all images have the same features.
     """
+    found = [f"{reference.name}: {note}" for note in reference.notes]
     # Published numbers are of a certain count, on which FID and recall depend.
-    found = []
     expected = reference.protocol.get("sample_count")
     if expected is not None and count != expected:
         found.append(

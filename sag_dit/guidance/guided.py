@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,7 +47,16 @@ class Talk:
         """Answer the term's questions and note its next ones, or what it returns.
 
         A question of no branches is answered at once.
+
+        Raises:
+            ValueError: the method is no generator, or asks something that is no tuple of branches.
         """
+        name = f"{type(self.term).__name__}.contribution"
+        if not isinstance(self.asking, Generator):
+            raise ValueError(
+                f"{name} returned a {type(self.asking).__name__}: expected a generator, which asks "
+                f"by base, = yield (ask.base,) and returns its contribution"
+            )
         for branch, answer in zip(self.wants, answers or (), strict=True):
             for capture in branch.captures:
                 key = capture_key(*capture)
@@ -58,6 +67,12 @@ class Talk:
                 self.wants = self.asking.send(())
         except StopIteration as stop:
             self.wants, self.contribution = (), stop.value
+        asked: object = self.wants
+        if not isinstance(asked, tuple) or {*map(type, asked)} - {Branch}:
+            raise ValueError(
+                f"{name} asked a {type(asked).__name__}: expected a tuple of branches, such as "
+                f"(ask.base,)"
+            )
 
     def contribution_to(self, v: Images) -> Images:
         """Return what the term contributes.

@@ -38,13 +38,14 @@ class WeightsFile:
         path: the file.
         state: its tensors by name, without the prefixes of what was wrapped around the network.
         stated: the config that comes with it, perhaps empty.
-        args: the arguments of the training script, if the file holds them.
+        args: the arguments of the training script or of the network's class, as far as the file or
+            a config.json beside it tells them.
     """
 
     path: Path
     state: State
     stated: Mapping[str, Any] = field(default_factory=dict)
-    args: Any = None
+    args: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sag_dit.bounds import checked
 from sag_dit.files import atomic
 from sag_dit.identity import agree, written
+from sag_dit.untrusted import read_yaml
 
 CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class _Claimed:
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def claim(folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], what: str) -> None:
     """Make a folder belong to ``settings``, or find that it does.
 
     ``settings``, an identity, determines the results; ``config`` is the whole configuration; both
-    are written. A folder whose settings have former names of what has a key now is recognised.
+    are written, unless the folder is this one and cannot be written to. A folder whose settings
+    have former names of what has a key now is recognised.
 
     Raises:
         ValueError: the folder holds results of other settings; the differences are named.
@@ -32,6 +43,8 @@ def claim(folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], 
                 + "\n  ".join(differences)
                 + "\nChoose another out, leave out unset, or repeat the former settings"
             )
+        if not os.access(folder, os.W_OK):
+            return
     with atomic(file) as temporary:
         record = {"settings": written(settings), "config": dict(config)}
         temporary.write_text(
@@ -40,9 +53,15 @@ def claim(folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], 
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    """Return what a folder's ``config.yaml`` says; nothing if there is none."""
+    """Return what a folder's ``config.yaml`` says; nothing if there is none.
+
+    Raises:
+        ValueError: the file cannot be read, or is none of ours.
+    """
     file = folder / CONFIG
-    return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.exists() else {}
+    if not file.exists():
+        return {}
+    return dict(vars(checked(read_yaml(file), _Claimed, str(file), open=True)))
 
 
 def _by_path(values: object, prefix: str = "") -> dict[str, object]:

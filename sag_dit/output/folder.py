@@ -1,8 +1,8 @@
 """SampleFolder: where the images of one run lie, and what is still missing there.
 
 A folder belongs to one set of settings. Every file appears whole or not at all: it is written
-under another name and renamed. So an image that exists is finished, and nothing else has to be
-remembered to go on after an interruption.
+under another name and renamed. What an image was then stands in a journal, so that one which was
+emptied, cut or replaced since is found and drawn again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -23,13 +25,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from sag_dit.bounds import Natural
 from sag_dit.files import atomic
 from sag_dit.output.claim import CONFIG, claim
 from sag_dit.output.gallery import Pair
-from sag_dit.sampling import Drawn, Request
+from sag_dit.output.journal import Entry, Journal
+from sag_dit.sampling import Chosen, Drawn, Request
 from sag_dit.traces import AttentionView, StepView
+from sag_dit.untrusted import read_json_lines
 
 Pixels = NDArray[np.uint8]
+MANIFEST = "manifest.jsonl"
+"""The file that says what every image is; it appears once all are there."""
+ANY_SIZE = -1
+"""The size of an image that was finished before sizes were kept."""
 
 
 def write_arrays(file: Path, view: AttentionView) -> None:
@@ -116,6 +125,19 @@ def write_sheet(
 
 
 @dataclass(frozen=True)
+class Written:
+    """What a line of ``manifest.jsonl`` says of an image's file.
+
+    Example:
+        >>> Written(index=3, sha256="9f86").index
+        3
+    """
+
+    index: Natural
+    sha256: str
+
+
+@dataclass(frozen=True)
 class SampleFolder:
     """The files of one run by index, and its settings.
 
@@ -140,6 +162,11 @@ class SampleFolder:
         """Return the sheet of an image's attention; its arrays lie beside it."""
         return self.path / "attention" / f"{index:06d}.png"
 
+    @property
+    def writable(self) -> bool:
+        """Whether files can be written there."""
+        return os.access(self.path, os.W_OK)
+
     def claim(self, settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """Make the folder this run's own, or find that it is.
 
@@ -153,7 +180,7 @@ class SampleFolder:
         try:
             for folder in ("images", "unguided", "maps"):
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
-            if not os.access(self.path, os.W_OK):
+            if not self.writable and not (self.path / MANIFEST).exists():
                 raise PermissionError(f"no permission to write to {self.path}")
         except OSError as error:
             raise ValueError(
@@ -167,27 +194,72 @@ class SampleFolder:
             )
         claim(self.path, settings, config, "images")
 
+    @property
+    def journal(self) -> Journal:
+        """What the images were when they were written."""
+        return Journal(self.path)
+
     def missing(
-        self, requests: Sequence[Request], gallery: int, *, attention: bool = False
-    ) -> list[Request]:
-        """Return the requests of which something is not there.
+        self,
+        requests: Sequence[Request],
+        gallery: int,
+        *,
+        attention: bool = False,
+        verify: bool = False,
+        tell: Callable[[str], object] | None = None,
+    ) -> Sequence[Request]:
+        """Return the requests of which something is not there, or not as it was written.
 
         That is the image, for the first ``gallery`` the twin, and with ``attention`` its sheet.
-        """
-        images = {entry.name for entry in os.scandir(self.path / "images")}
-        return [
-            request
-            for request in requests
-            if self.image(request.index).name not in images
-            or (request.index < gallery and not self.twin(request.index).exists())
-            or (
-                attention and request.index < gallery and not self.attention(request.index).exists()
-            )
-        ]
+        Sizes are always compared, and hashes with ``verify``; ``tell`` is told of what differs.
 
-    def count(self) -> int:
-        """Return how many images are there."""
-        return sum(entry.name.endswith(".png") for entry in os.scandir(self.path / "images"))
+        Raises:
+            ValueError: a folder is where a file belongs.
+        """
+        begun, known = self.journal.begun(), self._known()
+        # What is whole, and what has changed since it was written.
+        whole: list[int] = []
+        changed: list[int] = []
+        for index, file in self._images(len(requests)):
+            entry = known.get(index)
+            written = not begun if entry is None else _is(file, entry, verify)
+            (whole if written and _size(file) else changed).append(index)
+        if changed and tell is not None:
+            first = self.image(min(changed)).name
+            tell(
+                f"{len(changed)} of {len(changed) + len(whole)} finished images are not what was "
+                f"written, the first is {first}; they are drawn again"
+            )
+        # For the gallery more belongs to an image.
+        lacking = {
+            index
+            for index in range(min(gallery, len(requests)))
+            if not _size(self.twin(index)) or (attention and not _size(self.attention(index)))
+        }
+        there = np.array(sorted(set(whole) - lacking), dtype=np.int64)
+        if len(there) < len(requests) and whole and not begun and self.writable:
+            # Images of a former version, which kept no journal: they are taken as they are.
+            hashes = {index: entry.sha256 for index, entry in known.items()}
+            sizes = {index: _size(file) for index, file in self._images(sys.maxsize)}
+            self.journal.keep({i: Entry(size, hashes.get(i)) for i, size in sizes.items() if size})
+        return Chosen.of(requests, there)
+
+    def _images(self, count: int) -> Iterator[tuple[int, Path]]:
+        """Yield what lies in the places of the first ``count`` images."""
+        for name in os.listdir(self.path / "images"):
+            stem, _, ending = name.partition(".")
+            if ending == "png" and stem.isdecimal() and stem.isascii() and int(stem) < count:
+                file = self.image(int(stem))
+                if file.name == name:
+                    yield int(stem), file
+
+    def _known(self) -> dict[int, Entry]:
+        """Return what is known of images; of those before there was a journal the hash alone."""
+        if self.journal.begun():
+            return self.journal.read()
+        manifest = self.path / MANIFEST
+        rows = read_json_lines(manifest, Written) if manifest.exists() else ()
+        return {row.index: Entry(ANY_SIZE, row.sha256) for row in rows}
 
     def write(self, drawn: Drawn) -> None:
         """Write a batch: first what belongs to the images, then the images, which mark completion.
@@ -208,8 +280,46 @@ class SampleFolder:
                 write_views(self.views(index), trace.steps)
         for index, twin in drawn.twins.items():
             write_png(self.twin(index), pixels(twin))
-        for index, image in shown.items():
-            write_png(self.image(index), pixels(image))
+        files = {index: _png(pixels(image)) for index, image in shown.items()}
+        self.journal.note(
+            {
+                index: Entry(len(file), hashlib.sha256(file).hexdigest())
+                for index, file in files.items()
+            }
+        )
+        for index, file in files.items():
+            with atomic(self.image(index)) as temporary:
+                temporary.write_bytes(file)
+
+
+def _size(file: Path) -> int | None:
+    """Return the size of a file, None if there is none.
+
+    Raises:
+        ValueError: it is a folder.
+    """
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    if stat.S_ISDIR(status.st_mode):
+        raise ValueError(
+            f"{file} is a folder, where an image belongs; take it away and repeat the command"
+        )
+    return status.st_size
+
+
+def _is(file: Path, entry: Entry, verify: bool) -> bool:
+    """Whether a file is what was written: by its size, and with ``verify`` by its hash."""
+    if entry.size not in (ANY_SIZE, _size(file)):
+        return False
+    return not verify or entry.sha256 in (None, file_sha256(file))
+
+
+def file_sha256(file: Path) -> str:
+    """Return the sha256 of what a file holds."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def pixels(image: UInt8[Tensor, "c h w"]) -> Pixels:
@@ -221,10 +331,17 @@ def pixels(image: UInt8[Tensor, "c h w"]) -> Pixels:
 def write_png(file: Path, image: Pixels) -> None:
     """Write an image (h, w, 1 or 3) as PNG, whole or not at all."""
     with atomic(file) as temporary:
-        # Level 1 is three times as fast as Pillow's default and 8 per cent larger.
-        Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(
-            temporary, format="PNG", compress_level=1
-        )
+        temporary.write_bytes(_png(image))
+
+
+def _png(image: Pixels) -> bytes:
+    """Return an image as the content of a PNG file."""
+    file = BytesIO()
+    # Level 1 is three times as fast as Pillow's default and 8 per cent larger.
+    Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(
+        file, format="PNG", compress_level=1
+    )
+    return file.getvalue()
 
 
 def read_png(file: Path) -> Pixels:
@@ -283,22 +400,45 @@ def read_views(file: Path) -> tuple[StepView, ...]:
 def write_manifest(
     folder: SampleFolder, requests: Sequence[Request], class_names: Sequence[str]
 ) -> Path:
-    """Write ``manifest.jsonl``: a line per image with index, seed, class, file and sha256."""
-    file = folder.path / "manifest.jsonl"
+    """Write ``manifest.jsonl``: a line per image with index, seed, class, file and sha256.
+
+    It is left as it is where nothing was drawn since.
+    """
+    file = folder.path / MANIFEST
+    journal = folder.journal
+    if not journal.merge() and _count_lines(file) == len(requests):
+        return file
+    # Hashes are those of what was written; images that are older than the journal are read.
+    known = journal.read()
+    for request in requests:
+        index = request.index
+        entry = known.get(index)
+        if entry is None or entry.sha256 is None:
+            image = folder.image(index)
+            known[index] = Entry(image.stat().st_size, file_sha256(image))
+    journal.keep(known)
     with atomic(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for request in requests:
-            image = folder.image(request.index)
             row = {
                 "index": request.index,
                 "seed": request.seed,
                 "stream": request.stream,
                 "label": request.label,
                 "class": class_names[request.label],
-                "file": image.relative_to(folder.path).as_posix(),
-                "sha256": hashlib.sha256(image.read_bytes()).hexdigest(),
+                "file": folder.image(request.index).relative_to(folder.path).as_posix(),
+                "sha256": known[request.index].sha256,
             }
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+        lines.flush()
+        os.fsync(lines.fileno())
     return file
+
+
+def _count_lines(file: Path) -> int:
+    if not file.exists():
+        return 0
+    with file.open("rb") as lines:
+        return sum(1 for _ in lines)
 
 
 def gallery_entries(

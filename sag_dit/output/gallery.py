@@ -25,6 +25,8 @@ from sag_dit.files import atomic
 if TYPE_CHECKING:
     from sag_dit.traces import StepView
 
+PAGE = "index.html"
+
 CELL = 128  # smaller images are enlarged in grid.png until their longer side has as many pixels
 _INK, _SOFT, _LINE = "#1b1b1f", "#6b6b73", "#dededa"
 # Pillow's own font knows little beyond ASCII; the others are looked for when a text needs them.
@@ -82,9 +84,9 @@ def write_gallery(
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / "grid.png") as temporary:
         temporary.write_bytes(grid.getvalue())
-    with atomic(folder / "index.html") as temporary:
+    with atomic(folder / PAGE) as temporary:
         temporary.write_bytes(page.encode("utf-8", "xmlcharrefreplace"))
-    return folder / "index.html"
+    return folder / PAGE
 
 
 def heat_colours(values: NDArray[np.floating]) -> NDArray[np.uint8]:

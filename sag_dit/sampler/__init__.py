@@ -1,6 +1,7 @@
 """Samplers: (denoise, x_T, grid, noise) -> an iterator of steps."""
 
-from sag_dit.sampler.base import Denoise, Sampler, SampleStep
+from sag_dit.process import Step
+from sag_dit.sampler.base import Denoise, Sampler, SampleStep, require_ddpm, steps_of
 from sag_dit.sampler.ddim import DDIM
 from sag_dit.sampler.ddpm import Ancestral
 from sag_dit.sampler.ode import EulerFlow, HeunFlow
@@ -17,6 +18,9 @@ __all__ = [
     "HeunFlow",
     "SampleStep",
     "Sampler",
+    "Step",
     "StridedDDIM",
     "auto",
+    "require_ddpm",
+    "steps_of",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
 from sag_dit.identity import name_of, without_later
@@ -57,8 +57,14 @@ class Sampler(ABC):
 
     def identity(self) -> dict[str, Any]:
         """Return the sampler as plain values, everything that its steps depend on."""
-        name = name_of(type(self), otherwise=type(self).__name__)
-        return {"name": name, **without_later(asdict(self), type(self))}  # type: ignore[call-overload]
+        kind: Any = type(self)
+        if not is_dataclass(kind):
+            raise ValueError(
+                f"{kind.__name__} is no dataclass: write @dataclass(frozen=True) above it, so that "
+                f"a folder of images can be told by the sampler's options"
+            )
+        options = {each.name: getattr(self, each.name) for each in fields(kind)}
+        return {"name": name_of(kind), **without_later(options, kind)}
 
     def check(self, process: Process, num_steps: int) -> None:
         """Refuse a process or a number of steps this sampler cannot take, before anything is drawn.

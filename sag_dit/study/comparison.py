@@ -221,6 +221,9 @@ def _result(measurements: Sequence[Measurement], records: Mapping[str, Record]) 
         # What was measured before may lack facts that are told today.
         named[each.identity] = replace(record, facts={**each.facts, **record.facts})
     result = combine(setting.name, setting.axes, named)
+    # What is known of the images themselves, whenever they were measured.
+    notes = (note for each in measurements for note in each.notes)
+    result = replace(result, warnings=list(dict.fromkeys((*result.warnings, *notes))))
     if setting.expected is None:
         return result
     told = [*setting.expected.deviations(result.facts), *setting.otherwise]

@@ -21,6 +21,7 @@ from sag_dit.checkpoints.zoo import vae_repository
 from sag_dit.data.requests import PendingRequests
 from sag_dit.evaluation.expected import Expected
 from sag_dit.evaluation.images import ImageBatch, ImageSet
+from sag_dit.evaluation.suite import class_by_class
 from sag_dit.guidance import Cost
 from sag_dit.identity import hashed, settings
 from sag_dit.output.folder import SampleFolder, pixels, read_png, write_manifest, write_png
@@ -101,6 +102,27 @@ class Measurement:
     def count(self) -> int:
         """How many images are measured."""
         return self.facts["count"]  # type: ignore[no-any-return]
+
+    @property
+    def notes(self) -> list[str]:
+        """What makes the numbers of these images less than comparable, a sentence each."""
+        if isinstance(self.images, ToDraw):
+            notes, labels = [], [request.label for request in self.images.requests]
+        else:
+            notes, labels = list(self.images.notes), self.images.labels or []
+        # Splits of the Inception Score are images in a row.
+        if "is" in self.setup.metrics and self.count > SPLIT_SIZE and class_by_class(labels):
+            notes.append(
+                f"is: the images come class by class, so a split of {SPLIT_SIZE:,} in a row has "
+                f"only some of the classes; the same images in a mixed order score higher"
+            )
+        return [f"{self.setting.name}: {note}" for note in notes]
+
+    @property
+    def kept_in(self) -> Path | None:
+        """The folder that drawn images are kept in, if they are."""
+        folder = self.images.folder if isinstance(self.images, ToDraw) else None
+        return None if folder is None else folder.path
 
     def lacking(self, record: Record | None) -> tuple[str, ...]:
         """Return the metrics that are still to be measured."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from sag_dit.evaluation.expected import Expected
 from sag_dit.files import atomic
+from sag_dit.untrusted import read_json_as
 
 Value = float | int | str | bool | None
 
@@ -30,12 +31,13 @@ class Metric:
     """How a metric is called, and whether more of it is better."""
 
     label: str
-    higher: bool
+    higher: bool | None
 
     @property
     def title(self) -> str:
         """The label with the direction of the better."""
-        return f"{self.label} {'↑' if self.higher else '↓'}"
+        arrow = {True: " ↑", False: " ↓", None: ""}[self.higher]
+        return f"{self.label}{arrow}"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,17 @@ class Record:
         )
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A record as it stands in its file, where a number that is not finite is null."""
+
+    metrics: Mapping[str, float | None]
+    spread: Mapping[str, float | None]
+    facts: Mapping[str, Any]
+    warnings: Sequence[str] = ()
+    seconds: float = 0.0
+
+
 def identity_of(determining: Mapping[str, Any], metrics: Iterable[str]) -> str:
     """Return the name under which numbers are kept: a hash of all that determines them."""
     named = sorted(FIRST_METRICS.intersection(metrics))
@@ -99,11 +112,9 @@ def read_record(folder: Path, identity: str) -> Record | None:
     if not file.exists():
         return None
     try:
-        return Record(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{file} cannot be read ({error}); delete it and repeat the command to measure again"
-        ) from error
+        return Record(**vars(read_json_as(file, _Kept)))
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it and repeat the command to measure again") from None
 
 
 def write_record(folder: Path, identity: str, record: Record) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from sag_dit.checkpoints import Model
 from sag_dit.checkpoints.zoo import WEIGHTS_FOLDER, local_folders
+from sag_dit.data.crop import WHITE
 from sag_dit.data.digits import CLASS_NAMES as DIGITS
 from sag_dit.data.patches import CLASS_NAMES as PATCHES
 from sag_dit.evaluation.features import FeatureExtractor, feature_networks
 from sag_dit.evaluation.reference import Reference, load_reference
-from sag_dit.evaluation.suite import GROUPS, METRICS, SMALL, Suite
+from sag_dit.evaluation.suite import GROUPS, METRICS, SMALL, Suite, metric_kind
 from sag_dit.study.results import Metric
 
 Shape = tuple[int, ...]
@@ -84,8 +85,8 @@ class Setup:
         """Return what the metrics are called with these features."""
         network = self.extractor.name
         return {
-            name: Metric(METRICS[name].label_with(network), METRICS[name].higher_is_better)
-            for name in self.metrics
+            name: Metric(kind.label_with(network), kind.higher_is_better)
+            for name, kind in zip(self.metrics, map(metric_kind, self.metrics), strict=True)
         }
 
 
@@ -108,13 +109,13 @@ def check_metrics(metrics: Sequence[str] | None) -> None:
         return
     if isinstance(metrics, str):
         raise ValueError(f"metrics={metrics}: expected a list, such as metrics=[{metrics}]")
-    unknown = [str(name) for name in metrics if name not in METRICS]
-    if unknown or not metrics:
-        what = ", ".join(unknown) if unknown else "[]"
+    if not metrics:
         raise ValueError(
-            f"metrics={what}: expected some of {', '.join(METRICS)}, or null for all that the "
-            f"features allow; FD-DINOv2 is fid with features=dinov2"
+            f"metrics=[]: expected some of {', '.join(METRICS)}, or null for all that the features "
+            f"allow; FD-DINOv2 is fid with features=dinov2"
         )
+    for name in metrics:
+        metric_kind(str(name))
 
 
 class Setups:
@@ -138,14 +139,16 @@ class Setups:
         *,
         features: FeatureExtractor | str | None = None,
         reference: str | None = None,
+        background: str = WHITE,
         metrics: Sequence[str] | None = None,
     ) -> Setup:
         """Return what to measure images like ``example``, uint8 (1, c, h, w), with.
 
         ``features`` is a network or the name of one of ``feature_networks()``, ``reference`` a
-        folder, an npz or a split such as digits:report, ``metrics`` some of ``METRICS``. What is
-        None is chosen by the images: a bundled model's own network and reference, else Inception
-        and ADM's file of ImageNet, and all metrics that are possible.
+        folder, an npz or a split such as digits:report, ``background`` the colour behind what is
+        transparent in its images, ``metrics`` some of ``METRICS``. What is None is chosen by the
+        images: a bundled model's own network and reference, else Inception and ADM's file of
+        ImageNet, and all metrics that are possible.
 
         Raises:
             ValueError: weights or a reference that cannot be found, images that the features cannot
@@ -159,7 +162,7 @@ class Setups:
             source = _located(reference)
         else:
             source = _default_reference(extractor.name, size, class_names)
-        known = self._reference(source, extractor)
+        known = self._reference(source, extractor, background)
         # One image tells what the network gives, which has to fit the reference.
         with torch.no_grad():
             seen = extractor(example.to(self._device))
@@ -169,7 +172,8 @@ class Setups:
                 f"{known.pool.mean.numel()}: expected the same; choose another reference"
             )
         # All metrics that both allow, or those that are asked for, if they do.
-        possible = [name for name, kind in METRICS.items() if kind.possible(seen, known)]
+        kinds = {**METRICS, **{name: metric_kind(name) for name in metrics or ()}}
+        possible = [name for name, kind in kinds.items() if kind.possible(seen, known)]
         wanted = possible if metrics is None else list(metrics)
         missing = [name for name in wanted if name not in possible]
         if missing:
@@ -195,11 +199,12 @@ class Setups:
             features = self._extractors[features]
         return features.eval().requires_grad_(False).to(self._device)
 
-    def _reference(self, source: str, extractor: FeatureExtractor) -> Reference:
-        key = json.dumps([source, extractor.name, dict(extractor.protocol)], default=str)
+    def _reference(self, source: str, extractor: FeatureExtractor, background: str) -> Reference:
+        read = [source, background, extractor.name, dict(extractor.protocol)]
+        key = json.dumps(read, default=str)
         if key not in self._references:
             try:
-                self._references[key] = load_reference(source, extractor)
+                self._references[key] = load_reference(source, extractor, background=background)
             except ValueError as error:
                 raise ValueError(f"reference={source}: {_without(source, str(error))}") from error
         return self._references[key]

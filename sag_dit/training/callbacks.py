@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
 
 from sag_dit.checkpoints import Model, build
-from sag_dit.evaluation.suite import METRICS, Suite
+from sag_dit.evaluation.suite import Suite, metric_kind
 from sag_dit.files import atomic
 from sag_dit.guidance import Term
 from sag_dit.sampling import Request, Settings, draw_batch, drawn, labels_of
@@ -285,5 +285,5 @@ class TrackMetrics(Callback):
 
 def best_by(metric: str, out: Path, every_n_steps: int) -> ModelCheckpoint:
     """Return a callback that keeps the checkpoint with the best value of a tracked metric."""
-    mode = "max" if METRICS[metric].higher_is_better else "min"
+    mode = "max" if metric_kind(metric).higher_is_better else "min"
     return best_checkpoint(out, f"metrics/{metric}", f"best-{metric}", mode, every_n_steps)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import re
 import secrets
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from io import StringIO
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 
-from sag_dit.files import atomic
+from sag_dit.files import atomic, writing
+from sag_dit.untrusted import csv_rows, read_text
 
 
 class CSVLog(Logger):
@@ -22,6 +26,9 @@ class CSVLog(Logger):
 
     ``first_step`` is the step at which the run goes on. Rows from there on, which a killed run had
     logged after its last checkpoint, are dropped, as they are going to be logged again.
+
+    Raises:
+        ValueError: there is a log that cannot be read.
 
     Example::
 
@@ -35,6 +42,8 @@ class CSVLog(Logger):
         self._file = Path(save_dir) / "logs" / "metrics.csv"
         self._first_step = first_step
         self._columns: list[str] | None = None
+        if self._file.exists():
+            self._rows()  # so that one that cannot be read is told before anything is trained
 
     @property
     def name(self) -> str:
@@ -59,7 +68,7 @@ class CSVLog(Logger):
         if new:
             self._columns += new
             self._rewrite(self._columns, self._rows())
-        with self._file.open("a", newline="", encoding="utf-8") as stream:
+        with writing(self._file), self._file.open("a", newline="", encoding="utf-8") as stream:
             csv.DictWriter(stream, self._columns).writerow(row)
 
     def _begin(self) -> list[str]:
@@ -71,8 +80,27 @@ class CSVLog(Logger):
         return columns
 
     def _rows(self) -> list[dict[str, str]]:
-        with self._file.open(newline="", encoding="utf-8") as stream:
-            return list(csv.DictReader(stream))
+        """Return the rows by their columns; a row may lack the last of them.
+
+        Raises:
+            ValueError: the file is no log; its line is named.
+        """
+        remedy = "move it away and repeat the command to go on with an empty log"
+        try:
+            reader = csv.reader(StringIO(read_text(self._file), newline=""))
+            header, *rows = [*csv_rows(reader, self._file)] or [["step"]]
+        except ValueError as error:
+            raise ValueError(f"{error}; {remedy}") from None
+        if "step" not in header:
+            raise ValueError(f"{self._file}, line 1: expected a column of steps; {remedy}")
+        for number, row in enumerate(rows, start=2):
+            step = dict(zip(header, row, strict=False)).get("step", "")
+            if len(row) > len(header) or not re.fullmatch(r"\d{1,15}", step):
+                raise ValueError(
+                    f"{self._file}, line {number}: step={step[:20]!r}: expected a row of "
+                    f"{len(header)} values with the number of its step; {remedy}"
+                )
+        return [dict(zip_longest(header, row, fillvalue="")) for row in rows]
 
     def _rewrite(self, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
         with (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import signal
 import warnings
@@ -17,28 +19,34 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed.tensor import DTensor
 
 from sag_dit.checkpoints import build, write_safetensors
+from sag_dit.checkpoints.export import Own, check_finite, not_finite
 from sag_dit.checkpoints.formats import merged
 from sag_dit.files import atomic
 from sag_dit.training.module import DiffusionModule
 
 FOLDER = "checkpoints"
+FINISHED = "finished.json"
+"""Tells which step a run's weights were exported at: with the newest checkpoint's, all is done."""
 KEPT = 2
-SIGTERM_EXIT = 128 + signal.SIGTERM
+TOLD_TO_STOP = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(SystemExit):
-    """Raised on every rank at the same step boundary after SIGTERM; its exit code is 143.
+    """Raised on every rank at the same step boundary after Ctrl-C or SIGTERM.
+
+    Its exit code is the shell's, 130 or 143, and ``told`` says how to go on.
 
     Example::
 
         try:
             trainer.fit(module, data)
         except Stopped as stop:
-            print(stop.code)
+            print(stop.code, stop.told)
     """
 
-    def __init__(self) -> None:
-        super().__init__(SIGTERM_EXIT)
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(128 + number)
+        self.told = f"saved at step {step}; repeat the command to go on"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -62,14 +70,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with atomic(file) as temporary, temporary.open("wb") as stream:
-                torch.save(checkpoint, stream)
-        except OSError as error:
-            raise OSError(
-                f"{file} could not be written ({error.strerror or error}). Earlier checkpoints are "
-                f"intact: make room, then repeat the command, and it goes on from there"
-            ) from error
+        with atomic(file) as temporary, temporary.open("wb") as stream:
+            torch.save(checkpoint, stream)
 
 
 def best_checkpoint(
@@ -93,18 +95,20 @@ def best_checkpoint(
 
 
 class LastCheckpoints(Checkpoint):
-    """Keeps the last two checkpoints, and stops all ranks at the same step after SIGTERM.
+    """Keeps the last two checkpoints, saves at every orderly end, and stops all ranks together.
 
     It keeps two, because a crash of the machine may truncate the newest. A checkpoint stands at the
     end of a step, never between accumulated gradients. If the step is followed by validation, the
     checkpoint is written after that, since a run that goes on from it does not validate again.
 
-    On SIGTERM the handler only sets a flag, because the step may be half finished. At the end of
-    the step all ranks save, and at the start of the next one they exit with 143, so that the
-    metrics of the step are still logged.
+    Orderly ends are the last step, a Trainer that is told to stop, as by ``max_time``, a loader
+    that fails, Ctrl-C and SIGTERM. On a signal the handler only sets a flag, because the step may
+    be half finished. At the end of the step all ranks save, and at the start of the next one they
+    exit with 130 or 143, so that the metrics of the step are still logged. A second Ctrl-C ends at
+    once.
 
     Raises:
-        ValueError: there is no room for a checkpoint.
+        ValueError: there is no room for a checkpoint, or a loader has failed.
 
     Example::
 
@@ -113,13 +117,20 @@ class LastCheckpoints(Checkpoint):
 
     def __init__(self, out: Path, every_n_steps: int) -> None:
         self._folder, self._every = out / FOLDER, every_n_steps
-        self._asked = self._stopping = self._due = False
-        self._previous: Any = None
+        self._signal = 0
+        self._ending = self._due = self._tells = False
+        self._stop: BaseException | None = None
+        self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handle SIGTERM in place of Lightning, and check that there is room for a checkpoint."""
-        self._previous = signal.signal(signal.SIGTERM, self._note)
+        """Handle signals in place of Lightning, and check that there is room for a checkpoint."""
+        self._previous = {each: signal.signal(each, self._note) for each in TOLD_TO_STOP}
+        if hasattr(signal, "SIGCHLD"):
+            # torch raises there when a loader's process is killed, in the middle of a step; without
+            # that the loader raises, when it is asked for the next batch.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._tells = trainer.is_global_zero
         if trainer.is_global_zero:
             for left in self._folder.glob(".*.tmp"):  # by a process that was killed while saving
                 left.unlink()
@@ -133,29 +144,63 @@ class LastCheckpoints(Checkpoint):
             )
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+        if number == self._signal == signal.SIGINT:
+            raise SystemExit(128 + number)
+        if number == signal.SIGINT and self._tells:
+            # Not by print, which may be what the signal has interrupted.
+            os.write(2, b"\nstopping at the end of this step; once more stops at once\n")
+        self._signal = number
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let ``max_time`` count anew at every start, so that the same command goes on."""
+        checkpoint.get("callbacks", {}).pop("Timer", None)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Stop, if the step before was the last."""
-        if self._stopping:
-            raise Stopped
+        if self._stop is not None:
+            raise self._stop
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Agree with the other ranks whether to stop, and save unless validation follows first."""
         loop = trainer.fit_loop.epoch_loop
+        failed = getattr(trainer.train_dataloader, "failure", None)
+        self._ending = self._ending or trainer.should_stop
+        # Between accumulated gradients nothing ends, unless there is no further batch.
+        trainer.should_stop = self._ending and not loop._should_accumulate()
         if loop._should_accumulate():
+            self._stop = failed
             return
-        self._stopping = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
-        self._due = self._stopping or trainer.global_step % self._every == 0
+        step = trainer.global_step
+        self._stop = self._agreed(trainer, failed)
+        is_last = self._ending or 0 < trainer.max_steps <= step
+        self._due = self._stop is not None or is_last or step % self._every == 0
         if trainer.fit_loop._data_fetcher is None or not loop._should_check_val_fx(
             trainer.fit_loop._data_fetcher
         ):
             self._save(trainer)
 
+    def _agreed(self, trainer: Trainer, failed: Exception | None) -> BaseException | None:
+        """Return what all ranks raise once they have saved, None if no rank has a reason to."""
+        own = failed is not None or self._signal > 0
+        if not trainer.strategy.reduce_boolean_decision(own, all=False):
+            return None
+        # A failure comes first, which names what to mend, on whichever rank it is.
+        reasons: list[int | str] = [str(failed) if failed else self._signal] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(reasons, reasons[0])
+        stopped = Stopped(
+            max(each for each in [0, *reasons] if isinstance(each, int)), trainer.global_step
+        )
+        failures = [each for each in reasons if isinstance(each, str)]
+        return ValueError(f"{failures[0]}; {stopped.told}") if failures else stopped
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save now if the step was due."""
+        """Save now if the step was due, or if it became the last one by what was found."""
+        self._due = self._due or trainer.should_stop
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
@@ -167,9 +212,9 @@ class LastCheckpoints(Checkpoint):
             trainer.strategy.remove_checkpoint(old)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give SIGTERM back to its former handler."""
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        """Give the signals back to their former handlers."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -180,6 +225,9 @@ def export_run(trainer: Trainer, module: DiffusionModule, out: Path) -> None:
     """Write the weights that are to be sampled with as safetensors; all ranks take part.
 
     Sharded weights are gathered one at a time; rank 0 writes.
+
+    Raises:
+        ValueError: weights are NaN or infinite; the newest checkpoint whose are not is named.
     """
     state = {}
     for name, tensor in module.evaluated.network.state_dict().items():
@@ -191,12 +239,40 @@ def export_run(trainer: Trainer, module: DiffusionModule, out: Path) -> None:
     description = module.model.description
     if "lora" in description:
         state = merged(state, description["lora"])
+    if not_finite(state):
+        check_finite(state, str(out), _last_good(out))
     denoiser = build(description)
     denoiser.network.load_state_dict(state)
     extra: dict[str, Any] = {
         key: description[key] for key in ("defaults", "vae") if key in description
     }
     write_safetensors(out, denoiser, extra)
+    with atomic(out / FINISHED) as temporary:
+        temporary.write_text(json.dumps({"step": trainer.global_step}), encoding="utf-8")
+
+
+def exported_step(out: Path) -> int | None:
+    """Return the step whose weights a run has exported last, None if it is not known."""
+    try:
+        step = json.loads((out / FINISHED).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) and (out / Own.weights).is_file() else None
+
+
+def _last_good(out: Path) -> str:
+    """Return what to do when the last weights are of no use."""
+    newest = sorted((out / FOLDER).glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
+    for checkpoint in reversed(newest):
+        state = (_read(checkpoint) or {}).get("state_dict", {})
+        if state and not not_finite(state):
+            return (
+                f"the newest checkpoint without is {checkpoint}: draw from it or go on "
+                f"from it by ckpt={checkpoint}, with a smaller optimizer.lr"
+            )
+    return (
+        "no checkpoint of this run is without such values: train anew, with a smaller optimizer.lr"
+    )
 
 
 def newest_checkpoint(out: Path, module: LightningModule) -> tuple[Path | None, int]:

@@ -7,14 +7,18 @@ import os
 import pickle
 import zipfile
 from argparse import Namespace
-from pathlib import Path
+from fractions import Fraction
+from pathlib import Path, PureWindowsPath
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from sag_dit.checkpoints import load
+from sag_dit.checkpoints.files import Unused, read_torch
 from sag_dit.models import DiT
+from tests.checkpoints.conftest import Same
 
 
 class Payload:
@@ -47,9 +51,43 @@ def test_malicious_pickle_is_refused_and_never_runs(
 
 
 def test_objects_of_other_classes_are_refused_by_name(tmp_path: Path) -> None:
-    torch.save({"ema": {}, "args": Namespace(root=Path("x"))}, tmp_path / "paths.pt")
-    with pytest.raises(ValueError, match=r"refused.*pathlib.*save its state dict alone"):
-        load(tmp_path / "paths.pt")
+    torch.save({"ema": {}, "args": Namespace(share=Fraction(1, 3))}, tmp_path / "share.pt")
+    with pytest.raises(ValueError, match=r"refused.*fractions.*save its state dict alone"):
+        load(tmp_path / "share.pt")
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        np.float64(3.5),
+        np.arange(6, dtype=np.int16).reshape(2, 3),
+        np.random.RandomState(0).get_state(),
+        Namespace(root=Path("/data"), pure=PureWindowsPath("C:/data")),
+        {"loss": np.float32(0.1), "log": [Path("a"), np.bool_(True)]},
+    ],
+    ids=["number", "array", "random state", "paths", "nested"],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_numpys_values_and_paths_beside_the_weights_are_no_obstacle(
+    pixel_dit: DiT, tmp_path: Path, same: Same, beside: object, zipped: bool
+) -> None:
+    value = {"model": {}, "ema": pixel_dit.state_dict(), "beside": beside}
+    torch.save(value, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    assert same(load(tmp_path / "x.pt").denoiser.network, pixel_dit)
+
+
+def test_numpys_own_types_are_never_built(tmp_path: Path) -> None:
+    """What a file says of an array's size is not believed, nor allocated."""
+    torch.save({"ema": {}, "huge": np.zeros(3)}, tmp_path / "huge.pt")
+    value = read_torch(tmp_path / "huge.pt")
+    assert type(value["huge"]) is Unused and not vars(value["huge"])
+
+
+def test_weights_as_arrays_are_named(pixel_dit: DiT, tmp_path: Path) -> None:
+    state = {name: value.numpy() for name, value in pixel_dit.state_dict().items()}
+    torch.save({"ema": state}, tmp_path / "arrays.pt")
+    with pytest.raises(ValueError, match=r"found pos_embed.* where tensors should be"):
+        load(tmp_path / "arrays.pt")
 
 
 @pytest.mark.parametrize("layout", ["zip", "old", "safetensors"])

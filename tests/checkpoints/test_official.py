@@ -173,6 +173,23 @@ def test_heads_can_be_given(make_dit: MakeDiT, tmp_path: Path, same: Same) -> No
     assert told.denoiser.process == DDPM("cosine", 1000) and told.denoiser.kind == "v"
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_flat_config_of_the_hubs_mixin_tells_the_heads(
+    make_dit: MakeDiT, tmp_path: Path, same: Same, name: str, whole: bool
+) -> None:
+    network, path = make_dit(in_channels=3), tmp_path / name
+    save_file(network.state_dict(), path) if "safe" in name else torch.save(
+        network.state_dict(), path
+    )
+    flat = {"num_heads": 4, "hidden_size": 48, "depth": 3, "qk_norm": False, "num_classes": 10}
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    assert same(load(tmp_path if whole else path).denoiser.network, network)
+    # Of another width, it is about something else.
+    (tmp_path / "config.json").write_text(json.dumps({**flat, "hidden_size": 768}))
+    assert not same(load(tmp_path if whole else path).denoiser.network, network)
+
+
 def test_stated_flow_is_of_kind_v(flat: Path) -> None:
     flat.with_suffix(".json").write_text('{"model": {}, "process": {"time_scale": 1000}}')
     model = load(flat)
@@ -259,4 +276,36 @@ def test_small_published_size_needs_no_telling(
     torch.save(network.state_dict(), tmp_path / "DiT-S-4.pt")
     model = load(tmp_path / "DiT-S-4.pt")
     assert same(model.denoiser.network, network)
-    assert model.name == "DiT-S-4" and caplog.records == []
+    assert model.name == "DiT-S-4" and "number of attention heads" not in caplog.text
+
+
+def guesses(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What loading has said it guesses, and forget it."""
+    said = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    return said
+
+
+def test_every_guess_is_told_once_and_its_remedy_ends_it(
+    flat: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(flat)
+    said = guesses(caplog)
+    assert len(said) == 3 and all("small.json beside it" in line for line in said)
+    for told in ("eps on DDPM's linear betas", "last is taken for the null", "number of attention"):
+        assert sum(told in line for line in said) == 1
+    stated = {"model": {"num_heads": 2, "num_classes": 11}, "process": {"schedule": "cosine"}}
+    flat.with_suffix(".json").write_text(json.dumps(stated))
+    model = load(flat)
+    assert guesses(caplog) == []
+    assert model.denoiser.process == DDPM("cosine") and model.denoiser.null(1) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+def test_quantised_weights_are_refused(pixel_dit: DiT, tmp_path: Path, dtype: torch.dtype) -> None:
+    state = pixel_dit.state_dict()
+    state["blocks.1.mlp.fc1.weight"] = torch.ones_like(state["blocks.1.mlp.fc1.weight"]).to(dtype)
+    torch.save(state, tmp_path / "quantised.pt")
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=rf"blocks\.1\.mlp\.fc1\.weight is {name}, as quantised"):
+        load(tmp_path / "quantised.pt")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from sag_dit import catalogue
 from sag_dit.checkpoints import build, describe, load
@@ -59,3 +63,57 @@ def test_its_training_script_says_what_is_predicted(
     assert (
         "start" not in describe(build({**describe(denoiser), "process": {"shift": 1.0}}))["process"]
     )
+
+
+@pytest.mark.parametrize("key", ["args", "hparams", "hyper_parameters", "config"])
+def test_arguments_may_be_a_dictionary(network: DiT, tmp_path: Path, key: str) -> None:
+    said = {"model": "SiT-S/2", "path_type": "Linear", "prediction": "noise", "num_heads": 1}
+    torch.save({"ema": network.state_dict(), key: said}, tmp_path / "0000200.pt")
+    denoiser: Any = load(tmp_path / "0000200.pt").denoiser
+    assert (denoiser.kind, denoiser.process) == ("eps", Flow(start=0.999))
+    assert denoiser.network.arguments["num_heads"] == 1
+
+
+@pytest.fixture
+def repa(make_dit: MakeDiT) -> tuple[DiT, dict[str, Tensor]]:
+    """A DiT of as many output channels as input's, and its weights with REPA's projectors."""
+    network = make_dit(in_channels=3, hidden_size=128, num_heads=2, depth=3, learn_sigma=False)
+    heads = {f"projectors.0.{i}.{kind}": torch.ones(8) for i in (0, 2, 4) for kind in ("weight",)}
+    return network, {**network.state_dict(), **heads}
+
+
+@pytest.mark.parametrize("packed", ["flat", "args", "older", "folder"])
+def test_repas_time_and_velocity_are_ours(
+    repa: tuple[DiT, dict[str, Tensor]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    packed: str,
+) -> None:
+    network, state = repa
+    path = tmp_path / "SiT-XL.pt"
+    said = {"model": "SiT-B/2", "path_type": "linear", "prediction": "v", "proj_coeff": 0.5}
+    if packed == "args":
+        torch.save({"model": {}, "ema": state, "args": Namespace(**said)}, path)
+    elif packed == "folder":
+        # As the hub's mixin leaves it.
+        flat = {"path_type": "linear", "num_heads": 2, "hidden_size": 128, "z_dims": [768]}
+        save_file(state, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps(flat))
+        path = tmp_path
+    else:
+        if packed == "older":
+            state = {name.replace("blocks.2", "decoder_blocks.0"): t for name, t in state.items()}
+        torch.save(state, path)
+    denoiser: Any = load(path).denoiser
+    assert (denoiser.kind, denoiser.process) == ("v", Flow())
+    assert "REPA's projectors, which serve training, are left out" in caplog.text
+    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    y, t = torch.tensor([1, 2, 10]), torch.tensor([0.1, 0.5, 0.97])
+    assert_near(denoiser(x, denoiser.process.level(t), y).v, network(x, t, y))
+
+
+def test_repas_other_path_is_refused(repa: tuple[DiT, dict[str, Tensor]], tmp_path: Path) -> None:
+    said = {"model": "SiT-B/2", "path_type": "cosine", "prediction": "v"}
+    torch.save({"ema": repa[1], "args": said}, tmp_path / "cosine.pt")
+    with pytest.raises(ValueError, match=r"path_type='cosine'.*expected path_type='linear'"):
+        load(tmp_path / "cosine.pt")

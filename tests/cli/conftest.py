@@ -120,9 +120,9 @@ def in_process(
         nonlocal rows
         rows, code = 0, 0
         capsys.readouterr()
-        module = {"sample": sample_command, "train": train_command}[name]
+        commands = {"sample": sample_command.run_sample, "train": train_command.run_train}
         try:
-            launch(name, module.run, arguments)
+            launch(name, commands[name], arguments)
         except SystemExit as stop:
             assert isinstance(stop.code, int)
             code = stop.code

@@ -123,3 +123,24 @@ def test_misuse(
 
 def test_the_folder_is_looked_at_before_the_weights(capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected a folder" in refused(capsys, "ckpt=nowhere.pt", "out=model.pt")
+
+
+@pytest.mark.parametrize("layout", ["dit", "safetensors"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_of_no_use_are_not_exported(
+    capsys: pytest.CaptureFixture[str],
+    here: Path,
+    save_official: SaveOfficial,
+    layout: str,
+    value: float,
+) -> None:
+    def spoil(state: dict[str, torch.Tensor]) -> None:
+        state["blocks.0.attn.proj.bias"][3] = value
+
+    ckpt = save_official(here / "diverged.pt", change=spoil)
+    told = refused(capsys, f"ckpt={ckpt}", f"format={layout}", "out=nowhere")
+    assert not Path("nowhere").exists()
+    assert "diverged: weights that are NaN or infinite" in told
+    assert "in blocks.0.attn.proj.bias; choose an earlier checkpoint" in told
+    # It can still be looked into.
+    assert not load(ckpt).class_conditional.network.blocks[0].attn.proj.bias.isfinite().all()

@@ -183,6 +183,7 @@ def test_photos_at_another_resolution(tiny: Path, in_process: Command, tmp_path:
     )
     assert outcome.code == 0, outcome.err
     assert "positions of 4 x 4 tokens: now 8 x 8" in outcome.out
+    assert "data: 6 images in 2 classes\n  classes  corgi (3), tabby (3)\n" in outcome.out
     folder = outcome.out.splitlines()[-1].removeprefix("run: ")
     # DiT's objective, since the checkpoint learned its variance.
     assert "train/vlb" in next(Path(folder).rglob("metrics.csv")).read_text()

@@ -22,7 +22,7 @@ DRAWING = ("ckpt=digits", "num_images=4000", "batch_size=4", "steps=50")
 TWO_RANKS = ("trainer.accelerator=cpu", "trainer.devices=2")
 
 
-def ranks_of(pid: int) -> list[int]:
+def ranks_of(pid: int, script: str = "sample.py") -> list[int]:
     """The ranks that a process has started, zombies left out; other programs come and go."""
     listed = subprocess.run(
         ["ps", "--ppid", str(pid), "-o", "pid=,stat=,args="],
@@ -31,7 +31,7 @@ def ranks_of(pid: int) -> list[int]:
         check=False,
     )
     rows = [line.split(maxsplit=2) for line in listed.stdout.splitlines()]
-    return [int(row[0]) for row in rows if row[1][0] != "Z" and "sample.py" in row[2]]
+    return [int(row[0]) for row in rows if row[1][0] != "Z" and script in row[2]]
 
 
 def alive(pid: int) -> bool:

@@ -26,7 +26,8 @@ def test_the_documented_dozen_lines_guide_a_run(
     (tmp_path / "my_guidance.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     command = next(line for line in PAGE.splitlines() if "my_guidance.Sharpen" in line)
-    arguments = command.split()[3:]
+    program, arguments = command.split()[:5], command.split()[5:]
+    assert program == ["python", "-m", "sag_dit", "sample", "sag_scale=0"]
     assert len(arguments) == 2
 
     outcome = sample("num_images=1", "sag_scale=0", *arguments)

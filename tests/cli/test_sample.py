@@ -44,6 +44,7 @@ def test_leaves_the_files_as_designed_and_nothing_else(
             "config.yaml",
             "grid.png",
             "index.html",
+            "journal.jsonl",
             "manifest.jsonl",
             "samples.npz",
             *(f"images/00000{i}.png" for i in range(3)),
@@ -58,7 +59,8 @@ def test_leaves_the_files_as_designed_and_nothing_else(
 
 def test_gallery_num_0_leaves_no_gallery(sample: Command, contents: Contents) -> None:
     outcome = sample("num_images=2", "gallery.num=0")
-    names = {"config.yaml", "manifest.jsonl", "images/000000.png", "images/000001.png"}
+    texts = {"config.yaml", "journal.jsonl", "manifest.jsonl"}
+    names = {*texts, "images/000000.png", "images/000001.png"}
     assert set(contents(outcome.folder())) == names
     assert "gallery" not in outcome.out
 

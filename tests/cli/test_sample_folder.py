@@ -20,6 +20,7 @@ from sag_dit.cli.composing import compose
 from sag_dit.cli.keys import Sample
 from sag_dit.cli.sample import Plan, make_plan
 from sag_dit.denoiser import ClassConditional
+from sag_dit.files import using
 
 Command = Callable[..., Any]
 Contents = Callable[[Path], dict[str, str]]
@@ -164,3 +165,56 @@ def test_the_folder_is_named_by_the_weights_not_by_where_they_lie(
     assert plan_of(same).folder.path == usual
     other = save_official(tmp_path / "tiny.pt", seed=1)
     assert plan_of(other).folder.path != usual
+
+
+def test_a_folder_in_use_is_refused_before_anything_is_drawn(
+    sample: Command, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    with using(out):
+        refused = sample("num_images=2", "out=run")
+    assert (refused.code, refused.evaluations) == (1, 0)
+    assert "another run is using this folder: run" in refused.err
+    assert sample("num_images=2", "out=run").code == 0
+    assert not (out / ".lock").exists()
+
+
+def test_a_finished_folder_that_cannot_be_written_to_succeeds(
+    sample: Command, contents: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = sample("num_images=2", "out=run", "gallery.num=1")
+    before = contents(tmp_path / "run")
+    access = os.access
+    # Root may write wherever it is.
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+        again = sample("num_images=2", "out=run", "gallery.num=1")
+        more = sample("num_images=3", "out=run", "gallery.num=1")
+    assert (again.code, again.evaluations) == (0, 0)
+    assert again.out == first.out
+    assert more.code == 1 and "1 images are missing, and nothing can be written" in more.err
+    assert contents(tmp_path / "run") == before
+
+
+def test_images_that_have_changed_are_drawn_again(
+    sample: Command, contents: Contents, tmp_path: Path
+) -> None:
+    arguments = ("num_images=5", "out=run", "gallery.num=2")
+    assert sample(*arguments).code == 0
+    before, images = contents(tmp_path / "run"), tmp_path / "run" / "images"
+    (images / "000001.png").write_bytes(b"")
+    (images / "000004.png").write_bytes((images / "000003.png").read_bytes()[:50])
+    again = sample(*arguments)
+    assert "2 of 5 finished images are not what was written" in again.out
+    assert contents(tmp_path / "run") == before
+    # Of the same size, so that the hash alone tells.
+    content = bytearray((images / "000000.png").read_bytes())
+    content[-20] ^= 1
+    (images / "000000.png").write_bytes(content)
+    assert sample(*arguments, "gallery.num=0").evaluations == 0
+    assert sample(*arguments, "verify=true").code == 0
+    after = contents(tmp_path / "run")
+    assert {k: v for k, v in after.items() if k != "config.yaml"} == {
+        k: v for k, v in before.items() if k != "config.yaml"
+    }

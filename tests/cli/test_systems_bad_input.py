@@ -152,7 +152,7 @@ VARIANTS = {
 def config_of(name: str) -> dict[str, Any]:
     """What is known of a published name's file, whose weights are not copied."""
     path = zoo.locate(name).path
-    return full_config(formats.read(path, ema=True), path)
+    return full_config(formats.read(path, ema=True))
 
 
 @pytest.mark.parametrize("held", VARIANTS)

@@ -15,6 +15,8 @@ import torch
 import yaml
 from PIL import Image
 
+from tests.data.making import image_folder
+
 Command = Callable[..., Any]
 Contents = Callable[[Path], dict[str, str]]
 
@@ -77,9 +79,44 @@ def test_the_same_command_again_trains_no_further(train: Command, contents: Cont
     before = contents(folder)["model.safetensors"]
     again = train()
     assert run_folder(again) == folder
+    assert "finished at step 4: nothing is left to train" in again.out
     assert again.evaluations == 0
     # The averaged weights, not the raw ones that training would go on with.
     assert contents(folder)["model.safetensors"] == before
+
+
+def test_a_run_shorter_than_its_intervals_goes_on_from_its_end(
+    train: Command, contents: Contents
+) -> None:
+    long = "every_n_steps.checkpoint=1000"
+    whole = contents(run_folder(train("out=whole", "max_steps=5", long)))
+    folder = run_folder(train("out=parts", "max_steps=3", long))
+    assert steps_of(folder) == 3
+    first = contents(folder)["model.safetensors"]
+    # Killed at step 5 before the weights were exported: those of step 3 do not count as done.
+    assert run_folder(train("out=parts", "max_steps=5", long)) == folder
+    (folder / "finished.json").write_text('{"step": 3}')
+    assert first != contents(folder)["model.safetensors"] == whole["model.safetensors"]
+    (folder / "model.safetensors").write_bytes(b"")
+    assert run_folder(train("out=parts", "max_steps=5", long)) == folder
+    assert contents(folder)["model.safetensors"] == whole["model.safetensors"]
+
+
+def test_a_schedule_that_ends_at_max_steps_is_not_prolonged(
+    train: Command, contents: Contents
+) -> None:
+    cosine = ("schedule=cosine", "schedule.num_warmup_steps=1", "out=run")
+    folder = run_folder(train(*cosine, "max_steps=2"))
+    before = contents(folder)
+    longer = train(*cosine, "max_steps=4")
+    assert longer.code == 1
+    assert "max_steps=4: the learning rate of the run in out=run follows from" in longer.err
+    assert "repeat max_steps=2, or choose another out" in longer.err
+    assert contents(folder) == before
+    assert train(*cosine, "max_steps=2").evaluations == 0
+    # The same holds for no other schedule.
+    assert train("schedule=warmup", "out=other", "max_steps=2").code == 0
+    assert train("schedule=warmup", "out=other", "max_steps=3").code == 0
 
 
 def logged(folder: Path) -> list[dict[str, str]]:
@@ -95,6 +132,7 @@ def test_a_run_goes_on_where_it_ended_weights_and_log(train: Command, contents: 
     whole = run_folder(train("out=whole", "max_steps=6", *options))
     first = run_folder(train("out=parts", "max_steps=3", *options))
     assert [row["step"] for row in logged(first)] == ["0", "1", "1", "2"]
+    (first / "checkpoints" / "step-00000003.ckpt").unlink()
     assert steps_of(first) == 2
     parts = run_folder(train("out=parts", "max_steps=6", *options))
     here, there = contents(parts), contents(whole)
@@ -140,10 +178,126 @@ def test_a_run_begun_before_there_was_a_warm_up_goes_on_without(
     # The same command as before, which did not state the key; and once more after that.
     for steps in (3, 4):
         assert run_folder(train(f"max_steps={steps}")) == begun
-        assert steps_of(begun) == 2 * (steps // 2)
+        assert steps_of(begun) == steps
         forget_warmup(begun)
     assert contents(begun)["model.safetensors"] == whole["model.safetensors"]
     assert contents(run_folder(train()))["model.safetensors"] == whole["model.safetensors"]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Class folders of four small images each, one of which is transparent."""
+    root = image_folder(tmp_path / "photos", side=8)
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(root / "cats" / "clear.png")
+    return root
+
+
+@pytest.fixture
+def train_on(in_process: Command, photos: Path) -> Command:
+    """``train.py`` with a small model of the photos, for four steps."""
+    small = (*SMALL[1:], "data.batch_size=4", "data.workers=0", "resolution=8", "patch_size=2")
+
+    def run(*arguments: str) -> Any:
+        return in_process("train", "experiment=folder", f"data.root={photos}", *small, *arguments)
+
+    return run
+
+
+def test_a_run_tells_of_its_data_at_the_start(train_on: Command, train: Command) -> None:
+    (photos,) = [out for out in train_on("max_steps=1").out.split("run: ") if "data: " in out]
+    assert photos.splitlines()[:2] == [
+        "data: 9 images in 2 classes",
+        "  classes  cats (5), dogs (4)",
+    ]
+    assert "note: 1 are transparent and laid over white" in photos
+    assert "data: 1,078 images in 10 classes, 719 held out" in train("max_steps=1").out
+
+
+def forget_background(folder: Path) -> None:
+    """Make a run look as versions without ``data.background`` left it."""
+    record = yaml.safe_load((folder / "config.yaml").read_text())
+    assert "background" not in record["settings"]["data"]
+    record["config"]["data"].pop("background", None)
+    (folder / "config.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
+
+
+def test_a_run_begun_before_there_was_a_background_keeps_its_reader(
+    train_on: Command, contents: Contents
+) -> None:
+    whole = contents(run_folder(train_on("out=whole", "data.background=null")))
+    begun = run_folder(train_on("data.background=null", "max_steps=2"))
+    # Its name is what the same run is called now, which is another one where that is taken.
+    fresh = run_folder(train_on("max_steps=2"))
+    assert fresh != begun
+    forget_background(begun)
+    assert run_folder(train_on()) == begun
+    weights = contents(begun)["model.safetensors"]
+    assert weights == whole["model.safetensors"]
+    assert weights != contents(run_folder(train_on("out=white")))["model.safetensors"]
+
+
+def renamed(photos: Path) -> None:
+    (photos / "cats").rename(photos / "kittens")
+
+
+def more(photos: Path) -> None:
+    Image.new("RGB", (8, 8)).save(photos / "cats" / "more.png")
+
+
+def larger(photos: Path) -> None:
+    Image.new("RGB", (80, 80), (1, 2, 3)).save(photos / "cats" / "clear.png")
+
+
+def another_class(photos: Path) -> None:
+    (photos / "birds").mkdir()
+    Image.new("RGB", (8, 8)).save(photos / "birds" / "0.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (renamed, "classes gone: cats (5 images); new classes: kittens (5 images)"),
+        (more, "images of cats: 5, now 6; 9 images in all, now 10"),
+        (larger, "as many images of each class, but of other names or sizes"),
+        (another_class, "new classes: birds (1 images); 9 images in all, now 10"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_data_unless_told_to(
+    change: Callable[[Path], None],
+    told: str,
+    train_on: Command,
+    photos: Path,
+    contents: Contents,
+) -> None:
+    folder = run_folder(train_on("max_steps=2"))
+    assert run_folder(train_on("max_steps=3")) == folder
+    before = contents(folder)
+    change(photos)
+    refused = train_on("max_steps=4")
+    assert refused.code == 1 and "Traceback" not in refused.err
+    assert f"the data has changed since the run began ({told})" in refused.err
+    assert {**contents(folder), "config.yaml": ""} == {**before, "config.yaml": ""}
+    if change is another_class:  # which the model does not have
+        assert "changed_data" not in refused.err
+        return
+    assert "changed_data=true" in refused.err
+    on_purpose = train_on("max_steps=4", "changed_data=true")
+    assert run_folder(on_purpose) == folder
+    assert f"({told}), on purpose" in on_purpose.out
+    # From then on the run is one of this data.
+    assert run_folder(train_on("max_steps=5")) == folder
+
+
+def test_a_run_of_before_is_taken_to_have_the_data_it_has(train_on: Command, photos: Path) -> None:
+    folder = run_folder(train_on("max_steps=2"))
+    (folder / "data.json").unlink()
+    more(photos)
+    assert run_folder(train_on("max_steps=3")) == folder
+    renamed(photos)
+    assert train_on("max_steps=4").code == 1
+    (folder / "data.json").write_text('{"images": 3}')
+    damaged = train_on("max_steps=4")
+    assert damaged.code == 1 and "data.json cannot be read" in damaged.err
 
 
 def test_misspelt_keys_and_experiments(train: Command) -> None:

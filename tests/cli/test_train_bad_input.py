@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sag_dit.files import atomic
+from sag_dit.files import atomic, using
 from sag_dit.training import resume
 from tests.data.making import image_folder, save_vae, truncate
 
@@ -101,13 +102,12 @@ def test_what_would_fail_late_is_refused_before_the_first_step(
     assert outcome.evaluations == 0
 
 
-def test_too_small_images_are_enlarged_unless_strict(
-    train: Command, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_too_small_images_are_enlarged_unless_strict(train: Command) -> None:
     refused = train("resolution=24", "data.strict=true")
     assert_refused(refused, "20 x 22 pixels", "24 or more", "strict=false")
-    assert train("resolution=24").code == 0
-    assert "8 of 8 images are smaller than 24 pixels and are enlarged" in caplog.text
+    enlarged = train("resolution=24")
+    assert enlarged.code == 0
+    assert "8 of 8 images are smaller than 24 pixels and are enlarged" in enlarged.out
 
 
 def test_a_corrupt_image_is_named_left_out_and_counted(
@@ -166,9 +166,53 @@ def test_a_full_disk_ends_training_and_leaves_the_last_checkpoint(
     assert torch.load(newest(tmp_path / "run"), weights_only=True)["global_step"] == 4
 
 
+def test_a_run_in_use_is_refused_and_a_finished_one_that_is_read_only_succeeds(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    with using(tmp_path / "run"):
+        outcome = train("out=run")
+    assert_refused(outcome, "another run is using this folder: run")
+    assert outcome.evaluations == 0
+    assert train("out=run").code == 0
+    before = sorted((each, each.stat().st_mtime_ns) for each in (tmp_path / "run").rglob("*"))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    again = train("out=run")
+    assert (again.code, again.evaluations) == (0, 0), again.err
+    # Nothing but the lock came and went.
+    after = sorted((each, each.stat().st_mtime_ns) for each in (tmp_path / "run").rglob("*"))
+    assert after == before
+
+
 def test_too_little_room_is_refused_before_the_first_step(
     train: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resume.shutil, "disk_usage", lambda folder: type("", (), {"free": 9}))
     outcome = train()
     assert_refused(outcome, "0.00 GB are free", "make room")
+
+
+def test_a_run_that_diverged_at_its_end_exports_nothing(train: Command, tmp_path: Path) -> None:
+    arguments = ("out=run", "every_n_steps.checkpoint=1", "optimizer.lr=1e30")
+    done = train(*arguments, "max_steps=1", "optimizer.weight_decay=1e10")
+    assert_refused(done, "run: weights that are NaN or infinite", "train anew, with a smaller")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert newest(tmp_path / "run").is_file()
+
+
+def test_the_last_good_checkpoint_is_named(
+    train: Command, in_process: Command, photos: Path, tmp_path: Path
+) -> None:
+    assert train("out=run", "every_n_steps.checkpoint=1", "max_steps=1").code == 0
+    checkpoint = newest(tmp_path / "run")
+    saved = torch.load(checkpoint, weights_only=True)
+    for name, tensor in saved["state_dict"].items():
+        if name.endswith("qkv.weight"):
+            tensor[0] = float("nan")
+    torch.save(saved, checkpoint.with_name("step-00000002.ckpt"))
+    told = resume._last_good(tmp_path / "run")
+    assert f"the newest checkpoint without is {checkpoint}: draw from it" in told
+    diverged = checkpoint.with_name("step-00000002.ckpt")
+    data = (f"data.root={photos}", "logger=none", "max_steps=1")
+    tuned = in_process("train", "experiment=finetune", f"ckpt={diverged}", *data)
+    assert_refused(tuned, f"ckpt={diverged}: weights that are NaN or infinite")

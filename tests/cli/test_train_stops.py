@@ -130,28 +130,48 @@ def test_killed_told_to_stop_and_truncated(tmp_path: Path) -> None:
     assert names == ["best-00000040.ckpt", "step-00000036.ckpt", "step-00000040.ckpt"]
 
 
+def photos(tmp_path: Path) -> tuple[str, ...]:
+    """Images as files, since loader processes serve those, and the arguments that take them."""
+    for index in range(24):
+        photo = tmp_path / "photos" / str(index % 2) / f"{index}.png"
+        photo.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (index * 10, 255 - index * 10, 0)).save(photo)
+    root = f"data.root={tmp_path / 'photos'}"
+    return ("data=folder", root, "data.size=8", "data.batch_size=8", "trainer.accelerator=cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_all_processes_are_told_to_stop(
+    tmp_path: Path, ranks: int, number: signal.Signals, code: int
+) -> None:
+    """As Ctrl-C and schedulers do: ranks, and the processes that read, are told as well."""
+    rarely = ("every_n_steps.checkpoint=1000000", "max_steps=1000000", "every_n_steps.log=1")
+    devices = (f"trainer.devices={ranks}", "data.workers=2")
+    process = start(tmp_path / "run", *photos(tmp_path), *rarely, *devices)
+    deadline = time.monotonic() + 120
+    log = tmp_path / "run" / "logs" / "metrics.csv"
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.exists() and len(log.read_text().splitlines()) > 5:
+            break
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == code, printed
+    assert "Traceback" not in printed and "error" not in printed
+    (saved,) = checkpoints(tmp_path / "run")
+    step = int(saved.stem.split("-")[1])
+    assert printed.count(f"stopped: saved at step {step}; repeat the command to go on") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 20), (2, 6)])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_many_kills_at_random_moments(tmp_path: Path, ranks: int, kills: int, workers: int) -> None:
-    """While starting, training and saving; a run that ends before it is killed begins anew.
-
-    The images are files here, since loader processes serve those.
-    """
-    for index in range(24):
-        photo = tmp_path / "photos" / str(index % 2) / f"{index}.png"
-        photo.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (16, 16), (index * 10, 255 - index * 10, 0)).save(photo)
-    arguments = (
-        "data=folder",
-        f"data.root={tmp_path / 'photos'}",
-        "data.size=8",
-        "data.batch_size=8",
-        f"data.workers={workers}",
-        f"trainer.devices={ranks}",
-        "trainer.accelerator=cpu",
-    )
+    """While starting, training and saving; a run that ends before it is killed begins anew."""
+    arguments = (*photos(tmp_path), f"data.workers={workers}", f"trainer.devices={ranks}")
     finish(tmp_path / "whole", *arguments)
     whole = weights(tmp_path / "whole")
     chance, killed, runs = random.Random(workers), 0, 0

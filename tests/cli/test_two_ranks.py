@@ -152,8 +152,18 @@ def test_a_rank_that_fails_fails_the_command_which_can_be_repeated(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["sample.py", "evaluate.py"])
-def test_two_ranks_leave_when_they_are_told(start: Command, tmp_path: Path, script: str) -> None:
-    """SIGTERM to the command alone, in the middle of drawing; no rank may outlive it."""
+@pytest.mark.parametrize(
+    ("tell", "number"),
+    [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGTERM), (os.killpg, signal.SIGINT)],
+)
+def test_two_ranks_leave_when_they_are_told(
+    start: Command,
+    tmp_path: Path,
+    script: str,
+    tell: Callable[[int, int], None],
+    number: signal.Signals,
+) -> None:
+    """To the command alone, or all as Ctrl-C does, while they draw; no rank may outlive it."""
     own = ("out=two",) if script == "sample.py" else ("keep=true", "compare=none", "out=results")
     many = ("ckpt=digits", "steps=50", "num_images=4000", "batch_size=4", *own, *TWO_RANKS)
     process = start(*many, script=script)
@@ -162,12 +172,15 @@ def test_two_ranks_leave_when_they_are_told(start: Command, tmp_path: Path, scri
         if len(list(tmp_path.rglob("images/*.png"))) >= 4:
             break
         time.sleep(0.05)
-    process.terminate()
+    tell(process.pid, number)
     try:
         # The pipes end when the last process that can write to them has ended.
         out, err = process.communicate(timeout=60)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    assert process.returncode == 143, out + err
+    assert process.returncode == 128 + number, out + err
+    told = "stopped: what is finished is kept; repeat the command to go on"
+    assert err.count(told) == 1
+    assert "Traceback" not in err
     assert 4 <= len(list(tmp_path.rglob("images/*.png"))) < 4000

@@ -13,8 +13,9 @@ import torch
 from benchmarks.emoji_data import CLASSES, Emoji, class_of, family, normal, parse, splits
 from sag_dit.codec import IdentityCodec
 from sag_dit.data import emoji as module
+from sag_dit.data.crop import read_crop
 from sag_dit.data.emoji import EmojiData, all_emoji, emoji, mirrorable, write_images
-from sag_dit.data.images import find_images, read_crop
+from sag_dit.data.images import find_images
 from tests.conftest import MakeDiT
 
 # The images that the bundled model is trained on, as Pillow decodes them.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from sag_dit.checkpoints import from_denoiser
 from sag_dit.codec import IdentityCodec, VAECodec
-from sag_dit.data.images import Crops, ImageFolderData, UnreadableImageError, find_images, read_crop
+from sag_dit.data import images
+from sag_dit.data.crop import UnreadableImageError, read_crop
+from sag_dit.data.images import Crops, ImageFolderData, find_images
 from sag_dit.data.training_batches import Batch
 from sag_dit.denoiser import ClassConditional
 from sag_dit.process import DDPM
@@ -47,6 +52,139 @@ def test_flat_folder_is_one_class(tmp_path: Path) -> None:
     assert found.class_names == ("photos",)
     assert found.names == ("00.jpg", "01.png", "02.png", "03.jpg")
     assert not found.labels.any()
+
+
+def test_images_that_are_not_read_are_named(tmp_path: Path) -> None:
+    root = image_folder(tmp_path)
+    for name in ("a.gif", "b.GIF", "c.JPE", "d.heic", "notes.txt", ".hidden.gif"):
+        (root / "cats" / name).write_bytes(b"")
+    (root / "dogs" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (root / "dogs" / "itself.png").symlink_to("itself.png")
+    os.mkfifo(root / "dogs" / "pipe.png")
+    (root / "dogs" / "linked.jpg").symlink_to(root / "dogs" / "01.png")
+    found = find_images(root)
+    assert len(found) == 9 and "dogs/linked.jpg" in found.names
+    assert {why: sorted(names) for why, names in found.left_out.items()} == {
+        ".gif is not read": ["cats/a.gif", "cats/b.GIF"],
+        ".jpe is not read": ["cats/c.JPE"],
+        ".heic is not read": ["cats/d.heic"],
+        "broken link": ["dogs/gone.png", "dogs/itself.png"],
+        "no file": ["dogs/pipe.png"],
+    }
+    # A folder of nothing else says so, and a training run needs none of them.
+    for image in (root / "cats").glob("0*"):
+        image.unlink()
+    with pytest.raises(ValueError, match=r"cats; .* left out are 2 \(\.gif is not read\): cats/"):
+        find_images(root)
+    data = ImageFolderData(root / "dogs", 16, 4, workers=0)
+    data.prepare_data()
+    assert len(steps(data, 3)) == 3
+
+
+def files_of(root: Path, *names: str) -> ImageFolderData:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(20, 24).save(root / name)
+    return ImageFolderData(root, 16, 1, workers=0)
+
+
+def test_report_tells_what_there_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = image_folder(tmp_path / "photos", each=3)
+    picture(12, 50).save(root / "dogs" / "small.png")
+    Image.new("LA", (20, 20)).save(root / "dogs" / "clear.png")
+    (root / "dogs" / "text.png").write_text("no image at all")
+    (root / "dogs" / "a.gif").write_bytes(b"")
+    data = ImageFolderData(root, 16, 2, workers=0, held_out=0.2, background="white")
+    held_out = int(data.held_out_images.sum())
+    assert data.report().splitlines() == [
+        f"data: {9 - held_out} images in 2 classes, {held_out} held out",
+        "  classes  cats (3), dogs (6)",
+        "  sizes    12 to 25 pixels wide, 20 to 50 high",
+        "  left out 1 (.gif is not read): dogs/a.gif",
+        "  left out 1 (cannot be decoded): dogs/text.png",
+        "  note: 1 are transparent and laid over white, the first is dogs/clear.png",
+        f"  note: 1 of 9 images are smaller than 16 pixels and are enlarged, the first is "
+        f"{root / 'dogs' / 'small.png'}",
+    ]
+    # What the report has told is not told again before the first step.
+    caplog.clear()
+    data.prepare_data()
+    assert not caplog.records
+
+
+def test_report_of_very_many_images_looks_at_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "CHECKED_UP_FRONT", 6)
+    monkeypatch.setattr(images, "LOOKED_AT", 3)
+    data = files_of(
+        tmp_path, *(f"class {number}/{place}.png" for number in range(7) for place in "ab")
+    )
+    assert data.report().splitlines()[1:] == [
+        f"  classes  {', '.join(f'class {n} (2)' for n in range(5))}, ... of 2 to 2 images each",
+        "  sizes    20 pixels wide, 24 high, of 3 of them",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "warning"),
+    [
+        (
+            [
+                f"{part}/{name}/{place}.png"
+                for part in ("train", "val")
+                for name in "ab"
+                for place in "01"
+            ],
+            r"every class folder \(train, val\) holds the same folders \(a, b\); .*=/.*/train$",
+        ),
+        (["train/a/0.png", "train/b/0.png"], r"every class folder \(train\) holds"),
+        (["a/0.png", "a/1.png", "b/0.png"], "1 classes have a single image: b"),
+        (["cat_0.png", "cat_1.png", "dog_0.png", "dog_1.png"], "as if of 2: cat, dog; if so"),
+        (["cat (1).png", "cat (2).png", "dog (10).png", "dog (2).png"], "as if of 2: cat, dog"),
+        (["n01440764_1.png", "n01440764_9.png", "n0152_1.png", "n0152_2.png"], "n01440764"),
+    ],
+)
+def test_report_warns_of_what_looks_like_other_classes(
+    names: list[str], warning: str, tmp_path: Path
+) -> None:
+    lines = files_of(tmp_path / "photos", *names).report().splitlines()
+    assert [line for line in lines if re.search(f"  warning: .*{warning}", line)], lines
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{name}/images/{place}.png" for name in "ab" for place in "01"],  # Tiny ImageNet's
+        ["IMG_0001.png", "IMG_0002.png"],
+        ["a/cat_0.png", "a/dog_0.png", "b/cat_1.png", "b/dog_1.png"],
+        ["sunset.png", "beach 2.png", "tree.png"],
+        ["one1.png", "two2.png", "three3.png"],
+    ],
+)
+def test_report_does_not_warn_of_what_is_usual(names: list[str], tmp_path: Path) -> None:
+    assert "warning" not in files_of(tmp_path, *names).report()
+
+
+@pytest.mark.parametrize("background", ["white", None])
+def test_transparent_images_are_read_over_the_background_and_told_of(
+    background: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = image_folder(tmp_path, ("a",))
+    Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(root / "a" / "clear.png")
+    data = ImageFolderData(root, 16, 5, flip=False, workers=0, background=background)
+    data.prepare_data()
+    (images, _) = steps(data, 1)[0]
+    colours = images.permute(0, 2, 3, 1).flatten(0, 2).unique(dim=0).tolist()
+    assert ([255, 255, 255] in colours, [255, 0, 0] in colours) == (
+        (True, False) if background else (False, True)
+    )
+    how = "laid over white" if background else "hidden colours show"
+    assert f"1 are transparent and {how}" in caplog.text.replace(
+        "read as before there was data.background: ", ""
+    )
+    with pytest.raises(ValueError, match="background=see-through: expected the name of a colour"):
+        ImageFolderData(root, 16, 4, background="see-through")
 
 
 @pytest.mark.parametrize(

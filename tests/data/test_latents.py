@@ -47,6 +47,26 @@ def test_every_image_is_found_in_its_shard(tmp_path: Path, dtype: torch.dtype) -
     assert data.class_names == ("even", "odd")
 
 
+def test_report_tells_what_was_left_out_when_encoding(tmp_path: Path) -> None:
+    root = latent_folder(tmp_path)
+    whole = ["data: 12 images in 2 classes", "  classes  even (6), odd (6)"]
+    assert LatentData(root, 4).report().splitlines() == whole
+    index = json.loads((root / INDEX).read_text())
+    index["shards"][1]["skipped"] = ["odd/a.png"]
+    (root / INDEX).write_text(json.dumps(index))
+    left_out = "  left out 1 (could not be decoded): odd/a.png"
+    assert LatentData(root, 4).report().splitlines() == [*whole, left_out]
+
+
+def test_fingerprint_follows_what_the_index_says(tmp_path: Path) -> None:
+    first, same, other = (
+        LatentData(latent_folder(tmp_path / str(number), std=std), 4).fingerprint()
+        for number, std in enumerate((0.5, 0.5, 0.25))
+    )
+    assert first == same and first["classes"] == {"even": 6, "odd": 6} and first["images"] == 12
+    assert {**other, "sha256": first["sha256"]} == first != other
+
+
 def test_empty_shards_are_passed_over(tmp_path: Path) -> None:
     data = LatentData(latent_folder(tmp_path, (0, 2, 0, 0, 3, 0)), 2)
     moments, _, _ = data.dataset.__getitems__(Batch(0, [4, 2, 1, 0], [False] * 4))
@@ -148,12 +168,12 @@ def scramble_header(root: Path) -> None:
     ("damage", "message"),
     [
         (lambda root: (root / INDEX).unlink(), r"no index\.json; expected a folder that encode"),
-        (lambda root: (root / INDEX).write_text("{"), r"index\.json: damaged"),
-        (lambda root: (root / INDEX).write_text("[]"), r"index\.json: damaged"),
+        (lambda root: (root / INDEX).write_text("{"), r"index\.json: expected a readable"),
+        (lambda root: (root / INDEX).write_text("[]"), r"index\.json: .* found a list"),
         (lambda root: change(root, format=9), "its format is 9, expected 1"),
         (lambda root: change(root, images=11), "it says 11 images, its shards 12"),
         (lambda root: change(root, counts=[6]), "2 classes, and counts of 1"),
-        (lambda root: change(root, dtype="int8"), "dtype int8"),
+        (lambda root: change(root, dtype="int8"), "dtype=int8: expected one of float16, float32"),
         (lambda root: change(root, shape=[2, 4, 3]), r"latents-00000.*damaged \(it holds"),
         (lambda root: change(root, flips=1), r"latents-00000.*damaged \(it holds"),
         (lambda root: change(root, dtype="float32"), r"latents-00000.*damaged \(it holds"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sag_dit.data.requests import PendingRequests, make_requests, read_requests
-from sag_dit.sampling import Request
+from sag_dit.sampling import Chosen, Request
 
 NAMES = ("tench", "goldfish", "great white shark")
 
@@ -30,12 +31,12 @@ NAMES = ("tench", "goldfish", "great white shark")
 )
 def test_class_rules(classes: list[int | str] | str | int | None, labels: list[int]) -> None:
     requests = make_requests(5, 7, classes, NAMES)
-    assert requests == [Request(i, 7, label, stream=i) for i, label in enumerate(labels)]
+    assert list(requests) == [Request(i, 7, label, stream=i) for i, label in enumerate(labels)]
 
 
 def test_random_classes_do_not_depend_on_the_count() -> None:
     many = make_requests(600, 0, "random", NAMES)
-    assert make_requests(10, 0, "random", NAMES) == many[:10]
+    assert list(make_requests(10, 0, "random", NAMES)) == list(many[:10])
     counts = np.bincount([request.label for request in many])
     assert counts.min() > 160  # 200 expected
     assert [r.label for r in make_requests(600, 1, "random", NAMES)] != [r.label for r in many]
@@ -146,3 +147,30 @@ def test_requests_stay_where_they_are() -> None:
     data = PendingRequests(batch, 1)
     assert data.transfer_batch_to_device(batch, torch.device("meta"), 0) is batch
     assert data.allow_zero_length_dataloader_with_multiple_devices
+
+
+@pytest.mark.parametrize("classes", [None, "random", [1]])
+def test_a_set_too_large_to_list_is_asked_piecewise(classes: Any) -> None:
+    many, few = (make_requests(count, 3, classes, NAMES) for count in (10**15, 30))
+    assert list(many[:30]) == list(few)
+    assert many[-1].index == 10**15 - 1
+    with pytest.raises(IndexError):
+        few[30]
+    # What is left of them, and every rank's share of it.
+    there = np.array([0, 1, 4, 5, 6, 29])
+    left = [request for request in few if request.index not in there]
+    assert list(Chosen.of(few, there)) == left
+    assert len(Chosen.of(few, there)) == len(left) == 24
+    huge = Chosen.of(many, there)
+    assert len(huge) == 10**15 - 6
+    assert [huge[i] for i in range(20)] == left[:20]
+    for rank in range(3):
+        assert list(Chosen.of(few, there)[rank::3]) == left[rank::3]
+        assert list(huge[rank::3][:5]) == left[rank::3][:5]
+
+
+def test_the_first_batch_of_a_huge_set_is_there_at_once() -> None:
+    requests = make_requests(10**15, 0, None, NAMES)
+    data = PendingRequests(Chosen.of(requests, np.array([0, 2])), batch_size=3)
+    batch = next(iter(data.predict_dataloader()))
+    assert [request.index for request in batch] == [1, 3, 4]

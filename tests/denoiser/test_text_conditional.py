@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -290,3 +291,47 @@ def test_the_cost_is_told_of_a_method_that_looks_at_the_condition(
     assert (cost.rounds, cost.rows) == ((1, 1), (3, 3))
     # The null prompt and the condition stay two questions.
     assert cost_of(denoiser, [CFG(2.0)], sampler, 2).rows == (2, 2)
+
+
+HARM = "from pathlib import Path\n\nPath({marker!r}).touch()\n\n\nclass {name}: ...\n"
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "stated", "told"),
+    [
+        ("scheduler", "evil.py", ["evil", "Evil"], r"scheduler is of \['evil', 'Evil'\]"),
+        ("scheduler", "diffusers.py", None, r"diffusers\.py: a model folder's own Python"),
+        ("tokenizer", "transformers.py", None, r"transformers\.py: a model folder's own Python"),
+        ("text_encoder", "", ["os", "system"], r"text_encoder is of \['os', 'system'\]"),
+        ("unet", "", ["diffusers", "DiffusionPipeline"], "unet is of .*DiffusionPipeline"),
+        ("unet", "", ["diffusers", ["a"]], "unet is of"),
+        ("text_encoder", "", ["transformers", "AutoModel"], "text_encoder is of .*AutoModel"),
+        ("text_encoder", "", [["transformers"], "T5EncoderModel"], "text_encoder is of"),
+        ("../outside", "", ["diffusers", "DDIMScheduler"], "is no part's name"),
+    ],
+    ids=str,
+)
+def test_a_folders_own_python_never_runs(
+    saved: Saved, tmp_path: Path, part: str, file: str, stated: Any, told: str
+) -> None:
+    folder, marker = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(saved("sd")[1], folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    if file:
+        name = (stated or index[part])[1]
+        (folder / part / file).write_text(HARM.format(marker=str(marker), name=name))
+    index[part] = stated or index[part]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=told):
+        load_text(folder, ["a corgi"], size=SIZE).denoiser.condition(["a corgi"], "cpu")  # type: ignore[arg-type]
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("key", ["auto_map", "attn_implementation"])
+def test_configs_that_name_code_are_refused(saved: Saved, tmp_path: Path, key: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(saved("sd")[1], folder)
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), key: "owner/repository"}))
+    with pytest.raises(ValueError, match=rf"config\.json: its {key} names code that would be run"):
+        load_text(folder, ["a corgi"], size=SIZE)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from benchmarks import classifiers
-from sag_dit.data.splits import read_split
+from sag_dit.data.splits import split
 from sag_dit.evaluation.classifier import KINDS, SmallClassifier, bundled_classifier, convolutions
 from sag_dit.evaluation.features import Features
 from sag_dit.evaluation.metrics import Statistics, frechet_distance
@@ -31,7 +31,7 @@ classifier = cache(bundled_classifier)
 
 @cache
 def seen(name: str, half: str) -> Features:
-    return classifier(name)(read_split(f"{name}:{half}")[0])
+    return classifier(name)(split(f"{name}:{half}")[0])
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -45,13 +45,13 @@ def test_the_weights_are_those_of_the_card(name: str) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_held_out_images_are_recognised(name: str) -> None:
-    hits = seen(name, "report").logits.argmax(1) == read_split(f"{name}:report")[1]
+    hits = seen(name, "report").logits.argmax(1) == split(f"{name}:report")[1]
     assert hits.double().mean() >= RECOGNISED[name]
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_features_are_few_and_those_described(name: str) -> None:
-    images = read_split(f"{name}:tune")[0][:5]
+    images = split(f"{name}:tune")[0][:5]
     model = classifier(name)
     features = model(images)
     maps = model.convolutions(images / 127.5 - 1)
@@ -66,7 +66,7 @@ def test_features_are_few_and_those_described(name: str) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_an_image_has_the_same_features_in_any_batch_and_nothing_is_trained(name: str) -> None:
-    images = read_split(f"{name}:tune")[0][:6]
+    images = split(f"{name}:tune")[0][:6]
     model = classifier(name)
     together = model.train()(images).pool
     alone = torch.cat([model(image[None]).pool for image in images])
@@ -81,7 +81,7 @@ def statistics(features: Tensor) -> Statistics:
 
 @pytest.mark.parametrize(("name", "factor"), [("digits", 4), ("patches", 1.3)])
 def test_a_slight_blur_is_farther_than_the_other_half(name: str, factor: float) -> None:
-    blurred = classifier(name)(gaussian_blur(read_split(f"{name}:report")[0], [5, 5], [0.5]))
+    blurred = classifier(name)(gaussian_blur(split(f"{name}:report")[0], [5, 5], [0.5]))
     for part in ("pool", "spatial"):
         tune, report, changed = (
             statistics(getattr(features, part))

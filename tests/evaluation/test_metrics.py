@@ -218,7 +218,19 @@ def test_memory_does_not_grow_with_images() -> None:
         metrics[0].update(tensor(IMAGES[start : start + 7]))
         metrics[1].update(tensor(LOGITS[start : start + 7]), torch.arange(start, start + 7))
     sizes = [sum(getattr(metric, name).numel() for name in metric._defaults) for metric in metrics]
-    assert sizes == [1 + 24 + 24**2, 12 + 2]
+    assert sizes == [1 + 24 + 24**2, 12 + 3]
+
+
+def test_memory_does_not_grow_with_the_greatest_index() -> None:
+    """Indices may be any numbers: a split that has no image takes no room."""
+    near, far = InceptionScore(100), InceptionScore(100)
+    near.update(tensor(LOGITS[:300]), torch.arange(300))
+    for number, start in ((2, 9 * 10**15), (0, 0), (1, 7 * 10**10)):  # in no order
+        chosen = slice(100 * number, 100 * number + 100)
+        far.update(tensor(LOGITS[chosen]), torch.arange(start, start + 100))
+    assert far.sums.shape == near.sums.shape
+    assert far.splits.tolist() == [0, 7 * 10**8, 9 * 10**13]
+    assert float(far.compute()) == pytest.approx(score(LOGITS[:300], 100), rel=1e-12)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

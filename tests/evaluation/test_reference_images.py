@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sag_dit.data.images import read_crop
+from sag_dit.data.crop import read_crop
 from sag_dit.evaluation.images import Source, open_images
 from tests.evaluation.making import pixels
 from tests.evaluation.test_reference import IMAGES, LABELS, nhwc, write_folder, write_npz
@@ -130,6 +131,42 @@ def test_one_image_in_colour_makes_the_set_one(tmp_path: Path, first: str) -> No
     for options in ({}, {"size": 8}):
         images, _ = read(tmp_path, **options)
         assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), np.stack(expected))
+
+
+def former_digest(folder: Path, channels: int) -> str:
+    """What sets were called before there was a background."""
+    total = hashlib.sha256(f"None {channels}".encode())
+    for file in sorted(folder.iterdir()):
+        total.update(f"{file.name}\n{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def test_sets_that_are_read_otherwise_have_another_digest(tmp_path: Path) -> None:
+    """So that numbers that were measured before are not taken for those of today."""
+    plain, clear, deep = (tmp_path / name for name in ("plain", "clear", "deep"))
+    for folder in (plain, clear, deep):
+        write_folder(folder, IMAGES[:3])
+    Image.new("LA", (8, 8), (40, 0)).save(clear / "000001.png")
+    Image.fromarray(np.full((8, 8), 40 * 257, np.uint16)).save(deep / "000001.png")
+    assert open_images(plain).digest() == former_digest(plain, 1)
+    digests = [
+        open_images(folder, background=each).digest()
+        for folder in (clear, deep)
+        for each in ("white", "black")
+    ]
+    assert len({*digests, former_digest(clear, 1), former_digest(deep, 1)}) == 6
+    assert read(clear)[0][1].unique().tolist() == [255]
+    assert read(deep)[0][1].unique().tolist() == [40]
+    # A background in colour makes colours of a grey set, one in grey does not.
+    assert open_images(clear, background="red").shape[0] == 3
+    assert open_images(plain, background="red").shape[0] == 1
+
+
+def test_files_that_are_not_read_are_noted(tmp_path: Path) -> None:
+    write_folder(tmp_path, IMAGES[:3])
+    assert not open_images(tmp_path).notes
+    (tmp_path / "moving.GIF").write_bytes(b"")
+    assert open_images(tmp_path).notes == ["left out are 1 (.gif is not read): moving.GIF"]
 
 
 def test_images_of_several_sizes_are_refused(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_a_subclass_is_another_method(denoiser: ClassConditional) -> None:
     class Solver(EulerFlow):
         pass
 
-    assert Solver().identity()["name"] == "Solver"
+    assert Solver().identity()["name"].endswith("a_subclass_is_another_method.<locals>.Solver")
 
 
 @pytest.mark.parametrize(("name", "value"), [("key", "sag"), ("former", SAG.former)])

@@ -65,7 +65,8 @@ def results(out: str) -> list[dict[str, float]]:
 
 
 def run(module: ModuleType, *arguments: str) -> None:
-    launch(module.__name__.rpartition(".")[2], module.run, list(arguments))
+    name = module.__name__.rpartition(".")[2]
+    launch(name, getattr(module, f"run_{name}"), list(arguments))
 
 
 def test_evaluate(mps: torch.device) -> None:

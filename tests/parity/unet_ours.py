@@ -39,7 +39,7 @@ def denoiser(name: str) -> ClassConditional:
         converted.state, (path,), {"model": converted.model, "process": net.process}
     )
     with torch.device("meta"):
-        model = config.build(loading.full_config(checkpoint, path))
+        model = config.build(loading.full_config(checkpoint))
     loading.fill(model.network, converted.state, path)
     return model.eval()
 

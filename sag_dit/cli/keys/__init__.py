@@ -205,6 +205,9 @@ class Sample(Guides):
     expected: Any = key("what an experiment of a paper published", absent=True)
     num_images: int = key("how many", least=1, words="n num_samples count")
     out: str | None = key("folder; null: outputs/sample/NAME-HASH", **OUT, words=OUT_WORDS)
+    verify: bool = key(
+        "true: read finished images, and draw those again that have changed", determines="nothing"
+    )
     npz: bool = key("also write samples.npz for the ADM evaluator", determines="nothing")
     gallery: SampleGallery = key("the page", determines="nothing")
     maps: bool = key("true: keep the attention of the gallery's images", determines="nothing")
@@ -267,6 +270,7 @@ class Evaluate(Guides):
     )
     seeds: int = key("draw each setting with so many seeds: mean and spread", least=1, most=10_000)
     reference: str | None = key("npz or folder; null: the model's own", text=True)
+    background: str = key("colour behind what is transparent in images on disk", text=True)
     metrics: list[str] | None = key(
         "list of fid, sfid, is, precision, recall; null: all there are", **METRICS
     )
@@ -326,6 +330,12 @@ class DataKeys:
     """Arguments of the data module."""
 
     root: str = key("folder", text=True)
+    background: str | None = key(
+        "colour behind what is transparent; null: as runs before there was this key",
+        text=True,
+        later=None,
+        unnamed=True,
+    )
     batch_size: int = key("images per step", least=1, most=2**20, words="bs")
     workers: int | None = key("processes that read", least=0, most=1024, determines="nothing")
 
@@ -460,6 +470,9 @@ class Train(Closed):
     kind: Literal["eps", "v", "x_0"] | None = key(
         "what the network puts out", words="prediction_type", by_checkpoint=True
     )
+    changed_data: bool = key(
+        "go on although the data has changed since the run began", determines="nothing"
+    )
     max_skipped: int = key(
         "stop after so many steps without finite gradients", least=1, determines="nothing"
     )
@@ -492,6 +505,9 @@ class EncodeData(Closed):
     root: str = key("class folders, or a flat folder of images", text=True)
     size: int = key("pixels along each side of the crop", **SIZE, words="resolution image_size")
     upright: bool = key("turn photos as noted; false: as ADM's loader")
+    background: str | None = key(
+        "colour behind what is transparent; null: as before there was this key", text=True
+    )
     strict: bool = key("an image that cannot be read is an error", determines="nothing")
 
 

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass, replace
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
+
+from sag_dit.bounds import MOST, Bounds, parts
 
 Determines = Literal["model", "pixels", "weights", "nothing"]
 
 UNSET = object()
-MOST = 10**9
-"""The greatest whole number that a key takes, unless it says otherwise."""
 
 
 @dataclass(frozen=True)
-class Key:
-    """What is known of a key beside its type.
+class Key(Bounds):
+    """What is known of a key beside its type and bounds.
 
     ``words`` are what other programs call it, with spaces between. ``text`` may hold anything, so
     that Hydra's grammar must not read it; so may ``names``, which may be numbers too. A text or a
-    list may be empty only if it is ``blank``. A whole number is at most :data:`MOST` unless
-    ``most`` says otherwise; an infinite one is meant only where ``most`` is infinite. ``absent``
+    list may be empty only if it is ``blank``. ``absent``
     keys come with a choice or an experiment; those that are ``added`` stand in no file, and are
     recorded where they are stated alone. ``later`` is the value that means what runs did before
     there was the key; the first name of a run's folder leaves out an ``unnamed`` one whatever its
@@ -34,20 +32,13 @@ class Key:
     """
 
     help: str
-    least: float | None = None
-    most: float | None = None
-    below: float | None = None
-    expected: str = ""
-    pattern: str = ""
-    length: int | None = None
-    refused: tuple[Any, ...] = ()
+    _: KW_ONLY
     words: str = ""
     determines: Determines | None = None
     text: bool = False
     names: bool = False
     blank: bool = False
-    folder: bool = False
-    exact: bool = False
+    most: float | None = MOST
     absent: bool = False
     added: bool = False
     later: Any = UNSET
@@ -102,12 +93,6 @@ def keys_of(schema: Any) -> dict[str, tuple[Any, Key]]:
     hints = get_type_hints(schema)
     declared = (each for each in fields(schema) if "key" in each.metadata)
     return {each.name: (hints[each.name], each.metadata["key"]) for each in declared}
-
-
-def parts(hint: Any) -> tuple[Any, ...]:
-    """Return the alternatives of a type."""
-    union = get_origin(hint) in (Union, types.UnionType)
-    return get_args(hint) if union else (hint,)
 
 
 def is_open(hint: Any) -> bool:

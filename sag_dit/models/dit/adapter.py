@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -47,8 +46,14 @@ TELLING = {
 HEAD_WIDTHS = (64, 72, 32, 16, 8)
 TABLE = "y_embedder.embedding_table.weight"
 POSITIONS = "pos_embed"
+PATCHES = "x_embedder.proj.weight"
 
 XL = {**SIZES["DiT-XL/2"], "in_channels": 4, "num_classes": 1000}
+ASSUMED_PROCESS = (
+    "%s: nothing tells how the model was trained; DiT's way is assumed, eps on DDPM's linear betas "
+    'of 1000 steps. If that is wrong, state {"model": {}, "process": ..., "kind": ...} in %s '
+    "beside it"
+)
 
 
 @register
@@ -93,10 +98,20 @@ class DiTFamily(Family):
         said = arguments_said(file.args, file.state)
         model = {**said["model"], **file.stated.get("model", {})}
         stated = {**said, **file.stated, **({"model": model} if model else {})}
-        prediction = None if "process" in stated else sit.prediction_of(file.path, file.args)
-        if prediction is None:
+        variant = None
+        if "process" not in stated:
+            variant = sit.variant_of(file.path, file.state, file.args)
+        if variant is None:
+            if "process" not in stated and not _known_training(file):
+                log.warning(ASSUMED_PROCESS, file.path, file.path.with_suffix(".json").name)
             return file.state, stated
-        state, known = sit.from_sit(file.state, prediction)
+        state, known = sit.from_sit(file.state, variant)
+        if len(state) < len(file.state):
+            log.warning(
+                "%s: taken for REPA's SiT, which predicts v on the straight line; REPA's "
+                "projectors, which serve training, are left out",
+                file.path,
+            )
         return state, {**known, **stated}
 
     def infer(
@@ -177,19 +192,28 @@ class DiTFamily(Family):
         return Refitted(state, kept, remade)
 
 
-def arguments_said(args: Any, state: State) -> dict[str, Any]:
-    """Return what the arguments of DiT's or SiT's official training script say."""
+def _known_training(file: WeightsFile) -> bool:
+    """Whether a file is of DiT's own training script, or has the published sizes."""
+    shapes = [tuple(file.state[name].shape[:2]) for name in (PATCHES, TABLE) if name in file.state]
+    published = shapes == [(XL["hidden_size"], XL["in_channels"]), (1001, XL["hidden_size"])]
+    return published or str(file.args.get("model", "")).startswith("DiT-")
+
+
+def arguments_said(args: Mapping[str, Any], state: State) -> dict[str, Any]:
+    """Return what the arguments of a training script, or of the network's class, say."""
     said: dict[str, Any] = {"model": {}}
-    if not isinstance(args, Namespace):
-        return said
-    size = SIZES.get(str(getattr(args, "model", "")).replace("SiT-", "DiT-"))
     proj = state.get("x_embedder.proj.weight")
-    if size and proj is not None and proj.shape[0] == size["hidden_size"]:
+    width = None if proj is None else proj.shape[0]
+    if args.get("hidden_size", width) != width:
+        return said
+    size = SIZES.get(str(args.get("model", "")).replace("SiT-", "DiT-"), {})
+    if size and size["hidden_size"] == width:
         said["model"]["num_heads"] = size["num_heads"]
-    if isinstance(getattr(args, "num_classes", None), int):
-        said["model"]["num_classes"] = args.num_classes
-    if proj is not None and proj.shape[1] == 4 and getattr(args, "vae", None) in ("ema", "mse"):
-        said["vae"] = args.vae
+    for name in ("num_heads", "num_classes"):
+        if type(args.get(name)) is int:
+            said["model"][name] = args[name]
+    if proj is not None and proj.shape[1] == 4 and args.get("vae") in ("ema", "mse"):
+        said["vae"] = args["vae"]
     return said
 
 
@@ -253,7 +277,7 @@ def model_config(
         "depth": depth,
         "mlp_ratio": mlp_ratio(hidden, shapes["blocks.0.mlp.fc1.weight"][0]),
         "learn_sigma": out_channels == 2 * channels,
-        **_labels(shapes["y_embedder.embedding_table.weight"][0], stated),
+        **_labels(shapes[TABLE][0], stated, path),
         **stated,
     }
     # What shapes leave open is found by other means.
@@ -266,9 +290,18 @@ def model_config(
     return inferred
 
 
-def _labels(rows: int, stated: Mapping[str, Any]) -> dict[str, Any]:
+def _labels(rows: int, stated: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return the number of classes, and whether labels were dropped in training."""
     classes = int(stated.get("num_classes", max(rows - 1, 1)))
+    if "num_classes" not in stated and rows not in (1, XL["num_classes"] + 1):
+        log.warning(
+            "%s: of the %d rows of the label table the last is taken for the null class; if there "
+            'is none, state {"model": {"num_classes": %d}} in %s beside it',
+            path,
+            rows,
+            rows,
+            path.with_suffix(".json").name,
+        )
     return {"num_classes": classes, "class_dropout_prob": 0.1 if rows > classes else 0.0}
 
 

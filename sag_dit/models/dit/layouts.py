@@ -22,8 +22,8 @@ DIFFUSERS_ARITHMETIC = (
     "diffusers' arithmetic differs: it divides the exponents of the time's frequencies by 127, "
     "where the published code has 128, and its default for a LayerNorm's eps is 1e-5, where this "
     "folder states the published 1e-6. So its predictions, and its images, are not those of the "
-    "source: on small random models they differ by 1 to 2 % at t=500 and by 2 to 3 % at t=999. "
-    "sag_dit reads this folder with the published constants"
+    "source; by how much depends on the weights. sag_dit reads this folder with the published "
+    "constants"
 )
 BETAS = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 """Our schedules by diffusers' names."""

@@ -442,6 +442,14 @@ def convert(
         known = {"input_size": variant.input_size, **variant.arguments}
         process = variant.process
         new_order = bool(stated.get(ORDER, variant.new_attention_order))
+    elif not classifier and "process" not in stated:
+        log.warning(
+            "%s: of no published size, and nothing tells how the model was trained; eps on DDPM's "
+            'linear betas of 1000 steps is assumed. If that is wrong, state "process" and "kind" '
+            "in %s beside it",
+            path,
+            path.with_suffix(".json").name,
+        )
     if any(own.get(name) for name in HEADS):
         known = {name: value for name, value in known.items() if name not in HEADS}
     model = {**known, **own}

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from sag_dit.codec import VAECodec
 from sag_dit.data import encoding
-from sag_dit.data.images import ImageFolderData, find_images, read_crop
+from sag_dit.data.crop import read_crop
+from sag_dit.data.images import ImageFolderData, find_images
 from sag_dit.data.latents import LatentData
 from sag_dit.data.shards import read_index
 from tests.cli.encode.conftest import SETTINGS, Contents, Encode, Start
@@ -86,6 +87,38 @@ def test_out_is_named_after_images_and_settings(command: Encode, photos: Path) -
     assert all(name.startswith(f"outputs/latents/{photos.name}-") for name in names)
     assert len(set(names)) == 2
     assert command(out="null").encoded == 0
+
+
+def test_a_background_has_a_folder_of_its_own_but_for_what_was_begun_before(
+    command: Encode, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = Path(shutil.copytree(photos, tmp_path / "photos"))
+    image = picture(20, 20).convert("RGBA")
+    image.putalpha(0)
+    image.save(root / "cats" / "clear.png")
+    before = command("data.background=null", out="null", root=root)
+    name = before.out.split()[1]
+    assert "background" not in json.loads(Path(name, "config.json").read_text())
+    # The command of before, which stated no background, finds what it left.
+    caplog.clear()
+    again = command(out="null", root=root)
+    assert (again.encoded, again.out.split()[1]) == (0, name)
+    assert "hidden colours show" in caplog.text and "clear.png" in caplog.text
+    fresh = command(out="fresh", root=root)
+    assert read_index(fresh.folder).config["background"] == "white"
+    assert not torch.equal(moments(fresh.folder), moments(Path(name)))
+    assert command("data.background=black", out="fresh", root=root).code == 1
+    # Names without the background go to the first that asks.
+    shutil.rmtree(name)
+    names = []
+    for colour in (*COLOURS, *COLOURS):
+        result = command(f"data.background={colour}", out="null", root=root)
+        names.append(result.out.split()[1])
+    assert names[0] == name and len(set(names[:3])) == 3 and names[3:] == names[:3]
+    assert result.encoded == 0
+
+
+COLOURS = ("white", "black", "#00ff00")
 
 
 def test_the_same_command_again_encodes_nothing(command: Encode, contents: Contents) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from sag_dit.files import using
 from tests.cli.encode.conftest import Contents, Encode
 from tests.data.making import picture, save_vae, truncate
 
@@ -82,3 +84,18 @@ def test_latents_that_half_precision_cannot_hold_are_told(command: Encode, tmp_p
     result = command(f"vae={loud}")
     assert result.code == 1 and "expected an undamaged autoencoder, and dtype=float32" in result.err
     assert command(f"vae={loud}", "dtype=float32", out="full").code == 0
+
+
+def test_a_folder_in_use_and_a_finished_one_that_is_read_only(
+    command: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    with using(tmp_path / "out"):
+        refused = command()
+    assert (refused.code, refused.encoded) == (1, 0)
+    assert "another run is using this folder: out" in refused.err
+    first = command()
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    again = command()
+    assert (again.code, again.encoded, again.out) == (0, 0, first.out)
+    assert command(out="other").code == 1

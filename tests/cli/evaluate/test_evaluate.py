@@ -22,15 +22,96 @@ from sag_dit.cli.composing import changed
 from sag_dit.cli.keys import Evaluate as Keys
 from sag_dit.cli.measurements import make_measurements
 from sag_dit.cli.rows import Configured
+from sag_dit.data.splits import split
 from sag_dit.evaluation.classifier import bundled_classifier
 from sag_dit.evaluation.reference import load_reference
 from sag_dit.evaluation.suite import Suite
 from sag_dit.guidance import CFG
+from sag_dit.study import measurement, setup
 from tests.cli.offline import records, staged_tables
 
 Evaluate = Callable[..., Any]
 CPU = torch.device("cpu")
 METRICS = ["fid", "sfid", "is", "precision", "recall"]
+
+
+@pytest.fixture
+def small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Inception Score is taken over splits of 100 images."""
+    for module in (setup, measurement):
+        monkeypatch.setattr(module, "SPLIT_SIZE", 100)
+
+
+def write_set(images: torch.Tensor, labels: torch.Tensor | None, file: Path) -> Path:
+    arrays = {} if labels is None else {"arr_1": labels.numpy()}
+    np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy(), **arrays)
+    return file
+
+
+def test_a_set_in_the_order_of_its_classes_says_so(
+    evaluate: Evaluate, small_splits: None, tmp_path: Path
+) -> None:
+    images, labels = split("digits:report")
+    mixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    order = labels.argsort(stable=True)
+    files = [
+        write_set(images[mixed], labels[mixed], tmp_path / "mixed.npz"),
+        write_set(images[order], labels[order], tmp_path / "ordered.npz"),
+        write_set(images[order], None, tmp_path / "unknown.npz"),
+        write_set(images[order][:100], labels[order][:100], tmp_path / "one split.npz"),
+    ]
+    names = ",".join(map(str, files))
+    command = (f"samples=[{names}]", "features=digits", "metrics=[is]", "trainer.accelerator=cpu")
+    outcome = evaluate(*command)
+    scores = [result["metrics"]["is"] for result in outcome.results]
+    assert scores[1] < 0.8 * scores[0]
+    told = [
+        any("come class by class" in warning for warning in result["warnings"])
+        for result in outcome.results
+    ]
+    assert told == [False, True, False, False]
+    assert "ordered.npz: is: the images come class by class" in outcome.out
+    assert "come class by class" in (outcome.folder / "index.html").read_text()
+    # Numbers that were measured before say so too.
+    for record in Path("outputs/evaluate/finished").glob("*.json"):
+        values = json.loads(record.read_text())
+        assert not any("class by class" in warning for warning in values["warnings"])
+    assert "come class by class" in evaluate(*command).out
+
+
+def test_images_that_are_drawn_class_by_class_say_so(
+    draw: Evaluate, small_splits: None, tmp_path: Path
+) -> None:
+    for name, labels in (
+        ("in turn", "0123456789" * 12),
+        ("ordered", "".join(c * 12 for c in "0123456789")),
+    ):
+        (tmp_path / f"{name}.csv").write_text("\n".join(f"{i},{c}" for i, c in enumerate(labels)))
+        outcome = draw(
+            f"requests={tmp_path / name}.csv",
+            "num_images=null",
+            "classes=null",
+            "compare=none",
+            "steps=1",
+        )
+        assert outcome.code == 0, outcome.err
+        assert ("come class by class" in outcome.out) == (name == "ordered")
+
+
+def test_a_set_over_another_background_is_another_set(evaluate: Evaluate, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for place, image in enumerate(split("digits:report")[0][:20, 0].numpy()):
+        alpha = Image.fromarray(np.full((8, 8), 255 * (place > 9), np.uint8))
+        Image.merge("LA", (Image.fromarray(image), alpha)).save(
+            tmp_path / "set" / f"{place:02d}.png"
+        )
+    (tmp_path / "set" / "more.gif").write_bytes(b"")
+    command = ("samples=set", "features=digits", "metrics=[fid]", "trainer.accelerator=cpu")
+    white, black = (evaluate(*command, f"background={each}") for each in ("white", "black"))
+    assert white.results[0]["metrics"] != black.results[0]["metrics"]
+    assert "left out are 1 (.gif is not read): more.gif" in white.out
+    refused = evaluate(*command, "background=see-through")
+    assert refused.code == 1 and "background=see-through: expected the name" in refused.err
 
 
 def test_the_table_of_a_model(draw: Evaluate) -> None:

@@ -1,0 +1,204 @@
+"""Reading one image file: made 8 bits, laid over a background, turned upright and cropped."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageColor, ImageOps
+
+PixelArray = NDArray[np.uint8]
+MODES = {1: "L", 3: "RGB"}
+DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+"""Pillow's modes of more than 8 bits: 16-bit and other whole numbers, and floats; all are grey."""
+GREY = ("1", "L", "LA", *DEEP)
+WHITE = "white"
+TRANSPARENT, MORE_BITS = "transparent", "of more than 8 bits"
+"""What of an image was read otherwise before there was a background."""
+
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
+"""Two tags of TIFF, and a value of the second."""
+
+
+class UnreadableImageError(ValueError):
+    """An image file that cannot be decoded; names the file and says why.
+
+    Example::
+
+        try:
+            pixels = read_crop(path, 256)
+        except UnreadableImageError as error:
+            print(error)
+    """
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Return the centre square of ``size`` pixels of an image whose short side is scaled to it.
+
+    The image is halved by a box filter while its short side is at least 2 ``size``, then scaled by
+    bicubic interpolation. A smaller image is enlarged.
+
+    Source: openai/guided-diffusion, image_datasets.py; facebookresearch/DiT trains on it.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    scaled = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(scaled, Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def read_crop(
+    path: Path,
+    size: int,
+    channels: int = 3,
+    upright: bool = True,
+    background: str | None = WHITE,
+) -> PixelArray:
+    """Read the centre crop of a file as pixels (channels, size, size), uint8.
+
+    ``upright`` turns photos as their camera noted; ADM's own loader ignores that note.
+    ``background`` is the colour behind what is transparent. With None the file is read as it was
+    before there was a background: transparency is dropped, so that the colours hidden by it show,
+    and more than 8 bits are clipped.
+
+    Raises:
+        UnreadableImageError: the file's content cannot be decoded, or has values without a scale.
+        OSError: the file cannot be read, which says nothing about its content.
+    """
+    return _decoded(path, channels, upright, background, lambda image: center_crop(image, size))
+
+
+def read_image(
+    path: Path, channels: int = 3, upright: bool = True, background: str | None = WHITE
+) -> PixelArray:
+    """Read a whole file as pixels (channels, height, width), uint8; see :func:`read_crop`.
+
+    Raises:
+        UnreadableImageError: the file's content cannot be decoded, or has values without a scale.
+        OSError: the file cannot be read, which says nothing about its content.
+    """
+    return _decoded(path, channels, upright, background, lambda image: image)
+
+
+def _decoded(
+    path: Path,
+    channels: int,
+    upright: bool,
+    background: str | None,
+    crop: Callable[[Image.Image], Image.Image],
+) -> PixelArray:
+    content = path.read_bytes()
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            turned = ImageOps.exif_transpose(image) if upright else image
+            if background is not None:
+                turned = _in_8_bits(turned, getattr(image, "tag_v2", {}), background)
+            pixels = np.asarray(crop(turned.convert(MODES[channels])))
+    except MemoryError:
+        raise
+    except UnreadableImageError as error:
+        raise UnreadableImageError(f"{path} {error}") from None
+    except Exception as error:  # decoders raise almost any type
+        raise UnreadableImageError(f"{path} cannot be decoded ({error!r})") from None
+    return np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1))
+
+
+def _in_8_bits(image: Image.Image, tags: Mapping[int, Any], background: str) -> Image.Image:
+    """Return an image without transparency, 8 bits a channel; ``tags`` are those of a TIFF."""
+    # A colour of the file that counts as transparent is one of its values before they are scaled.
+    hidden = image.info.get("transparency")
+    if image.mode in DEEP:
+        values, image = np.asarray(image), _scaled(image, tags)
+        if isinstance(hidden, int):
+            image.putalpha(Image.fromarray((values != hidden).astype(np.uint8) * 255))
+    elif isinstance(hidden, tuple) and max(hidden) > 255:
+        # Of colours of 16 bits Pillow has read the upper 8.
+        image.info["transparency"] = tuple(value >> 8 for value in hidden)
+    if not image.has_transparency_data:
+        return image
+    behind = Image.new("RGBA", image.size, background)
+    return Image.alpha_composite(behind, image.convert("RGBA")).convert("RGB")
+
+
+def _scaled(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
+    """Return a grey image of more than 8 bits, as mode L.
+
+    Raises:
+        UnreadableImageError: floats beyond 0 to 1, or whole numbers beyond 16 bits.
+    """
+    values = np.asarray(image)
+    white = 1 if image.mode == "F" else 4095 if tags.get(BITS_PER_SAMPLE) == (12,) else 65535
+    least, most = values.min(), values.max()
+    if not (least >= 0 and most <= white):  # NaN is neither
+        raise UnreadableImageError(
+            f"holds values from {least:g} to {most:g}: expected 0 to {white}, from black to white; "
+            f"save it with 8 bits"
+        )
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        values = white - values
+    return Image.fromarray(np.rint(values * np.float32(255 / white)).astype(np.uint8))
+
+
+class Header(NamedTuple):
+    """What an image file says of itself before its pixels.
+
+    ``unlike_before`` says what of it was read otherwise before there was a background, or nothing.
+
+    Example::
+
+        width, height, *_ = read_header(path)
+    """
+
+    width: int
+    height: int
+    grey: bool
+    unlike_before: str
+
+
+def read_header(path: Path) -> Header:
+    """Read what an image file says of itself; its pixels are not read.
+
+    Raises:
+        UnreadableImageError: it cannot be decoded.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as stream:
+        return header_of(stream, path)
+
+
+def header_of(stream: IO[bytes], path: Path) -> Header:
+    """Read a header from an open file; ``path`` is its name in errors.
+
+    Raises:
+        UnreadableImageError: it cannot be decoded.
+    """
+    try:
+        with Image.open(stream) as image:
+            transparent = TRANSPARENT if image.has_transparency_data else ""
+            unlike = MORE_BITS if image.mode in DEEP else transparent
+            return Header(*image.size, image.mode in GREY, unlike)
+    except Exception as error:  # decoders raise almost any type
+        raise UnreadableImageError(f"{path} cannot be decoded ({error!r})") from None
+
+
+def check_background(background: str | None) -> None:
+    """Check that a background is a colour that Pillow knows.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        opaque = background is None or len(ImageColor.getrgb(background)) == 3
+    except ValueError:
+        opaque = False
+    if not opaque:
+        raise ValueError(
+            f"background={background}: expected the name of a colour, such as white, or its parts "
+            f"as #rrggbb"
+        )

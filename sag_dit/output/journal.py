@@ -1,0 +1,128 @@
+"""Journal: what each image was when it was written, to tell later whether it still is."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from sag_dit.bounds import Natural, checked
+from sag_dit.files import atomic, writing
+from sag_dit.untrusted import parse_json
+
+LINE = 4_096
+"""Characters of a line that can be ours."""
+
+
+class Entry(NamedTuple):
+    """The size in bytes and the hash of a file; of files older than the journal it may be None."""
+
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A line of a journal.
+
+    Example:
+        >>> Noted(index=3, size=120, sha256=None).size
+        120
+    """
+
+    index: Natural
+    size: Natural
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What is known of a folder's images, by index.
+
+    While images are drawn, every process adds lines to a file of its own in ``journal/``: first the
+    line, then the image, so that an image without a line was not written by us. At the end these
+    become ``journal.jsonl``. A line that a crash has cut is passed over.
+
+    Example::
+
+        journal = Journal(Path("outputs/sample/digits-1f3a"))
+        journal.note({0: Entry(120, "9f86d081...")})
+        journal.merge()
+    """
+
+    folder: Path
+
+    @property
+    def _merged(self) -> Path:
+        return self.folder / "journal.jsonl"
+
+    @property
+    def _parts(self) -> list[Path]:
+        """The processes' files, the oldest first."""
+        found = (self.folder / "journal").glob("*.jsonl")
+        return sorted(found, key=lambda file: (file.stat().st_mtime_ns, file.name))
+
+    def begun(self) -> bool:
+        """Whether there is any journal; folders of former versions have none."""
+        return self._merged.exists() or bool(self._parts)
+
+    def note(self, entries: Mapping[int, Entry]) -> None:
+        """Add what this process is about to write."""
+        file = self.folder / "journal" / f"{socket.gethostname()}-{os.getpid()}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        with writing(file), file.open("a", encoding="utf-8") as stream:
+            stream.write(_lines(entries))
+
+    def length(self) -> int:
+        """Return a number that grows with every image, on whichever rank."""
+        return sum(file.stat().st_size for file in self._parts)
+
+    def read(self) -> dict[int, Entry]:
+        """Return all that is known; what was written last counts."""
+        known = _read(self._merged)
+        for part in self._parts:
+            known |= _read(part)
+        return known
+
+    def keep(self, entries: Mapping[int, Entry]) -> None:
+        """Write ``journal.jsonl``, and take away what the processes had left."""
+        parts = self._parts
+        with atomic(self._merged) as temporary, temporary.open("w", encoding="utf-8") as stream:
+            stream.write(_lines(dict(sorted(entries.items()))))
+            stream.flush()
+            os.fsync(stream.fileno())
+        for part in parts:
+            part.unlink()
+        if (self.folder / "journal").is_dir():
+            (self.folder / "journal").rmdir()
+
+    def merge(self) -> bool:
+        """Make one file of all; return whether there was anything new."""
+        new = bool(self._parts)
+        if new:
+            self.keep(self.read())
+        return new
+
+
+def _lines(entries: Mapping[int, Entry]) -> str:
+    rows = ({"index": index, **entry._asdict()} for index, entry in entries.items())
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _read(file: Path) -> dict[int, Entry]:
+    found = {}
+    try:
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            for line in iter(lambda: stream.readline(LINE), ""):
+                try:
+                    row = checked(parse_json(line, file), Noted, str(file))
+                except ValueError:
+                    continue
+                found[row.index] = Entry(row.size, row.sha256)
+    except FileNotFoundError:
+        return {}
+    return found

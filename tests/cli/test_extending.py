@@ -1,0 +1,72 @@
+"""docs/extending.md: its files are written and its commands are run, as a reader would."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sag_dit
+from sag_dit.study import compare
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+FILES = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL)
+COMMANDS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+QUICK = ("trainer.accelerator=cpu", "trainer.devices=1")
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, text in FILES:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("commands", COMMANDS, ids=["sampler", "metric", "data"])
+def test_its_commands_run(commands: str, files: Path) -> None:
+    for command in commands.splitlines():
+        program, *arguments = shlex.split(command)
+        assert program == "python"
+        done = subprocess.run(
+            [sys.executable, *arguments, *QUICK],
+            cwd=files,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == 0, (command, done.stderr)
+        if "evaluate" in arguments:
+            assert "brightness" in done.stdout
+
+
+def test_its_classes_are_used_from_python(files: Path) -> None:
+    import my_metric  # type: ignore[import-not-found]
+    import my_sampler  # type: ignore[import-not-found]
+
+    model = sag_dit.load("digits")
+    drawn = sag_dit.sample(model, [3, 7], sampler=my_sampler.Euler(), steps=3)
+    assert drawn.shape == (2, 1, 8, 8)
+    found = compare(
+        model,
+        {"none": []},
+        features=my_metric.Pixels(),
+        reference="digits:report",
+        metrics=["my_metric.BRIGHTNESS"],
+        num_images=20,
+        steps=3,
+    )
+    brightness = found["none"].metrics["my_metric.BRIGHTNESS"]
+    assert 0 < brightness < 1
+    # Neither direction is the better one.
+    assert "brightness" in str(found) and "brightness ↑" not in str(found)
