@@ -135,9 +135,14 @@ def choices(group: str) -> list[str]:
 
 def groups(command: str) -> list[str]:
     """Return the groups of configurations that a command takes."""
+    return [*default_choices(command)]
+
+
+def default_choices(command: str) -> dict[str, str | None]:
+    """Return what is chosen of each group of a command unless it is said."""
     stated = yaml.safe_load((config_folder() / f"{command}.yaml").read_text())["defaults"]
-    names = (next(iter(each)) for each in stated if isinstance(each, dict))
-    return [name for name in names if "override" not in name]
+    chosen = (item for each in stated if isinstance(each, dict) for item in each.items())
+    return {name: choice for name, choice in chosen if "override" not in name}
 
 
 def experiments(command: str) -> list[str]:
@@ -184,7 +189,7 @@ def _choice(command: str, argument: str, group: str, value: str) -> str | None:
     if value == "null":
         if group == "experiment":
             return None
-        empty = [each for each in found if _is_empty(group, each)]
+        empty = [each for each in found if is_empty(group, each)]
         if empty:
             return f"{group}={empty[0]}"
     name = value.strip("'\"")
@@ -201,7 +206,8 @@ def _choice(command: str, argument: str, group: str, value: str) -> str | None:
     )
 
 
-def _is_empty(group: str, choice: str) -> bool:
+def is_empty(group: str, choice: str) -> bool:
+    """Whether a choice of a group holds nothing."""
     return not yaml.safe_load((config_folder() / group / f"{choice}.yaml").read_text())
 
 
