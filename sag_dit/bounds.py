@@ -169,7 +169,7 @@ def _wanted(kind: Any, told: Bounds) -> str:
         # Of an annotation, what can be written.
         plain = [each for each in parts(first) if each in several or not told.lenient]
         what = " or ".join(several.get(each, "mappings") for each in plain)
-        return f"a list of {count}{what or 'values'}{_bounds(told)}"
+        return f"a list of {count}{what or 'values'}{_bounds(told) * ('number' in what)}"
     return "a mapping"
 
 

@@ -44,18 +44,16 @@ def make_rows(config: Evaluate, choices: Sequence[Choice] | None) -> list[Config
         listed = config.samples if isinstance(config.samples, list) else [config.samples]
         gone = [each for each in listed if each and not Path(each).expanduser().exists()]
         given = f"samples={shown(config.samples)} and ckpt={config.ckpt}: "
-        given += f"there is no {gone[0]}, and " if gone else ""
         raise ValueError(
             ("" if config.samples is None else given)
             + "expected one of samples=FOLDER (or an npz, or [several]), to measure what is drawn, "
             "and ckpt=MODEL, to measure while drawing, such as ckpt=digits"
+            + (f"; there is no {gone[0]}" if gone else "")
         )
     if choices is not None:
         rows = _swept(choices)
     elif config.samples is not None:
         sources = config.samples if isinstance(config.samples, list) else [config.samples]
-        if not sources:
-            raise ValueError("samples=[]: expected at least one folder or npz")
         rows = [
             Configured(source, place, {}, config, source) for place, source in enumerate(sources)
         ]

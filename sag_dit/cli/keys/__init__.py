@@ -263,7 +263,9 @@ class Evaluate(Guides):
         "resume": "repeat the command: what is measured is not measured again"
     }
     samples: str | list[str] | None = key(
-        "images on disk: a folder, an npz, or [several]", text=True
+        "images on disk: a folder, an npz, or [several]",
+        text=True,
+        expected="at least one folder or npz",
     )
     num_images: int | None = key(
         "null: 300 where drawn, all on disk", least=1, words="n num_samples count"
