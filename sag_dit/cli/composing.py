@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sag_dit.bounds import Bounds, fit, shown, wanted
 from sag_dit.cli.keys.key import Closed, substituted
 from sag_dit.cli.schema import check, free_text, nearest
+from sag_dit.cli.signatures import names_taken
 from sag_dit.methods import guidance_defaults, scales
 
 QUOTATION = re.compile(r"""(['"])(\\.|(?!\1|\\).)*\1""", re.DOTALL)
@@ -142,7 +143,7 @@ def drop_strangers(config: DictConfig, arguments: Sequence[str]) -> None:
     stated = {argument.partition("=")[0].lstrip("+") for argument in arguments}
     for path in own_targets(arguments):
         node = OmegaConf.select(config, path)
-        takes = arguments_of(str(node["_target_"]))
+        takes = names_taken(str(node["_target_"])) or arguments_of(str(node["_target_"]))
         kept = {*stated, *(f"{path}.{name}" for name in takes or node)}
         with open_dict(node):
             for name in map(str, list(node)):
@@ -367,10 +368,11 @@ def refuse_strangers(path: str, targets: Sequence[str], names: Iterable[str]) ->
     """
     takes: set[str] = set()
     for target in targets:
-        own = arguments_of(target)
+        # An import takes seconds, a file that tells the same does not.
+        own = names_taken(target) or arguments_of(target)
         if own is None:
             return
-        takes |= own.keys()
+        takes |= set(own)
     for name in names:
         if targets and name not in takes and not name.startswith("_"):
             told = f"{' and '.join(targets)} take{'s' * (len(targets) == 1)}"
