@@ -19,6 +19,8 @@ Schema = TypeVar("Schema")
 
 SHOWN = 60
 """Characters of a wrong value that an error shows."""
+MOST = 10**9
+"""The greatest number that is meant where nothing tells what could be."""
 LISTS: tuple[type, ...] = (list, tuple, Sequence)
 MAPPINGS: tuple[type, ...] = (dict, Mapping)
 
@@ -28,6 +30,8 @@ class Bounds:
     """What is allowed beside a type; of a list, what its values have to be.
 
     ``exact`` refuses whole numbers that are written as floats, ``folder`` the root of all folders.
+    What is not ``blank`` is a text or a list that is not empty. ``lenient`` is of annotations that
+    were not written as a schema: infinite numbers are numbers, and a class takes anything.
     ``expected`` is said in place of the words that follow from type and bounds.
     """
 
@@ -40,6 +44,8 @@ class Bounds:
     refused: tuple[Any, ...] = ()
     folder: bool = False
     exact: bool = False
+    blank: bool = True
+    lenient: bool = False
 
 
 ANY = Bounds()
@@ -67,7 +73,8 @@ def shown(value: Any) -> str:
 
 def fit(value: Any, hint: Any, told: Bounds = ANY) -> tuple[bool, Any]:
     """Return whether a value is of a type and within bounds, and the value as it is used."""
-    for kind in parts(hint):
+    # Of a number that may be whole or not, the one that it is.
+    for kind in sorted(parts(hint), key=lambda kind: kind is not type(value)):
         fits, plain = _fit(value, kind, told)
         if fits:
             return True, plain
@@ -89,9 +96,11 @@ def _fit(value: Any, kind: Any, told: Bounds) -> tuple[bool, Any]:
     if kind is str:
         if not isinstance(value, str) or (told.folder and Path(value).resolve() == Path("/")):
             return False, value
+        if not value and not told.blank:
+            return False, value
         return not told.pattern or re.fullmatch(told.pattern, value) is not None, value
     if origin is Literal:
-        return isinstance(value, str) and value in inner, value
+        return (type(value), value) in [(type(each), each) for each in inner], value
     if origin in LISTS:
         return _fit_list(value, kind, told)
     if origin in MAPPINGS:
@@ -100,27 +109,28 @@ def _fit(value: Any, kind: Any, told: Bounds) -> tuple[bool, Any]:
         found = {name: fit(each, inner[1], told) for name, each in value.items()}
         named = all(isinstance(name, str) for name in value)
         return named and all(fits for fits, _ in found.values()), value
-    return False, value
+    return told.lenient, value
 
 
 def _fit_list(value: Any, kind: Any, told: Bounds) -> tuple[bool, Any]:
     """Fit a list; one that is to be a tuple becomes one."""
     origin, inner = get_origin(kind), get_args(kind)
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, (list, tuple)) or not (value or told.blank):
         return False, value
     counted = told.length is None or len(value) == told.length
     if origin is not tuple or inner[-1] is Ellipsis:
         inner = inner[:1] * len(value)
     found = [fit(*each, told) for each in zip(value, inner, strict=False)]
     good = counted and len(inner) == len(value) and all(fits for fits, _ in found)
-    return good, tuple(each for _, each in found) if good and origin is tuple else value
+    used = [each for _, each in found]
+    return good, value if not good else tuple(used) if origin is tuple else used
 
 
 def _fit_number(value: Any, kind: type, told: Bounds) -> tuple[bool, Any]:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False, value
     if isinstance(value, float) and not math.isfinite(value):
-        return False, value
+        return told.lenient and kind is float and not math.isnan(value), value
     if kind is int and isinstance(value, float):
         if told.exact or not value.is_integer():
             return False, value
@@ -150,13 +160,16 @@ def _wanted(kind: Any, told: Bounds) -> str:
     if kind is str:
         return "a folder of its own" if told.folder else "text"
     if origin is Literal:
-        return f"one of {', '.join(inner)}"
+        return f"one of {', '.join(map(str, inner))}"
     if origin in LISTS:
         several = {int: "whole numbers", float: "numbers", str: "names"}
         first = get_args(inner[0])[0] if get_origin(inner[0]) is Annotated else inner[0]
-        count = f"{len(inner)} " if origin is tuple and inner[-1] is not Ellipsis else ""
-        what = " or ".join(several.get(each, "mappings") for each in parts(first))
-        return f"a list of {count}{what}"
+        fixed = len(inner) if origin is tuple and inner[-1] is not Ellipsis else told.length
+        count = "" if fixed is None else f"{fixed} "
+        # Of an annotation, what can be written.
+        plain = [each for each in parts(first) if each in several or not told.lenient]
+        what = " or ".join(several.get(each, "mappings") for each in plain)
+        return f"a list of {count}{what or 'values'}{_bounds(told) * ('number' in what)}"
     return "a mapping"
 
 
@@ -164,9 +177,12 @@ def _bounds(told: Bounds) -> str:
     least = "" if told.least is None else f"{told.least:,}"
     if told.below is not None:
         return f", {least} to less than {told.below:,}"
-    if told.most is not None:
-        return f", {least} to {'2^64 - 1' if told.most == 2**64 - 1 else f'{told.most:,}'}"
-    return f", {least} or more" if least else ""
+    if told.most is None:
+        return f", {least} or more" if least else ""
+    most = "2^64 - 1" if told.most == 2**64 - 1 else f"{told.most:,}"
+    if told.most == MOST:
+        return f", {least} or more, at most {most}" if least else f", at most {most}"
+    return f", {least} to {most}"
 
 
 @cache

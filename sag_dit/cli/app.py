@@ -16,7 +16,6 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -31,7 +30,15 @@ from sag_dit.cli.composing import (
 from sag_dit.cli.help import help_text
 from sag_dit.cli.orphans import end_with_parent
 from sag_dit.cli.schema import nearest
-from sag_dit.cli.typed import HELP, MULTIRUN, check_added, check_arguments, keys_and_flags
+from sag_dit.cli.sweep import expand
+from sag_dit.cli.typed import (
+    HELP,
+    check_added,
+    check_arguments,
+    is_group,
+    keys_and_flags,
+    only_with,
+)
 from sag_dit.files import using
 
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
@@ -49,22 +56,34 @@ Prepare = Callable[[str, Sequence[str]], Sequence[str]]
 """(command, arguments) -> the arguments with those that the user did not state."""
 
 
-def _explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
-    """Return in a sentence what Hydra could not read or find."""
+def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
+    """Return in a sentence what Hydra could not read or find; other errors say it themselves."""
     message = str(error)
+    if not isinstance(error, (HydraException, OmegaConfBaseException)):
+        return message
     if isinstance(error, OverrideParseException):
         value = re.sub(r"^.*?=", "", error.override)
         return (
             f"{error.override}: {value or 'nothing'} cannot be read as a value; put text in "
             f'quotes, and of a list each name with a comma or a bracket, such as ["a, b",c]'
         )
-    unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", message)
+    typed = {each.lstrip("+").partition("=")[0]: each for each in arguments}
+    first = message.partition("\n")[0]
+    unknown = re.search(
+        r"(?:Could not override|Could not delete from config\.|Key) '([^']+)'(?! not found)", first
+    )
     if unknown is None:
-        return message
-    key = next(group for group in unknown.groups() if group)
+        inside = re.search(r"full_key: (\S+)", message)
+        return f"{typed.get(inside[1], inside[1])}: {first}" if inside else first
+    key = unknown[1]
+    with_it = only_with(command, key)
+    if with_it:
+        told = " or ".join(f"experiment={each}" for each in with_it)
+        return f"{typed.get(key, key)}: there is {key} with {told} alone; choose that as well"
     # With the user's choices of groups, since they bring keys of their own.
-    groups = [each for each in arguments if (config_folder() / each.partition("=")[0]).is_dir()]
-    return f"{key}: no such key{nearest(key, _paths(unresolved(command, groups)))}"
+    groups = [each for each in arguments if is_group(each.partition("=")[0])]
+    close = nearest(key, _paths(unresolved(command, groups)))
+    return f"{typed.get(f'~{key}', key)}: no such key{close}"
 
 
 def _paths(values: object, prefix: str = "") -> list[str]:
@@ -94,6 +113,15 @@ def quiet_lightning() -> None:
     for name in (lightning.pytorch.__name__, "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
+
+
+def say(text: str) -> None:
+    """Print a page of text, of which a reader such as ``head`` may take the beginning alone."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(message: str) -> NoReturn:
@@ -178,29 +206,35 @@ def launch(
     try:
         keys, flags = keys_and_flags(arguments)
         if set(HELP) & set(flags):
-            print(help_text(config_name, next((key for key in keys if "=" not in key), None)))
+            say(help_text(config_name, keys[-1] if keys else None))
             return
-        keys = check_arguments(config_name, keys, flags)
-    except ValueError as error:
-        fail(str(error))
+        choices = expand(arguments)
+        for choice in choices or ():
+            check_arguments(config_name, *keys_and_flags(choice.arguments))
+        if choices is None:
+            keys = check_arguments(config_name, keys, flags)
+    except (ValueError, HydraException) as error:
+        fail(explain(error, config_name, arguments))
+    if choices is not None:
+        for choice in choices:
+            launch(config_name, run, choice.arguments, entry)
+        return
 
     def job(config: DictConfig) -> None:
-        # Other ranks are started with the arguments as the user wrote them; in a sweep, with those
-        # of this setting.
-        swept = any(flag in MULTIRUN for flag in flags)
-        others = [flag for flag in flags if flag not in MULTIRUN]
-        own = [*others, *HydraConfig.get().overrides.task] if swept else arguments
-        sys.argv[:] = [original[0], *entry, *own]
+        # Other ranks are started with the arguments as the user wrote them.
+        sys.argv[:] = [original[0], *entry, *arguments]
         try:
             drop_strangers(config, keys)
-            typed = dict(key.lstrip("+").split("=", 1) for key in keys if "=" in key)
+            typed = {
+                name: value for name, _, value in (key.lstrip("+").partition("=") for key in keys)
+            }
             values = checked(config_name, config, typed)
             check_added(config_name, values, keys)
             run(values)
         except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
             if os.environ.get("SAG_DIT_DEBUG"):
                 raise
-            fail(str(error))
+            fail(explain(error, config_name, keys))
         except RuntimeError as error:
             # A rank whose partner is gone; who started them says which was lost.
             if os.environ.get("SAG_DIT_DEBUG") or not re.search(LOST, str(error)):
@@ -217,6 +251,9 @@ def launch(
                 config_path=str(config_folder()), config_name=config_name, version_base="1.3"
             )(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        fail(_explain(error, config_name, keys))
+        fail(explain(error, config_name, keys))
+    except ValueError as error:  # Of a key of Hydra's own.
+        own = " ".join(key for key in keys if key.lstrip("+").startswith("hydra"))
+        fail(f"{own}: {error}")
     finally:
         sys.argv[:] = original

@@ -54,9 +54,10 @@ def run_attention(config: AttentionSheet) -> None:
     """
     import torch
 
+    from sag_dit.data.requests import make_requests
     from sag_dit.output.folder import pixels, write_arrays, write_sheet
     from sag_dit.sampler import Sampler
-    from sag_dit.sampling import Request, Settings, draw_batch, labels_of
+    from sag_dit.sampling import Settings, draw_batch
 
     # Where to compute, and what to draw there.
     device = str(config.device)
@@ -71,9 +72,9 @@ def run_attention(config: AttentionSheet) -> None:
         raise ValueError("classes: a text model draws its prompt; leave out either")
     model = load_model(config)
     sampler = make(own_sampler(config.sampler, model.denoiser.process), "sampler", Sampler)
-    classes = config.classes
-    listed = classes if isinstance(classes, list) else [0 if classes is None else classes]
-    labels = labels_of(listed, model.class_names)
+    classes = 0 if config.classes is None else config.classes
+    count = len(classes) if isinstance(classes, list) else 1
+    requests = make_requests(count, config.seed, classes, model.class_names)
     maps = make_maps(config.attention, model, config.steps)
     model.denoiser.to(device)
     model.codec.to(device)
@@ -82,15 +83,14 @@ def run_attention(config: AttentionSheet) -> None:
     settings = Settings(sampler, config.steps, batch_size=1)
     settings.check(model)
     # A sheet for each image, with the norm of every layer's gate beside its maps.
-    for place, label in enumerate(labels):
-        request = Request(place, config.seed, label, place)
+    for place, request in enumerate(requests):
         with gate_norms(model.denoiser) as norms:
             drawn = draw_batch(model, [request], settings, traced=[place], maps=maps)
         view = drawn.traces[place].maps
         assert view is not None
         gates = {name: sum(of) / len(of) for name, of in norms.items()}
         notes = {name: f"gate {gate:.3f}" for name, gate in gates.items()}
-        file = out / f"{place:03d}-{'prompt' if config.prompt else f'class-{label}'}"
+        file = out / f"{place:03d}-{'prompt' if config.prompt else f'class-{request.label}'}"
         write_arrays(file.with_suffix(".npz"), view)
         write_sheet(file.with_suffix(".png"), view, pixels(drawn.images[0]), notes)
         print(f"sheet: {file.with_suffix('.png')}")

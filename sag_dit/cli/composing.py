@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from sag_dit.bounds import Bounds, fit, shown, wanted
 from sag_dit.cli.keys.key import Closed, substituted
 from sag_dit.cli.schema import check, free_text, nearest
+from sag_dit.cli.signatures import names_taken
 from sag_dit.methods import guidance_defaults, scales
 
 QUOTATION = re.compile(r"""(['"])(\\.|(?!\1|\\).)*\1""", re.DOTALL)
@@ -40,6 +42,18 @@ NO_NAME = re.compile(
 
 FOLDER = "<the folder of this run>"
 """Stands where a configuration names ``${out}`` before the folder is known."""
+
+UNDECLARED = Bounds(lenient=True)
+"""Of an argument of which its annotation is all that is known."""
+
+INSTEAD = {
+    "max_steps": "max_steps",
+    "logger": "logger",
+    "default_root_dir": "out",
+    "log_every_n_steps": "every_n_steps.log",
+    "val_check_interval": "every_n_steps.validation",
+}
+"""The keys that say what a command tells the Trainer by itself."""
 
 C = TypeVar("C", bound=Closed)
 
@@ -79,7 +93,8 @@ def quoted(argument: str) -> str:
 def _named(value: str) -> str:
     """Quote a name, or every name of a list; what Hydra reads as something else stays."""
     if not (value.startswith("[") and value.endswith("]")):
-        plain = NO_NAME.fullmatch(value) or re.search(r"[\[\]{},\\]|\$\{", value)
+        filled = re.sub(r"\$\{[^{}]*\}", "", value)
+        plain = NO_NAME.fullmatch(value) or re.search(r"[\[\]{},\\]", filled)
         return value if plain or QUOTATION.fullmatch(value) else _quoted(value)
     found = [match[0].strip() for match in NAME.finditer(value[1:-1]) if match[0].strip()]
     return f"[{','.join(map(_named, found))}]"
@@ -103,7 +118,7 @@ def _literal(value: Any) -> Any:
 
 def own_targets(arguments: Sequence[str]) -> set[str]:
     """Return the mappings whose ``_target_`` the arguments name, by their paths."""
-    keys = (argument.partition("=")[0].lstrip("+") for argument in arguments)
+    keys = (each.partition("=")[0].lstrip("+") for each in arguments if each[:1] != "~")
     return {key.removesuffix("._target_") for key in keys if key.endswith("._target_")}
 
 
@@ -128,7 +143,7 @@ def drop_strangers(config: DictConfig, arguments: Sequence[str]) -> None:
     stated = {argument.partition("=")[0].lstrip("+") for argument in arguments}
     for path in own_targets(arguments):
         node = OmegaConf.select(config, path)
-        takes = arguments_of(str(node["_target_"]))
+        takes = names_taken(str(node["_target_"])) or arguments_of(str(node["_target_"]))
         kept = {*stated, *(f"{path}.{name}" for name in takes or node)}
         with open_dict(node):
             for name in map(str, list(node)):
@@ -224,7 +239,7 @@ def make(values: Mapping[str, Any], where: str, kind: type = object, **more: Any
     """Build the object that ``_target_`` names from the other values, lists and mappings plain.
 
     ``where`` is the key at which they stand, for the message. ``kind`` is what it has to be.
-    ``more`` are arguments beside them.
+    ``more`` are arguments beside them; of one that is a list, the values' own come first.
 
     Raises:
         ValueError: there is no such thing, it takes no such argument, it refuses a value, or it
@@ -234,55 +249,115 @@ def make(values: Mapping[str, Any], where: str, kind: type = object, **more: Any
         >>> make({"_target_": "sag_dit.guidance.CFG", "scale": 2.0}, "guidance.cfg").scale
         2.0
     """
-    for path, node in _targets(values, where):
-        refuse_strangers(path, [str(node["_target_"])], set(map(str, node)))
-    try:
-        made = hydra.utils.instantiate(_literal(values), **_literal(more), _convert_="all")
-    except InstantiationException as error:
-        inside = re.search(r"\nfull_key: (.+)$", str(error))
-        path = f"{where}.{inside[1]}" if inside else where
-        cause = error.__cause__
-        if missing := re.search(r"No module named '([^']+)'", f"{error} {cause}"):
+    # What stands within is made first.
+    thing, given = check_target(values, where)
+    made = {name: _made(value, f"{where}.{name}") for name, value in given.items()}
+    for name in made.keys() & more.keys():
+        if not (isinstance(made[name], list) and isinstance(more[name], list)):
+            told = f"set {INSTEAD[name]} instead" if name in INSTEAD else "leave it out"
             raise ValueError(
-                f"{path}._target_={values.get('_target_')}: there is no module {missing[1]}; start "
-                f"Python where its file lies, or put that folder on PYTHONPATH"
-            ) from error
-        if isinstance(cause, TypeError):
-            raise ValueError(f"{path}: {values.get('_target_')}: {cause}") from error
-        if cause is not None:
-            raise ValueError(f"{path}: {cause}") from error
-        told = str(error).partition("\n")[0].partition(", set env var HYDRA")[0]
-        raise ValueError(f"{path}: {told}") from error
-    if not isinstance(made, kind):
+                f"{where}.{name}={shown(values[name])}: the command sets {name} itself; {told}"
+            )
+        more[name] = made[name] + more[name]
+    # What is partial is called later, with the arguments that are left.
+    build = partial(thing, *_made(values.get("_args_", []), where), **{**made, **more})
+    try:
+        found: Any = build if values.get("_partial_") else build()
+    except Exception as error:
+        named = re.match(r"(\w+)=", str(error))
+        inside = named is not None and named[1] in given
+        raise ValueError(f"{where}{'.' if inside else ': '}{error}") from error
+    returned = thing if found is build else type(found)
+    if isinstance(returned, type) and not issubclass(returned, kind):
         raise ValueError(
-            f"{where}: {values['_target_']} makes a {type(made).__name__}; expected a subclass of "
+            f"{where}: {values['_target_']} makes a {returned.__name__}; expected a subclass of "
             f"{kind.__module__}.{kind.__qualname__}"
         )
-    return made
+    return found
 
 
-def _targets(value: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield every mapping with a ``_target_`` by its path."""
+def _made(value: Any, path: str) -> Any:
     if isinstance(value, list):
-        for place, each in enumerate(value):
-            yield from _targets(each, f"{path}[{place}]")
+        return [_made(each, f"{path}[{place}]") for place, each in enumerate(value)]
     if not isinstance(value, Mapping):
-        return
+        return value
     if "_target_" in value:
-        yield path, value
-    for name, each in value.items():
-        yield from _targets(each, f"{path}.{name}")
+        return make(value, path)
+    return {name: _made(each, f"{path}.{name}") for name, each in value.items()}
 
 
-def arguments_of(target: str) -> set[str] | None:
-    """Return what a class or function takes by name; None if anything, or if there is none such."""
+def check_target(values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any]]:
+    """Return what ``_target_`` names, and its arguments among the values.
+
+    Raises:
+        ValueError: there is no such thing, or it takes no such argument, or none of that type.
+    """
+    target = values.get("_target_")
+    if not isinstance(target, str) or not target:
+        stated = f"._target_={shown(target)}" if "_target_" in values else ""
+        raise ValueError(f"{where}{stated}: expected the name of a class as _target_")
     try:
-        parameters = inspect.signature(resolve_name(target)).parameters.values()
+        thing = resolve_name(target)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{where}._target_={target}: there is no module {error.name}; start Python where its "
+            f"file lies, or put that folder on PYTHONPATH"
+        ) from error
+    except Exception as error:  # Whatever a module of the user's does while it is imported.
+        raise ValueError(f"{where}._target_={target}: {error}") from error
+    return thing, fitted(values, where, [target])
+
+
+def fitted(values: Mapping[str, Any], where: str, targets: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments in values as the annotations of a target, or of one of several, say.
+
+    Raises:
+        ValueError: an argument that none takes, or a value of another type.
+
+    Example:
+        >>> fitted({"kernel_size": 9.0}, "guidance.sag", ["sag_dit.guidance.SAG"])
+        {'kernel_size': 9}
+    """
+    refuse_strangers(where, targets, values)
+    takes: dict[str, Any] = {}
+    for target in targets:
+        takes |= arguments_of(target) or {}
+    used = {name: value for name, value in values.items() if not name.startswith("_")}
+    for name, value in used.items():
+        hint = takes.get(name, Any)
+        if isinstance(value, Mapping):
+            continue
+        fits, plain = fit(value, hint, UNDECLARED)
+        used[name] = list(plain) if isinstance(plain, tuple) else plain
+        if not fits:
+            raise ValueError(f"{where}.{name}={shown(value)}: expected {wanted(hint, UNDECLARED)}")
+    return used
+
+
+def arguments_of(target: str) -> dict[str, Any] | None:
+    """Return what a class or function takes by name, with the types.
+
+    None if it takes anything, or if there is none such, which is told when it is made.
+    """
+    try:
+        thing = resolve_name(target)
+        parameters = inspect.signature(thing).parameters.values()
     except (ImportError, AttributeError, ValueError, TypeError):
-        return None  # It is told when it is made.
+        return None
     if any(each.kind is each.VAR_KEYWORD for each in parameters):
         return None
-    return {each.name for each in parameters}
+    built = isinstance(thing, type) and not is_dataclass(thing)
+    annotated = getattr(thing, "__init__", None) if built else thing
+    try:
+        hints = get_type_hints(annotated)
+    except Exception:  # Names that are there for type checkers alone.
+        hints = {}
+    # Older code says int where it means int or None.
+    found = {each.name: hints.get(each.name, Any) for each in parameters}
+    return {
+        each.name: found[each.name] | None if each.default is None else found[each.name]
+        for each in parameters
+    }
 
 
 def refuse_strangers(path: str, targets: Sequence[str], names: Iterable[str]) -> None:
@@ -293,10 +368,11 @@ def refuse_strangers(path: str, targets: Sequence[str], names: Iterable[str]) ->
     """
     takes: set[str] = set()
     for target in targets:
-        own = arguments_of(target)
+        # An import takes seconds, a file that tells the same does not.
+        own = names_taken(target) or arguments_of(target)
         if own is None:
             return
-        takes |= own
+        takes |= set(own)
     for name in names:
         if targets and name not in takes and not name.startswith("_"):
             told = f"{' and '.join(targets)} take{'s' * (len(targets) == 1)}"

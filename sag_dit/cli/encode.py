@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sag_dit.cli.app import alone_in, launch, quiet_lightning
-from sag_dit.cli.composing import refuse_strangers
+from sag_dit.cli.composing import make
 from sag_dit.cli.keys import Encode
 from sag_dit.identity import LATER, digest, settings
 
@@ -158,8 +158,7 @@ def run_encode(config: Encode) -> None:
 
     plan = plan_encoding(config)
     folder = plan.folder
-    refuse_strangers("trainer", ["lightning.fabric.Fabric"], config.trainer)
-    fabric = Fabric(**config.trainer)
+    fabric = make({"_target_": "lightning.fabric.Fabric", **config.trainer}, "trainer", Fabric)
     folder.claim(plan.index.config)
     index = folder.finished_index if not os.access(folder.path, os.W_OK) else None
     if index is None:
@@ -193,7 +192,7 @@ def _encode(config: Encode, plan: EncodingPlan, fabric: Fabric) -> Index | None:
     rank, world = fabric.global_rank, fabric.world_size
     workers = config.workers
     if workers is None:
-        workers = workers_per_process(world // config.trainer["num_nodes"])
+        workers = workers_per_process(world // config.trainer.get("num_nodes", 1))
     reports = RankReports(folder.path, rank, world)
     bar = progress_bar()
     bar.disable = rank != 0

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 from hydra.errors import HydraException
 
-from sag_dit.cli.app import alone_in, fail, launch, quiet_lightning
+from sag_dit.cli.app import alone_in, explain, fail, launch, quiet_lightning
 from sag_dit.cli.composing import make, placed
 from sag_dit.cli.keys import Evaluate
 from sag_dit.cli.keys.key import to_dict
 from sag_dit.cli.presets import with_presets
 from sag_dit.cli.rows import Configured, make_rows
 from sag_dit.cli.sweep import Choice, expand
+from sag_dit.cli.typed import check_arguments, keys_and_flags
 from sag_dit.cli.values import check_logger, own_sampler
 
 if TYPE_CHECKING:
@@ -161,8 +162,10 @@ def start(arguments: Sequence[str], entry: Sequence[str] = ()) -> None:
     """Run ``evaluate.py`` with the user's arguments."""
     try:
         choices = expand(arguments)
+        for choice in choices or ():
+            check_arguments("evaluate", *keys_and_flags(choice.arguments))
     except (ValueError, HydraException) as error:
-        fail(str(error))
+        fail(explain(error, "evaluate", arguments))
 
     def job(config: Evaluate) -> None:
         # Other ranks are started with the arguments as the user wrote them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from sag_dit.cli.app import fail
+from sag_dit.cli.app import fail, say
 from sag_dit.cli.keys import COMMANDS
 from sag_dit.cli.schema import nearest
 from sag_dit.cli.typed import HELP
@@ -17,9 +17,9 @@ def main() -> None:
     """Run the command that the first argument names, or list all."""
     name, *arguments = sys.argv[1:] or [HELP[0]]
     if name in HELP:
-        print(listing())
+        say(listing())
     elif name == MODELS and not arguments:
-        print(models())
+        say(models())
     elif name in COMMANDS:
         # Other ranks are started with the name before the arguments, as the user wrote it.
         import_module(f"sag_dit.cli.{name}").main(arguments, [name])

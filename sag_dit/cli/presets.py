@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from sag_dit.cli.composing import config_folder
-from sag_dit.cli.typed import choices
+from sag_dit.cli.typed import HELP, choices
 
 
 def with_presets(command: str, arguments: Sequence[str]) -> list[str]:
@@ -20,6 +20,8 @@ def with_presets(command: str, arguments: Sequence[str]) -> list[str]:
 
     An experiment brings settings of its own, so nothing is added beside one.
     """
+    if set(HELP) & set(arguments):
+        return list(arguments)
     stated = dict(
         argument.lstrip("+").split("=", 1)
         for argument in arguments

@@ -20,7 +20,7 @@ def expected_of(config: Evaluate) -> Expected | None:
     """
     if config.expected is None:
         return None
-    return Expected.of(config.expected)
+    return Expected.of(to_dict(config.expected))
 
 
 def experiment_of(expected: Expected) -> Evaluate | None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from sag_dit.bounds import shown
 from sag_dit.cli.composing import changed, compose
 from sag_dit.cli.keys import Evaluate
+from sag_dit.cli.schema import determining
 from sag_dit.cli.sweep import Choice, Value
 from sag_dit.cli.typed import keys_and_flags
 from sag_dit.cli.values import MEASURED, make_terms
+
+SHARED = ("samples", "seeds", "against", "confidence", "compare", "trainer")
+"""What is said of all rows at once, beside the keys that determine nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,18 +41,19 @@ def make_rows(config: Evaluate, choices: Sequence[Choice] | None) -> list[Config
         HydraException: a setting of the sweep cannot be composed.
     """
     if (config.samples is None) == (config.ckpt is None):
-        given = f"samples={config.samples} and ckpt={config.ckpt}: "
+        listed = config.samples if isinstance(config.samples, list) else [config.samples]
+        gone = [each for each in listed if each and not Path(each).expanduser().exists()]
+        given = f"samples={shown(config.samples)} and ckpt={config.ckpt}: "
         raise ValueError(
             ("" if config.samples is None else given)
             + "expected one of samples=FOLDER (or an npz, or [several]), to measure what is drawn, "
             "and ckpt=MODEL, to measure while drawing, such as ckpt=digits"
+            + (f"; there is no {gone[0]}" if gone else "")
         )
     if choices is not None:
         rows = _swept(choices)
     elif config.samples is not None:
         sources = config.samples if isinstance(config.samples, list) else [config.samples]
-        if not sources:
-            raise ValueError("samples=[]: expected at least one folder or npz")
         rows = [
             Configured(source, place, {}, config, source) for place, source in enumerate(sources)
         ]
@@ -79,11 +86,18 @@ def _unguided(config: Evaluate) -> bool:
 
 def _compared(config: Evaluate) -> list[Configured]:
     rows = []
+    shared = {*SHARED, *determining("evaluate", "nothing")}
     for place, (name, changes) in enumerate((config.compare or {}).items()):
         if not isinstance(changes, dict):
             raise ValueError(
-                f"compare.{name}={changes}: expected a mapping of keys, such as {{sag_scale: 1.0}}"
+                f"compare.{name}={shown(changes)}: expected a mapping of keys, such as "
+                f"{{sag_scale: 1.0}}"
             )
+        for key in changes:
+            if key.partition(".")[0] in shared:
+                raise ValueError(
+                    f"compare.{name}.{key}: all rows have the same; set {key} beside compare"
+                )
         try:
             rows.append(Configured(name, place, {}, changed("evaluate", config, changes)))
         except ValueError as error:

@@ -62,11 +62,13 @@ def _checked(
             if opened or told.absent:
                 continue
             if type(None) not in parts(hint):
-                raise ValueError(f"{path}=null: expected {expected(hint, told, path)}")
+                text = f"~{path}" if f"~{path}" in typed else f"{path}=null"
+                raise ValueError(f"{text}: expected {expected(hint, told, path)}")
             used[name] = None
             continue
         value = values[name]
-        if path in unset:
+        # A group of which nothing is chosen is an empty mapping.
+        if path in unset or (value == {} and type(None) in parts(hint)):
             continue
         if isinstance(value, dict) and (is_open(hint) or mapping_of(hint, told)):
             nested.append(name)
@@ -100,6 +102,8 @@ def _refuse_nan(path: str, value: Any, typed: Mapping[str, str]) -> None:
 def expected(hint: Any, told: Key, path: str) -> str:
     """Return what a key takes, in words; of a mapping, with a key that it has."""
     words = wanted(hint, told)
+    if told.text and not (told.blank or told.folder or told.expected):
+        words = words.replace("text", "a path or a name")
     inside = mapping_of(hint, told)
     first = next(iter(keys_of(inside)), None) if inside is not None else None
     example = f"a mapping, such as {path}.{first}=..."

@@ -1,7 +1,6 @@
-"""``-m``: the settings of a sweep, all for one process that loads the model once.
+"""``-m``: the settings of a sweep, which evaluate.py measures together, each model loaded once.
 
-Hydra's own multirun starts a job of its own for every setting, which would load the model again and
-could not compare them.
+Hydra's own multirun would compose them one by one, and leaves a file where one stands.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def expand(arguments: Sequence[str]) -> list[Choice] | None:
         if "=" not in argument or argument.startswith("-"):
             kept.append(argument)
             continue
-        override = parser.parse_override(quoted(argument))
+        override = parser.parse_overrides([quoted(argument)])[0]
         if not override.is_sweep_override():
             kept.append(argument)
             continue
@@ -56,6 +55,9 @@ def expand(arguments: Sequence[str]) -> list[Choice] | None:
         swept[key] = [
             (yaml.safe_load(text), f"{key}={text}") for text in override.sweep_string_iterator()
         ]
+    for key, values in swept.items():
+        if not values:
+            raise ValueError(f"-m: of {key} no value is left; expected two or more")
     if not swept:
         raise ValueError(
             "-m: no key has several values; expected for instance sag_scale=0,0.25,0.5,1"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sag_dit.cli.app import alone_in, launch, quiet_lightning
-from sag_dit.cli.composing import make, placed, refuse_strangers
+from sag_dit.cli.composing import fitted, make, placed
 from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import keys_of, mapping_of, to_dict
 from sag_dit.cli.run_identity import (
@@ -46,6 +46,8 @@ def make_model(config: Train, data: StepData) -> Model:
             f"num_heads={config.num_heads}: of the checkpoint that ckpt names; a fresh model has "
             f"model.num_heads={config.num_heads}"
         )
+    if config.lora is not None or config.freeze:
+        raise ValueError("lora and freeze are for a model that ckpt names: leave them out")
     if config.model is None or config.resolution is None or config.patch_size is None:
         raise ValueError(
             "a fresh model needs model, resolution and patch_size: expected none of them null; "
@@ -53,8 +55,10 @@ def make_model(config: Train, data: StepData) -> Model:
         )
     hint, told = keys_of(Train)["model"]
     declared = keys_of(mapping_of(hint, told))
-    refuse_strangers("model", told.asks(), config.model.keys() - declared.keys())
-    settings = dict(config.model)
+    # Null is what only the other kind of network takes.
+    stated = {name: value for name, value in config.model.items() if value is not None}
+    own = {name: value for name, value in stated.items() if name not in declared}
+    settings = stated | fitted(own, "model", told.asks())
     vae = config.vae or data.vae
     codec = find_codec(vae)
     cell = codec.factor * config.patch_size
@@ -65,22 +69,20 @@ def make_model(config: Train, data: StepData) -> Model:
         )
     latent = isinstance(codec, VAECodec)
     channels = codec.latent_channels if isinstance(codec, VAECodec) else data.channels
-    if settings["input_size"] is None:
-        settings["input_size"] = config.resolution // codec.factor
-    if settings["in_channels"] is None:
-        settings["in_channels"] = channels
+    settings.setdefault("input_size", config.resolution // codec.factor)
+    settings.setdefault("in_channels", channels)
     names = list(data.class_names)
     settings["num_classes"] = config.num_classes or len(names)
     description = {
-        # Null is what only the other kind of network takes.
-        "model": {name: value for name, value in settings.items() if value is not None},
-        "process": config.process,
+        "model": settings,
+        "process": to_dict(config.process),
         "kind": config.kind,
         "x_0_range": None if latent else [-1.0, 1.0],
         "class_names": names if len(names) == settings["num_classes"] else [],
     }
     denoiser, name = build(description), str(config.name)
-    return from_denoiser(denoiser, name, codec=codec, defaults=config.sampling, vae=vae)
+    defaults = to_dict(config.sampling)
+    return from_denoiser(denoiser, name, codec=codec, defaults=defaults, vae=vae)
 
 
 def load_base(config: Train) -> tuple[Model, Train]:
@@ -119,8 +121,7 @@ def lora_settings(config: Train) -> LoRA | None:
     """
     from sag_dit.training.finetune import LoRA
 
-    settings = config.lora or {}
-    return None if settings.get("rank") is None else LoRA(**settings)
+    return None if config.lora is None or config.lora.rank is None else LoRA(**to_dict(config.lora))
 
 
 def adapt_model(config: Train, base: Model, data: StepData) -> tuple[Model, str]:
@@ -154,8 +155,12 @@ def adapt_model(config: Train, base: Model, data: StepData) -> tuple[Model, str]
 
 def make_module(config: Train, model: Model) -> DiffusionModule:
     """Build what trains the model."""
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
     from sag_dit.training.finetune import default_objective
     from sag_dit.training.module import DiffusionModule
+    from sag_dit.training.objective import Objective
 
     wanted, schedule = config.objective, config.schedule
     denoiser = model.class_conditional.train()
@@ -164,9 +169,9 @@ def make_module(config: Train, model: Model) -> DiffusionModule:
         denoiser.network.compile_blocks()
     return DiffusionModule(
         model,
-        objective=make(wanted, "objective") if wanted else default_objective(denoiser),
-        optimizer=make(config.optimizer, "optimizer"),
-        schedule=make(schedule, "schedule") if schedule else None,
+        objective=make(wanted, "objective", Objective) if wanted else default_objective(denoiser),
+        optimizer=make(config.optimizer, "optimizer", Optimizer),
+        schedule=make(schedule, "schedule", LRScheduler) if schedule else None,
         ema_decay=config.ema.decay,
         ema_warmup=config.ema.warmup,
         max_skipped=config.max_skipped,
@@ -176,11 +181,14 @@ def make_module(config: Train, model: Model) -> DiffusionModule:
 
 def make_loggers(settings: Mapping[str, Any] | None, out: Path, step: int) -> list[Logger]:
     """Build the logger, if any; at a step it goes on with what the run has logged before."""
+    from lightning.pytorch.loggers import Logger
+
     from sag_dit.training.loggers import going_on
 
     if not settings:
         return []
-    return [make({**going_on(settings["_target_"], out, step), **settings}, "logger")]
+    resumed = going_on(str(settings.get("_target_")), out, step)
+    return [make({**resumed, **settings}, "logger", Logger)]
 
 
 def make_trainer(config: Train, out: Path) -> Trainer:
@@ -189,6 +197,8 @@ def make_trainer(config: Train, out: Path) -> Trainer:
     Raises:
         ValueError: a term of the previews is none.
     """
+    from lightning.pytorch import Trainer
+
     from sag_dit.training.callbacks import LossByLevel, Previews, Progress, Speed
     from sag_dit.training.resume import AtomicCheckpointIO, LastCheckpoints, best_checkpoint
 
@@ -205,7 +215,7 @@ def make_trainer(config: Train, out: Path) -> Trainer:
             preview.steps,
             config.seed,
         ),
-        *([Progress()] if config.trainer["enable_progress_bar"] else []),
+        *([Progress()] if config.trainer.get("enable_progress_bar", True) else []),
         # Last, so that what they save is what the others have seen.
         best_checkpoint(out),
         LastCheckpoints(out, every.checkpoint),
@@ -213,13 +223,14 @@ def make_trainer(config: Train, out: Path) -> Trainer:
     trainer: Trainer = make(
         config.trainer,
         "trainer",
+        Trainer,
         max_steps=config.max_steps,
         logger=False,
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         log_every_n_steps=every.log,
         # Lightning counts batches here.
-        val_check_interval=every.validation * config.trainer["accumulate_grad_batches"],
+        val_check_interval=every.validation * config.trainer.get("accumulate_grad_batches", 1),
         check_val_every_n_epoch=None,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,

@@ -16,6 +16,7 @@ from sag_dit.bounds import parts
 from sag_dit.cli.composing import config_folder, own_targets, refuse_strangers
 from sag_dit.cli.keys import COMMANDS
 from sag_dit.cli.keys.key import Key, is_open, keys_of, mapping_of, selected, to_dict, walk
+from sag_dit.cli.schema import expected
 
 HELP = ("-h", "--help")
 MULTIRUN = ("-m", "--multirun")
@@ -69,29 +70,28 @@ def check_arguments(command: str, arguments: Sequence[str], flags: Sequence[str]
     Raises:
         ValueError: a key or a choice that there is not, or a habit of another program.
     """
-    swept = any(flag in MULTIRUN for flag in flags)
     others = any(flag.partition("=")[0] in OTHER_CONFIGS for flag in flags)
     kept = []
     for place, argument in enumerate(arguments):
         name, separator, value = argument.lstrip("+").partition("=")
         if argument.startswith("~"):
+            if known(command, name[1:]) is None and name[1:] not in groups(command):
+                raise ValueError(f"{argument}: no such key{did_you_mean(command, name[1:])}")
             kept.append(argument)
             continue
         if not separator or not name:
             _refuse_spaces(arguments, place)
-        if (config_folder() / name).is_dir():
-            chosen = argument if others or swept else _choice(command, argument, name, value)
+        found = known(command, name)
+        if is_group(name) and name not in groups(command) and found is not None:
+            # Hydra would take it for a choice of another command's group.
+            raise ValueError(f"{argument}: expected {expected(*found, name)}")
+        if is_group(name):
+            chosen = argument if others else _choice(command, argument, name, value)
             kept += [chosen] if chosen else []
             continue
-        found = known(command, name)
         if found is None and not others:
             raise ValueError(f"{argument}: no such key{did_you_mean(command, name)}")
-        if (
-            not swept
-            and found is not None
-            and _is_number(found[0])
-            and re.fullmatch(r"-?\d+,\d+", value)
-        ):
+        if found is not None and _is_number(found[0]) and re.fullmatch(r"-?\d+,\d+", value):
             point = value.replace(",", ".")
             raise ValueError(
                 f"{argument}: expected one number; write {name}={point} with a point, or try "
@@ -104,18 +104,25 @@ def check_arguments(command: str, arguments: Sequence[str], flags: Sequence[str]
 
 
 def _refuse_spaces(arguments: Sequence[str], place: int) -> None:
-    around = [*arguments[max(place - 1, 0) : place + 3]]
-    joined = "".join(around)
-    pieces = " ".join(around)
-    if "=" in joined and any(each.endswith("=") or each.startswith("=") for each in around):
-        found = re.search(r"([\w.+]+)=([^=]*)", joined)
-        remedy = found[0] if found else joined
-        raise ValueError(f"{pieces}: write {remedy} without spaces")
-    raise ValueError(f"{arguments[place]}: expected KEY=VALUE, such as steps=20; see --help")
+    before = arguments[place - 1] if place else ""
+    own, *after = arguments[place : place + 3]
+    pieces = []
+    if before.endswith("="):
+        pieces = [before, own]
+    elif after and after[0].startswith("=") and not own.startswith("="):
+        pieces = [own, *after[: 2 if after[0] == "=" else 1]]
+    if pieces:
+        raise ValueError(f"{' '.join(pieces)}: write {''.join(pieces)} without spaces")
+    raise ValueError(f"{own}: expected KEY=VALUE, such as steps=20; see --help")
 
 
 def _is_number(hint: Any) -> bool:
     return all(kind in (int, float, type(None)) for kind in parts(hint))
+
+
+def is_group(name: str) -> bool:
+    """Whether there is a group of configurations of this name."""
+    return re.fullmatch(r"\w+(/\w+)*", name) is not None and (config_folder() / name).is_dir()
 
 
 def choices(group: str) -> list[str]:
@@ -128,9 +135,14 @@ def choices(group: str) -> list[str]:
 
 def groups(command: str) -> list[str]:
     """Return the groups of configurations that a command takes."""
+    return [*default_choices(command)]
+
+
+def default_choices(command: str) -> dict[str, str | None]:
+    """Return what is chosen of each group of a command unless it is said."""
     stated = yaml.safe_load((config_folder() / f"{command}.yaml").read_text())["defaults"]
-    names = (next(iter(each)) for each in stated if isinstance(each, dict))
-    return [name for name in names if "override" not in name]
+    chosen = (item for each in stated if isinstance(each, dict) for item in each.items())
+    return {name: choice for name, choice in chosen if "override" not in name}
 
 
 def experiments(command: str) -> list[str]:
@@ -138,6 +150,16 @@ def experiments(command: str) -> list[str]:
     schema: Any = COMMANDS[command]
     own = {*groups(command), *keys_of(schema)}
     return [name for name in choices("experiment") if _stated(name) <= own]
+
+
+def only_with(command: str, key: str) -> list[str]:
+    """Return the experiments without which a command has not a key; none where it has it anyway."""
+    schema: Any = COMMANDS[command]
+    name = key.partition(".")[0]
+    declared = keys_of(schema).get(name)
+    if declared is None or not declared[1].absent or declared[1].added:
+        return []
+    return [each for each in experiments(command) if name in _stated(each)]
 
 
 def _stated(experiment: str) -> set[str]:
@@ -159,20 +181,19 @@ def _choice(command: str, argument: str, group: str, value: str) -> str | None:
         ValueError: the command has no such group, or the group no such choice.
     """
     if group not in groups(command):
-        takers = [f"{name}.py" for name in COMMANDS if group in groups(name)]
-        takes = f"{' and '.join(takers) or 'no command'} take{'s' * (len(takers) < 2)}"
-        raise ValueError(
-            f"{argument}: {takes} {group}=...; {command}.py takes {', '.join(groups(command))}"
-        )
+        *others, last = [f"{name}.py" for name in COMMANDS if group in groups(name)]
+        takes = f"{', '.join(others)} and {last} take" if others else f"{last} takes"
+        own = ", ".join(groups(command)) or "no groups"
+        raise ValueError(f"{argument}: {takes} {group}=...; {command}.py takes {own}")
     found = experiments(command) if group == "experiment" else choices(group)
     if value == "null":
         if group == "experiment":
             return None
-        empty = [each for each in found if _is_empty(group, each)]
+        empty = [each for each in found if is_empty(group, each)]
         if empty:
             return f"{group}={empty[0]}"
     name = value.strip("'\"")
-    if name in found or value[:1] in ("[", "{"):
+    if name in found or value.startswith("{"):
         return argument
     others = [each for each in choices(group) if each == name]
     told = f"{argument}: that experiment is for another command; " if others else f"{argument}: "
@@ -185,7 +206,8 @@ def _choice(command: str, argument: str, group: str, value: str) -> str | None:
     )
 
 
-def _is_empty(group: str, choice: str) -> bool:
+def is_empty(group: str, choice: str) -> bool:
+    """Whether a choice of a group holds nothing."""
     return not yaml.safe_load((config_folder() / group / f"{choice}.yaml").read_text())
 
 

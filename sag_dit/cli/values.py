@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sag_dit.cli.composing import config_folder, make, refuse_strangers
+from sag_dit.bounds import shown
+from sag_dit.cli.composing import check_target, config_folder, fitted, make
 from sag_dit.cli.keys import Attention, Evaluate, Guides
 
 if TYPE_CHECKING:
@@ -37,14 +38,16 @@ def check_logger(logger: Mapping[str, Any] | None) -> None:
     Raises:
         ValueError: the library is missing; how to install it is told.
     """
-    if logger is None or "_target_" not in logger:
+    if not logger:
         return
-    needed = LIBRARIES.get(str(logger["_target_"]).rpartition(".")[2], ())
+    target = str(logger.get("_target_"))
+    needed = LIBRARIES.get(target.rpartition(".")[2], ())
     if needed and not any(find_spec(library) for library in needed):
         raise ValueError(
-            f"logger: {logger['_target_']} needs {needed[0]}, which is not installed; "
+            f"logger: {target} needs {needed[0]}, which is not installed; "
             f"pip install {needed[0]}, or choose logger=csv or logger=none"
         )
+    check_target(logger, "logger")
 
 
 def own_sampler(settings: Mapping[str, Any], process: Process) -> dict[str, Any]:
@@ -57,8 +60,7 @@ def own_sampler(settings: Mapping[str, Any], process: Process) -> dict[str, Any]
         return dict(settings)
     from sag_dit.sampler import auto
 
-    refuse_strangers("sampler", [AUTO], settings)
-    chosen = auto(process, **{key: value for key, value in settings.items() if key != "_target_"})
+    chosen = auto(process, **fitted(settings, "sampler", [AUTO]))
     listed = yaml.safe_load((config_folder() / "sampler" / f"{chosen.key}.yaml").read_text())
     return {key: getattr(chosen, key, value) for key, value in listed.items()}
 
@@ -104,9 +106,10 @@ def make_terms(guidance: Mapping[str, Any], where: str = "guidance") -> dict[str
     for name, node in guidance.items():
         if node is None:
             continue
-        if not isinstance(node, Mapping) or "_target_" not in node:
+        if not isinstance(node, Mapping):
             raise ValueError(
-                f"{where}.{name}={node!r}: expected a mapping with _target_, the class of a term"
+                f"{where}.{name}={shown(node)}: expected a mapping with _target_, the class of a "
+                f"term"
             )
         terms[name] = make(node, f"{where}.{name}", Term)
     return terms

@@ -117,6 +117,12 @@ class Predictor:
         self._loop = _Loop()
         self.trainer = make(
             logger=False,
+            # Of training alone, as Lightning has them anyway: nobody else may set them.
+            max_epochs=None,
+            max_steps=-1,
+            max_time=None,
+            accumulate_grad_batches=1,
+            gradient_clip_val=None,
             callbacks=[self._loop, *callbacks],
             # Ours instead: sharding of the requests, no_grad, and a bar over all ranks' images.
             use_distributed_sampler=False,

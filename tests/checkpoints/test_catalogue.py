@@ -47,7 +47,7 @@ def test_the_zoo_tells_where_it_looks_and_what_is_there(
         return next(each for each in zoo.listed() if each.entry.name == name)
 
     before = listed("DiT-XL-2")
-    assert before.found is None and before.entry.licence is None
+    assert before.found is None and before.entry.licence == "CC-BY-NC-4.0"
     assert before.places == (
         str(tmp_path / "weights" / "DiT-XL-2-256x256.pt"),
         str(tmp_path / "weights" / "DiT-XL-2-256"),

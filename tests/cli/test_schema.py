@@ -26,6 +26,7 @@ COMMON = ("trainer=null", "trainer.devices=100000", "trainer.num_nodes=0", "expe
 DRAWN = (
     *("sampler=null", "classes=nan", "classes=1.0", "classes=[1.5]", "classes=true", "steps=null"),
     *("steps=nan", "seed=-1", "text.size=[32]", "text.guidance=high", "ema=abc", "out=/"),
+    *("text.size=[8,1e9]", "classes=[]", "ckpt=", "vae=", "out="),
 )
 GUIDED = (
     *("guidance=null", "size=S", "experiment=digits", "batch_size=1e9", "batch_size=0", "n=4"),
@@ -42,11 +43,17 @@ REFUSED: dict[str, tuple[str, ...]] = {
             "attention.show=[0.5]",
             "attention.query=[0.5]",
             "num_images=1.5",
+            "num_images=1e12",
+            "guidance=[digits]",
         ),
+        *("hydra=3", "hydra/job_logging=3", "..=3", "~foo", "~sampler", "~steps", "requests="),
+        *("steps=${nope}", "steps=${oc.env:NOPE}", "steps=${ckpt}", "guidance.auto.ckpt="),
     ),
     "evaluate": (
         *(*COMMON, *DRAWN, *GUIDED),
         *("seeds=0", "confidence.repeats=1", "keep=abc", "plots=null", "num_images=0"),
+        *("finished=/", "finished=", "samples=", "metrics=3", "metrics=nan", "metrics=[[fid]]"),
+        *("metrics={a:1}", "confidence.repeats=1e9", "seeds=1e9"),
     ),
     "train": (
         *(*COMMON, "compile=abc", "matmul=abc", "name=null", "out=/", "experiment=paper/adm128"),
@@ -57,15 +64,24 @@ REFUSED: dict[str, tuple[str, ...]] = {
         *("optimizer.lr=nan", "optimizer.lr=-1", "optimizer.weight_decay=inf", "preview.steps=0"),
         *("+lora.alpha=inf", "+lora.rank=100000", "process.num_timesteps=1e8", "ema.decay=1"),
         *("+optimiser.lr=3", "every_n_steps.log=0", "preview.classes=[0.5]", "data.batch_size=0"),
-        *("process=null", "sampler=ddim", "data=null", "size=null"),
+        *("process=null", "sampler=ddim", "data=null", "size=null", "schedule=[cosine]"),
+        *("max_steps=1e30", "model.depth=1e9", "num_classes=1e9", "model.learn_sigma=abc"),
+        *("optimizer.betas=3", "optimizer.betas=[a,b]", "optimizer.betas=[0.9]"),
+        *("optimizer.betas=[2,2]", "optimizer.fused=abc", "+process.time_scale=abc"),
+        *("+process.foo=1", "+lora.foo=1", "+sampling.foo=1", "+track.foo=1", "+data.root="),
+        *("freeze=[a]", "lora.rank=4"),
     ),
-    "encode": ("dtype=abc", "rows=0", "slice_size=1e9", "flip=3", "data.size=0", "out=/", "vea=x"),
-    "export": ("format=null", "ema=abc", "out=/", "formt=dit", "steps=3"),
+    "encode": (
+        *("dtype=abc", "rows=0", "slice_size=1e9", "flip=3", "data.size=0", "out=/", "vea=x"),
+        *("data.root=", "trainer=null", "size=S", "rows=1e9"),
+    ),
+    "export": ("format=null", "ema=abc", "out=/", "formt=dit", "steps=3", "size=S", "ckpt="),
     "attention": (
         *DRAWN,
         "device=tpu0",
         "attention.show=[0.5]",
         "attention.layers=3",
+        "attention.show=[]",
         "sag_scale=1",
     ),
 }
@@ -83,8 +99,14 @@ HINTS = {
         "--sag-scale=1.0": "sag_scale=1.0",
         "sag_scale = 1.0": "write sag_scale=1.0 without spaces",
         "sag_scale= 1.0": "write sag_scale=1.0 without spaces",
+        "out=X sag_scale = 1.0 seed=1": ": write sag_scale=1.0 without spaces",
+        "out=X sag_scale =1.0": "error: sag_scale =1.0: write sag_scale=1.0 without spaces",
+        "out=X =3": "error: =3: expected KEY=VALUE",
+        "-m sampler=ddim,nope": "sampler=nope: expected one of auto, ddim",
+        "-m sag_scale=0,{": "sag_scale=0,{: 0,{ cannot be read as a value",
+        "-m sag_scale=range(0)": "-m: of sag_scale no value is left",
         "sag_scale=1,0": "sag_scale=1.0 with a point",
-        "size=S": "train.py takes size",
+        "size=S": "train.py takes size=...; sample.py takes guidance, sampler",
     },
     "train": {
         "lr=3": "optimizer.lr",
@@ -94,9 +116,13 @@ HINTS = {
         "resume=true": "repeat the same command",
         "class_dropout_prob=nan": "model.class_dropout_prob",
         "weight_decay=inf": "optimizer.weight_decay",
+        "experiment=digits freeze=[a]": "there is freeze with experiment=finetune alone",
     },
-    "evaluate": {"num_samples=9": "num_images"},
-    "encode": {"resolution=9": "data.size"},
+    "evaluate": {
+        "num_samples=9": "num_images",
+        "+expected={source:a,metrics:3}": "expected.metrics=3: expected a mapping",
+    },
+    "encode": {"resolution=9": "data.size", "size=S": "encode.py takes no groups"},
     "export": {"layout=dit": "format"},
     "attention": {"checkpoint=x": "ckpt"},
 }
@@ -203,7 +229,8 @@ def test_ranks_of_a_sweep_are_started_with_one_setting(
     monkeypatch.setattr(sys, "argv", ["sample.py"])
     seen = []
     launch("sample", lambda _: seen.append(list(sys.argv)), ["seed=0,1", "-m", "out=a=b"])
-    assert seen == [["sample.py", f"seed={seed}", "out='a=b'"] for seed in (0, 1)]
+    assert seen == [["sample.py", "out=a=b", f"seed={seed}"] for seed in (0, 1)]
+    assert not list(tmp_path.iterdir()), "a sweep leaves nothing where one stands"
 
 
 @pytest.mark.parametrize(

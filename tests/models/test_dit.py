@@ -235,7 +235,7 @@ def test_without_dropout_there_is_no_null_row() -> None:
     [
         ({"input_size": 9}, r"input_size=9: expected a multiple of patch_size=2"),
         ({"input_size": (8, 9)}, r"input_size=\(8, 9\): expected a multiple of patch_size=2"),
-        ({"num_heads": 5}, r"hidden_size=48: expected a multiple of num_heads=5"),
+        ({"num_heads": 5}, r"num_heads=5: expected a divisor of hidden_size=48"),
         ({"hidden_size": 50, "num_heads": 5}, r"hidden_size=50: expected a multiple of 4"),
     ],
 )

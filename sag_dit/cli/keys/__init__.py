@@ -12,6 +12,11 @@ from sag_dit.methods import methods
 OUT = {"text": True, "folder": True, "determines": "nothing"}
 OUT_WORDS = "output outdir output_dir"
 SEED: Mapping[str, Any] = {"least": 0, "most": 2**64 - 1}
+SIZE: Mapping[str, Any] = {"least": 1, "most": 65_536}
+METRICS: Mapping[str, Any] = {
+    "blank": True,
+    "expected": "a list, such as metrics=[fid], or null for all that the features allow",
+}
 Classes = int | str | list[int | str] | None
 
 
@@ -19,14 +24,14 @@ Classes = int | str | list[int | str] | None
 class AutoKeys:
     """Autoguidance, for its free text."""
 
-    ckpt: Any = key("the second model", text=True)
+    ckpt: str | None = key("the second model", text=True)
 
 
 @dataclass
 class ClassifierKeys:
     """Classifier guidance, for its free text."""
 
-    classifier: Any = key("the classifier", text=True)
+    classifier: str | Open | None = key("the classifier", text=True)
 
 
 @dataclass
@@ -49,10 +54,13 @@ class TrainerKeys:
 class Text(Closed):
     """For text models alone."""
 
-    negative: str | None = key("the null condition's prompt; empty: the model's own", text=True)
+    negative: str | None = key(
+        "the null condition's prompt; empty: the model's own", text=True, blank=True
+    )
     size: list[int] | None = key(
         "[height, width] in pixels; null: the model's",
         least=1,
+        most=65_536,
         length=2,
         expected="[height, width] in pixels, or null",
     )
@@ -112,12 +120,12 @@ class Draws(LoadsModel):
     """Keys of the commands that draw."""
 
     prompt: str | None = key(
-        "what a text model draws", text=True, determines="model", published=True
+        "what a text model draws", text=True, blank=True, determines="model", published=True
     )
     classes: Classes = key(
         "numbers or names; null: all in turn, or the first",
         exact=True,
-        expected="numbers or names of classes, such as [3,7], or null",
+        expected="numbers or names of classes, at least one, such as [3,7], or null",
         words="labels class_labels",
         names=True,
         determines="model",
@@ -220,8 +228,9 @@ class ConfidenceKeys(Closed):
     repeats: int = key(
         "subsets of the images, for what stands behind ±; 0: none",
         least=0,
+        most=10_000,
         refused=(1,),
-        expected="0, or 2 or more",
+        expected="0, or 2 or more, at most 10,000",
     )
 
 
@@ -229,7 +238,17 @@ class ConfidenceKeys(Closed):
 class FeatureKeys:
     """The network that looks at images."""
 
-    weights: Any = key("its file", text=True)
+    weights: str | None = key("its file", text=True)
+
+
+@dataclass(kw_only=True)
+class Published(Closed):
+    """Numbers that somebody has published."""
+
+    source: str = key("the publication and its table")
+    metrics: Open = key("the numbers by metric")
+    protocol: Open | None = key("how they were measured", absent=True)
+    experiment: str | None = key("whose settings are the published ones", absent=True)
 
 
 @dataclass(kw_only=True)
@@ -244,34 +263,42 @@ class Evaluate(Guides):
         "resume": "repeat the command: what is measured is not measured again"
     }
     samples: str | list[str] | None = key(
-        "images on disk: a folder, an npz, or [several]", text=True
+        "images on disk: a folder, an npz, or [several]",
+        text=True,
+        expected="at least one folder or npz",
     )
     num_images: int | None = key(
         "null: 300 where drawn, all on disk", least=1, words="n num_samples count"
     )
-    seeds: int = key("draw each setting with so many seeds: mean and spread", least=1)
+    seeds: int = key("draw each setting with so many seeds: mean and spread", least=1, most=10_000)
     reference: str | None = key("npz or folder; null: the model's own", text=True)
     background: str = key("colour behind what is transparent in images on disk", text=True)
-    metrics: Any = key("list of fid, sfid, is, precision, recall; null: all there are")
+    metrics: list[str] | None = key(
+        "list of fid, sfid, is, precision, recall; null: all there are", **METRICS
+    )
     against: str | None = key("row that others are set against; null: the first", text=True)
     confidence: ConfidenceKeys = key("how ± is told")
     keep: bool = key("keep drawn images, in sample.py's folder", determines="nothing")
     out: str | None = key(
         "folder of results; null: outputs/evaluate/NAME-HASH", **OUT, words=OUT_WORDS
     )
-    finished: str = key("where measured settings are kept", text=True, determines="nothing")
+    finished: str = key("where measured settings are kept", **OUT)
     plots: bool = key("curves as PNG for a sweep", determines="nothing")
     gallery: EvaluateGallery = key("the page", determines="nothing")
-    expected: Open | None = key("published numbers; see configs/experiment/paper")
+    expected: Published | None = key("published numbers; see configs/experiment/paper")
     features: Open | None = key("the network that looks at images", keys=FeatureKeys)
     compare: Open | None = key("settings that are drawn where all guidance is off")
 
 
-@dataclass
-class ProcessKeys:
-    """Arguments of the process."""
+@dataclass(kw_only=True)
+class NoiseProcess(Closed):
+    """How an image becomes noise: by schedule and num_timesteps, or straight, as a flow."""
 
-    num_timesteps: int = key("noise levels", least=1, most=100_000)
+    schedule: Literal["linear", "cosine"] | None = key("of a diffusion", absent=True)
+    num_timesteps: int | None = key("noise levels", least=1, most=100_000, absent=True)
+    time_scale: float | None = key("of a flow: the time of pure noise", absent=True)
+    shift: float | None = key("of a flow's grid, towards noise above 1", absent=True)
+    start: float | None = key("where a flow's grid begins", least=0, most=1, absent=True)
 
 
 def networks() -> list[str]:
@@ -287,14 +314,17 @@ class NetworkKeys:
     """Arguments of a network; null is what another one takes."""
 
     family: str | None = key("null: DiT or UNet", later=None)
-    hidden_size: int | None = key("width of a token", least=1)
-    depth: int | None = key("blocks", least=1)
-    num_heads: int | None = key("heads of attention", least=1)
-    patch_size: int | None = key("pixels of a token", least=1)
-    input_size: int | None = key("null: by resolution", least=1)
-    in_channels: int | None = key("null: the data's", least=1)
-    mlp_ratio: float | None = key("width of the MLP", least=0)
+    hidden_size: int | None = key("width of a token", **SIZE)
+    depth: int | None = key("blocks", least=1, most=1000)
+    num_heads: int | None = key("heads of attention", **SIZE)
+    patch_size: int | None = key("pixels of a token", **SIZE)
+    input_size: int | None = key("null: by resolution", **SIZE)
+    in_channels: int | None = key("null: the data's", **SIZE)
+    mlp_ratio: float | None = key("width of the MLP", least=0, most=1000)
     class_dropout_prob: float | None = key("share of labels made null", least=0, most=1)
+    learn_sigma: bool | None = key("the variance is learned as well")
+    model_channels: int | None = key("of a UNet: its first width", **SIZE)
+    num_res_blocks: int | None = key("of a UNet, at each size", least=1, most=1000)
 
 
 @dataclass
@@ -317,6 +347,8 @@ class OptimizerKeys:
     """Arguments of the optimiser."""
 
     lr: float = key("learning rate", least=0, words="learning_rate")
+    betas: list[float] = key("decays of the averages of gradients", least=0, below=1, length=2)
+    fused: bool | None = key("true: one kernel for all parameters; null: where there is one")
     weight_decay: float = key("decay of weights", least=0, words="wd")
 
 
@@ -353,18 +385,42 @@ class Every(Closed):
 class Preview(Closed):
     """Images that are drawn while training."""
 
-    classes: Classes = key("numbers or names; null: the first eight", names=True, exact=True)
+    classes: Classes = key(
+        "numbers or names; null: the first eight", names=True, exact=True, blank=True
+    )
     steps: int = key("denoiser steps", least=1)
     guidance: Open = key("terms")
 
 
-@dataclass
-class AdapterKeys:
-    """Low-rank adapters, with experiment=finetune."""
+@dataclass(kw_only=True)
+class Adapters(Closed):
+    """Low-rank adapters."""
 
-    rank: int | None = key("of the adapters", least=1, most=16_384)
-    alpha: float | None = key("scale times the rank")
-    dropout: float = key("share of inputs left out", least=0, below=1)
+    rank: int | None = key("of the adapters; null: none", least=1, most=16_384)
+    alpha: float | None = key("scale times the rank; null: the rank")
+    dropout: float | None = key("share of inputs left out", least=0, below=1, absent=True)
+    targets: list[str] | None = key("patterns of layers", names=True, absent=True)
+
+
+@dataclass(kw_only=True)
+class Recommended(Closed):
+    """What the trained model is sampled with unless told otherwise."""
+
+    batch_size: int | None = key("images computed at once", least=1, most=65_536, absent=True)
+
+
+@dataclass(kw_only=True)
+class Track(Closed):
+    """What is measured of images drawn during training."""
+
+    every_n_steps: int = key("steps between measurements", least=1, expected="1 or more")
+    num_images: int = key("how many are drawn", least=2, expected="2 or more")
+    steps: int = key("denoiser steps", least=1)
+    seed: int = key("of the noise", **SEED)
+    metrics: list[str] | None = key("some of fid, sfid, is, precision, recall", **METRICS)
+    features: str | Open | None = key("auto, or a network that looks at images")
+    reference: str | None = key("npz or folder; null: the model's own", text=True)
+    best: bool = key("keep the checkpoint of the lowest FID as well")
 
 
 @dataclass(kw_only=True)
@@ -410,9 +466,9 @@ class Train(Closed):
         absent=True,
         added=True,
     )
-    resolution: int | None = key("pixels along each side", least=1, words="image_size")
-    patch_size: int | None = key("pixels of a token's side", least=1, by_checkpoint=True)
-    num_classes: int | None = key("null: the data's", least=1, by_checkpoint=True)
+    resolution: int | None = key("pixels along each side", **SIZE, words="image_size")
+    patch_size: int | None = key("pixels of a token's side", **SIZE, by_checkpoint=True)
+    num_classes: int | None = key("null: the data's", least=1, most=10**6, by_checkpoint=True)
     kind: Literal["eps", "v", "x_0"] | None = key(
         "what the network puts out", words="prediction_type", by_checkpoint=True
     )
@@ -425,21 +481,23 @@ class Train(Closed):
     compile: bool = key("compile every block by itself", determines="nothing")
     checkpoint_blocks: bool = key("recompute blocks backwards: less memory", determines="nothing")
     matmul: Literal["highest", "high", "medium"] = key("float32 products")
-    freeze: list[str] | None = key("patterns of what is not trained", names=True, absent=True)
-    sampling: Open = key("recommended settings, written into the result")
+    freeze: list[str] | None = key(
+        "patterns of what is not trained", names=True, blank=True, absent=True
+    )
+    sampling: Recommended = key("recommended settings, written into the result")
     model: Open | None = key("the network", keys=NetworkKeys, asks=networks, by_checkpoint=True)
-    process: Open | None = key("noise levels", keys=ProcessKeys, by_checkpoint=True)
+    process: NoiseProcess | None = key("noise levels", by_checkpoint=True)
     data: Open = key("images", keys=DataKeys)
     objective: Open | None = key("the loss")
     optimizer: Open = key("the optimiser", keys=OptimizerKeys)
     schedule: Open | None = key("of the learning rate")
     ema: Average = key("the average")
-    lora: Open | None = key("adapters", keys=AdapterKeys, absent=True)
+    lora: Adapters | None = key("adapters", absent=True)
     trainer: Open = key("Lightning's Trainer", keys=TrainTrainerKeys)
     every_n_steps: Every = key("how often", determines="nothing")
     preview: Preview = key("previews", determines="nothing")
     logger: Open | None = key("where numbers go", determines="nothing")
-    track: Open | None = key("metrics while training", determines="nothing")
+    track: Track | None = key("metrics while training", determines="nothing")
 
 
 @dataclass(kw_only=True)
@@ -447,7 +505,7 @@ class EncodeData(Closed):
     """The images to encode."""
 
     root: str = key("class folders, or a flat folder of images", text=True)
-    size: int = key("pixels along each side of the crop", least=1, words="resolution image_size")
+    size: int = key("pixels along each side of the crop", **SIZE, words="resolution image_size")
     upright: bool = key("turn photos as noted; false: as ADM's loader")
     background: str | None = key(
         "colour behind what is transparent; null: as before there was this key", text=True
@@ -468,7 +526,7 @@ class Encode(Closed):
     out: str | None = key("folder; null: outputs/latents/NAME-HASH", **OUT)
     flip: bool = key("encode mirror images as well")
     dtype: Literal["float16", "float32"] = key("of what is stored")
-    rows: int = key("images per shard", least=1)
+    rows: int = key("images per shard", least=1, most=2**20)
     slice_size: int = key("images encoded at once", least=1, most=65_536, words="batch_size")
     workers: int | None = key(
         "processes that read, per device; null: what suits",

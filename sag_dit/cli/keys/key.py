@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal, get_origin, get_type_hints
 
-from sag_dit.bounds import Bounds, parts
+from sag_dit.bounds import MOST, Bounds, parts
 
 Determines = Literal["model", "pixels", "weights", "nothing"]
 
@@ -19,7 +19,8 @@ class Key(Bounds):
     """What is known of a key beside its type and bounds.
 
     ``words`` are what other programs call it, with spaces between. ``text`` may hold anything, so
-    that Hydra's grammar must not read it; so may ``names``, which may be numbers too. ``absent``
+    that Hydra's grammar must not read it; so may ``names``, which may be numbers too. A text or a
+    list may be empty only if it is ``blank``. ``absent``
     keys come with a choice or an experiment; those that are ``added`` stand in no file, and are
     recorded where they are stated alone. ``later`` is the value that means what runs did before
     there was the key; the first name of a run's folder leaves out an ``unnamed`` one whatever its
@@ -31,10 +32,13 @@ class Key(Bounds):
     """
 
     help: str
+    _: KW_ONLY
     words: str = ""
     determines: Determines | None = None
     text: bool = False
     names: bool = False
+    blank: bool = False
+    most: float | None = MOST
     absent: bool = False
     added: bool = False
     later: Any = UNSET

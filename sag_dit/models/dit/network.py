@@ -211,7 +211,7 @@ class DiT(nn.Module):
             )
         if hidden_size % num_heads:
             raise ValueError(
-                f"hidden_size={hidden_size}: expected a multiple of num_heads={num_heads}"
+                f"num_heads={num_heads}: expected a divisor of hidden_size={hidden_size}"
             )
         # What all else asks of a network.
         self.input_size = (height, width)

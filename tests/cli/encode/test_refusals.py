@@ -58,7 +58,7 @@ def test_other_settings_are_refused_by_name(
         (("data.root=nowhere",), "data.root=nowhere: does not exist"),
         (("data.size=17",), "size=17: expected a multiple of 2"),
         (("dtype=bfloat16",), "dtype=bfloat16: expected one of float16, float32"),
-        (("rows=0",), "rows=0: expected a whole number, 1 or more"),
+        (("rows=0",), "rows=0: expected a whole number, 1 to 1,048,576"),
         (("slice_size=0",), "slice_size=0: expected a whole number, 1 to 65,536"),
         (("trainer.precision=16",), "trainer.precision"),
     ],
