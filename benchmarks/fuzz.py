@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -347,9 +348,16 @@ def failure(kind: Kind, folder: Path, size: int, watch: Watch) -> str | None:
 
 
 def fuzz(
-    cases: int, seed: int = 0, only: str = "", keep: Path | None = None
+    cases: int,
+    seed: int = 0,
+    only: str = "",
+    keep: Path | None = None,
+    seconds: float = math.inf,
 ) -> tuple[Counter[tuple[str, str]], Counter[str]]:
-    """Read so many changed files; return the failures, and how many of each kind were read."""
+    """Read so many changed files; return the failures, and how many of each kind were read.
+
+    After so many ``seconds`` it ends with those that it has read.
+    """
     warnings.simplefilter("ignore")
     os.environ["HF_HUB_OFFLINE"] = "1"
     logging.disable(logging.WARNING)
@@ -364,7 +372,10 @@ def fuzz(
         # Once as they are: what is imported late is there then, and an honest file is read.
         for kind in found.values():
             kind.read(kind.folder)
+        until = time.monotonic() + seconds
         for case in range(cases):
+            if time.monotonic() > until:
+                break
             name, kind = drawn.choice(list(found.items()))
             content = contents[name]
             folder = root / "changed"
@@ -392,13 +403,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="kinds whose name holds this")
     parser.add_argument("--keep", type=Path, help="folder for the files that failed")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end after these")
     chosen = parser.parse_args()
     began = time.monotonic()
-    failures, read = fuzz(chosen.cases, chosen.seed, chosen.only, chosen.keep)
+    failures, read = fuzz(chosen.cases, chosen.seed, chosen.only, chosen.keep, chosen.seconds)
     for (name, wrong), count in failures.most_common():
         print(f"{name}: {wrong} ({count} times)")
     told = ", ".join(f"{name} {count}" for name, count in sorted(read.items()))
-    print(f"{chosen.cases} files in {time.monotonic() - began:.0f} s: {told}")
+    print(f"{sum(read.values())} files in {time.monotonic() - began:.0f} s: {told}")
     print(f"{sum(failures.values())} failures")
     raise SystemExit(min(1, len(failures)))
 
