@@ -357,6 +357,18 @@ def _read_own_run(
     return Checkpoint(network, (path,), stated, stated.get("vae"))
 
 
+@dataclass(frozen=True)
+class PipelineIndex:
+    """What is asked of a pipeline's ``model_index.json`` beside its parts.
+
+    Example:
+        >>> PipelineIndex({"0": "cat"}).id2label
+        {'0': 'cat'}
+    """
+
+    id2label: Mapping[str, str] | None = None
+
+
 def _read_pipeline(path: Path, ema: bool) -> Checkpoint:
     """Read a folder that diffusers saved of a class-conditional pipeline."""
     index = files.read_json(path / "model_index.json")
@@ -373,7 +385,8 @@ def _read_pipeline(path: Path, ema: bool) -> Checkpoint:
             f"{' or '.join(known)}, which is class-conditional"
         )
     _single_set(path, ema)
-    labels = index.get("id2label") or {}
+    named = checked(index, PipelineIndex, str(path / "model_index.json"), open=True)
+    labels = named.id2label or {}
     scheduler = path / "scheduler" / "scheduler_config.json"
     stated: dict[str, Any] = {}
     if scheduler.is_file():
