@@ -189,7 +189,7 @@ def _bounds(kind: Any, told: Bounds) -> str:
 
 
 @cache
-def _hints(schema: Any) -> dict[str, Any]:
+def _hints_of(schema: Any) -> dict[str, Any]:
     return get_type_hints(schema, include_extras=True)
 
 
@@ -215,7 +215,7 @@ def checked(
         what = f"{prefix.rstrip('.')}={_short(values)}: " if prefix else ""
         raise ValueError(f"{where}: {what}expected a mapping, found a {type(values).__name__}")
     known = {each.name: each for each in fields(schema)}  # type: ignore[arg-type]
-    hints = _hints(schema)  # type: ignore[arg-type]
+    hints = _hints_of(schema)  # type: ignore[arg-type]
     unknown = [] if open else [name for name in values if name not in known]
     if unknown:
         raise ValueError(

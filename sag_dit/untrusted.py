@@ -75,21 +75,21 @@ def parse_json(text: str, where: object) -> Any:
         raise _too_deep(where) from None
     except ValueError as error:
         raise ValueError(f"{where}: expected a readable JSON file ({error})") from None
-    _check(found, where, 0)
+    _check_values(found, where, 0)
     return found
 
 
-def _check(value: Any, where: object, depth: int) -> None:
+def _check_values(value: Any, where: object, depth: int) -> None:
     """Refuse what is nested too deep, and half characters, which cannot be printed or written."""
     if depth > DEPTH:
         raise _too_deep(where)
     if isinstance(value, dict):
         for name, each in value.items():
-            _check(name, where, depth + 1)
-            _check(each, where, depth + 1)
+            _check_values(name, where, depth + 1)
+            _check_values(each, where, depth + 1)
     elif isinstance(value, list):
         for each in value:
-            _check(each, where, depth + 1)
+            _check_values(each, where, depth + 1)
     elif isinstance(value, str) and not value.isascii():
         try:
             value.encode()

@@ -68,7 +68,7 @@ def _with_names(value: Any) -> Any:
     return {**without_later(values, thing), "_target_": Name(name, former)}
 
 
-def recorded(folder: Path) -> dict[str, Any]:
+def recorded_config(folder: Path) -> dict[str, Any]:
     """Return what a run's folder records, see :func:`sag_dit.output.claim.recorded`.
 
     Raises:
@@ -100,7 +100,7 @@ def run_folder(config: Mapping[str, Any]) -> Path:
         _drop(values, key)
     while True:
         folder = _named_folder(config, values)
-        there = recorded(folder).get("config", {})
+        there = recorded_config(folder).get("config", {})
         other = [key for key, value in unnamed.items() if _held(there, key, value) != value]
         if not other:
             return folder
@@ -128,7 +128,7 @@ def go_on_as_begun(config: Train, out: Path) -> Train:
 
     Their values mean what it did.
     """
-    there = recorded(out).get("config", {})
+    there = recorded_config(out).get("config", {})
     for key in _unnamed():
         group, _, name = key.rpartition(".")
         if group not in there or name in there[group]:
@@ -214,7 +214,7 @@ def check_schedule(config: Mapping[str, Any], out: Path) -> None:
     Raises:
         ValueError: the schedule of the run in the folder ends at the ``max_steps`` of its start.
     """
-    there = recorded(out).get("config", {})
+    there = recorded_config(out).get("config", {})
     before, now = there.get("max_steps"), config["max_steps"]
     schedules = there.get("schedule") or {}, config["schedule"] or {}
     for key in schedules[0].keys() & schedules[1].keys():

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from sag_dit.cli import typed
 from sag_dit.cli.app import launch
-from sag_dit.cli.composing import FOLDER, checked, config_folder
+from sag_dit.cli.composing import FOLDER, checked_config, config_folder
 from sag_dit.cli.keys import COMMANDS
 from sag_dit.cli.keys.key import keys_of, to_dict
 from sag_dit.cli.presets import with_presets
@@ -307,7 +307,7 @@ def test_every_choice_of_every_group_passes(name: str, argument: str) -> None:
     for key in OmegaConf.missing_keys(config):
         OmegaConf.update(config, key, "photos")
     before: Any = OmegaConf.to_container(config, resolve=True)
-    after = to_dict(checked(name, config))
+    after = to_dict(checked_config(name, config))
     # In the same order; ${out} is known later.
     assert json.dumps(after).replace(f'"{FOLDER}"', "null") == json.dumps(before)
 
