@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sag_dit.checkpoints import Model
+from sag_dit.data.limits import check_pixels
 from sag_dit.data.training_batches import Batch, Indices, NamedData, check_classes, name_hash
 
 PixelArray = NDArray[np.uint8]
@@ -66,6 +67,7 @@ def read_crop(path: Path, size: int, channels: int = 3, upright: bool = True) ->
     content = path.read_bytes()
     try:
         with Image.open(io.BytesIO(content)) as image:
+            check_pixels(image.size, len(content))
             turned = ImageOps.exif_transpose(image) if upright else image
             pixels = np.asarray(center_crop(turned.convert(MODES[channels]), size))
     except MemoryError:
