@@ -241,7 +241,7 @@ def test_an_image_that_promises_too_many_pixels_costs_nothing(tmp_path: Path) ->
 def test_pixels_that_no_file_of_its_size_can_mean_are_refused(tmp_path: Path) -> None:
     Image.new("1", (5000, 5000)).save(tmp_path / "small.png")
     assert (tmp_path / "small.png").stat().st_size < 25_000
-    with pytest.raises(ValueError, match="small.png .*5000 x 5000 pixels in .* bytes: expected at"):
+    with pytest.raises(ValueError, match=r"small\.png .*5000 x 5000 pixels in .* bytes: expected"):
         read_crop(tmp_path / "small.png", 8)
     Image.new("1", (4000, 4000)).save(tmp_path / "fits.png")
     assert read_crop(tmp_path / "fits.png", 8).max() == 0
