@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -162,6 +163,8 @@ def claim_data(out: Path, now: Mapping[str, Any] | None, *, on_purpose: bool) ->
         return
     file = out / DATA
     before = _read_fingerprint(file) if file.exists() else now
+    if before == now and (file.exists() or not os.access(out, os.W_OK)):
+        return
     if before["sha256"] != now["sha256"] or before["classes"] != now["classes"]:
         changes = "; ".join(_data_changes(before, now))
         if not on_purpose:

@@ -307,12 +307,13 @@ def run_train(config: Train) -> None:
     check_schedule(settings, out)
     claim(out, identity(settings), settings, "a run")
     with alone_in(out):
+        if trainer.is_global_zero:
+            claim_data(out, data.fingerprint(), on_purpose=config.changed_data)
         checkpoint, step = newest_checkpoint(out, module)
         finished = step >= config.max_steps and exported_step(out) == step
         if finished:
             told = f"finished at step {step}: nothing is left to train; a larger max_steps goes on"
         elif trainer.is_global_zero:
-            claim_data(out, data.fingerprint(), on_purpose=config.changed_data)
             told = "\n".join(filter(None, (told, data.report())))
         if told and trainer.is_global_zero:
             print(told)
