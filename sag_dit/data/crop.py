@@ -99,8 +99,8 @@ def check_pixels(size: tuple[int, int], content: int) -> None:
     pixels = size[0] * size[1]
     if pixels > max(FREE_PIXELS, PIXELS_PER_BYTE * content):
         raise ValueError(
-            f"{size[0]} x {size[1]} pixels in {content:,} bytes: expected at most {PIXELS_PER_BYTE:,} "
-            f"for each byte"
+            f"{size[0]} x {size[1]} pixels in {content:,} bytes: expected at most "
+            f"{PIXELS_PER_BYTE:,} for each byte"
         )
 
 
