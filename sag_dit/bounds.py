@@ -33,6 +33,10 @@ class Bounds:
     What is not ``blank`` is a text or a list that is not empty. ``lenient`` is of annotations that
     were not written as a schema: infinite numbers are numbers, and a class takes anything.
     ``expected`` is said in place of the words that follow from type and bounds.
+
+    Example:
+        >>> fit(-1, int, Bounds(least=0))
+        (False, -1)
     """
 
     least: float | None = None

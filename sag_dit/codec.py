@@ -44,6 +44,11 @@ class Codec(ABC):
 
     Attributes:
         factor: pixels per latent cell, along each side.
+
+    Example::
+
+        x_0 = codec.encode(pixels)
+        pixels = codec.decode(x_0)
     """
 
     factor: int

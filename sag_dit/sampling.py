@@ -33,6 +33,10 @@ class Request(NamedTuple):
 
     The noise of the image is a function of (``seed``, ``stream``) and the step. ``stream`` is the
     index where a whole set shares one seed, and 0 where every image brings its own.
+
+    Example:
+        >>> Request(index=0, seed=0, label=3, stream=0).label
+        3
     """
 
     index: int  # type: ignore[assignment]  # a tuple's own method is not needed here
@@ -87,6 +91,10 @@ class Settings:
     ``batch_size`` is the network's one compute batch: a short batch is padded to it, so that an
     image does not depend on how many others are drawn. ``max_rows`` bounds the rows evaluated at
     once.
+
+    Example:
+        >>> Settings(steps=20).batch_size
+        16
     """
 
     sampler: Sampler = field(default_factory=DDIM)
@@ -149,7 +157,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Pixels:
-    """What determines the pixels of a run; what is added to it has to be ``LATER``."""
+    """What determines the pixels of a run; what is added to it has to be ``LATER``.
+
+    Example::
+
+        from sag_dit import identity
+
+        pixels = Pixels.of(model, settings, {"sag": SAG(0.5)}, {"seed": 0, "classes": "all"})
+        print(identity.digest(identity.settings(pixels))[:8])
+    """
 
     model: str
     weights_sha256: str
@@ -260,6 +276,11 @@ class Drawn:
     """One batch of finished images, and by index what else is kept of them.
 
     ``twins`` are drawn from the same noise without guidance; ``traces`` is what attention said.
+
+    Example:
+        >>> images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+        >>> Drawn([Request(index=7, seed=0, label=3, stream=7)], images).indices
+        tensor([7])
     """
 
     requests: Sequence[Request]
@@ -357,6 +378,10 @@ def sample(
 
     Raises:
         ValueError: a class the model does not have, or settings it cannot be sampled with.
+
+    Example::
+
+        images = sag_dit.sample(model, [3, 7], guidance=[sag_dit.SAG(0.5)], steps=20)
     """
     settings = Settings.of(
         model, sampler=sampler, steps=steps, guidance=guidance, batch_size=batch_size

@@ -40,6 +40,10 @@ class Maps:
 
     Raises:
         ValueError: a value outside its range.
+
+    Example:
+        >>> Maps(layers=("all",), steps=3).indices(51)
+        [0, 25, 50]
     """
 
     layers: tuple[str, ...] = ("auto",)
@@ -89,7 +93,13 @@ class Maps:
 
 @dataclass(frozen=True, eq=False)
 class LayerView:
-    """One layer at the chosen steps, of one image: saliency has mean 1 at each step."""
+    """One layer at the chosen steps, of one image: saliency has mean 1 at each step.
+
+    Example:
+        >>> seen = np.ones((1, 4, 4), np.float32)
+        >>> LayerView("blocks.3.attn", saliency=seen, mask=seen > 1, query_map=None).mask.shape
+        (1, 4, 4)
+    """
 
     name: str
     saliency: Float32[NDArray[np.float32], "s h w"]
@@ -100,7 +110,14 @@ class LayerView:
 
 @dataclass(frozen=True, eq=False)
 class AttentionView:
-    """What was kept of one image: the steps by number and time, and each layer's arrays."""
+    """What was kept of one image: the steps by number and time, and each layer's arrays.
+
+    Example::
+
+        drawn = draw_batch(model, requests, settings, traced=[0], maps=Maps(layers=("all",)))
+        for layer in drawn.traces[0].maps.layers:
+            print(layer.name, layer.saliency.max())
+    """
 
     steps: tuple[int, ...]
     times: tuple[float, ...]
@@ -116,6 +133,11 @@ class StepView:
     saliency: (h, w) float32, attention received by each token, mean 1.
     mask: (h, w) bool, the tokens that guidance degrades; threshold: the saliency they exceed.
     Raises: ValueError for arrays of other shapes, or a saliency that is not finite.
+
+    Example:
+        >>> seen = np.ones((4, 4), np.float32)
+        >>> StepView(0, count=50, t=999.0, saliency=seen, mask=seen > 1, threshold=1.0).mask.shape
+        (4, 4)
     """
 
     index: int
@@ -144,6 +166,11 @@ class Trace:
 
     ``steps``: what self-attention guidance saw, at up to ``SHOWN`` steps; empty without it.
     ``maps``: the layers that were asked for, None where none were.
+
+    Example::
+
+        drawn = draw_batch(model, requests, settings, traced=[0])
+        print([step.mask.mean() for step in drawn.traces[0].steps])
     """
 
     steps: tuple[StepView, ...] = ()

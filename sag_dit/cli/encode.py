@@ -32,7 +32,12 @@ NOTE_EVERY = 1.0
 
 @dataclass(frozen=True)
 class Encoding:
-    """What determines latents; what is added to it has to be ``LATER``."""
+    """What determines latents; what is added to it has to be ``LATER``.
+
+    Example::
+
+        name = f"photos-{digest(settings(encoding))[:8]}"
+    """
 
     images: int
     images_sha256: str

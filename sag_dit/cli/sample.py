@@ -36,7 +36,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known before anything is drawn."""
+    """Everything that is known before anything is drawn.
+
+    Example::
+
+        plan = make_plan(config, num_images=8, out=None)
+        print(plan.folder.path, len(plan.missing(gallery=4, verify=False)))
+    """
 
     model: Model
     settings: Settings

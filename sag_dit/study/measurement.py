@@ -33,7 +33,12 @@ from sag_dit.training.predicting import Predictor
 
 @dataclass(frozen=True)
 class Protocol:
-    """What images are measured with; what is added to it has to be ``LATER``."""
+    """What images are measured with; what is added to it has to be ``LATER``.
+
+    Example::
+
+        print(settings(protocol)["reference_statistics_sha256"])
+    """
 
     features: str
     features_protocol: Mapping[str, Any]
@@ -46,7 +51,12 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Confidence:
-    """How ± is told; what is added to it has to be ``LATER``."""
+    """How ± is told; what is added to it has to be ``LATER``.
+
+    Example:
+        >>> settings(Confidence(repeats=20))
+        {'repeats': 20}
+    """
 
     repeats: int
 
@@ -58,6 +68,10 @@ class Setting:
     ``name`` is what the table calls it and ``key`` what else it goes by; ``axes`` is what
     distinguishes it in a sweep. ``expected`` are published numbers to show beside it, and
     ``otherwise`` says in what its settings differ from the published ones.
+
+    Example:
+        >>> Setting("SAG 0.5", axes={"sag_scale": 0.5}).axes["sag_scale"]
+        0.5
     """
 
     name: str
@@ -72,6 +86,11 @@ class ToDraw:
     """A set of images that is drawn; ``pixels``, an identity, says all that determines it.
 
     With a ``folder`` the images are kept there, and only those that it lacks are drawn.
+
+    Example::
+
+        plan = ToDraw(model, how, requests, pixels, cost_of(model.denoiser, terms, DDIM(), 50))
+        measured = measurement(Setting("SAG 0.5"), plan, setup, repeats=0)
     """
 
     model: Model
@@ -88,6 +107,11 @@ class Measurement:
 
     ``facts`` stand beside its numbers. ``identity`` names its record. Classes recur over the
     indices with ``period``. ``repeats`` random halves of the images tell what stands behind ±.
+
+    Example::
+
+        measured = measurement(Setting("photos"), open_images("photos/"), setup, repeats=20)
+        print(measured.count, measured.identity, measured.notes)
     """
 
     setting: Setting
@@ -287,7 +311,13 @@ class _Share(IterableDataset[ImageBatch]):
 
 
 class Stored(LightningDataModule):
-    """A rank's share of a set of images on disk."""
+    """A rank's share of a set of images on disk.
+
+    Example::
+
+        images = open_images("photos/")
+        predictor.read(Stored(images, 64), [measuring], text="photos", total=len(images))
+    """
 
     def __init__(self, images: ImageSet, batch_size: int) -> None:
         super().__init__()

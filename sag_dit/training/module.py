@@ -65,6 +65,13 @@ class DiffusionModule(LightningModule):
 
     Prediction follows ``settings``; the first ``gallery`` indices are also drawn without guidance,
     from the same noise, and with ``maps`` their attention is kept. ``watch`` is told of every step.
+
+    Example::
+
+        from lightning.pytorch import Trainer
+
+        module = DiffusionModule(model, ema_decay=0.9999)
+        Trainer(max_steps=1000).fit(module, data)
     """
 
     def __init__(

@@ -302,7 +302,12 @@ class NoiseProcess(Closed):
 
 
 def networks() -> list[str]:
-    """Return the network of every family."""
+    """Return the network of every family.
+
+    Example:
+        >>> "sag_dit.models.dit.network.DiT" in networks()
+        True
+    """
     from sag_dit.models import families
 
     found = (each.network() for each in families().values())

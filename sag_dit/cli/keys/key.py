@@ -29,6 +29,10 @@ class Key(Bounds):
     arguments all others are where no ``_target_`` does. What is ``by_checkpoint`` is determined by
     a checkpoint to go on from. Published numbers are compared with those of runs that agree in what
     is ``published``.
+
+    Example:
+        >>> key("how many", least=1).metadata["key"].least
+        1
     """
 
     help: str
