@@ -70,7 +70,7 @@ def make_plan(config: Guides, num_images: int, out: str | None, model: Model | N
     """Check what is to be drawn, load the model unless it is given, and find the folder.
 
     Raises:
-        ValueError: a value that cannot be used; the remedy is named.
+        ValueError: a value that cannot be used; the message says what to do.
     """
     from sag_dit.checkpoints import is_text
     from sag_dit.data.requests import make_requests, read_requests, renumbered
