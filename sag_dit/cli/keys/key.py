@@ -30,8 +30,8 @@ class Key(Bounds):
         later: of a key that is newer than some runs, the value that means what those runs did.
         unnamed: its value is left out of the first name of a run's folder.
         keys: of an open mapping, the schema of the keys that have bounds of their own.
-        asks: of an open mapping without ``_target_``, returns the classes or functions whose
-            arguments it takes.
+        asks: of an open mapping without ``_target_``, returns the paths of the classes or
+            functions whose arguments it takes.
         by_checkpoint: where a run starts from a checkpoint, the checkpoint decides it.
         published: published numbers are only compared with runs that agree in it.
 
