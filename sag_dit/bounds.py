@@ -1,4 +1,4 @@
-"""What plain values have to be: types and bounds, stated in dataclasses beside what reads them.
+"""Types and bounds of plain values, stated in dataclasses beside the code that reads them.
 
 A schema is a dataclass. Its hints say what its keys hold, and :class:`Bounds` in them what numbers
 and texts are allowed: ``Annotated[int, Bounds(least=1)]``. :func:`checked` makes an instance of it.
@@ -27,12 +27,25 @@ MAPPINGS: tuple[type, ...] = (dict, Mapping)
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What is allowed beside a type; of a list, what its values have to be.
+    """What a value may be within its type; of a list, what each of its values may be.
 
-    ``exact`` refuses whole numbers that are written as floats, ``folder`` the root of all folders.
-    What is not ``blank`` is a text or a list that is not empty. ``lenient`` is of annotations that
-    were not written as a schema: infinite numbers are numbers, and a class takes anything.
-    ``expected`` is said in place of the words that follow from type and bounds.
+    Attributes:
+        least: the smallest number.
+        most: the greatest number.
+        below: a number that the value has to stay below.
+        expected: what an error says was expected; empty: words made from type and bounds.
+        pattern: a regular expression that a text has to match as a whole.
+        length: how many values a list has.
+        refused: single numbers that are not allowed.
+        folder: the text is a folder, and the root folder ``/`` is refused.
+        exact: a whole number must not be written as a float, such as 3.0.
+        blank: a text or list may be empty.
+        lenient: for annotations that were not written as a schema: numbers may be infinite, and a
+            type that is not understood takes any value.
+
+    Example:
+        >>> fit(-1, int, Bounds(least=0))
+        (False, -1)
     """
 
     least: float | None = None
@@ -61,7 +74,7 @@ def parts(hint: Any) -> tuple[Any, ...]:
 
 
 def shown(value: Any) -> str:
-    """Return a value as one types it."""
+    """Return a value as a user would type it."""
     if isinstance(value, list):
         return f"[{','.join(map(shown, value))}]"
     if isinstance(value, dict):
@@ -196,10 +209,10 @@ def _hints_of(schema: Any) -> dict[str, Any]:
 def checked(
     values: Any, schema: type[Schema], where: str, *, prefix: str = "", open: bool = False
 ) -> Schema:
-    """Return plain values as an instance of their schema, and so in what it is made of.
+    """Return plain values as an instance of their schema, and so the mappings within them.
 
-    ``where`` says in an error where the values stand, and ``prefix`` under which key. Keys that the
-    schema does not have are refused, or left out of one that is ``open``.
+    Errors begin with ``where``, the file of the values, and name keys with ``prefix`` before them.
+    Keys that the schema does not have are refused; with ``open`` they are left out instead.
 
     Raises:
         ValueError: a key is missing or unknown, or a value of another type or out of bounds.

@@ -44,6 +44,11 @@ class Codec(ABC):
 
     Attributes:
         factor: pixels per latent cell, along each side.
+
+    Example::
+
+        x_0 = codec.encode(pixels)
+        pixels = codec.decode(x_0)
     """
 
     factor: int
@@ -97,10 +102,11 @@ class VAECodec(Codec):
     x_0 = (z - shift) scale, with scale = scaling_factor / std and shift = shift_factor + mean. Most
     configs state a scaling_factor only; the others are then 0 (shift, mean) and 1 (std).
 
-    ``vae`` is the module, or a folder of diffusers' layout. Of a folder the config is read at once
-    and the weights (and diffusers) at first use. Images pass in slices of ``slice_size``, a short
-    one padded, so that memory is bounded and an image's pixels do not depend on how many others
-    are in its batch. ``sha256`` names the weights in ``config()``; without it they are hashed.
+    ``vae`` is the module, or a folder of diffusers' layout. The config of a folder is read at once,
+    its weights only at first use, and diffusers is imported then. Always ``slice_size`` images are
+    coded at a time, and a shorter slice is padded: so memory is bounded, and the pixels of an image
+    do not depend on how many others are in its batch. ``sha256`` is the hash of the weights that
+    ``config()`` tells; without it they are hashed.
 
     Raises:
         ValueError: ``slice_size`` is below 1, or the folder holds no AutoencoderKL.

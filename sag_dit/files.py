@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
-"""Errors that are the disk's, not the caller's."""
+"""Errors that are the fault of the disk, not of the caller."""
 
 
 LOCK = ".lock"
@@ -21,7 +21,7 @@ LOCK = ".lock"
 
 @contextmanager
 def writing(file: Path) -> Iterator[None]:
-    """Name the file, and what to do, if the disk does not take what is written within.
+    """Turn an error of the disk within this context into one that names the file and the remedy.
 
     Raises:
         OSError: the disk is full, fails or takes nothing.
@@ -52,10 +52,10 @@ def _fault_of_disk(error: Exception) -> str | None:
 
 @contextmanager
 def atomic(file: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``file``, and rename it there when all went well.
+    """Yield a temporary path beside ``file``, and rename it to ``file`` if all went well.
 
-    The name holds the process's number, so that two processes never write one file; a temporary
-    that a killed process left behind is overwritten or ignored.
+    The temporary name holds the number of the process, so that two processes never write one file.
+    A file that a killed process left behind is overwritten or ignored.
 
     Raises:
         OSError: as :func:`writing`.
@@ -71,10 +71,10 @@ def atomic(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def using(folder: Path) -> Iterator[None]:
-    """Hold a folder for this run; only the first of its ranks asks.
+    """Lock a folder for this run; of its ranks only the first calls this.
 
-    The system frees a lock when its process ends, however that ends. Where it knows no locks, as
-    some network file systems, or the folder cannot be written to, the run goes on without.
+    The system frees the lock when the process ends, however it ends. Where there are no locks, as
+    on some network file systems, or the folder cannot be written to, the run goes on without one.
 
     Raises:
         ValueError: another run holds it.

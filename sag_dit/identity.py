@@ -1,12 +1,14 @@
 """Identities: what determines the results of a run, as plain values to write, hash and compare.
 
-The folder of a run is named after its identity, and a folder that holds another one is refused. So
-an identity stays what it is while code changes around it, by two rules:
+The folder of a run is named after a hash of its identity, and a run refuses a folder of another
+identity. So the identity of a run must not change when code does. Two rules see to that:
 
-- A class stands in it by its ``key``, not by the module in which it lies. Classes that have been
-  named by their module, before there were keys, hold those names as ``former``: hashes are taken
-  with them, so that folders keep their names, and folders that have them written are recognised.
-- An option that is added to a class is marked :data:`LATER`, and left out at its default.
+- An identity names a class by its ``key``, not by its module. Before there were keys it named the
+  module; a class of that time lists its old names as ``former``. Hashes are still computed with the
+  first old name, so folders keep their names. A folder in which an old name is written is
+  recognised.
+- An option that is added to a class is marked :data:`LATER`. While it has its default, it is left
+  out of the identity.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 LATER: Mapping[str, Any] = MappingProxyType({"later": True})
-"""Metadata of a dataclass field that runs were made without: ``field(default=0, metadata=LATER)``.
+"""Marks a dataclass field that is newer than some runs: ``field(default=0, metadata=LATER)``.
 
-At its default, which has to mean what those runs did, it is left out of identities. A class that is
-no dataclass lists such arguments with these values in a class attribute,
+Its default has to mean what those runs did; identities leave it out at that value. A class that is
+no dataclass lists such arguments and their defaults in a class attribute,
 ``later = {"workers": 0}``.
 """
 
@@ -36,8 +38,8 @@ no dataclass lists such arguments with these values in a class attribute,
 class Name(str):
     """What an identity calls a class: its key.
 
-    ``former`` holds the names that identities had for the same class before it had a key; the first
-    is the one that they are hashed with.
+    ``former`` holds the names that identities used for the class before it had a key. Hashes are
+    computed with the first of them.
 
     Example:
         >>> Name("sag", ("old.SAG",)).former
@@ -56,11 +58,12 @@ class Name(str):
 def name_of(thing: Any, otherwise: str | None = None) -> Name:
     """Return what identities call a class or a function.
 
-    That is its own ``key``, since a subclass is another thing, or else ``otherwise``, by default
-    where its code lies.
+    That is the ``key`` that the class itself states; an inherited one does not count, since a
+    subclass gives other results. Without a key it is ``otherwise``, by default the path of the
+    code.
 
     Raises:
-        ValueError: another class of its kind has the same key, such as the one it is a copy of.
+        ValueError: another class of the same kind has this key, such as the one it was copied from.
 
     Example:
         >>> class Sharpen:
@@ -92,7 +95,7 @@ def _path(thing: Any) -> str:
 
 
 def _refuse_twins(thing: Any, names: Set[str]) -> None:
-    """Refuse names that another class of the kind has too: their runs would share a folder."""
+    """Refuse names that another class of the same kind has: their runs would share a folder."""
     kinds = [base for base in getattr(thing, "__mro__", ()) if base not in (ABC, object)]
     seen = set(kinds)
     while kinds:
@@ -111,7 +114,7 @@ def _refuse_twins(thing: Any, names: Set[str]) -> None:
 
 
 def later(thing: Any) -> dict[str, Any]:
-    """Return the options of a class that runs were made without, each with its default."""
+    """Return the options of a class that are newer than some runs, each with its default."""
     listed = getattr(thing, "later", None)
     found = {}
     if isinstance(listed, Mapping):
@@ -124,7 +127,7 @@ def later(thing: Any) -> dict[str, Any]:
 
 
 def without_later(values: Mapping[str, Any], thing: Any) -> dict[str, Any]:
-    """Return the options of a class without those that came later and are at their default."""
+    """Return the options of a class without the newer ones that have their default."""
     came_later = later(thing)
     return {
         name: value
@@ -134,7 +137,7 @@ def without_later(values: Mapping[str, Any], thing: Any) -> dict[str, Any]:
 
 
 def settings(thing: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass as plain values, without those that came later."""
+    """Return the fields of a dataclass as plain values, without newer ones at their default."""
     values = {each.name: plain(getattr(thing, each.name)) for each in fields(thing)}
     return without_later(values, type(thing))
 
@@ -151,7 +154,7 @@ def weights(module: nn.Module) -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON would read it back, but for names, which stay :class:`Name`."""
+    """Return a value as JSON would read it back, except that a :class:`Name` stays one."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (tuple, list)):
@@ -169,13 +172,13 @@ def plain(value: Any) -> Any:
 
 
 def written(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an identity as it is written: names are their keys."""
+    """Return an identity as files hold it, where classes stand by their keys."""
     values: dict[str, Any] = json.loads(json.dumps(identity))
     return values
 
 
 def hashed(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an identity as it is hashed: names are the first that runs knew."""
+    """Return an identity as it is hashed, where classes stand by the first names they had."""
     return written(_first_names(identity))
 
 
@@ -186,7 +189,7 @@ def digest(identity: Mapping[str, Any]) -> str:
 
 
 def agree(before: Any, now: Any) -> bool:
-    """Return whether a value that was written means the same as one of an identity now."""
+    """Return whether a value from a file means the same as a value of an identity now."""
     if isinstance(now, Name):
         return before == now or before in now.former
     if isinstance(now, Mapping):

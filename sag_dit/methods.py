@@ -1,8 +1,8 @@
 """The guidance methods, read from their files without importing them.
 
-A method says itself once, in its class: from what stands there follow the public names, the keys of
-the command line and the defaults of its settings. This index reads the classes' source, so that
-``import sag_dit`` and ``--help`` need no torch.
+A method is described once, in its class. The public names, the keys of the command line and the
+defaults of its settings follow from that. This index reads the source of the classes, so that
+``import sag_dit`` and ``--help`` do not import torch.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ OF_ALL = ("interval", "interval_in", "schedule")
 class Method:
     """What a method's file says of it.
 
-    ``name`` is its class, in ``module``. ``settings`` are the defaults of its fields beside the
-    scale, as YAML writes them; those that all methods have come last, and fields that take objects
-    of Python alone, such as a network, are left out. ``remarks`` say what the settings mean.
+    ``name`` is its class, in ``module``. ``settings`` are the defaults of its fields but the scale,
+    as YAML writes them; settings that all methods have come last. Fields that only take Python
+    objects, such as a network, are left out. ``remarks`` say what the settings mean.
 
     Example:
         >>> next(method for method in methods() if method.key == "cfg").neutral
@@ -44,7 +44,7 @@ class Method:
 
 @cache
 def methods() -> tuple[Method, ...]:
-    """Return all guidance methods, by the names of their files; a class with a ``key`` is one.
+    """Return all guidance methods, in the order of their files; a class with a ``key`` is one.
 
     Raises:
         ValueError: a default of a setting is neither written out nor ``math.inf``.

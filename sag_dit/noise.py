@@ -29,7 +29,7 @@ def check_key(name: str, value: int) -> None:
 
 
 def generator(seed: int, index: int, draw: int, purpose: int = 0) -> np.random.Generator:
-    """Return the random stream of one (seed, index, draw); ``purpose`` keeps uses apart.
+    """Return the random stream of one (seed, index, draw); each ``purpose`` has its own.
 
     Raises:
         ValueError: a value is negative or needs more than 64 bits.

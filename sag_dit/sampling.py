@@ -1,7 +1,8 @@
 """The straight line: requests -> noise -> Sampler(Guidance(Denoiser)) -> latent -> Codec -> images.
 
-:func:`draw` is this line for one compute batch. :func:`draw_batch` adds what else is kept of the
-images and returns all as :class:`Drawn`, which is what everybody who takes images takes.
+:func:`draw` is this line for one compute batch. :func:`draw_batch` also draws unguided twins and
+keeps attention, and returns it all as a :class:`Drawn` batch. Everything that takes images takes
+such batches.
 """
 
 from __future__ import annotations
@@ -29,10 +30,14 @@ log = logging.getLogger(__name__)
 
 
 class Request(NamedTuple):
-    """One image that is asked for: its place in the set, its randomness and its class.
+    """One image that is asked for: its index in the set, its seed and stream, and its class.
 
     The noise of the image is a function of (``seed``, ``stream``) and the step. ``stream`` is the
     index where a whole set shares one seed, and 0 where every image brings its own.
+
+    Example:
+        >>> Request(index=0, seed=0, label=3, stream=0).label
+        3
     """
 
     index: int  # type: ignore[assignment]  # a tuple's own method is not needed here
@@ -43,9 +48,9 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Chosen(Sequence[Request]):
-    """Some requests of a set, found when they are asked for: a set may be too large to list.
+    """A set of requests without some of them, looked up when asked for, not stored as a list.
 
-    ``without`` are the places that are left out, in order; ``picks`` counts those that remain.
+    ``requests`` is the whole set. ``picks`` numbers the requests that remain.
 
     Example::
 
@@ -56,11 +61,11 @@ class Chosen(Sequence[Request]):
     requests: Sequence[Request]
     picks: range
     gaps: NDArray[np.int64]
-    """Of each place that is left out, how many that remain lie before it."""
+    """For each request that is left out, how many remaining ones come before it."""
 
     @classmethod
     def of(cls, requests: Sequence[Request], without: NDArray[np.int64]) -> Self:
-        """Return all requests but those at some places."""
+        """Return all requests but those at the places ``without``, given in ascending order."""
         count = len(requests) - len(without)
         return cls(requests, range(count), without - np.arange(len(without)))
 
@@ -84,9 +89,13 @@ class Chosen(Sequence[Request]):
 class Settings:
     """How images are drawn; together with the model and a request this determines each pixel.
 
-    ``batch_size`` is the network's one compute batch: a short batch is padded to it, so that an
-    image does not depend on how many others are drawn. ``max_rows`` bounds the rows evaluated at
-    once.
+    The network always computes ``batch_size`` images at once: a shorter batch is padded, so that
+    an image does not depend on how many others are drawn. Guidance asks for several rows per image;
+    the network computes at most ``max_rows`` of them at once.
+
+    Example:
+        >>> Settings(steps=20).batch_size
+        16
     """
 
     sampler: Sampler = field(default_factory=DDIM)
@@ -142,14 +151,24 @@ class Settings:
                 term.check_sampler(self.sampler)
 
     def class_names(self, model: Model) -> tuple[str, ...]:
-        """Return what images may be asked for: the model's classes, or else those of a term."""
+        """Return the classes that images may have: a term's if it brings any, else the model's."""
         guiding = [term.class_names(model.denoiser) for term in self.guidance if not term.off]
         return next(filter(None, guiding), model.class_names)
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """What determines the pixels of a run; what is added to it has to be ``LATER``."""
+    """What determines the pixels of a run.
+
+    A field that is added has to be marked ``LATER``; see :mod:`sag_dit.identity`.
+
+    Example::
+
+        from sag_dit import identity
+
+        pixels = Pixels.of(model, settings, {"sag": SAG(0.5)}, {"seed": 0, "classes": "all"})
+        print(identity.digest(identity.settings(pixels))[:8])
+    """
 
     model: str
     weights_sha256: str
@@ -172,7 +191,7 @@ class Pixels:
         request: Mapping[str, Any],
         precision: str = "32-true",
     ) -> Self:
-        """Describe images: ``guidance`` by name, ``request`` the rule that says which are drawn."""
+        """Describe a run; ``guidance`` are its terms by name, ``request`` says which images."""
         active = {name: term for name, term in guidance.items() if not term.off}
         return cls(
             model=model.name,
@@ -201,12 +220,12 @@ def trajectory(
 ) -> Iterator[SampleStep]:
     """Yield the sampler's steps for one compute batch, padded with copies of its last request.
 
-    ``captures`` says which attention to read at a step, for whoever looks at its prediction;
-    reading changes no pixel.
+    ``captures`` says which attention to read at a step; it is found in the step's prediction.
+    Reading changes no pixel.
 
     Raises:
-        ValueError: there are more requests than ``batch_size``, or an image turned NaN or infinite;
-            its index and the step are named.
+        ValueError: there are more requests than ``batch_size``, or an image became NaN or infinite;
+            the message names the image and the step.
     """
     if not 0 < len(requests) <= settings.batch_size:
         raise ValueError(
@@ -257,9 +276,15 @@ def draw(
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """One batch of finished images, and by index what else is kept of them.
+    """One batch of finished images, with twins and traces of some of them.
 
-    ``twins`` are drawn from the same noise without guidance; ``traces`` is what attention said.
+    ``twins`` holds images drawn from the same noise without guidance, ``traces`` the attention that
+    was kept; both by the index of the image.
+
+    Example:
+        >>> images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+        >>> Drawn([Request(index=7, seed=0, label=3, stream=7)], images).indices
+        tensor([7])
     """
 
     requests: Sequence[Request]
@@ -283,10 +308,10 @@ def draw_batch(
     maps: Maps | None = None,
     watch: Watch | None = None,
 ) -> Drawn:
-    """Draw one compute batch, with the twins and traces of the indices that are named.
+    """Draw one compute batch, with twins of the indices in ``twins`` and traces of ``traced``.
 
-    ``maps`` says which layers to keep of what is traced. ``watch`` is told of every step of the
-    images, not of the twins' steps. Nothing of this changes a pixel of the images.
+    ``maps`` says of which layers a trace keeps attention. ``watch`` is called after every step of
+    the images, not of the twins. Neither changes a pixel of the images.
 
     Raises:
         ValueError: as :func:`trajectory`.
@@ -326,10 +351,10 @@ def drawn(
     world: int = 1,
     watch: Watch | None = None,
 ) -> Iterator[Drawn]:
-    """Draw a set batch by batch: of ``world`` ranks this one draws batch ``rank`` and each after.
+    """Draw a set batch by batch; of ``world`` ranks, this one draws batches rank, rank + world, ...
 
-    Sharded weights need all ranks at each forward, so all draw as often: a rank that has no batch
-    of its own left draws the last one again, and yields nothing for it.
+    With sharded weights every rank takes part in every forward pass, so all ranks draw equally
+    often. A rank that has no batch left draws the last one again, and yields nothing for it.
     """
     size = settings.batch_size
     batches = [requests[start : start + size] for start in range(0, len(requests), size)]
@@ -352,11 +377,15 @@ def sample(
 ) -> UInt8[Tensor, "b c h w"]:
     """Draw one image per class; image i is the same as index i of ``sample.py`` with that class.
 
-    Classes are numbers or names; what is not given is as :meth:`Settings.of` chooses. Returns uint8
-    images (b, c, h, w) on the CPU.
+    Classes are numbers or names. Without ``sampler`` or ``batch_size``, :meth:`Settings.of` chooses
+    them. ``watch`` is called after every step. Returns uint8 images (b, c, h, w) on the CPU.
 
     Raises:
         ValueError: a class the model does not have, or settings it cannot be sampled with.
+
+    Example::
+
+        images = sag_dit.sample(model, [3, 7], guidance=[sag_dit.SAG(0.5)], steps=20)
     """
     settings = Settings.of(
         model, sampler=sampler, steps=steps, guidance=guidance, batch_size=batch_size
@@ -375,8 +404,9 @@ def sample(
 def labels_of(classes: Sequence[object], names: Sequence[str]) -> list[int]:
     """Turn class numbers or names into labels.
 
-    A number is the label, or if there is none, the class so named; a text is the name, or if there
-    is none, the number. Where both would be classes, a warning tells which is taken.
+    A number is taken as the label; if there is no such label, as the name of a class. A text is
+    taken as a name; if there is no such name, as a number. Where both readings are classes, a
+    warning says which one is taken.
 
     Raises:
         ValueError: a number outside the model's classes or an unknown name.
@@ -413,7 +443,7 @@ def _label_named(wanted: object, names: Sequence[str]) -> int | None:
 
 
 def _label_numbered(wanted: object, count: int) -> int | None:
-    """Return the label that a value is the number of, None if it is of none."""
+    """Return a value as a label, None if it is no number or there is no such label."""
     readable = isinstance(wanted, (int, str)) and not isinstance(wanted, bool)
     try:
         number = int(str(wanted)) if readable else -1
@@ -424,7 +454,7 @@ def _label_numbered(wanted: object, count: int) -> int | None:
 
 @cache
 def _tell_which(named: bool, wanted: str, taken: int, name: str, other: int) -> None:
-    """Tell, once, which class a number means that is also the name of another one."""
+    """Warn, once, which class is meant where a number is also the name of another class."""
     if named:
         log.warning(
             'class "%s" is the class of that name, number %d; without quotes, %s is number %d',

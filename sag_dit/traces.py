@@ -1,7 +1,7 @@
-"""What self-attention said while images were drawn: kept step by step, for whoever shows it.
+"""The attention of images while they are drawn, kept step by step to be shown.
 
-One :class:`Recorder` watches a batch. From what it kept are made, for each image, what
-self-attention guidance saw (its saliency and mask) and the maps of the layers asked for.
+A :class:`Recorder` watches one batch. For each image it gives a :class:`Trace`: the saliency and
+the mask that self-attention guidance used, and the attention of the layers that were asked for.
 """
 
 from __future__ import annotations
@@ -23,23 +23,30 @@ from sag_dit.process import Step
 from sag_dit.sampler import SampleStep
 
 SHOWN = 6
-"""Steps at which it is shown what guidance saw, evenly spread over the run."""
+"""Steps at which a trace shows what guidance saw, evenly spread over the run."""
 
 Captures = Callable[[Step], Sequence[tuple[str, CaptureKind]]]
-"""Which layers' attention to read at a step, beside what guidance reads."""
+"""Says of which layers to read attention at a step, in addition to what guidance reads."""
 
 
 @dataclass(frozen=True)
 class Maps:
-    """What to keep of attention.
+    """Which attention to keep.
 
-    ``layers``: names as guidance takes them, or ``("all",)``. ``steps``: so many, evenly spread
-    over the run with both ends, or the numbers of the steps. ``query``: the place (down, across)
-    in the image, in [0, 1), whose token's attention to all others is kept, None for none.
-    ``limit``: guidance whose threshold or quantile saliency exceeds where the mask is set.
+    Attributes:
+        layers: names of self-attention layers, as guidance takes them, or ``("all",)``.
+        steps: how many steps, evenly spread from the first to the last, or their numbers.
+        query: a place (down, across) in the image, each in [0, 1): the attention of its token to
+            all tokens is kept. None keeps no such map.
+        limit: guidance whose threshold or quantile makes the mask: it is set where the saliency is
+            larger.
 
     Raises:
         ValueError: a value outside its range.
+
+    Example:
+        >>> Maps(layers=("all",), steps=3).indices(51)
+        [0, 25, 50]
     """
 
     layers: tuple[str, ...] = ("auto",)
@@ -63,7 +70,7 @@ class Maps:
             )
 
     def layers_of(self, denoiser: Denoiser) -> list[AttentionLayer]:
-        """Return the layers meant.
+        """Return the layers to keep.
 
         Raises:
             ValueError: no layer of that name.
@@ -73,10 +80,10 @@ class Maps:
         return list({(found := denoiser.layer(name)).name: found for name in self.layers}.values())
 
     def indices(self, count: int) -> list[int]:
-        """Return the steps meant of a run of ``count``.
+        """Return the numbers of the steps to keep, for a run of ``count`` steps.
 
         Raises:
-            ValueError: a number that the run does not reach.
+            ValueError: the run has no step of a number that was asked for.
         """
         if isinstance(self.steps, int):
             places = np.linspace(0, count - 1, min(self.steps, count))
@@ -89,18 +96,31 @@ class Maps:
 
 @dataclass(frozen=True, eq=False)
 class LayerView:
-    """One layer at the chosen steps, of one image: saliency has mean 1 at each step."""
+    """One layer of one image at the chosen steps; at each step the saliency has mean 1.
+
+    Example:
+        >>> seen = np.ones((1, 4, 4), np.float32)
+        >>> LayerView("blocks.3.attn", saliency=seen, mask=seen > 1, query_map=None).mask.shape
+        (1, 4, 4)
+    """
 
     name: str
     saliency: Float32[NDArray[np.float32], "s h w"]
     mask: Bool[NDArray[np.bool_], "s h w"]
     query_map: Float32[NDArray[np.float32], "s h w"] | None
-    """What the chosen query attends to, mean over heads; sums to 1 at each step."""
+    """What the query attends to, as a mean over heads; sums to 1 at each step."""
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionView:
-    """What was kept of one image: the steps by number and time, and each layer's arrays."""
+    """The attention kept of one image: numbers and times of the steps, and each layer's arrays.
+
+    Example::
+
+        drawn = draw_batch(model, requests, settings, traced=[0], maps=Maps(layers=("all",)))
+        for layer in drawn.traces[0].maps.layers:
+            print(layer.name, layer.saliency.max())
+    """
 
     steps: tuple[int, ...]
     times: tuple[float, ...]
@@ -112,10 +132,21 @@ class AttentionView:
 class StepView:
     """What self-attention guidance saw at one sampler step.
 
-    index: place of the step, 0 first; count: steps in all; t: its noise level.
-    saliency: (h, w) float32, attention received by each token, mean 1.
-    mask: (h, w) bool, the tokens that guidance degrades; threshold: the saliency they exceed.
-    Raises: ValueError for arrays of other shapes, or a saliency that is not finite.
+    Attributes:
+        index: the number of the step, from 0.
+        count: how many steps the run has.
+        t: the time of the step's noise level.
+        saliency: (h, w) float32, the attention that each token receives, with mean 1.
+        mask: (h, w) bool, the tokens that guidance degrades.
+        threshold: the saliency that these tokens exceed.
+
+    Raises:
+        ValueError: the arrays have other shapes, or the saliency is not finite.
+
+    Example:
+        >>> seen = np.ones((4, 4), np.float32)
+        >>> StepView(0, count=50, t=999.0, saliency=seen, mask=seen > 1, threshold=1.0).mask.shape
+        (4, 4)
     """
 
     index: int
@@ -140,10 +171,16 @@ class StepView:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What attention said while one image was drawn.
+    """The attention that was kept while one image was drawn.
 
-    ``steps``: what self-attention guidance saw, at up to ``SHOWN`` steps; empty without it.
-    ``maps``: the layers that were asked for, None where none were.
+    Attributes:
+        steps: what self-attention guidance saw, at up to ``SHOWN`` steps; empty without guidance.
+        maps: the attention of the layers that were asked for; None if none were.
+
+    Example::
+
+        drawn = draw_batch(model, requests, settings, traced=[0])
+        print([step.mask.mean() for step in drawn.traces[0].steps])
     """
 
     steps: tuple[StepView, ...] = ()
@@ -151,10 +188,11 @@ class Trace:
 
 
 class Recorder:
-    """Watches one batch and keeps what its traces are made of.
+    """Watches one batch and keeps the attention that its traces show.
 
-    It is called after every step, and tells before it what else is to be read (:meth:`captures`).
-    What is read for ``maps`` is the given condition's, whichever branch guidance degrades.
+    The sampler asks before each step which attention to read (:meth:`captures`), and hands over the
+    step when it is done. Maps show the attention under the condition that was asked for, even where
+    guidance degrades another branch.
 
     Example::
 
@@ -179,26 +217,26 @@ class Recorder:
         self._kept: list[SampleStep] = []
 
     def captures(self, step: Step) -> Sequence[tuple[str, CaptureKind]]:
-        """Return what is to be read at a step beside what guidance reads."""
+        """Return the attention to read at a step, in addition to what guidance reads."""
         if self._maps is None or step.index not in self._mapped:
             return ()
         kinds: tuple[CaptureKind, ...] = ("saliency", "map") if self._maps.query else ("saliency",)
         return [(layer.name, kind) for layer in self._layers for kind in kinds]
 
     def __call__(self, step: SampleStep) -> None:
-        """Keep a step that is wanted."""
+        """Keep a step if a trace will show it."""
         if self._saw(step) or step.step.index in self._mapped:
             self._kept.append(step)
 
     def _saw(self, step: SampleStep) -> bool:
-        """Whether guidance acted at a step that is shown."""
+        """Whether a trace shows this step, and guidance acted at it."""
         # Samplers with two evaluations in a step count both, so the step tells how many there are.
         last = step.step.count - 1
         shown = step.step.index in {round(i * last / (SHOWN - 1)) for i in range(SHOWN)}
         return shown and self._sag is not None and self._sag.active(step.step)
 
     def trace(self, row: int) -> Trace:
-        """Return what was kept of one image of the batch."""
+        """Return the trace of one image, by its row in the batch."""
         return Trace(self._steps(row), None if self._maps is None else self._view(self._maps, row))
 
     def _steps(self, row: int) -> tuple[StepView, ...]:

@@ -1,8 +1,8 @@
 """Text files that may come from anywhere: JSON, JSON lines, YAML and CSV, read within limits.
 
-However a file is made, reading it takes memory in proportion to its size, ends, and runs nothing;
-whatever is wrong with it is a ValueError of one sentence that names the file. What the values have
-to be says a schema, see :mod:`sag_dit.bounds`.
+Whatever a file holds, reading it comes to an end, takes memory in proportion to its size, and runs
+no code. Whatever is wrong with it is a ValueError of one sentence that names the file. A schema
+says what the values have to be; see :mod:`sag_dit.bounds`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ VALUES = 500_000
 YAML_VALUES = 100_000
 """Values in a file of YAML, aliases written out; its reader makes a kilobyte of each."""
 DEPTH = 64
-"""Mappings and lists within each other."""
+"""How deep mappings and lists may lie within each other."""
 DIGITS = 4_000
-"""Characters of a number."""
+"""The most characters of a number."""
 
 
 def read_text(file: Path, most: int = SIZE) -> str:
@@ -61,10 +61,11 @@ def _not_utf8(file: Path, error: UnicodeDecodeError) -> ValueError:
 
 
 def parse_json(text: str, where: object) -> Any:
-    """Return the values of a text of JSON; ``where`` it stands is told in errors.
+    """Return the values of a JSON text; errors begin with ``where``, the file or line it is from.
 
     Raises:
-        ValueError: it is no JSON, or too deep, or holds too many values or text that no file can.
+        ValueError: it is no JSON, nested too deep, has too many values, or text that no file can
+            hold.
     """
     values = 1 + sum(map(text.count, ",[{"))
     if values > VALUES:

@@ -19,14 +19,6 @@ from typing import Any
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sag_dit"
-PARTS = (
-    *("guidance", "process", "sampler", "attention", "pipelines", "evaluation", "data"),
-    *("denoiser/prompts.py", "denoiser/text_conditional.py"),
-    *("noise.py", "files.py", "tensors.py", "identity.py"),
-    *("methods.py", "training/finetune.py", "training/resume.py"),
-    *("training/sharding.py", "training/loggers.py", "training/objective"),
-)
-"""Where every public class has an example."""
 
 
 def name_of(path: Path) -> str:
@@ -35,21 +27,42 @@ def name_of(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
-def documented(path: Path) -> list[tuple[str, str]]:
-    """The public classes of a file, each with its docstring."""
+def public(path: Path) -> list[ast.ClassDef | ast.FunctionDef]:
+    """The public classes and functions of a file."""
     return [
-        (node.name, ast.get_docstring(node) or "")
+        node
         for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_")
     ]
+
+
+def declares_keys(node: ast.ClassDef) -> bool:
+    """Whether a class declares keys of a command: each says what it means, and ``--help`` shows."""
+    return any(
+        isinstance(each, ast.AnnAssign) and ast.unparse(each.value or node).startswith("key(")
+        for each in node.body
+    )
+
+
+def exported() -> dict[str, Any]:
+    """The functions that the package and its subpackages hand out, by their full names."""
+    modules = [import_module(name_of(file)) for file in FILES if file.name == "__init__.py"]
+    found = [
+        getattr(each, name) for each in modules for name in getattr(each, "__all__", dir(each))
+    ]
+    own = (each for each in found if inspect.isfunction(each) and each.__name__[0] != "_")
+    names = {f"{each.__module__}.{each.__qualname__}": each for each in own}
+    return {name: each for name, each in names.items() if name.startswith("sag_dit.")}
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 BLOCKS = [
-    pytest.param(path, textwrap.dedent(block), id=f"{name_of(path)}-{name}")
+    pytest.param(path, textwrap.dedent(block), id=f"{name_of(path)}-{node.name}")
     for path in FILES
-    for name, text in documented(path)
-    for block in re.findall(r"^Example::\n\n((?:    .*\n?|\n)+)", text, flags=re.MULTILINE)
+    for node in public(path)
+    for block in re.findall(
+        r"^Example::\n\n((?:    .*\n?|\n)+)", ast.get_docstring(node) or "", flags=re.MULTILINE
+    )
 ]
 WITH_OUTPUT = [name_of(path) for path in FILES if ">>>" in path.read_text(encoding="utf-8")]
 
@@ -57,12 +70,7 @@ WITH_OUTPUT = [name_of(path) for path in FILES if ">>>" in path.read_text(encodi
 @cache
 def homes() -> dict[str, str]:
     """The module of each public class and function of the package."""
-    return {
-        node.name: name_of(path)
-        for path in FILES
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_")
-    }
+    return {node.name: name_of(path) for path in FILES for node in public(path)}
 
 
 def called(node: ast.expr, module: str, imported: dict[str, str]) -> Any:
@@ -85,15 +93,20 @@ def called(node: ast.expr, module: str, imported: dict[str, str]) -> Any:
 
 
 def test_every_public_class_has_an_example() -> None:
-    parts = [PACKAGE / part for part in PARTS]
-    files = [path for path in FILES if any(part in (path, *path.parents) for part in parts)]
-    without = [
-        f"{name_of(path)}: {name}"
-        for path in files
-        for name, text in documented(path)
-        if "\nExample:" not in text
+    classes = [
+        (f"{name_of(path)}: {node.name}", ast.get_docstring(node) or "")
+        for path in FILES
+        for node in public(path)
+        if isinstance(node, ast.ClassDef) and not declares_keys(node)
     ]
-    assert len(files) > 50 and without == []
+    without = [name for name, text in classes if "\nExample:" not in text]
+    assert len(classes) > 150 and without == []
+
+
+def test_every_exported_function_has_an_example() -> None:
+    functions = exported()
+    without = [name for name, each in functions.items() if "\nExample:" not in inspect.getdoc(each)]
+    assert len(functions) > 20 and without == []
 
 
 @pytest.mark.parametrize("name", WITH_OUTPUT)

@@ -67,7 +67,12 @@ class Capture:
 
 
 def capture_key(layer: str, kind: CaptureKind, heads: int | None = None) -> str:
-    """Return the usual name of what was read: the layer's for saliency, ``layer:map`` for maps."""
+    """Return the usual name of what was read: the layer's for saliency, ``layer:map`` for maps.
+
+    Example:
+        >>> capture_key("blocks.3.attn", "saliency"), capture_key("blocks.3.attn", "map")
+        ('blocks.3.attn', 'blocks.3.attn:map')
+    """
     name = layer if kind == "saliency" else f"{layer}:map"
     return name if heads is None else f"{name}:{heads} heads"
 

@@ -79,6 +79,11 @@ def saliency(
     slice (the image's) count, and the result is renormalised to mean 1.
 
     Source: Hong et al. 2023, section 4.3 (there before thresholding).
+
+    Example:
+        >>> query = torch.ones(1, 2, 4, 8)
+        >>> saliency(query, query)
+        tensor([[1., 1., 1., 1.]])
     """
     # As many queries at a time as fit the bound.
     stop = query.shape[-2]
@@ -110,6 +115,11 @@ def attention_map(
     """Return softmax(q k^T scale) per head in float32; for pictures, since memory grows with n^2.
 
     With ``tokens``, the rows and columns of that slice, each row renormalised to sum 1.
+
+    Example:
+        >>> query = torch.ones(1, 2, 4, 8)
+        >>> attention_map(query, query).shape
+        torch.Size([1, 2, 4, 4])
     """
     probabilities = _probabilities(query, key, scale, mask)
     if tokens is None:

@@ -63,6 +63,12 @@ def describe(denoiser: ClassConditional) -> dict[str, Any]:
 
     Raises:
         ValueError: the denoiser's process is none that a config can name.
+
+    Example:
+        >>> from sag_dit.models import DiT
+        >>> network = DiT(input_size=8, hidden_size=32, depth=1, num_heads=2)
+        >>> describe(ClassConditional(network, DDPM()))["process"]
+        {'schedule': 'linear', 'num_timesteps': 1000}
     """
     network, process = denoiser.network, denoiser.process
     if not isinstance(process, tuple(PROCESSES.values())):
@@ -84,6 +90,13 @@ def build(config: Mapping[str, Any]) -> ClassConditional:
 
     Raises:
         ValueError: a key is missing or unknown, or a value is impossible.
+
+    Example:
+        >>> from sag_dit.models import DiT
+        >>> network = DiT(input_size=8, hidden_size=32, depth=1, num_heads=2)
+        >>> config = describe(ClassConditional(network, DDPM()))
+        >>> build({**config, "kind": "v"}).kind
+        'v'
     """
     check_keys("the config", config, required=REQUIRED)
     if config["kind"] not in get_args(OutputKind):

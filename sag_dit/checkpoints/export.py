@@ -112,6 +112,11 @@ class Exported(NamedTuple):
         path: what ``load`` reads: the weights' file or the folder.
         notes: what a user has to know; they stand in the card too.
         fresh: False if the folder held this very export already.
+
+    Example::
+
+        exported = export(model, "my_model", "safetensors")
+        print(exported.path, *exported.notes)
     """
 
     path: Path
@@ -120,7 +125,12 @@ class Exported(NamedTuple):
 
 
 class Own(Layout):
-    """Our own folder, which holds any model: weights, and a config that builds it anew."""
+    """Our own folder, which holds any model: weights, and a config that builds it anew.
+
+    Example::
+
+        Own().write(Path("my_model"), source)
+    """
 
     program = "sag_dit"
     weights = "model.safetensors"
@@ -156,6 +166,10 @@ def write_safetensors(
 
     Raises:
         ValueError: weights are NaN or infinite.
+
+    Example::
+
+        write_safetensors("my_model", model.class_conditional, {"defaults": {"batch_size": 16}})
     """
     folder = Path(folder)
     check_finite(denoiser.network.state_dict(), str(folder))

@@ -34,7 +34,12 @@ _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path"
 
 
 class Unused:
-    """Stands for a value of numpy or pathlib beside the weights, of which nothing is built."""
+    """Stands for a value of numpy or pathlib beside the weights, of which nothing is built.
+
+    Example:
+        >>> vars(Unused("float64"))
+        {}
+    """
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -68,7 +73,12 @@ ENDINGS = (
 
 @dataclass(frozen=True)
 class WeightsIndex:
-    """What the index of sharded weights says: which file each tensor lies in."""
+    """What the index of sharded weights says: which file each tensor lies in.
+
+    Example:
+        >>> WeightsIndex({"pos_embed": "model-00001-of-00002.safetensors"}).weight_map["pos_embed"]
+        'model-00001-of-00002.safetensors'
+    """
 
     weight_map: Annotated[
         Mapping[str, str], Bounds(pattern=r"[\w.-]+", expected="names of files beside it")

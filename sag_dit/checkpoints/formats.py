@@ -149,6 +149,11 @@ class Checkpoint:
         stated: what the checkpoint itself says of its config, perhaps nothing.
         files: the files that hold the weights.
         vae: the autoencoder that comes with it, a folder or a name.
+
+    Example::
+
+        checkpoint = read(Path("DiT-XL-2-256x256.pt"), ema=True)
+        print(checkpoint.path, len(checkpoint.state))
     """
 
     state: State

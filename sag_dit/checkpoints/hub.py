@@ -14,7 +14,15 @@ CONFIGS = ("model_index.json", "config.json", "scheduler_config.json")
 
 
 class NotDownloadedError(Exception):
-    """A repository is neither in the cache nor could it be downloaded; says why."""
+    """A repository is neither in the cache nor could it be downloaded; says why.
+
+    Example::
+
+        try:
+            folder = snapshot("stabilityai/sd-vae-ft-ema", ("",))
+        except NotDownloadedError as error:
+            print(error)
+    """
 
 
 def snapshot(repository: str, folders: tuple[str, ...]) -> Path:

@@ -41,6 +41,10 @@ def load(
     Raises:
         ValueError: the checkpoint or its autoencoder is not found, damaged, foreign or does not
             fit; or it does not hold the weights that ``ema`` asks for.
+
+    Example:
+        >>> load("digits").denoiser.latent_shape
+        (1, 8, 8)
     """
     found = zoo.locate(ckpt)
     checkpoint = formats.read(found.path, ema)
@@ -64,6 +68,10 @@ def load_denoiser(ckpt: str | Path, *, ema: bool = True) -> ClassConditional:
 
     Raises:
         ValueError: as :func:`load`.
+
+    Example:
+        >>> load_denoiser("digits").class_names[:3]
+        ('0', '1', '2')
     """
     found = zoo.locate(ckpt)
     checkpoint = formats.read(found.path, ema)
@@ -242,6 +250,10 @@ def load_classifier(classifier: str | Path) -> Classifier:
 
     Raises:
         ValueError: it is not found, damaged, or no classifier.
+
+    Example::
+
+        classifier = load_classifier("64x64_classifier.pt")
     """
     path = zoo.locate_classifier(classifier).path
     state = files.unwrapped(files.tensors(files.read_torch(path), path))

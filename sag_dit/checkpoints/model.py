@@ -94,6 +94,13 @@ def from_denoiser(
 
     Raises:
         ValueError: a latent model without a codec.
+
+    Example:
+        >>> from sag_dit.models import DiT
+        >>> from sag_dit.process import DDPM
+        >>> network = DiT(input_size=8, in_channels=1, hidden_size=32, depth=1, num_heads=2)
+        >>> from_denoiser(ClassConditional(network, DDPM()), "my model").name
+        'my-model'
     """
     # Pixels need no autoencoder, latents do.
     channels = denoiser.latent_shape[0]

@@ -34,6 +34,10 @@ class WeightSet(NamedTuple):
     """A set of weights: the keys and prefixes above it, and its own entries.
 
     An average that cannot be read has no entries.
+
+    Example:
+        >>> Found("ema.", {}).averaged, Found("model.", {}).averaged
+        (True, False)
     """
 
     where: str

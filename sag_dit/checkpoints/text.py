@@ -47,6 +47,10 @@ def is_text(ckpt: str | Path) -> bool:
 
     Raises:
         ValueError: there is no such checkpoint.
+
+    Example:
+        >>> is_text("digits")
+        False
     """
     return _pipeline(zoo.locate(ckpt).path) in ENCODE
 
@@ -116,6 +120,11 @@ def load_text(
     Raises:
         ValueError: it is no text model, a part of it is missing or not known, the size does not
             fit, no prompt is given, or a guidance that the model was not distilled from.
+
+    Example::
+
+        model = load_text("stabilityai/stable-diffusion-3-medium-diffusers", ["a red fox"])
+        images = sag_dit.sample(model, [0], guidance=[sag_dit.CFG(5.0)])
     """
     # What can be refused without the weights.
     found = zoo.locate(ckpt)

@@ -23,7 +23,12 @@ DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 
 @dataclass(frozen=True)
 class Found:
-    """Where a checkpoint lies on disk, and the short name it goes by."""
+    """Where a checkpoint lies on disk, and the short name it goes by.
+
+    Example:
+        >>> locate("digits").name
+        'digits'
+    """
 
     path: Path
     name: str
@@ -147,6 +152,11 @@ class Listed:
         entry: what the catalogue says: name, licence, size, resolution and more.
         places: where it is looked for, in this order.
         found: where it is; None if it is not on this machine.
+
+    Example::
+
+        for each in listed():
+            print(each.entry.name, each.found or each.places)
     """
 
     entry: Entry

@@ -50,7 +50,7 @@ def run_attention(config: AttentionSheet) -> None:
     """Draw an image of each class, or of a prompt, unguided, and a sheet of what each layer saw.
 
     Raises:
-        ValueError: a value that cannot be used; the remedy is named.
+        ValueError: a value that cannot be used; the message says what to do.
     """
     import torch
 

@@ -32,7 +32,14 @@ NOTE_EVERY = 1.0
 
 @dataclass(frozen=True)
 class Encoding:
-    """What determines latents; what is added to it has to be ``LATER``."""
+    """What determines latents.
+
+    A field that is added has to be marked ``LATER``; see :mod:`sag_dit.identity`.
+
+    Example::
+
+        name = f"photos-{digest(settings(encoding))[:8]}"
+    """
 
     images: int
     images_sha256: str
@@ -54,7 +61,7 @@ def plan_encoding(config: Encode) -> EncodingPlan:
     """Check the configuration, list the images and load the autoencoder.
 
     Raises:
-        ValueError: a value that cannot be used; the remedy is named.
+        ValueError: a value that cannot be used; the message says what to do.
     """
     from sag_dit.checkpoints import zoo
     from sag_dit.codec import VAECodec, read_vae_config

@@ -45,7 +45,7 @@ def run_export(config: Export) -> None:
     """Check what can be checked without the weights, load the model, and write it.
 
     Raises:
-        ValueError: a value that cannot be used; the remedy is named.
+        ValueError: a value that cannot be used; the message says what to do.
     """
     from sag_dit.checkpoints import load
     from sag_dit.checkpoints.export import check_layout, check_out, export

@@ -29,7 +29,7 @@ def make_measurements(rows: Sequence[Configured], device: torch.device) -> list[
     """Load models, features and references, each once, and check that they fit.
 
     Raises:
-        ValueError: a value that cannot be used; the remedy is named.
+        ValueError: a value that cannot be used; the message says what to do.
     """
     setups = Setups(device)
     networks: dict[str, FeatureExtractor] = {}

@@ -24,6 +24,11 @@ class Configured:
 
     ``source`` is a set of images on disk; None where they are drawn. Rows of one ``place`` differ
     in their seed alone.
+
+    Example::
+
+        for row in make_rows(config, choices=None):
+            print(row.name, row.config.seed)
     """
 
     name: str

@@ -36,7 +36,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known before anything is drawn."""
+    """Everything that is known before anything is drawn.
+
+    Example::
+
+        plan = make_plan(config, num_images=8, out=None)
+        print(plan.folder.path, len(plan.missing(gallery=4, verify=False)))
+    """
 
     model: Model
     settings: Settings
@@ -64,7 +70,7 @@ def make_plan(config: Guides, num_images: int, out: str | None, model: Model | N
     """Check what is to be drawn, load the model unless it is given, and find the folder.
 
     Raises:
-        ValueError: a value that cannot be used; the remedy is named.
+        ValueError: a value that cannot be used; the message says what to do.
     """
     from sag_dit.checkpoints import is_text
     from sag_dit.data.requests import make_requests, read_requests, renumbered

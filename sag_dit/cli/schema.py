@@ -118,7 +118,12 @@ def expected(hint: Any, told: Key, path: str) -> str:
 
 
 class FreeText(NamedTuple):
-    """How a key takes free text: as names, which may be numbers as well, and in lists."""
+    """How a key takes free text: as names, which may be numbers as well, and in lists.
+
+    Example:
+        >>> free_text()["classes"]
+        FreeText(names=True, listed=True)
+    """
 
     names: bool
     listed: bool

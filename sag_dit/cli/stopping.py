@@ -127,6 +127,10 @@ class LeaveWhenTold(Callback):
 
     Its own handler first tells all ranks in a collective, which waits for ranks that are in another
     one. A rank that leaves ends the command instead: who started the others ends them.
+
+    Example::
+
+        predictor = Predictor(partial(Trainer, accelerator="cpu"), folder, [LeaveWhenTold()])
     """
 
     def on_predict_start(self, *_: Any) -> None:

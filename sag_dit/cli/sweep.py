@@ -20,7 +20,12 @@ Value = float | int | str | bool | None
 
 @dataclass(frozen=True)
 class Choice:
-    """One setting of a sweep: what distinguishes it, and the arguments that compose it."""
+    """One setting of a sweep: what distinguishes it, and the arguments that compose it.
+
+    Example:
+        >>> [choice.axes for choice in expand(["-m", "steps=10,20", "seed=3"]) or ()]
+        [{'steps': 10}, {'steps': 20}]
+    """
 
     axes: dict[str, Value]
     arguments: list[str]

@@ -114,6 +114,10 @@ def cost_of(model: Denoiser, terms: Sequence[Term], sampler: Sampler, steps: int
 
     The sampler and the terms are the real ones, and draw one image of zeros. So intervals,
     schedules and questions that several terms share are counted as in a real run.
+
+    Example::
+
+        print(cost_of(model.denoiser, [CFG(1.5), SAG(0.5)], DDIM(), steps=50))
     """
     noise = NoiseSource([0], [0])
     counting = _Counting(model, terms, noise)

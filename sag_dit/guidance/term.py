@@ -27,13 +27,14 @@ from sag_dit.tensors import Images
 
 
 def check_number(name: str, declared: object, value: object, unbounded: bool = False) -> None:
-    """Refuse a value that is not of the kind that its field declares, if that is a number or bool.
+    """Refuse a value of the wrong type, for a field that declares a number or a bool.
 
-    ``declared`` is the type or its name: float, int or bool, or one of them and None. Other fields
-    are not checked. True and False are no numbers here. ``unbounded`` numbers may be infinite.
+    ``declared`` is the type or its name: float, int or bool, perhaps with ``| None``. Fields of
+    other types are not checked. True and False do not count as numbers. ``unbounded`` allows
+    infinite numbers.
 
     Raises:
-        ValueError: the field, its value and what was expected.
+        ValueError: the value does not fit; the message says what was expected.
     """
     text = declared.__name__ if isinstance(declared, type) else str(declared)
     kind, _, other = text.partition(" | ")
@@ -64,7 +65,7 @@ Schedule: TypeAlias = Ramp | Callable[[float], float]
 
 
 def bounds(interval: object, unit: Unit) -> tuple[Bound, Bound]:
-    """Return an interval as two numbers, None being a side left open.
+    """Return an interval as two numbers; None means that this side is open.
 
     Raises:
         ValueError: not two numbers, in the wrong order, or outside the run.
@@ -98,10 +99,10 @@ def bounds(interval: object, unit: Unit) -> tuple[Bound, Bound]:
 
 
 def check_times(interval: tuple[Bound, Bound], process: Process) -> None:
-    """Refuse an interval in t whose bounds look like shares of the run, as progress has them.
+    """Refuse an interval in t whose bounds look like shares of the run, which progress means.
 
     Raises:
-        ValueError: it ends at t = 1 or before, and the times of the process are larger.
+        ValueError: it ends at t <= 1, although the process has larger times.
     """
     first, high = float(process.grid(1)[0].t), interval[1]
     if high is not None and high <= 1 < first:
@@ -118,7 +119,7 @@ def ratio(level: NoiseLevel) -> float:
 
 
 def acts(interval: tuple[Bound, Bound], unit: Unit, step: Step) -> bool:
-    """Whether a step lies in an interval; the bound on the side of noise is included."""
+    """Whether a step lies in an interval; the noisier bound belongs to it."""
     first = -math.inf if interval[0] is None else interval[0]
     second = math.inf if interval[1] is None else interval[1]
     if unit == "progress":
@@ -128,7 +129,7 @@ def acts(interval: tuple[Bound, Bound], unit: Unit, step: Step) -> bool:
 
 
 def weight_of(schedule: Schedule, progress: float) -> float:
-    """Return a schedule's weight when ``progress`` of the run is done, in [0, 1)."""
+    """Return a schedule's weight at a progress of the run in [0, 1)."""
     if callable(schedule):
         return float(schedule(progress))
     if schedule == "linear":
@@ -140,8 +141,9 @@ def weight_of(schedule: Schedule, progress: float) -> float:
 
 BranchName = Literal["auto", "cond", "null"]
 Need = Literal["classes", "flow", "blocks", "dit", "worse", "classifier"]
-"""What the model must be: one of several classes, a flow, one of transformer blocks, or this
-package's DiT. Or what the user must give: a worse model, or a classifier of noisy images."""
+"""What a method needs. ``classes``, ``flow``, ``blocks`` and ``dit``: a model of several classes, a
+flow, a network of transformer blocks, this package's DiT. ``worse`` and ``classifier``: the user
+gives a worse model, or a classifier of noisy images."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +180,7 @@ class Branch:
         return replace(self, captures=(*self.captures, wish))
 
     def at(self, x_t: Images) -> Branch:
-        """Return the question at another noisy image, with nothing read on the way."""
+        """Return the question at another noisy image, without its captures."""
         return replace(self, x_t=x_t, captures=())
 
     def edited(self, *edits: Edit) -> Branch:
@@ -191,7 +193,7 @@ class Question:
     """What a term is told at one evaluation.
 
     ``base`` asks with the given condition, ``null`` with the null condition of the same model; it
-    is None if the model knows none. ``guided_by_cfg`` says whether classifier-free guidance is
+    is None if the model has none. ``guided_by_cfg`` says whether classifier-free guidance is
     active at this step. ``memory`` is the term's own store for one run; it starts empty. ``noise``
     is the images' own randomness, for terms that draw.
 
@@ -208,7 +210,7 @@ class Question:
     memory: dict[str, Any] = field(default_factory=dict)
 
     def branch(self, name: BranchName) -> Branch:
-        """Return the branch a perturbation degrades: ``auto`` is null beside CFG, else the base.
+        """Return the branch to degrade; ``auto`` is null if CFG is active, else the base.
 
         Raises:
             ValueError: the null branch is asked of a model that has none.
@@ -293,9 +295,9 @@ class Term(ABC):
     """What the contribution is multiplied by: constant, linear, cosine, or a function."""
 
     key: ClassVar[str]
-    """What the identity of a run calls the method, wherever its code lies: no other one's key."""
+    """What the identity of a run calls the method; no two methods may share a key."""
     former: ClassVar[tuple[str, ...]]
-    """What runs called it before it had a key; a method that is new has none."""
+    """Names that runs used for it before it had a key; a new method has none."""
     title: ClassVar[str]
     """What tables call the method."""
     does: ClassVar[str]
@@ -305,17 +307,17 @@ class Term(ABC):
     neutral: ClassVar[float] = 0.0
     """The scale at which the method does nothing."""
     strengths: ClassVar[tuple[str, ...]] = ("scale",)
-    """The fields that are all ``neutral`` where the method is off."""
+    """The fields that decide whether the method is off: it is if all of them are ``neutral``."""
     from_null: ClassVar[bool] = False
-    """Whether the term guides away from the null condition, as CFG does: see Question.branch."""
+    """Whether the term guides away from the null condition, as CFG does; see Question.branch."""
     needs: ClassVar[frozenset[Need]] = frozenset()
-    """What it needs of the model beside a null condition, and of the user."""
+    """What it needs of the model, apart from a null condition, and of the user."""
     example: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    """Settings beside the scale with which tests run the method."""
+    """Settings, apart from the scale, with which tests run the method."""
     variants: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Further rows of the tables: what they call a setting, and how it is made."""
+    """Further rows of the tables: the name of a setting, and the code that makes it."""
     clamped: ClassVar[bool] = True
-    """Whether a sampler that clamps x_0 clamps what the term contributes with it."""
+    """Whether a sampler that clamps x_0 clamps the term's contribution too."""
     unbounded: ClassVar[tuple[str, ...]] = ()
     """Fields that may be infinite."""
 
@@ -360,11 +362,11 @@ class Term(ABC):
         """Refuse a sampler that this term cannot guide, before anything is evaluated."""
 
     def class_names(self, model: Denoiser) -> tuple[str, ...]:
-        """Return the classes that images may be asked for because of this term; here none."""
+        """Return the classes that this term lets images have; by default none."""
         return ()
 
     def identity(self, model: Denoiser) -> dict[str, Any]:
-        """Return the term as plain values, everything that its contribution depends on."""
+        """Return all that the term's contribution depends on, as plain values."""
         return {"term": name_of(type(self)), **settings(self)}
 
     @abstractmethod

@@ -42,6 +42,10 @@ class WeightsFile:
         stated: the config that comes with it, perhaps empty.
         args: the arguments of the training script or of the network's class, as far as the file or
             a config.json beside it tells them.
+
+    Example:
+        >>> WeightsFile(Path("DiT-XL-2.pt"), state={}, args={"model": "DiT-XL/2"}).args["model"]
+        'DiT-XL/2'
     """
 
     path: Path
@@ -59,6 +63,11 @@ class Source:
         process: the process it was trained on.
         config: what builds the model anew, as plain values; see :mod:`sag_dit.checkpoints.config`.
         autoencoder: the settings of a latent model's autoencoder, empty for a pixel model.
+
+    Example::
+
+        source = Source(network, process, config, autoencoder={})
+        print(len(source.state))
     """
 
     network: Any
@@ -80,6 +89,17 @@ class Layout(ABC):
         program: whose files they are.
         weights: what ``load`` reads within the export's folder; the folder itself if empty.
         has_autoencoder: whether the autoencoder is stored beside the network, in ``vae/``.
+
+    Example::
+
+        class NumpyFile(Layout):
+            program, weights = "numpy", "weights.npz"
+
+            def write(self, folder: Path, source: Source) -> None:
+                np.savez(folder / self.weights, **source.state)
+
+            def usage(self, source: Source) -> list[str]:
+                return [f'weights = numpy.load("{self.weights}")']
     """
 
     program: ClassVar[str]
@@ -115,6 +135,12 @@ class Refitted:
         state: the weights; what fits as it is shares its memory with the network's.
         kept: the classes that the network knew by the same name.
         remade: the parameters that were computed or composed anew, and how, in words.
+
+    Example::
+
+        refitted = families()["dit"].refit(before, after, ["cat", "dog"], ["dog", "fox"])
+        after.load_state_dict(refitted.state)
+        print(refitted.kept, refitted.remade)
     """
 
     state: State
@@ -266,6 +292,15 @@ def register(family: type[Family]) -> type[Family]:
 
     Raises:
         ValueError: another family has the same key.
+
+    Example::
+
+        @register
+        class MyFamily(Family):
+            key, title, noun = "mine", "MyNet", "a MyNet"
+
+            def network(self) -> type[MyNet]:
+                return MyNet
     """
     there = type(_KNOWN[family.key]) if family.key in _KNOWN else family
     # A class that is made anew in the same place, as notebooks do, takes the place of the old one.
@@ -296,6 +331,10 @@ def family_of(
 
     Raises:
         ValueError: the config names a family that there is not.
+
+    Example:
+        >>> family_of({"input_size": 32, "depth": 12}).key
+        'dit'
     """
     known = families()
     name = model.get(FAMILY, FIRST)

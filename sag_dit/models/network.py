@@ -87,7 +87,13 @@ class Network(_Module, Protocol):  # type: ignore[misc]
 
 @runtime_checkable
 class TimeEmbedded(Protocol):
-    """A network whose embedding of the time can be computed and disturbed, as TSG does."""
+    """A network whose embedding of the time can be computed and disturbed, as TSG does.
+
+    Example:
+        >>> from sag_dit.models import DiT
+        >>> isinstance(DiT(input_size=8, hidden_size=32, depth=1, num_heads=2), TimeEmbedded)
+        True
+    """
 
     @property
     def time_inputs(self) -> tuple[str, ...]:

@@ -142,6 +142,10 @@ class SampleFolder:
     """The files of one run by index, and its settings.
 
     ``images/``, ``unguided/``, ``maps/`` (for the gallery) and ``attention/`` (with maps=true).
+
+    Example:
+        >>> SampleFolder(Path("outputs/sample/digits-1f3a")).image(7).name
+        '000007.png'
     """
 
     path: Path

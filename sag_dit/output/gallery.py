@@ -39,6 +39,11 @@ class Pair:
 
     guided, unguided: (H, W, C) uint8, C = 1 or 3; label: class name; views: empty without SAG.
     Raises: ValueError for images of another form, or twins that differ in shape.
+
+    Example:
+        >>> image = np.zeros((8, 8, 1), np.uint8)
+        >>> Pair(index=0, seed=0, label="3", guided=image, unguided=image).difference
+        0.0
     """
 
     index: int

@@ -19,7 +19,12 @@ LINE = 4_096
 
 
 class FileState(NamedTuple):
-    """The size in bytes and the hash of a file; of files older than the journal it may be None."""
+    """The size in bytes and the hash of a file; of files older than the journal it may be None.
+
+    Example:
+        >>> FileState(size=120, sha256="9f86d081").size
+        120
+    """
 
     size: int
     sha256: str | None

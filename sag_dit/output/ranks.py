@@ -57,6 +57,13 @@ class RankReports:
     """A few small files per rank under ``folder/ranks``: how it ended, and that it is alive.
 
     Times are compared with the reader's own clock alone, so that machines may disagree about it.
+
+    Example::
+
+        reports = RankReports(Path("outputs/sample/digits-1f3a"), rank=0, world=2)
+        with reports.reporting():
+            predictor.draw(model, requests, settings, [folder.write])
+        reports.wait(folder.journal.length)
     """
 
     def __init__(self, folder: Path, rank: int, world: int) -> None:

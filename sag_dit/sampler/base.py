@@ -96,14 +96,29 @@ class Sampler(ABC):
 
 
 def steps_of(process: Process, num_steps: int) -> Iterator[Step]:
-    """Yield the process's grid of ``num_steps`` steps."""
+    """Yield the process's grid of ``num_steps`` steps.
+
+    Example:
+        >>> [step.index for step in steps_of(DDPM(), 3)]
+        [0, 1, 2]
+    """
     grid = process.grid(num_steps)
     for index in range(num_steps):
         yield Step(index, num_steps, grid[index], grid[index + 1])
 
 
 def require_ddpm(process: Process, sampler: str) -> None:
-    """Refuse a process that is not variance preserving."""
+    """Refuse a process that is not variance preserving.
+
+    Example:
+        >>> from sag_dit.process import Flow
+        >>> require_ddpm(DDPM(), "ddim")
+        >>> try:
+        ...     require_ddpm(Flow(), "ddim")
+        ... except ValueError as error:
+        ...     print(str(error).partition(",")[0])
+        sampler=ddim: solves variance-preserving models only
+    """
     if not isinstance(process, DDPM):
         raise ValueError(
             f"sampler={sampler}: solves variance-preserving models only, and this model's process "

@@ -189,7 +189,7 @@ class DiffusersSampler(Sampler):
         """Refuse a process, or a number of steps on it, that this scheduler is not proven on.
 
         Raises:
-            ValueError: the remedy is named.
+            ValueError: it is not proven; the message says what to use instead.
         """
         recipe = PROVEN[self.name]
         require_ddpm(process, self.name)

@@ -27,7 +27,12 @@ TRADE_OFFS = (("is", "fid"), ("recall", "precision"))
 
 @dataclass(frozen=True)
 class Point:
-    """A setting in a chart: its row, its place, the half-lengths of its error bars, its text."""
+    """A setting in a chart: its row, its place, the half-lengths of its error bars, its text.
+
+    Example:
+        >>> Point(row=0, x=0.5, y=12.0, dx=0.0, dy=0.3, text="0.5").y
+        12.0
+    """
 
     row: int
     x: float
@@ -39,7 +44,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one colour, joined by a line in their order; ``place`` chooses the colour."""
+    """Points of one colour, joined by a line in their order; ``place`` chooses the colour.
+
+    Example:
+        >>> points = (Point(0, 0.0, 14.0, 0.0, 0.3, ""), Point(1, 0.5, 12.0, 0.0, 0.3, ""))
+        >>> Series("SAG", place=0, points=points).label
+        'SAG'
+    """
 
     label: str
     place: int
@@ -51,6 +62,11 @@ class Chart:
     """One pair of axes. ``name`` groups charts that belong into one picture.
 
     ``texts`` says what the texts at the points are; they are shown where it is not empty.
+
+    Example::
+
+        for chart in charts(results, metrics):
+            print(chart.title, [series.label for series in chart.series])
     """
 
     name: str

@@ -33,7 +33,14 @@ from sag_dit.training.predicting import Predictor
 
 @dataclass(frozen=True)
 class Protocol:
-    """What images are measured with; what is added to it has to be ``LATER``."""
+    """What images are measured with.
+
+    A field that is added has to be marked ``LATER``; see :mod:`sag_dit.identity`.
+
+    Example::
+
+        print(settings(protocol)["reference_statistics_sha256"])
+    """
 
     features: str
     features_protocol: Mapping[str, Any]
@@ -46,7 +53,14 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Confidence:
-    """How ± is told; what is added to it has to be ``LATER``."""
+    """How the standard error behind ± is estimated.
+
+    A field that is added has to be marked ``LATER``; see :mod:`sag_dit.identity`.
+
+    Example:
+        >>> settings(Confidence(repeats=20))
+        {'repeats': 20}
+    """
 
     repeats: int
 
@@ -55,9 +69,14 @@ class Confidence:
 class Setting:
     """One row of the table: a way to draw, or a set of images on disk.
 
-    ``name`` is what the table calls it and ``key`` what else it goes by; ``axes`` is what
-    distinguishes it in a sweep. ``expected`` are published numbers to show beside it, and
-    ``otherwise`` says in what its settings differ from the published ones.
+    ``name`` is its name in the table, and ``key`` another name by which ``against`` finds it.
+    ``axes`` holds the keys that a sweep changes, with the values they have here. ``expected`` are
+    published numbers to show beside it, and ``otherwise`` lists where its settings differ from the
+    published ones.
+
+    Example:
+        >>> Setting("SAG 0.5", axes={"sag_scale": 0.5}).axes["sag_scale"]
+        0.5
     """
 
     name: str
@@ -69,9 +88,14 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class ToDraw:
-    """A set of images that is drawn; ``pixels``, an identity, says all that determines it.
+    """A set of images to draw; ``pixels`` is its identity: all that determines its pixels.
 
     With a ``folder`` the images are kept there, and only those that it lacks are drawn.
+
+    Example::
+
+        plan = ToDraw(model, how, requests, pixels, cost_of(model.denoiser, terms, DDIM(), 50))
+        measured = measurement(Setting("SAG 0.5"), plan, setup, repeats=0)
     """
 
     model: Model
@@ -86,8 +110,14 @@ class ToDraw:
 class Measurement:
     """A set of images of a setting, at one seed, with what it is measured with.
 
-    ``facts`` stand beside its numbers. ``identity`` names its record. Classes recur over the
-    indices with ``period``. ``repeats`` random halves of the images tell what stands behind ±.
+    ``facts`` are written beside its numbers, and ``identity`` is the name of its record. The class
+    of an image repeats every ``period`` indices. ± is estimated from ``repeats`` random halves of
+    the images.
+
+    Example::
+
+        measured = measurement(Setting("photos"), open_images("photos/"), setup, repeats=20)
+        print(measured.count, measured.identity, measured.notes)
     """
 
     setting: Setting
@@ -287,7 +317,13 @@ class _Share(IterableDataset[ImageBatch]):
 
 
 class Stored(LightningDataModule):
-    """A rank's share of a set of images on disk."""
+    """A rank's share of a set of images on disk.
+
+    Example::
+
+        images = open_images("photos/")
+        predictor.read(Stored(images, 64), [measuring], text="photos", total=len(images))
+    """
 
     def __init__(self, images: ImageSet, batch_size: int) -> None:
         super().__init__()

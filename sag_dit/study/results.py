@@ -28,7 +28,12 @@ Those that came later are not: a record that lacks one of them is completed and 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is called, and whether more of it is better."""
+    """How a metric is called, and whether more of it is better.
+
+    Example:
+        >>> Metric("FID", higher=False).title
+        'FID ↓'
+    """
 
     label: str
     higher: bool | None
@@ -45,6 +50,10 @@ class Record:
     """The numbers of one set of images, and the facts without which they mean nothing.
 
     ``spread`` is the standard error of each metric by repeated subsets, where asked for.
+
+    Example:
+        >>> Record({"fid": 12.0, "is": 9.0}, spread={}, facts={"seed": 0}).of(["fid"]).metrics
+        {'fid': 12.0}
     """
 
     metrics: Mapping[str, float]
@@ -130,6 +139,12 @@ class Result:
     With several seeds ``spread`` is the standard deviation over them, and ``change`` the mean
     difference from the setting ``against``, with its standard error; see :func:`compared`.
     ``deviations`` is what differs from how the numbers of ``expected`` were made.
+
+    Example:
+        >>> first = Record({"fid": 12.0}, spread={}, facts={"seed": 0})
+        >>> second = Record({"fid": 14.0}, spread={}, facts={"seed": 1})
+        >>> combine("SAG 0.5", {}, {"1f3a": first, "9c0b": second}).metrics
+        {'fid': 13.0}
     """
 
     name: str

@@ -50,7 +50,12 @@ def _due(trainer: Trainer, every_n_steps: int) -> bool:
 
 
 class Progress(TQDMProgressBar):
-    """Lightning's bar over the whole run, so that its time left is also right after a stop."""
+    """Lightning's bar over the whole run, so that its time left is also right after a stop.
+
+    Example::
+
+        trainer = Trainer(callbacks=[Progress()])
+    """
 
     @property
     def total_train_batches(self) -> int | float:
@@ -84,6 +89,10 @@ class Speed(Callback):
 
     MFU = images/s times the operations of training on one image, over the peak of all devices at
     the trainer's precision. Lightning knows the peaks; of a CPU there is none.
+
+    Example::
+
+        trainer = Trainer(callbacks=[Speed(every_n_steps=50)])
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
@@ -128,7 +137,12 @@ class Speed(Callback):
 
 
 class LossByLevel(Callback):
-    """Logs the mean loss in equal parts of the process, averaged between two log entries."""
+    """Logs the mean loss in equal parts of the process, averaged between two log entries.
+
+    Example::
+
+        trainer = Trainer(callbacks=[LossByLevel(every_n_steps=50)])
+    """
 
     def __init__(self, every_n_steps: int = 50) -> None:
         self._every = every_n_steps
@@ -168,6 +182,11 @@ class Previews(Callback):
 
     ``previews/step-N.png`` holds a column per class: the upper row is unguided. With Weights &
     Biases the pairs are also a table of images.
+
+    Example::
+
+        previews = Previews("outputs/train/photos-1f3a", every_n_steps=1000, guidance=[SAG(0.5)])
+        trainer = Trainer(callbacks=[previews])
     """
 
     def __init__(
@@ -246,6 +265,11 @@ class TrackMetrics(Callback):
 
     Raises:
         ValueError: no positive number of steps, or fewer than two requests.
+
+    Example::
+
+        track = TrackMetrics(suite, requests, settings, every_n_steps=1000)
+        trainer = Trainer(callbacks=[track])
     """
 
     def __init__(

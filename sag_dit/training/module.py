@@ -49,22 +49,29 @@ def warming_average(decay: float) -> Callable[[Any, Any, Tensor | int], None]:
 class DiffusionModule(LightningModule):
     """Trains a model's denoiser on (images, labels), and draws requests with it.
 
-    Images are uint8, or x_0 itself where they were encoded before. ``objective`` says what is
+    Images are uint8, or x_0 itself if they were encoded before. ``objective`` says what is
     minimised. All randomness of a training step (times, noise, label dropout) is a pure function
     of (seed, batch index, rank).
 
-    With ``ema_decay`` the weights' exponential moving average is a module of its own, ``averaged``,
-    updated after every optimiser step; its first update copies, as published. With ``ema_warmup``
-    update n decays by min(ema_decay, (1 + n) / (10 + n)) only, so that a short run is not averaged
-    with where it began. The average is what is
-    validated and drawn with, and being a module it is sharded, saved and restored like the
-    denoiser, whatever the strategy and the moment.
+    With ``ema_decay`` the exponential moving average of the weights is a module of its own,
+    ``averaged``, and is updated after every optimiser step. The first update copies the weights, as
+    published. With ``ema_warmup`` update n decays by only min(ema_decay, (1 + n) / (10 + n)), so
+    that the average of a short run does not hold on to the first weights. Validation and drawing
+    use the average. Since it is a module, it is sharded, saved and restored like the denoiser.
 
     A step whose gradients are not finite is skipped on all ranks; after ``max_skipped`` in a row
     training stops.
 
-    Prediction follows ``settings``; the first ``gallery`` indices are also drawn without guidance,
-    from the same noise, and with ``maps`` their attention is kept. ``watch`` is told of every step.
+    Images are drawn with ``settings``. The first ``gallery`` indices are also drawn without
+    guidance, from the same noise, and with ``maps`` their attention is kept. ``watch`` is called
+    after every step of the sampler.
+
+    Example::
+
+        from lightning.pytorch import Trainer
+
+        module = DiffusionModule(model, ema_decay=0.9999)
+        Trainer(max_steps=1000).fit(module, data)
     """
 
     def __init__(

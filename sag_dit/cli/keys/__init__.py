@@ -29,21 +29,21 @@ Classes = int | str | list[int | str] | None
 
 @dataclass
 class AutoKeys:
-    """Autoguidance, for its free text."""
+    """Keys of autoguidance that hold free text."""
 
-    ckpt: str | None = key("the second model", text=True)
+    ckpt: str | None = key("worse model to guide away from: a name, folder or file", text=True)
 
 
 @dataclass
 class ClassifierKeys:
-    """Classifier guidance, for its free text."""
+    """Keys of classifier guidance that hold free text."""
 
-    classifier: str | Open | None = key("the classifier", text=True)
+    classifier: str | Open | None = key("classifier that guides: a name or a file", text=True)
 
 
 @dataclass
 class GuidanceKeys:
-    """The terms by name."""
+    """Methods that have such keys, by their own keys."""
 
     auto: Open | None = key("autoguidance", keys=AutoKeys)
     classifier: Open | None = key("classifier guidance", keys=ClassifierKeys)
@@ -53,16 +53,18 @@ class GuidanceKeys:
 class TrainerKeys:
     """Lightning's Trainer."""
 
-    devices: int | str | list[int] = key("how many, or which", least=-1, most=1024)
-    num_nodes: int = key("machines", least=1, most=65_536)
+    devices: int | str | list[int] = key(
+        "number of devices, a list of their numbers, or auto", least=-1, most=1024
+    )
+    num_nodes: int = key("number of machines", least=1, most=65_536)
 
 
 @dataclass(kw_only=True)
 class Text(Closed):
-    """For text models alone."""
+    """Keys of text models."""
 
     negative: str | None = key(
-        "the null condition's prompt; empty: the model's own", text=True, blank=True
+        "prompt of the null condition; empty: the model's own", text=True, blank=True
     )
     size: list[int] | None = key(
         "[height, width] in pixels; null: the model's",
@@ -71,7 +73,9 @@ class Text(Closed):
         length=2,
         expected="[height, width] in pixels, or null",
     )
-    guidance: float | None = key("told to models distilled from guidance; null: 3.5")
+    guidance: float | None = key(
+        "input of models distilled from guidance, such as FLUX dev; null: 3.5"
+    )
 
 
 @dataclass(kw_only=True)
@@ -82,16 +86,18 @@ class Attention(Closed):
         "names of self-attention layers, [auto] or [all]", expected="a list of layers, or [all]"
     )
     show: int | list[int] = key(
-        "steps, evenly spread, or a list of their numbers",
+        "number of steps, evenly spread, or a list of steps",
         least=0,
         expected="how many steps, or a list of their numbers",
     )
     query: list[float] | None = key(
-        "place [down, across] in [0, 1) of a token; null: none",
+        "place of one token: [down, across], from 0 to less than 1; null: none",
         length=2,
         expected="[down, across], or null",
     )
-    threshold: float | None = key("what saliency exceeds in the mask; null: as sag's")
+    threshold: float | None = key(
+        "saliency above it counts as masked; null: as guidance.sag has it"
+    )
 
 
 @dataclass(kw_only=True)
@@ -100,16 +106,18 @@ class LoadsModel(Closed):
 
     ckpt: str = key(**CKPT)
     ema: bool = key(
-        "false: the raw weights, where a file holds both", determines="model", published=True
+        "true: averaged weights; false: raw ones, if there are both",
+        determines="model",
+        published=True,
     )
     vae: str | None = key(
-        "autoencoder, a folder or hub name; null: the model's own",
+        "autoencoder: a folder or hub name; null: the model's own",
         text=True,
         determines="model",
         published=True,
     )
     num_heads: int | None = key(
-        "heads of attention, where a checkpoint does not tell",
+        "attention heads, if the checkpoint does not say",
         least=1,
         determines="model",
         absent=True,
@@ -122,10 +130,10 @@ class Draws(LoadsModel):
     """Keys of the commands that draw."""
 
     prompt: str | None = key(
-        "what a text model draws", text=True, blank=True, determines="model", published=True
+        "prompt, for a text model", text=True, blank=True, determines="model", published=True
     )
     classes: Classes = key(
-        "numbers or names; null: all in turn, or the first",
+        "class numbers or names; null: all in turn (attention.py: the first)",
         exact=True,
         expected="numbers or names of classes, at least one, such as [3,7], or null",
         words="labels class_labels",
@@ -135,10 +143,10 @@ class Draws(LoadsModel):
     )
     text: Text = key("for text models", determines="model", published=True)
     steps: int = key(
-        "denoiser steps", least=1, words="num_inference_steps num_steps", published=True
+        "number of denoising steps", least=1, words="num_inference_steps num_steps", published=True
     )
-    seed: int = key("of the noise", **SEED, words="manual_seed")
-    sampler: Open = key("how steps are taken", words="scheduler")
+    seed: int = key("seed of the noise", **SEED, words="manual_seed")
+    sampler: Open = key("sampler", words="scheduler")
 
 
 def _strength(name: str, neutral: float, **known: Any) -> Any:
@@ -170,28 +178,33 @@ class Guides(Scales, Draws):  # type: ignore[misc, valid-type]
     """Keys of the commands that draw with guidance."""
 
     requests: str | None = key(
-        "file of 'seed,class' or 'seed,prompt' lines, in place of num_images, classes, seed",
+        "file with a line 'seed,class' or 'seed,prompt' for each image; takes the place of "
+        "num_images, classes and seed",
         text=True,
         determines="model",
         published=True,
     )
     batch_size: int | None = key(
-        "images computed at once; null: the model's", least=1, most=65_536, words="bs"
+        "images computed at once; null: as the model recommends", least=1, most=65_536, words="bs"
     )
-    max_rows: int | None = key("most rows of the network at once; null: no bound", least=1)
-    guidance: Parts = key("the methods' own keys", keys=GuidanceKeys)
+    max_rows: int | None = key(
+        "most rows that the network computes at once; null: no limit", least=1
+    )
+    guidance: Parts = key("settings of each method", keys=GuidanceKeys)
     trainer: Open = key(
         "devices and precision, as Lightning's Trainer takes them", keys=TrainerKeys
     )
-    logger: Open | None = key("where the page goes as well", determines="nothing")
-    experiment: None = key("settings of a paper", absent=True)
+    logger: Open | None = key("logger that gets the gallery too", determines="nothing")
+    experiment: None = key("published settings of a paper", absent=True)
 
 
 @dataclass(kw_only=True)
 class SampleGallery(Closed):
     """The page of images."""
 
-    num: int = key("images shown beside their twins; 0: no page", least=0)
+    num: int = key(
+        "images that the gallery shows beside their unguided twins; 0: no gallery", least=0
+    )
 
 
 @dataclass(kw_only=True)
@@ -203,14 +216,19 @@ class Sample(Guides):
         "python sample.py ckpt=digits classes=[3,7] num_images=8 cfg_scale=1.5",
     )
     habits: ClassVar[Mapping[str, str]] = {"resume": "repeat the command: what is missing is drawn"}
-    reference: Any = key("what an experiment of a paper is measured with", absent=True)
-    expected: Any = key("what an experiment of a paper published", absent=True)
-    num_images: int = key("how many", least=1, words="n num_samples count")
-    out: str | None = key("folder; null: outputs/sample/NAME-HASH", **OUT, words=OUT_WORDS)
-    verify: bool = key(
-        "true: read finished images, and draw those again that have changed", determines="nothing"
+    reference: Any = key(
+        "reference that evaluate.py measures a paper's experiment with", absent=True
     )
-    npz: bool = key("also write samples.npz for the ADM evaluator", determines="nothing")
+    expected: Any = key("published numbers that evaluate.py compares with", absent=True)
+    num_images: int = key("number of images", least=1, words="n num_samples count")
+    out: str | None = key(
+        "folder of the images; null: outputs/sample/NAME-HASH", **OUT, words=OUT_WORDS
+    )
+    verify: bool = key(
+        "true: compare finished images with their hashes; changed ones are drawn again",
+        determines="nothing",
+    )
+    npz: bool = key("true: also write samples.npz for the ADM evaluator", determines="nothing")
     gallery: SampleGallery = key("the page", determines="nothing")
     maps: bool = key("true: keep the attention of the gallery's images", determines="nothing")
     attention: Attention = key("what maps=true keeps", determines="nothing")
@@ -220,15 +238,15 @@ class Sample(Guides):
 class EvaluateGallery(Closed):
     """Samples on the page."""
 
-    num: int = key("samples of each setting on the page", least=0)
+    num: int = key("images of each setting that the page shows", least=0)
 
 
 @dataclass(kw_only=True)
 class ConfidenceKeys(Closed):
-    """How ± is told."""
+    """How the standard errors behind ± are estimated."""
 
     repeats: int = key(
-        "subsets of the images, for what stands behind ±; 0: none",
+        "random halves of the images to estimate ± from; 0: no ±",
         least=0,
         most=10_000,
         refused=(1,),
@@ -238,24 +256,24 @@ class ConfidenceKeys(Closed):
 
 @dataclass
 class FeatureKeys:
-    """The network that looks at images."""
+    """The network that turns images into features."""
 
-    weights: str | None = key("its file", text=True)
+    weights: str | None = key("file of the feature network's weights", text=True)
 
 
 @dataclass(kw_only=True)
 class Published(Closed):
     """Numbers that somebody has published."""
 
-    source: str = key("the publication and its table")
-    metrics: Open = key("the numbers by metric")
+    source: str = key("publication and table of the numbers")
+    metrics: Open = key("published numbers, by metric")
     protocol: Open | None = key("how they were measured", absent=True)
-    experiment: str | None = key("whose settings are the published ones", absent=True)
+    experiment: str | None = key("experiment that holds the published settings", absent=True)
 
 
 @dataclass(kw_only=True)
 class Evaluate(Guides):
-    """Measure images on disk, or of a model while it draws: FID and its companions."""
+    """Measure FID and other metrics of images on disk, or of images that a model draws."""
 
     examples: ClassVar[tuple[str, ...]] = (
         "python evaluate.py ckpt=digits",
@@ -271,41 +289,60 @@ class Evaluate(Guides):
         expected="at least one folder or npz",
     )
     num_images: int | None = key(
-        "null: 300 where drawn, all on disk", least=1, words="n num_samples count"
+        "number of images; null: 300 of a model, or all on disk",
+        least=1,
+        words="n num_samples count",
     )
-    seeds: int = key("draw each setting with so many seeds: mean and spread", least=1, most=10_000)
-    reference: str | None = key("npz or folder; null: the model's own", text=True)
-    background: str = key("colour behind what is transparent in images on disk", text=True)
+    seeds: int = key(
+        "number of seeds that each setting is drawn with, for mean and spread", least=1, most=10_000
+    )
+    reference: str | None = key(
+        "images to compare with: npz or folder; null: the model's own", text=True
+    )
+    background: str = key("colour behind transparent parts of images on disk", text=True)
     metrics: list[str] | None = key(
-        "list of fid, sfid, is, precision, recall; null: all there are", **METRICS
+        "some of fid, sfid, is, precision, recall, as a list; null: all", **METRICS
     )
-    against: str | None = key("row that others are set against; null: the first", text=True)
+    against: str | None = key("row that the others are compared with; null: the first", text=True)
     confidence: ConfidenceKeys = key("how ± is told")
-    keep: bool = key("keep drawn images, in sample.py's folder", determines="nothing")
+    keep: bool = key(
+        "true: keep drawn images, in the folder that sample.py would use", determines="nothing"
+    )
     out: str | None = key(
         "folder of results; null: outputs/evaluate/NAME-HASH", **OUT, words=OUT_WORDS
     )
-    finished: str = key("where measured settings are kept", **OUT)
-    plots: bool = key("curves as PNG for a sweep", determines="nothing")
+    finished: str = key("folder that keeps the numbers of measured settings", **OUT)
+    plots: bool = key("true: write the curves of a sweep as PNG files", determines="nothing")
     gallery: EvaluateGallery = key("the page", determines="nothing")
     expected: Published | None = key("published numbers; see configs/experiment/paper")
-    features: Open | None = key("the network that looks at images", keys=FeatureKeys)
-    compare: dict[str, Open] | None = key("settings that are drawn where all guidance is off")
+    features: Open | None = key("feature network", keys=FeatureKeys)
+    compare: dict[str, Open] | None = key("settings to compare if all guidance is off")
 
 
 @dataclass(kw_only=True)
 class NoiseProcess(Closed):
-    """How an image becomes noise: by schedule and num_timesteps, or straight, as a flow."""
+    """How an image becomes noise: a diffusion has the first two keys, a flow the others."""
 
-    schedule: Literal["linear", "cosine"] | None = key("of a diffusion", absent=True)
-    num_timesteps: int | None = key("noise levels", least=1, most=100_000, absent=True)
-    time_scale: float | None = key("of a flow: the time of pure noise", absent=True)
-    shift: float | None = key("of a flow's grid, towards noise above 1", absent=True)
-    start: float | None = key("where a flow's grid begins", least=0, most=1, absent=True)
+    schedule: Literal["linear", "cosine"] | None = key(
+        "diffusion: how fast noise grows", absent=True
+    )
+    num_timesteps: int | None = key(
+        "diffusion: number of noise levels", least=1, most=100_000, absent=True
+    )
+    time_scale: float | None = key("flow: the time that means pure noise", absent=True)
+    shift: float | None = key("flow: above 1, more of the steps lie near noise", absent=True)
+    start: float | None = key(
+        "flow: where sampling begins; 1 is pure noise", least=0, most=1, absent=True
+    )
 
 
 def networks() -> list[str]:
-    """Return the network of every family."""
+    """Return the network of every family.
+
+    Example:
+        >>> "sag_dit.models.dit.network.DiT" in networks()
+        True
+    """
     from sag_dit.models import families
 
     found = (each.network() for each in families().values())
@@ -314,35 +351,41 @@ def networks() -> list[str]:
 
 @dataclass
 class NetworkKeys:
-    """Arguments of a network; null is what another one takes."""
+    """Arguments of a network; a key that this kind of network does not take is null."""
 
-    family: str | None = key("null: DiT or UNet", later=None)
+    family: str | None = key("kind of network; null: DiT or UNet, by the other keys", later=None)
     hidden_size: int | None = key("width of a token", **SIZE)
-    depth: int | None = key("blocks", least=1, most=1000)
-    num_heads: int | None = key("heads of attention", **SIZE)
-    patch_size: int | None = key("pixels of a token", **SIZE)
-    input_size: int | None = key("null: by resolution", **SIZE)
-    in_channels: int | None = key("null: the data's", **SIZE)
-    mlp_ratio: float | None = key("width of the MLP", least=0, most=1000)
-    class_dropout_prob: float | None = key("share of labels made null", least=0, most=1)
-    learn_sigma: bool | None = key("the variance is learned as well")
-    model_channels: int | None = key("of a UNet: its first width", **SIZE)
-    num_res_blocks: int | None = key("of a UNet, at each size", least=1, most=1000)
+    depth: int | None = key("number of blocks", least=1, most=1000)
+    num_heads: int | None = key("attention heads", **SIZE)
+    patch_size: int | None = key("pixels along each side of a patch", **SIZE)
+    input_size: int | None = key("height and width of the input; null: from resolution", **SIZE)
+    in_channels: int | None = key("channels of the input; null: as the data has", **SIZE)
+    mlp_ratio: float | None = key(
+        "width of the MLP, as a multiple of hidden_size", least=0, most=1000
+    )
+    class_dropout_prob: float | None = key(
+        "share of labels left out in training, for guidance", least=0, most=1
+    )
+    learn_sigma: bool | None = key("true: the network learns the variance as well")
+    model_channels: int | None = key("UNet: channels of the first level", **SIZE)
+    num_res_blocks: int | None = key("UNet: residual blocks at each level", least=1, most=1000)
 
 
 @dataclass
 class DataKeys:
     """Arguments of the data module."""
 
-    root: str = key("folder", text=True)
+    root: str = key("folder of the images or latents", text=True)
     background: str | None = key(
-        "colour behind what is transparent; null: as runs before there was this key",
+        "colour behind transparent parts; null: hidden colours show, as in old runs",
         text=True,
         later=None,
         unnamed=True,
     )
-    batch_size: int = key("images per step", least=1, most=2**20, words="bs")
-    workers: int | None = key("processes that read", least=0, most=1024, determines="nothing")
+    batch_size: int = key("images in a batch, over all devices", least=1, most=2**20, words="bs")
+    workers: int | None = key(
+        "reader processes; null: chosen automatically", least=0, most=1024, determines="nothing"
+    )
 
 
 @dataclass
@@ -350,18 +393,26 @@ class OptimizerKeys:
     """Arguments of the optimiser."""
 
     lr: float = key("learning rate", least=0, words="learning_rate")
-    betas: list[float] = key("decays of the averages of gradients", least=0, below=1, length=2)
-    fused: bool | None = key("true: one kernel for all parameters; null: where there is one")
-    weight_decay: float = key("decay of weights", least=0, words="wd")
+    betas: list[float] = key(
+        "decay rates of the averages of gradients and of their squares",
+        least=0,
+        below=1,
+        length=2,
+    )
+    fused: bool | None = key("true: update all parameters in one kernel; null: if the device can")
+    weight_decay: float = key("weight decay", least=0, words="wd")
 
 
 @dataclass(kw_only=True)
 class Average(Closed):
-    """The average of weights that is sampled with."""
+    """The average of the weights, which images are drawn with."""
 
-    decay: float | None = key("of the average; null: no average", least=0, below=1)
+    decay: float | None = key("decay of the weights' average; null: no average", least=0, below=1)
     warmup: bool = key(
-        "decay grows from 0.1; false: as published", later=False, unnamed=True, absent=True
+        "true: the decay grows from 0.1; false: it is constant, as published",
+        later=False,
+        unnamed=True,
+        absent=True,
     )
 
 
@@ -369,19 +420,19 @@ class Average(Closed):
 class TrainTrainerKeys(TrainerKeys):
     """Lightning's Trainer, while training."""
 
-    accumulate_grad_batches: int = key("batches in a step", least=1)
-    gradient_clip_val: float | None = key("greatest norm; null: any", least=0)
-    enable_progress_bar: bool = key("a bar", determines="nothing")
+    accumulate_grad_batches: int = key("batches that make one optimiser step", least=1)
+    gradient_clip_val: float | None = key("greatest norm of the gradients; null: no limit", least=0)
+    enable_progress_bar: bool = key("true: show a progress bar", determines="nothing")
 
 
 @dataclass(kw_only=True)
 class Every(Closed):
-    """Steps between what is done now and then."""
+    """How often a checkpoint, a validation, previews and log entries are made."""
 
     checkpoint: int = key("steps between checkpoints", least=1)
     validation: int = key("steps between validations", least=1)
     preview: int = key("steps between previews", least=1)
-    log: int = key("steps between numbers logged", least=1)
+    log: int = key("steps between log entries", least=1)
 
 
 @dataclass(kw_only=True)
@@ -389,25 +440,29 @@ class Preview(Closed):
     """Images that are drawn while training."""
 
     classes: Classes = key(
-        "numbers or names; null: the first eight", names=True, exact=True, blank=True
+        "class numbers or names; null: the first eight", names=True, exact=True, blank=True
     )
-    steps: int = key("denoiser steps", least=1)
-    guidance: Parts = key("terms")
+    steps: int = key("number of denoising steps", least=1)
+    guidance: Parts = key("guidance of the lower row")
 
 
 @dataclass(kw_only=True)
 class Adapters(Closed):
-    """Low-rank adapters."""
+    """Low-rank adapters (LoRA)."""
 
-    rank: int | None = key("of the adapters; null: none", least=1, most=16_384)
-    alpha: float | None = key("scale times the rank; null: the rank")
-    dropout: float | None = key("share of inputs left out", least=0, below=1, absent=True)
-    targets: list[str] | None = key("patterns of layers", names=True, absent=True)
+    rank: int | None = key("rank of the adapters; null: no adapters", least=1, most=16_384)
+    alpha: float | None = key("adapters are multiplied by alpha / rank; null: by 1")
+    dropout: float | None = key(
+        "share of the adapters' inputs left out", least=0, below=1, absent=True
+    )
+    targets: list[str] | None = key(
+        "name patterns of the layers that get adapters", names=True, absent=True
+    )
 
 
 @dataclass(kw_only=True)
 class Recommended(Closed):
-    """What the trained model is sampled with unless told otherwise."""
+    """What the trained model recommends to sample with."""
 
     batch_size: int | None = key("images computed at once", least=1, most=65_536, absent=True)
 
@@ -417,18 +472,22 @@ class Track(Closed):
     """What is measured of images drawn during training."""
 
     every_n_steps: int = key("steps between measurements", least=1, expected="1 or more")
-    num_images: int = key("how many are drawn", least=2, expected="2 or more")
-    steps: int = key("denoiser steps", least=1)
-    seed: int = key("of the noise", **SEED)
-    metrics: list[str] | None = key("some of fid, sfid, is, precision, recall", **METRICS)
-    features: str | Open | None = key("auto, or a network that looks at images")
-    reference: str | None = key("npz or folder; null: the model's own", text=True)
-    best: bool = key("keep the checkpoint of the lowest FID as well")
+    num_images: int = key("number of images drawn", least=2, expected="2 or more")
+    steps: int = key("number of denoising steps", least=1)
+    seed: int = key("seed of the noise", **SEED)
+    metrics: list[str] | None = key(
+        "some of fid, sfid, is, precision, recall, as a list; null: all", **METRICS
+    )
+    features: str | Open | None = key("feature network, or auto")
+    reference: str | None = key(
+        "images to compare with: npz or folder; null: the model's own", text=True
+    )
+    best: bool = key("true: also keep the checkpoint of the lowest FID")
 
 
 @dataclass(kw_only=True)
 class Train(Closed):
-    """Train a denoiser and leave a run folder that sample.py reads; a run goes on if repeated."""
+    """Train a denoiser and leave a run folder for sample.py; the same command again goes on."""
 
     examples: ClassVar[tuple[str, ...]] = (
         "python train.py experiment=digits",
@@ -448,44 +507,50 @@ class Train(Closed):
             f"{fresh if self.ckpt is None else f'experiment=finetune ckpt={self.ckpt}'}"
         )
 
-    name: str | int | float = key("short name, part of the run's folder", names=True)
-    out: str | None = key("run's folder; null: outputs/train/NAME-HASH", **OUT, words=OUT_WORDS)
-    seed: int = key("of weights, noise and order", **SEED)
+    name: str | int | float = key("short name; the run's folder begins with it", names=True)
+    out: str | None = key(
+        "folder of the run; null: outputs/train/NAME-HASH", **OUT, words=OUT_WORDS
+    )
+    seed: int = key("seed of the first weights, the noise and the order of images", **SEED)
     max_steps: int = key(
-        "optimiser steps",
+        "number of optimiser steps",
         least=1,
         words="epochs max_epochs steps max_train_steps",
         determines="nothing",
     )
     ckpt: str | None = key(
-        "what to fine-tune, with experiment=finetune; null: fresh weights",
+        "model to fine-tune, with experiment=finetune; null: train from scratch",
         text=True,
         words="checkpoint model_path pretrained",
     )
-    vae: str | None = key("autoencoder; null: the checkpoint's, or pixels", text=True)
+    vae: str | None = key("autoencoder; null: the one of ckpt, or none, for pixels", text=True)
     num_heads: int | None = key(
-        "heads of attention, where ckpt does not tell; of a fresh model model.num_heads",
+        "attention heads, if ckpt does not say; without ckpt set model.num_heads",
         least=1,
         absent=True,
         added=True,
     )
-    resolution: int | None = key("pixels along each side", **SIZE, words="image_size")
-    patch_size: int | None = key("pixels of a token's side", **SIZE, by_checkpoint=True)
-    num_classes: int | None = key("null: the data's", least=1, most=10**6, by_checkpoint=True)
+    resolution: int | None = key("pixels along each side of an image", **SIZE, words="image_size")
+    patch_size: int | None = key("pixels along each side of a patch", **SIZE, by_checkpoint=True)
+    num_classes: int | None = key(
+        "number of classes; null: as many as the data has", least=1, most=10**6, by_checkpoint=True
+    )
     kind: Literal["eps", "v", "x_0"] | None = key(
-        "what the network puts out", words="prediction_type", by_checkpoint=True
+        "what the network predicts", words="prediction_type", by_checkpoint=True
     )
     changed_data: bool = key(
-        "go on although the data has changed since the run began", determines="nothing"
+        "true: go on although the data has changed since the run began", determines="nothing"
     )
     max_skipped: int = key(
-        "stop after so many steps without finite gradients", least=1, determines="nothing"
+        "stop after so many steps in a row without finite gradients", least=1, determines="nothing"
     )
-    compile: bool = key("compile every block by itself", determines="nothing")
-    checkpoint_blocks: bool = key("recompute blocks backwards: less memory", determines="nothing")
-    matmul: Literal["highest", "high", "medium"] = key("float32 products")
+    compile: bool = key("true: compile every block by itself", determines="nothing")
+    checkpoint_blocks: bool = key(
+        "true: recompute blocks in the backward pass, for less memory", determines="nothing"
+    )
+    matmul: Literal["highest", "high", "medium"] = key("precision of float32 matrix products")
     freeze: list[str] | None = key(
-        "patterns of what is not trained", names=True, blank=True, absent=True
+        "name patterns of parameters that are not trained", names=True, blank=True, absent=True
     )
     sampling: Recommended = key("recommended settings, written into the result")
     model: Open | None = key("the network", keys=NetworkKeys, asks=networks, by_checkpoint=True)
@@ -493,8 +558,8 @@ class Train(Closed):
     data: Open = key("images", keys=DataKeys)
     objective: Open | None = key("the loss")
     optimizer: Open = key("the optimiser", keys=OptimizerKeys)
-    schedule: Open | None = key("of the learning rate")
-    ema: Average = key("the average")
+    schedule: Open | None = key("schedule of the learning rate")
+    ema: Average = key("average of the weights")
     lora: Adapters | None = key("adapters", absent=True)
     trainer: Open = key("Lightning's Trainer", keys=TrainTrainerKeys)
     every_n_steps: Every = key("how often", determines="nothing")
@@ -509,11 +574,13 @@ class EncodeData(Closed):
 
     root: str = key("class folders, or a flat folder of images", text=True)
     size: int = key("pixels along each side of the crop", **SIZE, words="resolution image_size")
-    upright: bool = key("turn photos as noted; false: as ADM's loader")
+    upright: bool = key("true: turn photos upright by their EXIF note; false: as ADM's loader")
     background: str | None = key(
-        "colour behind what is transparent; null: as before there was this key", text=True
+        "colour behind transparent parts; null: hidden colours show, as in old runs", text=True
     )
-    strict: bool = key("an image that cannot be read is an error", determines="nothing")
+    strict: bool = key(
+        "true: stop at an image that cannot be read; false: go on", determines="nothing"
+    )
 
 
 @dataclass(kw_only=True)
@@ -525,14 +592,14 @@ class Encode(Closed):
         "python encode.py data.root=photos/ data.size=512 vae=mse",
     )
     data: EncodeData = key("the images")
-    vae: str | None = key("autoencoder, a folder or hub name", text=True)
-    out: str | None = key("folder; null: outputs/latents/NAME-HASH", **OUT)
-    flip: bool = key("encode mirror images as well")
-    dtype: Literal["float16", "float32"] = key("of what is stored")
-    rows: int = key("images per shard", least=1, most=2**20)
+    vae: str | None = key("autoencoder: a folder or hub name", text=True)
+    out: str | None = key("folder of the latents; null: outputs/latents/NAME-HASH", **OUT)
+    flip: bool = key("true: encode mirror images as well")
+    dtype: Literal["float16", "float32"] = key("type of the stored numbers")
+    rows: int = key("images in each shard", least=1, most=2**20)
     slice_size: int = key("images encoded at once", least=1, most=65_536, words="batch_size")
     workers: int | None = key(
-        "processes that read, per device; null: what suits",
+        "reader processes per device; null: chosen automatically",
         least=0,
         most=1024,
         determines="nothing",
@@ -553,12 +620,12 @@ class Export(LoadsModel):
     format: Literal["safetensors", "dit", "diffusers"] = key(
         "our own, facebookresearch/DiT's file, or DiTPipeline's folder", words="layout"
     )
-    out: str | None = key("folder, new or empty; null: outputs/export/NAME-FORMAT", **OUT)
+    out: str | None = key("new or empty folder; null: outputs/export/NAME-FORMAT", **OUT)
 
 
 @dataclass(kw_only=True)
 class AttentionSheet(Draws):
-    """Draw the saliency of every layer over the steps on one sheet, to choose SAG's layer by."""
+    """Draw the saliency of every layer at several steps on one sheet, to choose SAG's layer."""
 
     examples: ClassVar[tuple[str, ...]] = (
         "python attention.py ckpt=DiT-XL-2 classes=[207]",
@@ -566,11 +633,11 @@ class AttentionSheet(Draws):
     )
     attention: Attention = key("what is shown")
     device: str = key(
-        "where to compute",
+        "device to compute on",
         pattern=r"(auto|cpu|cuda|mps|xpu)(:\d+)?",
         expected="auto, cpu, cuda, cuda:1 or mps",
     )
-    out: str | None = key("folder; null: outputs/attention/NAME", **OUT)
+    out: str | None = key("folder of the sheet; null: outputs/attention/NAME", **OUT)
 
 
 COMMANDS: Mapping[str, type[Closed]] = {

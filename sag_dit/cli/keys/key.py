@@ -1,4 +1,4 @@
-"""What is known of a key, and of the mappings that hold keys: the language of declarations."""
+"""Key and Closed: how the schema of a command declares its keys, and how schemas are read."""
 
 from __future__ import annotations
 
@@ -18,17 +18,26 @@ UNSET = object()
 class Key(Bounds):
     """What is known of a key beside its type and bounds.
 
-    ``words`` are what other programs call it, with spaces between. ``text`` may hold anything, so
-    that Hydra's grammar must not read it; so may ``names``, which may be numbers too. A text or a
-    list may be empty only if it is ``blank``. ``absent``
-    keys come with a choice or an experiment; those that are ``added`` stand in no file, and are
-    recorded where they are stated alone. ``later`` is the value that means what runs did before
-    there was the key; the first name of a run's folder leaves out an ``unnamed`` one whatever its
-    value. What a key ``determines`` follows from the mapping that holds it, unless it says so. Of
-    an open mapping, ``keys`` declares those that have bounds of their own, and ``asks`` tells whose
-    arguments all others are where no ``_target_`` does. What is ``by_checkpoint`` is determined by
-    a checkpoint to go on from. Published numbers are compared with those of runs that agree in what
-    is ``published``.
+    Attributes:
+        help: what it means, as ``--help`` and errors say it.
+        words: what other programs call it, separated by spaces.
+        determines: what of a run depends on it; None: the same as of the mapping around it.
+        text: it may hold any text, so Hydra's grammar must not read it.
+        names: as ``text``, but its values may be numbers too.
+        blank: it may be an empty text or list.
+        absent: it need not be set: a choice of a group or an experiment brings it.
+        added: it stands in no YAML file, and is recorded only if the user states it.
+        later: of a key that is newer than some runs, the value that means what those runs did.
+        unnamed: its value is left out of the first name of a run's folder.
+        keys: of an open mapping, the schema of the keys that have bounds of their own.
+        asks: of an open mapping without ``_target_``, returns the paths of the classes or
+            functions whose arguments it takes.
+        by_checkpoint: where a run starts from a checkpoint, the checkpoint decides it.
+        published: published numbers are only compared with runs that agree in it.
+
+    Example:
+        >>> key("how many", least=1).metadata["key"].least
+        1
     """
 
     help: str
@@ -70,7 +79,7 @@ Parts = dict[str, Open | None]
 
 @dataclass(kw_only=True)
 class Closed:
-    """A mapping whose keys are all declared: the schema, and once checked the values.
+    """A mapping whose keys are all declared; the class is its schema, an instance has its values.
 
     Example:
         >>> from sag_dit.cli.composing import compose
@@ -84,7 +93,7 @@ class Closed:
     """Of a command, what :func:`~sag_dit.cli.composing.changed` begins with."""
 
     def unset(self, missing: Sequence[str]) -> str:
-        """Return what to tell where keys are not set that a command needs."""
+        """Return the error for keys that a command needs and that are not set."""
         told = {path: each.help for path, _, each in walk(type(self))}
         return f"{missing[0]} is not set: expected {missing[0]}=..., {told.get(missing[0], 'any')}"
 
@@ -116,7 +125,7 @@ def mapping_of(hint: Any, told: Key) -> type | None:
 def walk(
     schema: type, prefix: str = "", determines: Determines = "pixels"
 ) -> Iterator[tuple[str, Any, Key]]:
-    """Yield every declared key by its path, mappings before what they hold."""
+    """Yield every declared key with its path, each mapping before its own keys."""
     for name, (hint, told) in keys_of(schema).items():
         own = told.determines or determines
         yield f"{prefix}{name}", hint, replace(told, determines=own)

@@ -59,6 +59,12 @@ class OfficialFile(Layout):
     """facebookresearch/DiT's flat state dict, with a config.json beside it that sag_dit reads.
 
     ``python export.py ckpt=digits format=dit`` writes it.
+
+    Example::
+
+        layout = OfficialFile()
+        if not layout.obstacles(source):
+            layout.write(Path("my_model"), source)
     """
 
     program = "facebookresearch/DiT"
@@ -117,6 +123,12 @@ class DiffusersFolder(Layout):
     """The folder of diffusers' DiTPipeline.
 
     ``python export.py ckpt=DiT-XL-2 format=diffusers`` writes it.
+
+    Example::
+
+        layout = DiffusersFolder()
+        if not layout.obstacles(source):
+            layout.write(Path("my_model"), source)
     """
 
     program = "diffusers' DiTPipeline"

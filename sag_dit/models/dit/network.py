@@ -29,6 +29,10 @@ class TimestepEmbedder(nn.Module):
 
     Frequencies 10000^(-i / half), i = 0 .. half - 1, with half = 128: cosines first, then sines.
     Source: facebookresearch/DiT, models.py.
+
+    Example:
+        >>> TimestepEmbedder(32)(torch.tensor([0.0, 999.0])).shape
+        torch.Size([2, 32])
     """
 
     def __init__(self, hidden_size: int, frequency_embedding_size: int = 256) -> None:
@@ -60,6 +64,11 @@ class LabelEmbedder(nn.Module):
     In training each label is dropped with probability ``dropout_prob``; without dropout there is
     no null row, and the model cannot be guided by CFG.
     Source: facebookresearch/DiT, models.py.
+
+    Example:
+        >>> embedder = LabelEmbedder(num_classes=10, hidden_size=32, dropout_prob=0.1)
+        >>> embedder(torch.tensor([3, 10])).shape
+        torch.Size([2, 32])
     """
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
@@ -130,7 +139,13 @@ def modulate(
 
 
 class DiTBlock(nn.Module):
-    """Self-attention and MLP, each modulated and gated by the condition (adaLN-Zero)."""
+    """Self-attention and MLP, each modulated and gated by the condition (adaLN-Zero).
+
+    Example:
+        >>> block = DiTBlock(hidden_size=32, num_heads=2, mlp_ratio=4.0)
+        >>> block(torch.zeros(1, 16, 32), torch.zeros(1, 32)).shape
+        torch.Size([1, 16, 32])
+    """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -156,7 +171,13 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and the linear layer that turns tokens into patches."""
+    """Modulated norm and the linear layer that turns tokens into patches.
+
+    Example:
+        >>> final = FinalLayer(hidden_size=32, patch_size=2, out_channels=3)
+        >>> final(torch.zeros(1, 16, 32), torch.zeros(1, 32)).shape
+        torch.Size([1, 16, 12])
+    """
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
@@ -332,10 +353,14 @@ def mlp_ratio(hidden_size: int, mlp_size: int) -> float:
 
 
 def dit(size: str, **options: object) -> DiT:
-    """Build one of the published sizes, for example ``dit("DiT-S/2", num_classes=10)``.
+    """Build one of the published sizes; ``options`` are arguments of :class:`DiT`.
 
     Raises:
         ValueError: no size of that name.
+
+    Example::
+
+        network = dit("DiT-S/2", input_size=32, num_classes=10)
     """
     if size not in SIZES:
         raise ValueError(f"size={size!r}: expected one of {', '.join(SIZES)}")

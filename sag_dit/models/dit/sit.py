@@ -40,7 +40,12 @@ LAST = "final_layer.linear"
 
 
 class SiTVariant(NamedTuple):
-    """How a SiT was trained: what it predicts, and whether by REPA's code."""
+    """How a SiT was trained: what it predicts, and whether by REPA's code.
+
+    Example:
+        >>> variant_of(Path("SiT-XL-2-256x256.pt"), {}, {})
+        SiTVariant(prediction='velocity', repa=False)
+    """
 
     prediction: str
     repa: bool

@@ -41,6 +41,11 @@ class Sizes:
     """What weights tell of a UNet or, with ``learn_sigma`` None, of a classifier.
 
     ``attending`` are the levels that attend, 0 being the input's.
+
+    Example::
+
+        sizes = sizes_of(state, Path("my_unet.pt"))
+        print(sizes.differences(variants()[0].sizes))
     """
 
     in_channels: int
@@ -73,6 +78,10 @@ class Variant:
         arguments: of UNet or Classifier, beside sizes.
         process: the process it was trained on.
         new_attention_order: how its queries, keys and values lie.
+
+    Example:
+        >>> {each.file: each.input_size for each in variants()}["256x256_diffusion.pt"]
+        256
     """
 
     file: str
@@ -347,7 +356,12 @@ def read_classifier(file: WeightsFile) -> tuple[State, Classifier]:
 
 
 class Block(NamedTuple):
-    """One of the published input_blocks: its width, and what it does beside convolving."""
+    """One of the published input_blocks: its width, and what it does beside convolving.
+
+    Example:
+        >>> Block(width=256, attends=True, resamples=False).width
+        256
+    """
 
     width: int
     attends: bool
@@ -356,7 +370,13 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Converted:
-    """Weights under our names, and the config that goes with them."""
+    """Weights under our names, and the config that goes with them.
+
+    Example::
+
+        converted = convert(state, Path("256x256_diffusion.pt"), stated={})
+        print(converted.process, converted.model["num_classes"])
+    """
 
     state: State
     model: Mapping[str, Any]

@@ -19,6 +19,11 @@ class Part:
     """One module: its name here, its name in the published code, its kind and its level.
 
     Level 0 has the input's size, and each further one half of it.
+
+    Example:
+        >>> part = next(encoder_parts(levels=2, num_res_blocks=1, attending=[False, True]))
+        >>> part.name, part.published
+        ('down_blocks.0.resnets.0', 'input_blocks.1.0')
     """
 
     name: str

@@ -23,6 +23,11 @@ def mse(
     by the denoiser's ``kind``. Variance channels are not trained.
 
     Source: Ho et al. 2020, equation 14; for v, Salimans & Ho 2022, section 4.
+
+    Example::
+
+        errors = mse(denoiser, x_0, cond, level, eps)
+        loss = errors.mean()
     """
     process = denoiser.process
     x_t = process.add_noise(x_0, eps, level)
