@@ -50,7 +50,7 @@ OUTLIVES = 5.0
 """Seconds after which a process that outlives its command is an orphan."""
 ENDS = 60.0
 """Seconds within which a command ends that has lost a rank."""
-MOST = 5
+MOST = 8
 """Kills in one case."""
 FAULTS = ("missing", "duplicates", "broken", "different", "orphans", "failures")
 COUNTED = ("cases", "kills", "cut", "files", *FAULTS, "seconds")
