@@ -207,7 +207,9 @@ def _tensors(value: Any) -> Iterator[bytes]:
         yield value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     elif isinstance(value, Mapping):
         for key in sorted(value, key=str):
-            yield from _tensors(value[key])
+            # Lightning forgets what it measured last when a run is resumed.
+            if key != "current_score":
+                yield from _tensors(value[key])
     elif isinstance(value, (list, tuple)):
         for each in value:
             yield from _tensors(each)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
 from typing import Any, ClassVar, Literal
 
-from sag_dit.cli.keys.key import Closed, Open, key
+from sag_dit.cli.keys.key import Closed, Open, Parts, key
 from sag_dit.methods import methods
 
 OUT = {"text": True, "folder": True, "determines": "nothing"}
@@ -16,6 +16,13 @@ SIZE: Mapping[str, Any] = {"least": 1, "most": 65_536}
 METRICS: Mapping[str, Any] = {
     "blank": True,
     "expected": "a list, such as metrics=[fid], or null for all that the features allow",
+}
+CKPT: Mapping[str, Any] = {
+    "told": "published name, run folder, file or diffusers folder",
+    "text": True,
+    "expected": "a model to load, such as ckpt=digits",
+    "words": "checkpoint model_path weights model",
+    "determines": "model",
 }
 Classes = int | str | list[int | str] | None
 
@@ -91,12 +98,7 @@ class Attention(Closed):
 class LoadsModel(Closed):
     """Keys of the commands that load a model."""
 
-    ckpt: str | None = key(
-        "published name, run folder, file or diffusers folder",
-        text=True,
-        words="checkpoint model_path weights model",
-        determines="model",
-    )
+    ckpt: str = key(**CKPT)
     ema: bool = key(
         "false: the raw weights, where a file holds both", determines="model", published=True
     )
@@ -177,7 +179,7 @@ class Guides(Scales, Draws):  # type: ignore[misc, valid-type]
         "images computed at once; null: the model's", least=1, most=65_536, words="bs"
     )
     max_rows: int | None = key("most rows of the network at once; null: no bound", least=1)
-    guidance: Open = key("the methods' own keys", keys=GuidanceKeys)
+    guidance: Parts = key("the methods' own keys", keys=GuidanceKeys)
     trainer: Open = key(
         "devices and precision, as Lightning's Trainer takes them", keys=TrainerKeys
     )
@@ -262,6 +264,7 @@ class Evaluate(Guides):
     habits: ClassVar[Mapping[str, str]] = {
         "resume": "repeat the command: what is measured is not measured again"
     }
+    ckpt: str | None = key(**CKPT)  # type: ignore[assignment]
     samples: str | list[str] | None = key(
         "images on disk: a folder, an npz, or [several]",
         text=True,
@@ -287,7 +290,7 @@ class Evaluate(Guides):
     gallery: EvaluateGallery = key("the page", determines="nothing")
     expected: Published | None = key("published numbers; see configs/experiment/paper")
     features: Open | None = key("the network that looks at images", keys=FeatureKeys)
-    compare: Open | None = key("settings that are drawn where all guidance is off")
+    compare: dict[str, Open] | None = key("settings that are drawn where all guidance is off")
 
 
 @dataclass(kw_only=True)
@@ -389,7 +392,7 @@ class Preview(Closed):
         "numbers or names; null: the first eight", names=True, exact=True, blank=True
     )
     steps: int = key("denoiser steps", least=1)
-    guidance: Open = key("terms")
+    guidance: Parts = key("terms")
 
 
 @dataclass(kw_only=True)
