@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help sample train-digits test lint types bench gpu fuzz lock clean
+.PHONY: help sample train-digits test lint types bench gpu fuzz torture lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ gpu: $(READY) ## Test and measure on a GPU, in at most eight minutes
 
 fuzz: $(READY) ## Give every loader damaged and hostile files: ARGS="--cases 100000"
 	@$(RUN) -m benchmarks.fuzz $(ARGS)
+
+torture: $(READY) ## Kill commands at random moments, some 200 times: ARGS="--seconds 600"
+	@$(RUN) -m benchmarks.torture $(ARGS)
 
 lock: ## Renew constraints.txt with the newest releases that pyproject.toml allows
 	@rm -rf $(VENV)-lock

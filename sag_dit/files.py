@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE}
 """Errors that are the fault of the disk, not of the caller."""
 
 
@@ -24,13 +24,18 @@ def writing(file: Path) -> Iterator[None]:
     """Turn an error of the disk within this context into one that names the file and the remedy.
 
     Raises:
-        OSError: the disk is full, fails or takes nothing.
+        OSError: the disk is full, fails or takes nothing, or the file's folder is gone.
     """
     try:
         yield
     except Exception as error:
-        reason = _fault_of_disk(error)
-        if reason is None:
+        number, reason = _of_system(error)
+        if number == errno.ENOENT and not file.parent.is_dir():
+            raise FileNotFoundError(
+                f"{file} could not be written: the folder {file.parent} is gone. Put it back and "
+                f"repeat the command to go on; without it the command begins anew"
+            ) from error
+        if number not in DISK:
             raise
         raise OSError(
             f"{file} could not be written ({reason}). What was written before is intact: make "
@@ -38,16 +43,16 @@ def writing(file: Path) -> Iterator[None]:
         ) from error
 
 
-def _fault_of_disk(error: Exception) -> str | None:
-    """Return what is wrong with a disk, None if the error is not the disk's."""
-    if isinstance(error, OSError) and error.errno in DISK:
-        return error.strerror
+def _of_system(error: Exception) -> tuple[int | None, str]:
+    """Return the number and the words of the system's error behind another; None if it is none."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno, error.strerror or ""
     # torch and safetensors write files themselves, and have no OSError for it.
-    if isinstance(error, OSError) or "os error" in str(error):
-        found = re.search(r"([\w ]+) \(os error (\d+)\)", str(error))
-        return found[1].strip() if found and int(found[2]) in DISK else None
-    full = isinstance(error, RuntimeError) and "inline_container" in str(error)
-    return "the disk is full or fails" if full else None
+    if found := re.search(r"([\w ]+) \(os error (\d+)\)", str(error)):
+        return int(found[2]), found[1].strip()
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):
+        return errno.EIO, "the disk is full or fails"
+    return None, ""
 
 
 @contextmanager

@@ -22,11 +22,11 @@ HOLDING = """
     from sag_dit.files import using
 
     with using(Path(sys.argv[1])):
-        if sys.argv[2] == "forks" and os.fork() == 0:
-            time.sleep(60)
-            os._exit(0)
-        print("held", flush=True)
+        # The process that is forked off says so itself, once it has begun.
+        if sys.argv[2] == "alone" or os.fork() == 0:
+            print("held", flush=True)
         time.sleep(60)
+        os._exit(0)
 """
 
 
@@ -100,6 +100,8 @@ TORCH = "[enforce fail at inline_container.cc:664] . unexpected pos 320 vs 214"
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded"),
         (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
+        (OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
         (RuntimeError(TORCH), "the disk is full or fails"),
         (
             Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
@@ -117,6 +119,20 @@ def test_a_disk_that_does_not_take_a_file(tmp_path: Path, error: Exception, reas
         f"then repeat the command to go on"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+GONE = "Error while serializing: I/O error: No such file or directory (os error 2)"
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "no"), Exception(GONE)])
+def test_a_folder_that_has_vanished_is_named(tmp_path: Path, error: Exception) -> None:
+    file = tmp_path / "run" / "a.ckpt"
+    with pytest.raises(FileNotFoundError) as told, writing(file), writing(file):
+        raise error
+    assert str(told.value) == (
+        f"{file} could not be written: the folder {file.parent} is gone. Put it back and repeat "
+        f"the command to go on; without it the command begins anew"
+    )
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from sag_dit.bounds import Natural
-from sag_dit.files import atomic, file_sha256
+from sag_dit.files import atomic, file_sha256, writing
 from sag_dit.output.claim import CONFIG, claim
 from sag_dit.output.gallery import Pair
 from sag_dit.output.journal import FileState, Journal
@@ -279,7 +279,8 @@ class SampleFolder:
         for index, trace in drawn.traces.items():
             if trace.maps is not None:
                 sheet = self.attention(index)
-                sheet.parent.mkdir(exist_ok=True)
+                with writing(sheet):
+                    sheet.parent.mkdir(exist_ok=True)
                 write_arrays(sheet.with_suffix(".npz"), trace.maps)
                 write_sheet(sheet, trace.maps, pixels(shown[index]))
             if trace.steps:

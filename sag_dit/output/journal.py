@@ -78,9 +78,10 @@ class Journal:
     def note(self, entries: Mapping[int, FileState]) -> None:
         """Add what this process is about to write."""
         file = self.folder / "journal" / f"{socket.gethostname()}-{os.getpid()}.jsonl"
-        file.parent.mkdir(exist_ok=True)
-        with writing(file), file.open("a", encoding="utf-8") as stream:
-            stream.write(_as_lines(entries))
+        with writing(file):
+            file.parent.mkdir(exist_ok=True)
+            with file.open("a", encoding="utf-8") as stream:
+                stream.write(_as_lines(entries))
 
     def length(self) -> int:
         """Return a number that grows with every image, on whichever rank."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
@@ -89,7 +89,9 @@ class RankReports:
         try:
             yield
         except BaseException as error:
-            self._write(f"{type(error).__name__}: {error}")
+            # A disk that took no image takes no report either: the first error is what is told.
+            with suppress(OSError):
+                self._write(f"{type(error).__name__}: {error}")
             raise
         finally:
             ended.set()

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sag_dit.cli import encode as encode_command
 from sag_dit.cli import sample as sample_command
 from sag_dit.cli import train as train_command
 from sag_dit.cli.app import launch
@@ -120,7 +121,11 @@ def in_process(
         nonlocal rows
         rows, code = 0, 0
         capsys.readouterr()
-        commands = {"sample": sample_command.run_sample, "train": train_command.run_train}
+        commands = {
+            "sample": sample_command.run_sample,
+            "train": train_command.run_train,
+            "encode": encode_command.run_encode,
+        }
         try:
             launch(name, commands[name], arguments)
         except SystemExit as stop:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from itertools import count
@@ -54,6 +55,12 @@ def test_failure_is_told_and_goes_on(tmp_path: Path, error: BaseException, text:
     with pytest.raises(ValueError) as told:
         RankReports(tmp_path, 0, 3).wait(lambda: 0, patience=60)
     assert str(told.value) == f"rank 2 failed: {text}"
+
+
+def test_a_report_that_cannot_be_written_hides_no_failure(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="image 3"), RankReports(tmp_path, 0, 2).reporting():
+        shutil.rmtree(tmp_path / "ranks")
+        raise ValueError("image 3 became NaN")
 
 
 def test_failure_is_told_at_once_while_others_are_working(tmp_path: Path) -> None:
