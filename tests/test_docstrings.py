@@ -100,13 +100,15 @@ def test_every_public_class_has_an_example() -> None:
         if isinstance(node, ast.ClassDef) and not declares_keys(node)
     ]
     without = [name for name, text in classes if "\nExample:" not in text]
-    assert len(classes) > 150 and without == []
+    assert len(classes) > 150
+    assert without == []
 
 
 def test_every_exported_function_has_an_example() -> None:
     functions = exported()
     without = [name for name, each in functions.items() if "\nExample:" not in inspect.getdoc(each)]
-    assert len(functions) > 20 and without == []
+    assert len(functions) > 20
+    assert without == []
 
 
 @pytest.mark.parametrize("name", WITH_OUTPUT)

@@ -163,7 +163,7 @@ class Measurement:
 def measurement(
     setting: Setting, images: ToDraw | ImageSet, setup: Setup, repeats: int
 ) -> Measurement:
-    """Put together what is known of a set of images before it is measured.
+    """Return a set of images with the facts that are known before it is measured.
 
     Raises:
         ValueError: too few images for a metric.
@@ -345,10 +345,10 @@ def read_back(folder: SampleFolder, requests: list[Request]) -> Drawn:
 
 
 class Measuring:
-    """Sees the images of a measurement, batch by batch, and knows their numbers at the end.
+    """Takes the images of a measurement batch by batch, and returns their numbers at the end.
 
-    Of metrics some may be ``known``, which are not measured again. The first ``num`` images of the
-    set are kept in ``shots``.
+    Metrics that the record ``known`` holds are not measured again. The first ``num`` images of the
+    set are kept in the folder ``shots``.
 
     Example::
 
@@ -423,8 +423,8 @@ def measure(
 ) -> Record:
     """Draw or read a set of images on all ranks, and keep its numbers in ``finished``.
 
-    The first ``num`` images are kept beside them, unless there is a record already. ``text``
-    stands before the bar.
+    The first ``num`` images are kept beside them, unless there is a record already. ``text`` is
+    written before the progress bar.
     """
     trainer, images = predictor.trainer, measurement.images
     shots = finished / measurement.identity

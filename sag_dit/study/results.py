@@ -1,4 +1,4 @@
-"""Results: the numbers of a set of images, kept by identity, and put together over seeds."""
+"""Results: the numbers of sets of images, kept under their identity, and combined over seeds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sag_dit.untrusted import read_json_as
 Value = float | int | str | bool | None
 
 LAYOUT = 1
-"""Changes when a number kept under an identity would come out differently, or be kept otherwise."""
+"""Has to change when numbers are computed or kept in another way, so that old ones are not used."""
 FIRST_METRICS = frozenset({"fid", "sfid", "is", "precision", "recall"})
 """Metrics whose choice is part of a record's name.
 
@@ -49,7 +49,8 @@ class Metric:
 class Record:
     """The numbers of one set of images, and the facts without which they mean nothing.
 
-    ``spread`` is the standard error of each metric by repeated subsets, where asked for.
+    ``spread`` holds the standard error of each metric, estimated from random halves of the images;
+    it is empty if that was not asked for.
 
     Example:
         >>> Record({"fid": 12.0, "is": 9.0}, spread={}, facts={"seed": 0}).of(["fid"]).metrics
@@ -134,11 +135,12 @@ def write_record(folder: Path, identity: str, record: Record) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """One setting of the table: one record, or the mean of several that differ in their seed.
+    """One setting of the table: one record, or the mean of several that only differ in their seed.
 
     With several seeds ``spread`` is the standard deviation over them, and ``change`` the mean
     difference from the setting ``against``, with its standard error; see :func:`compared`.
-    ``deviations`` is what differs from how the numbers of ``expected`` were made.
+    ``expected`` holds published numbers, and ``deviations`` lists what differs from how they were
+    made.
 
     Example:
         >>> first = Record({"fid": 12.0}, spread={}, facts={"seed": 0})
@@ -172,7 +174,7 @@ def deviation(values: Sequence[float]) -> float:
 
 
 def combine(name: str, axes: Mapping[str, Value], records: Mapping[str, Record]) -> Result:
-    """Put the records of a setting, by identity, together."""
+    """Combine the records of one setting, given by their identities, into its result."""
     all_of = list(records.values())
     first = all_of[0]
     metrics, spread = dict(first.metrics), dict(first.spread)
@@ -198,8 +200,8 @@ def compared(results: Sequence[Result], against: str | None) -> list[Result]:
     """Return the results with what each changes against one of them, by default the first.
 
     d = mean_i(m_i - b_i) and its standard error, stdev_i(m_i - b_i) / sqrt(n), over n seeds i.
-    Settings of one seed share their noise and latents, so that most of what a metric scatters from
-    seed to seed is in both and drops out. Nothing is compared where seeds differ, or are one.
+    Settings of one seed share their noise and latents, so most of what varies from seed to seed is
+    in both and cancels. Settings are not compared if their seeds differ, or if there is only one.
     """
     base = next(each for each in results if against in (None, each.name))
     return [each if each is base else replace(each, **_change(each, base)) for each in results]
