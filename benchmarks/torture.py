@@ -14,8 +14,8 @@ Counted for each command are
   not be there), cannot be read;
 - ``duplicates``: images that a manifest lists twice;
 - ``orphans``: processes that are still there 5 seconds after their command has ended;
-- ``failures``: commands that nobody killed and that ended badly, or that went on for a minute after
-  they had lost a rank.
+- ``failures``: commands that nobody killed and that ended badly or not at all, or that went on for
+  a minute after they had lost a rank.
 
 The seed fixes the order of commands and the times of kills; what a command is doing then differs
 from one machine to another.
@@ -34,7 +34,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -50,6 +50,8 @@ OUTLIVES = 5.0
 """Seconds after which a process that outlives its command is an orphan."""
 ENDS = 60.0
 """Seconds within which a command ends that has lost a rank."""
+HANGS = 900.0
+"""Seconds after which a command that nobody killed is taken to hang."""
 MOST = 8
 """Kills in one case."""
 FAULTS = ("missing", "duplicates", "broken", "different", "orphans", "failures")
@@ -63,11 +65,15 @@ class Setting:
     name: str
     arguments: tuple[str, ...]
 
-    def start(self, folder: Path) -> subprocess.Popen[bytes]:
-        """Start it in this folder, as the first of a process group of its own."""
+    @contextmanager
+    def running(self, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+        """Start it in this folder, as the first of a process group of its own.
+
+        It ends by itself, or when the work within is interrupted.
+        """
         folder.mkdir(exist_ok=True)
         with (folder / "printed.txt").open("wb") as printed:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, *self.arguments],
                 cwd=folder,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "SAG_DIT_CACHE": str(folder / "cache")},
@@ -75,6 +81,12 @@ class Setting:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        try:
+            yield process
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
 
 
 def settings(pictures: Path) -> list[Setting]:
@@ -227,11 +239,12 @@ class Case:
     def finish(self, process: subprocess.Popen[bytes], expected: bool) -> None:
         """See a command end: well where it is expected, and with all of its processes."""
         try:
-            process.wait(None if expected else ENDS)
+            process.wait(HANGS if expected else ENDS)
         except subprocess.TimeoutExpired:
-            self.note("failures", f"went on {ENDS:.0f} s without a rank")
+            self.note("failures", "hangs" if expected else f"went on {ENDS:.0f} s without a rank")
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            expected = False
         if expected and process.returncode:
             printed = (self.folder / "printed.txt").read_text(errors="replace")
             self.note("failures", f"ended with {process.returncode}: {printed[-2000:]}")
@@ -241,15 +254,20 @@ class Case:
     def kill(self, chance: random.Random, moment: Moment) -> bool:
         """Start the command and kill one of its ranks; False if it has ended before."""
         before = temporaries(self.folder)
-        process = self.setting.start(self.folder)
-        killed = moment.comes(process, self.folder)
-        if killed and (ranks := ranks_of(process)):
-            with suppress(psutil.NoSuchProcess):
-                chance.choice(ranks).kill()
-                self.counts["kills"] += 1
-        self.finish(process, expected=not killed)
+        with self.setting.running(self.folder) as process:
+            killed = moment.comes(process, self.folder)
+            if killed and (ranks := ranks_of(process)):
+                with suppress(psutil.NoSuchProcess):
+                    chance.choice(ranks).kill()
+                    self.counts["kills"] += 1
+            self.finish(process, expected=not killed)
         self.counts["cut"] += bool(killed and temporaries(self.folder) - before)
         return killed
+
+    def repeat(self) -> None:
+        """Start the command again and let it end."""
+        with self.setting.running(self.folder) as process:
+            self.finish(process, expected=True)
 
 
 def undisturbed(setting: Setting, folder: Path) -> float:
@@ -259,8 +277,9 @@ def undisturbed(setting: Setting, folder: Path) -> float:
         RuntimeError: it failed.
     """
     began = time.monotonic()
-    process = setting.start(folder)
-    if process.wait():
+    with setting.running(folder) as process:
+        process.wait()
+    if process.returncode:
         raise RuntimeError(f"{setting.name}: {(folder / 'printed.txt').read_text()[-2000:]}")
     return time.monotonic() - began
 
@@ -292,7 +311,7 @@ def torture(
             if not ended and time.monotonic() + 2 * seconds < end:
                 ended = not case.kill(chance, Moment.drawn(chance, seconds))
         if not ended:
-            case.finish(setting.start(folder), expected=True)
+            case.repeat()
         made += case.counts["kills"] - before
 
         for kind, what in compared(whole, folder):

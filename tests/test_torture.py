@@ -34,8 +34,10 @@ if Path("waits").exists() and not again:
         image.write_bytes(whole.getvalue()[:50])
     if way in ("orphans", "goes on"):
         environment = {**os.environ, **({"LOCAL_RANK": "1"} if way == "goes on" else {})}
-        code = "import time; time.sleep(60)"
+        code = "import time; open('ready', 'w').close(); time.sleep(60)"
         subprocess.Popen([sys.executable, "-c", code], env=environment)
+        while not Path("ready").exists():
+            time.sleep(0.01)
     Path("0.png.tmp").write_bytes(b"half")
     time.sleep(60)
 if way == "failures" and again:
@@ -79,7 +81,7 @@ def test_every_fault_is_counted(
     (case.folder / "waits").touch()
 
     assert case.kill(Last(), Moment(None, 1))
-    case.finish(setting.start(case.folder), expected=True)
+    case.repeat()
     for kind, what in compared(tmp_path / "whole", case.folder):
         case.note(kind, what)
     assert {key: case.counts[key] for key in torture.FAULTS if case.counts[key]} == faults
