@@ -20,7 +20,7 @@ Schema = TypeVar("Schema")
 SHOWN = 60
 """Characters of a wrong value that an error shows."""
 MOST = 10**9
-"""The greatest number that is meant where nothing tells what could be."""
+"""The greatest whole number that is meant where nothing tells what could be."""
 LISTS: tuple[type, ...] = (list, tuple, Sequence)
 MAPPINGS: tuple[type, ...] = (dict, Mapping)
 
@@ -148,7 +148,9 @@ def _fit_number(value: Any, kind: type, told: Bounds) -> tuple[bool, Any]:
         if told.exact or not value.is_integer():
             return False, value
         value = int(value)
-    least, most, below = told.least, told.most, told.below
+    least, below = told.least, told.below
+    # Of a number that need not be whole, only what is said of it.
+    most = None if kind is float and told.most == MOST else told.most
     within = (least is None or value >= least) and (most is None or value <= most)
     return within and (below is None or value < below) and value not in told.refused, value
 
@@ -169,7 +171,7 @@ def _wanted(kind: Any, told: Bounds) -> str:
     if kind is bool:
         return "true or false"
     if kind is int or kind is float:
-        return f"a{' whole' * (kind is int)} number{_bounds(told)}"
+        return f"a{' whole' * (kind is int)} number{_bounds(kind, told)}"
     if kind is str:
         return "a folder of its own" if told.folder else "text"
     if origin is Literal:
@@ -182,15 +184,16 @@ def _wanted(kind: Any, told: Bounds) -> str:
         # Of an annotation, what can be written.
         plain = [each for each in parts(first) if each in several or not told.lenient]
         what = " or ".join(several.get(each, "mappings") for each in plain)
-        return f"a list of {count}{what or 'values'}{_bounds(told) * ('number' in what)}"
+        within = _bounds(plain[0], told) if "number" in what else ""
+        return f"a list of {count}{what or 'values'}{within}"
     return "a mapping"
 
 
-def _bounds(told: Bounds) -> str:
+def _bounds(kind: Any, told: Bounds) -> str:
     least = "" if told.least is None else f"{told.least:,}"
     if told.below is not None:
         return f", {least} to less than {told.below:,}"
-    if told.most is None:
+    if told.most is None or (kind is float and told.most == MOST):
         return f", {least} or more" if least else ""
     most = "2^64 - 1" if told.most == 2**64 - 1 else f"{told.most:,}"
     if told.most == MOST:
@@ -199,7 +202,7 @@ def _bounds(told: Bounds) -> str:
 
 
 @cache
-def _hints(schema: Any) -> dict[str, Any]:
+def _hints_of(schema: Any) -> dict[str, Any]:
     return get_type_hints(schema, include_extras=True)
 
 
@@ -225,7 +228,7 @@ def checked(
         what = f"{prefix.rstrip('.')}={_short(values)}: " if prefix else ""
         raise ValueError(f"{where}: {what}expected a mapping, found a {type(values).__name__}")
     known = {each.name: each for each in fields(schema)}  # type: ignore[arg-type]
-    hints = _hints(schema)  # type: ignore[arg-type]
+    hints = _hints_of(schema)  # type: ignore[arg-type]
     unknown = [] if open else [name for name in values if name not in known]
     if unknown:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import socket
@@ -129,3 +130,9 @@ def _lock(file: Path) -> list[int] | None:
 
     os.register_at_fork(after_in_child=forget)
     return held
+
+
+def file_sha256(file: Path) -> str:
+    """Return the sha256 of what a file holds."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 Schema = TypeVar("Schema")
 
-SIZE = 64 << 20
+SIZE = 32 << 20
 """Bytes of a text file that is read as a whole, and of a line of one that is not."""
 VALUES = 500_000
-"""Values in a file of JSON or YAML; a value of two bytes takes some hundred in memory."""
+"""Values in a file of JSON, whose reader makes some hundred bytes of two."""
+YAML_VALUES = 100_000
+"""Values in a file of YAML, aliases written out; its reader makes a kilobyte of each."""
 DEPTH = 64
 """How deep mappings and lists may lie within each other."""
 DIGITS = 4_000
@@ -74,21 +76,21 @@ def parse_json(text: str, where: object) -> Any:
         raise _too_deep(where) from None
     except ValueError as error:
         raise ValueError(f"{where}: expected a readable JSON file ({error})") from None
-    _check(found, where, 0)
+    _check_values(found, where, 0)
     return found
 
 
-def _check(value: Any, where: object, depth: int) -> None:
+def _check_values(value: Any, where: object, depth: int) -> None:
     """Refuse what is nested too deep, and half characters, which cannot be printed or written."""
     if depth > DEPTH:
         raise _too_deep(where)
     if isinstance(value, dict):
         for name, each in value.items():
-            _check(name, where, depth + 1)
-            _check(each, where, depth + 1)
+            _check_values(name, where, depth + 1)
+            _check_values(each, where, depth + 1)
     elif isinstance(value, list):
         for each in value:
-            _check(each, where, depth + 1)
+            _check_values(each, where, depth + 1)
     elif isinstance(value, str) and not value.isascii():
         try:
             value.encode()
@@ -156,7 +158,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """
     import yaml
 
-    text = read_text(file, SIZE // 16)
+    text = read_text(file, SIZE // 8)
     # libyaml reads ten times as fast, but nests calls in C; so depth is seen to first.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
@@ -214,9 +216,9 @@ def _check_events(events: Iterator[yaml.Event], file: Path) -> None:
         # What holds the value has grown by it.
         anchor, before = opened[-1]
         opened[-1] = (anchor, before + size)
-        if before + size > VALUES:
+        if before + size > YAML_VALUES:
             raise ValueError(
-                f"{file}: more than {VALUES:,} values, its aliases written out: expected fewer"
+                f"{file}: more than {YAML_VALUES:,} values, its aliases written out: expected fewer"
             )
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sag_dit.codec import IdentityCodec, VAECodec
+from sag_dit.codec import IdentityCodec, VAECodec, build_vae
+from tests.data.making import save_vae
 
 
 def pixels(*shape: int, seed: int = 0) -> Tensor:
@@ -219,3 +220,16 @@ def test_bad_arguments_are_refused(vae: Any, tmp_path: Path) -> None:
         VAECodec(vae, slice_size=0)
     with pytest.raises(ValueError, match=r"expected a folder with the config\.json"):
         VAECodec(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "stated", [{"block_out_channels": [2**20, 2**20]}, {"layers_per_block": 60}]
+)
+def test_a_config_larger_than_its_weights_costs_nothing(
+    tmp_path: Path, stated: dict[str, Any]
+) -> None:
+    folder = save_vae(tmp_path / "vae")
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | stated))
+    with pytest.raises(ValueError, match=r"vae=.*its config describes .* numbers, and its weights"):
+        build_vae(folder)

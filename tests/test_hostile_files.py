@@ -12,7 +12,7 @@ import pytest
 
 from sag_dit.checkpoints import files
 from sag_dit.checkpoints.formats import read_scheduler
-from sag_dit.cli.run_identity import recorded
+from sag_dit.cli.run_identity import recorded_config
 from sag_dit.codec import read_vae_config
 from sag_dit.data.encoding import LatentFolder
 from sag_dit.data.requests import read_requests
@@ -31,7 +31,7 @@ READERS: dict[str, Read] = {
     "latents/config.json": lambda file: LatentFolder(file.parent).claim({"size": 8}),
     "latents/records/00003.json": lambda file: LatentFolder(file.parents[1]).record(3),
     "latents/index.json": lambda file: read_index(file.parent),
-    "run/config.yaml": lambda file: recorded(file.parent),
+    "run/config.yaml": lambda file: recorded_config(file.parent),
     "run/logs/metrics.csv": lambda file: CSVLog(file.parents[1], first_step=5),
     "requests.csv": lambda file: read_requests(file, ["cat", "dog"]),
     "vae/config.json": lambda file: read_vae_config(file.parent),

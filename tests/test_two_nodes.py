@@ -67,10 +67,10 @@ class Nodes:
         told = [process.communicate(timeout=300)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], told
 
-    def lose(self, which: int) -> None:
-        """Kill everything that runs on one of them, at once."""
+    def lose(self, which: int, number: int = signal.SIGKILL) -> None:
+        """Kill all that runs on one of them, at once; or stop it, as a loss of power does."""
         for process in ip("netns", "pids", self.names[which]).stdout.split():
-            os.kill(int(process), signal.SIGKILL)
+            os.kill(int(process), number)
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +174,32 @@ def test_a_lost_machine_ends_sampling_by_its_name_and_the_set_is_completed(
     assert 60 <= len(there) < 120
     nodes.run(*command, out)
     assert len(images(tmp_path / "two")) == 120
+
+
+@pytest.mark.long
+def test_a_machine_without_power_ends_training_by_its_name_and_the_run_goes_on(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    """Its connections stay open, so that nothing but its silence tells."""
+    steps = ("max_steps=500", "every_n_steps.checkpoint=50")
+    command = ("train.py", "experiment=digits", *TRAINED, *steps)
+    processes = nodes.start(next(PORTS), *command, f"out={tmp_path}/two")
+    deadline = time.monotonic() + 240
+    while not list((tmp_path / "two" / "checkpoints").glob("*.ckpt")):
+        assert time.monotonic() < deadline
+        assert processes[0].poll() is None
+        time.sleep(0.05)
+    nodes.lose(1, signal.SIGSTOP)
+    begun = time.monotonic()
+    told, _ = processes[0].communicate(timeout=240)
+    nodes.lose(1)
+    processes[1].communicate()
+    assert processes[0].returncode == 1
+    assert "error: rank 1 on " in told
+    assert "is lost: no heartbeat for 45 s" in told
+    assert "repeat the command to go on" in told
+    assert time.monotonic() - begun < 100
+    nodes.run(*command, f"out={tmp_path}/two")
+    run_here(*command, f"out={tmp_path}/one")
+    weights = [(tmp_path / each / "model.safetensors").read_bytes() for each in ("one", "two")]
+    assert weights[0] == weights[1]

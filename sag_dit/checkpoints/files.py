@@ -283,11 +283,11 @@ def tensors(value: Any, path: Path) -> Mapping[str, Tensor]:
     raise ValueError(f"{path}: {found} where tensors should be; {EXPECTED}")
 
 
-def plain_name(name: str) -> str:
+def without_wrappers(name: str) -> str:
     """Return a parameter's name without what was wrapped around the modules in it.
 
     Example:
-        >>> plain_name("blocks.0._orig_mod.attn._checkpoint_wrapped_module.qkv.weight")
+        >>> without_wrappers("blocks.0._orig_mod.attn._checkpoint_wrapped_module.qkv.weight")
         'blocks.0.attn.qkv.weight'
     """
     return INNER_WRAPPERS.sub("", name)
@@ -295,7 +295,7 @@ def plain_name(name: str) -> str:
 
 def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a network's own entries, without the names of what was wrapped around it."""
-    entries = {plain_name(name): tensor for name, tensor in state.items()}
+    entries = {without_wrappers(name): tensor for name, tensor in state.items()}
     for _ in WRAPPERS:
         for prefix in WRAPPERS:
             inner = {

@@ -236,7 +236,7 @@ def _read_files(
             raise ValueError(f"{path}: holds a {type(value).__name__}; {files.EXPECTED}")
         hyper = value.get("hyper_parameters")
         said = hyper if isinstance(hyper, Mapping) and _is_whole(hyper) else {}
-    stated = _stated(path, said, alone)
+    stated = _stated_config(path, said, alone)
     # A checkpoint of our own runs has a config, and perhaps adapters.
     if said and "state_dict" in value:
         return _read_own_run(path, value, stated, ema)
@@ -252,11 +252,11 @@ def _arguments(value: Mapping[str, Any]) -> dict[str, Any]:
         args = value.get(key)
         args = vars(args) if isinstance(args, Namespace) else args
         if isinstance(args, Mapping) and args:
-            return _plain(args)
+            return _plain_config(args)
     return {}
 
 
-def _plain(args: Mapping[Any, Any]) -> dict[str, Any]:
+def _plain_config(args: Mapping[Any, Any]) -> dict[str, Any]:
     """Return those arguments that are words or numbers."""
     kinds = (str, int, float)
     return {str(name): item for name, item in args.items() if isinstance(item, kinds)}
@@ -266,7 +266,7 @@ def _flat_config(path: Path) -> dict[str, Any]:
     """Return the arguments of a network's class as the hub's mixin leaves them in config.json."""
     config = path.with_name("config.json")
     said = files.read_json(config) if config.is_file() else {}
-    return {} if any(key in said for key in REQUIRED) else _plain(said)
+    return {} if any(key in said for key in REQUIRED) else _plain_config(said)
 
 
 def _is_whole(config: Mapping[str, Any]) -> bool:
@@ -300,7 +300,7 @@ def _network(
         return files.unwrapped(files.tensors(value, path))
     name = next((key for key in usual if (key == "ema") == ema), None)
     if name is None:
-        raise ValueError(sets.lacking(path, ema))
+        raise ValueError(sets.no_such_kind(path, ema))
     return files.unwrapped(files.tensors(usual[name], path))
 
 
@@ -308,10 +308,10 @@ RAW = ("model", "state_dict")
 """Where a trainer's file usually has its raw weights."""
 
 
-def _is_flat(value: Mapping[str, Any], found: sets.Found) -> bool:
+def _is_flat(value: Mapping[str, Any], found: sets.WeightSet) -> bool:
     """Whether a set stands in a file itself, under no key."""
     return any(
-        isinstance(item, Tensor) and files.plain_name(str(name)).startswith(found.where)
+        isinstance(item, Tensor) and files.without_wrappers(str(name)).startswith(found.where)
         for name, item in value.items()
     )
 
@@ -343,7 +343,7 @@ def _read_own_run(
     state = files.tensors(value.get("state_dict"), path)
     beside_raw = any(name.startswith(AVERAGED) for name in state)
     if ema and not beside_raw and "current_model_state" not in value:
-        raise ValueError(sets.lacking(path, ema))
+        raise ValueError(sets.no_such_kind(path, ema))
     if beside_raw:
         state = {
             name.replace(AVERAGED, "denoiser."): tensor
@@ -362,6 +362,18 @@ def _read_own_run(
     return Checkpoint(network, (path,), stated, stated.get("vae"))
 
 
+@dataclass(frozen=True)
+class PipelineIndex:
+    """What is asked of a pipeline's ``model_index.json`` beside its parts.
+
+    Example:
+        >>> PipelineIndex({"0": "cat"}).id2label
+        {'0': 'cat'}
+    """
+
+    id2label: Mapping[str, str] | None = None
+
+
 def _read_pipeline(path: Path, ema: bool) -> Checkpoint:
     """Read a folder that diffusers saved of a class-conditional pipeline."""
     index = files.read_json(path / "model_index.json")
@@ -378,7 +390,8 @@ def _read_pipeline(path: Path, ema: bool) -> Checkpoint:
             f"{' or '.join(known)}, which is class-conditional"
         )
     _single_set(path, ema)
-    labels = index.get("id2label") or {}
+    named = checked(index, PipelineIndex, str(path / "model_index.json"), open=True)
+    labels = named.id2label or {}
     scheduler = path / "scheduler" / "scheduler_config.json"
     stated: dict[str, Any] = {}
     if scheduler.is_file():
@@ -411,10 +424,10 @@ def _read_transformer(
 
 def config_beside(path: Path) -> dict[str, Any]:
     """Return the config beside a file, model.json for model.pt and config.json, else nothing."""
-    return _stated(path, {}, alone=True)
+    return _stated_config(path, {}, alone=True)
 
 
-def _stated(path: Path, said: Mapping[str, Any], alone: bool) -> dict[str, Any]:
+def _stated_config(path: Path, said: Mapping[str, Any], alone: bool) -> dict[str, Any]:
     """Join what a file says of its config with what is stated beside it.
 
     model.json is about model.pt and comes before all. config.json is about a folder: it comes

@@ -53,7 +53,7 @@ def cached(repository: str, folders: tuple[str, ...]) -> Path | None:
     # Not asked of snapshot_download, which misses every file of the repository that is not needed.
     landmark = "config.json" if "" in folders else "model_index.json"
     found = try_to_load_from_cache(repository, landmark)
-    there = isinstance(found, str) and _complete(Path(found).parent, folders)
+    there = isinstance(found, str) and _is_complete(Path(found).parent, folders)
     return Path(str(found)).parent if there else None
 
 
@@ -101,7 +101,7 @@ def needed_files(names: Iterable[str], folders: tuple[str, ...]) -> list[str]:
     return wanted
 
 
-def _complete(cached: Path, folders: tuple[str, ...]) -> bool:
+def _is_complete(cached: Path, folders: tuple[str, ...]) -> bool:
     """Whether a download has all that is needed; one that was interrupted has some."""
     index = cached / "model_index.json"
     # A pipeline with a UNet has no transformer to wait for.

@@ -201,7 +201,7 @@ def fill(
     # Names and shapes have to be those of the network, all of them; one that compiles a part of
     # itself has the names of wrappers, which were taken off when the file was read.
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    own = {files.plain_name(name): name for name in expected}
+    own = {files.without_wrappers(name): name for name in expected}
     state = {own.get(name, name): tensor for name, tensor in state.items()}
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sag_dit.checkpoints.files import plain_name
+from sag_dit.checkpoints.files import without_wrappers
 from sag_dit.models.family import Family, State, families
 
 log = logging.getLogger(__name__)
@@ -30,13 +30,13 @@ AVERAGE = re.compile(r"(?i:(?<![a-z])(?:ema|averag|avg|swa|shadow|polyak))|EMA|E
 ABSENT = torch.empty(0)
 
 
-class Found(NamedTuple):
+class WeightSet(NamedTuple):
     """A set of weights: the keys and prefixes above it, and its own entries.
 
     An average that cannot be read has no entries.
 
     Example:
-        >>> Found("ema.", {}).averaged, Found("model.", {}).averaged
+        >>> WeightSet("ema.", {}).averaged, WeightSet("model.", {}).averaged
         (True, False)
     """
 
@@ -49,15 +49,15 @@ class Found(NamedTuple):
         return AVERAGE.search(self.where) is not None
 
 
-def sets_in(value: Mapping[Any, Any]) -> list[Found]:
+def sets_in(value: Mapping[Any, Any]) -> list[WeightSet]:
     """Return the networks of known families in a file's content, in the order of the file."""
     return list(_sets(value, "", tuple(families().values())))
 
 
-def _sets(value: Mapping[Any, Any], where: str, known: Collection[Family]) -> Iterator[Found]:
+def _sets(value: Mapping[Any, Any], where: str, known: Collection[Family]) -> Iterator[WeightSet]:
     """Yield the networks among a mapping's own tensors, then those in the mappings within."""
     tensors = {
-        plain_name(name): item
+        without_wrappers(name): item
         for name, item in value.items()
         if isinstance(name, str) and isinstance(item, Tensor)
     }
@@ -72,30 +72,30 @@ def _sets(value: Mapping[Any, Any], where: str, known: Collection[Family]) -> It
             yield from _sets(item, place, known)
         elif isinstance(item, list) and item and all(isinstance(each, Tensor) for each in item):
             # Such as shadow_params of diffusers' EMAModel: without names nothing tells the order.
-            found = Found(place, {})
+            found = WeightSet(place, {})
             yield from [found] if found.averaged else []
 
 
-def _networks(state: State, where: str, known: Collection[Family]) -> Iterator[Found]:
+def _networks(state: State, where: str, known: Collection[Family]) -> Iterator[WeightSet]:
     """Yield the networks in a state dict by the prefixes of their names."""
     if _recognised(state, known):
-        yield Found(where, state)
+        yield WeightSet(where, state)
     elif where.count(".") <= DEPTH:
         for first, part in _by_first_word(state).items():
             yield from _networks(part, f"{where}{first}.", known)
 
 
 def _unread_averages(
-    state: State, where: str, networks: Collection[Found], known: Collection[Family]
-) -> Iterator[Found]:
+    state: State, where: str, networks: Collection[WeightSet], known: Collection[Family]
+) -> Iterator[WeightSet]:
     """Yield averages in which no network was found.
 
     Those of latent-diffusion's LitEma have the names of the network beside them, without dots.
     """
-    whole = Found(where, {}).averaged
+    whole = WeightSet(where, {}).averaged
     for first, part in ({"": state} if whole else _by_first_word(state)).items():
         place = f"{where}{first}." if first else where
-        found = Found(place, {})
+        found = WeightSet(place, {})
         there = any(network.where.startswith(place) for network in networks)
         if not found.averaged or there or all(tensor.ndim < 2 for tensor in part.values()):
             continue
@@ -104,7 +104,7 @@ def _unread_averages(
             dotless = {name: (prefix + name).replace(".", "") for name in network.state}
             shadow = {name: part[short] for name, short in dotless.items() if short in part}
             if _recognised(shadow, known):
-                found = Found(place, shadow)
+                found = WeightSet(place, shadow)
         yield found
 
 
@@ -124,7 +124,7 @@ def _recognised(state: State, known: Collection[Family]) -> bool:
     )
 
 
-def chosen(found: Collection[Found], ema: bool, path: Path) -> State:
+def chosen(found: Collection[WeightSet], ema: bool, path: Path) -> State:
     """Return the averaged or the raw weights of a file that holds both, or either.
 
     What is never trained may be missing from an average and is taken from the raw weights.
@@ -139,7 +139,7 @@ def chosen(found: Collection[Found], ema: bool, path: Path) -> State:
     if not wanted:
         unread = next((each.where for each in found if each.averaged), None) if ema else None
         raise ValueError(
-            lacking(path, ema)
+            no_such_kind(path, ema)
             if unread is None
             else f"{path}: its averaged weights, {unread.rstrip('.')}, have not the names of a "
             f"network's parameters and are not read; save the averaged network's own state_dict "
@@ -154,7 +154,7 @@ def chosen(found: Collection[Found], ema: bool, path: Path) -> State:
     return {**{name: beside[name] for name in fixed & beside.keys()}, **state}
 
 
-def lacking(path: Path, ema: bool) -> str:
+def no_such_kind(path: Path, ema: bool) -> str:
     """Return what to say of a file that has only the other kind of weights."""
     kind, remedy = ("averaged (EMA)", "ema=false") if ema else ("raw", "ema=true")
     return f"ema={str(ema).lower()}: {path} holds no {kind} weights; use {remedy}"

@@ -146,7 +146,7 @@ def load_text(
     codec = find_codec(str(vae or folder / "vae"))
     if not isinstance(codec, VAECodec):
         raise ValueError(f"{folder}: expected an autoencoder in {folder / 'vae'}")
-    network = _network(folder / part, index[part][1])
+    network = _text_network(folder / part, index[part][1])
     config: Any = network.config
     layout = layout_of(network)
     size = size or _own_size(config, codec.factor, name)
@@ -236,7 +236,7 @@ class _Encoder:
             ) from error
 
 
-def _network(folder: Path, name: str) -> nn.Module:
+def _text_network(folder: Path, name: str) -> nn.Module:
     """Build a pipeline's network in float32, on the CPU, in eval mode.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Starting a command: its arguments checked, signals, and errors on one screen."""
+"""Starting a command: its arguments checked_config, signals, and errors on one screen."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from sag_dit.cli.composing import (
-    checked,
+    checked_config,
     config_folder,
     drop_strangers,
     for_hydra,
@@ -228,7 +228,7 @@ def launch(
             typed = {
                 name: value for name, _, value in (key.lstrip("+").partition("=") for key in keys)
             }
-            values = checked(config_name, config, typed)
+            values = checked_config(config_name, config, typed)
             check_added(config_name, values, keys)
             run(values)
         except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:

@@ -54,11 +54,6 @@ def run_attention(config: AttentionSheet) -> None:
     """
     import torch
 
-    from sag_dit.data.requests import make_requests
-    from sag_dit.output.folder import pixels, write_arrays, write_sheet
-    from sag_dit.sampler import Sampler
-    from sag_dit.sampling import Settings, draw_batch
-
     # Where to compute, and what to draw there.
     device = str(config.device)
     if device == "auto":
@@ -68,6 +63,11 @@ def run_attention(config: AttentionSheet) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device={device}: it cannot be used here: {reason}") from error
+    from sag_dit.data.requests import make_requests
+    from sag_dit.output.folder import pixels, write_arrays, write_sheet
+    from sag_dit.sampler import Sampler
+    from sag_dit.sampling import Settings, draw_batch
+
     if config.prompt is not None and config.classes is not None:
         raise ValueError("classes: a text model draws its prompt; leave out either")
     model = load_model(config)

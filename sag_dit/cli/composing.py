@@ -176,7 +176,7 @@ def compose(command: str, arguments: Sequence[str] = ()) -> Any:
         >>> compose("sample", ["sag_scale=0.5"]).guidance["sag"]["scale"]
         0.5
     """
-    return checked(command, _composed(command, arguments))
+    return checked_config(command, _composed(command, arguments))
 
 
 def changed(command: str, config: C, changes: Mapping[str, Any]) -> C:
@@ -199,11 +199,11 @@ def changed(command: str, config: C, changes: Mapping[str, Any]) -> C:
         except OmegaConfBaseException as error:
             raise ValueError(f"{key}: {error}") from error
     drop_strangers(composed, [*changes])
-    found: C = checked(command, composed)
+    found: C = checked_config(command, composed)
     return found
 
 
-def checked(command: str, config: DictConfig, typed: Mapping[str, str] | None = None) -> Any:
+def checked_config(command: str, config: DictConfig, typed: Mapping[str, str] | None = None) -> Any:
     """Return what Hydra has composed as an instance of the command's schema.
 
     ``typed`` holds values as the user wrote them, for the message.

@@ -30,7 +30,7 @@ def help_text(command: str, topic: str | None = None) -> str:
     idle = {group for group in own if not config.get(group)}
     lines = [inspect.cleandoc(found.__doc__ or ""), "", *getattr(found, "examples", ()), ""]
     keys = (row for row in walk(found) if row[0].split(".")[0] not in idle)
-    lines += _table(command, keys, config)
+    lines += _key_table(command, keys, config)
     if not own:
         return "\n".join(lines)
     lines += ["", "groups (GROUP=CHOICE; --help GROUP or GROUP=CHOICE shows what it holds):"]
@@ -44,7 +44,7 @@ def _choices(command: str, group: str) -> list[str]:
     return experiments(command) if group == "experiment" else choices(group)
 
 
-def _table(
+def _key_table(
     command: str,
     keys: Iterable[tuple[str, Any, Key]],
     config: Mapping[str, Any],
@@ -100,7 +100,7 @@ def _group_help(command: str, group: str, choice: str) -> str:
     lines += ["", f"{group}={chosen}; change a key as {prefix}KEY=VALUE"]
     lines += [_methods_help()] if group == "guidance" and not choice else [text.rstrip()]
     config = unresolved(command, [f"{group}={chosen}"])
-    table = _table(command, keys, config, everything=True)
+    table = _key_table(command, keys, config, everything=True)
     return "\n".join([*lines, *([""] if table else []), *table])
 
 

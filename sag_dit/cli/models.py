@@ -20,8 +20,6 @@ def load_model(config: Draws, requests: str | None = None) -> Model:
     from sag_dit.checkpoints import is_text, load, load_text
     from sag_dit.data.requests import prompts_in
 
-    if config.ckpt is None:
-        raise ValueError("ckpt=null: expected a model to draw from, such as ckpt=digits")
     prompt, text = config.prompt, config.text
     if prompt is not None and (requests is not None or config.classes is not None):
         raise ValueError("prompt: expected it alone; give several prompts by requests=FILE")

@@ -39,7 +39,7 @@ def end_with_parent() -> None:
         if os.getppid() != int(parent):
             os._exit(1)
     else:
-        threading.Thread(target=_watch, args=(int(parent),), daemon=True).start()
+        threading.Thread(target=_watch_parent, args=(int(parent),), daemon=True).start()
 
 
 def _started_by(parent: int) -> bool:
@@ -57,7 +57,7 @@ def _exists(pid: int) -> bool:
     return True
 
 
-def _watch(parent: int) -> None:
+def _watch_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(EVERY)
     os._exit(1)

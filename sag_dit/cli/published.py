@@ -63,7 +63,7 @@ def _settings(config: Evaluate) -> dict[str, dict[str, Any]]:
     drawing["trainer.precision"] = str(config.trainer.get("precision") or "32-true")
     terms = make_terms(config.guidance)
     active = sorted(name for name, term in terms.items() if not term.off)
-    guidance = {f"guidance.{name}": config.guidance[name] for name in active}
+    guidance = {f"guidance.{name}": config.guidance[name] or {} for name in active}
     return {"": drawing, "sampler": config.sampler} | guidance
 
 

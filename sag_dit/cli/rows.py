@@ -48,9 +48,10 @@ def make_rows(config: Evaluate, choices: Sequence[Choice] | None) -> list[Config
     if (config.samples is None) == (config.ckpt is None):
         listed = config.samples if isinstance(config.samples, list) else [config.samples]
         gone = [each for each in listed if each and not Path(each).expanduser().exists()]
-        given = f"samples={shown(config.samples)} and ckpt={config.ckpt}: "
+        both = config.samples is not None
         raise ValueError(
-            ("" if config.samples is None else given)
+            f"samples={shown(config.samples)} and ckpt={config.ckpt}: "
+            * both
             + "expected one of samples=FOLDER (or an npz, or [several]), to measure what is drawn, "
             "and ckpt=MODEL, to measure while drawing, such as ckpt=digits"
             + (f"; there is no {gone[0]}" if gone else "")
@@ -93,11 +94,6 @@ def _compared(config: Evaluate) -> list[Configured]:
     rows = []
     shared = {*SHARED, *determining("evaluate", "nothing")}
     for place, (name, changes) in enumerate((config.compare or {}).items()):
-        if not isinstance(changes, dict):
-            raise ValueError(
-                f"compare.{name}={shown(changes)}: expected a mapping of keys, such as "
-                f"{{sag_scale: 1.0}}"
-            )
         for key in changes:
             if key.partition(".")[0] in shared:
                 raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +69,7 @@ def _with_names(value: Any) -> Any:
     return {**without_later(values, thing), "_target_": Name(name, former)}
 
 
-def recorded(folder: Path) -> dict[str, Any]:
+def recorded_config(folder: Path) -> dict[str, Any]:
     """Return what a run's folder records, see :func:`sag_dit.output.claim.recorded`.
 
     Raises:
@@ -100,7 +101,7 @@ def run_folder(config: Mapping[str, Any]) -> Path:
         _drop(values, key)
     while True:
         folder = _named_folder(config, values)
-        there = recorded(folder).get("config", {})
+        there = recorded_config(folder).get("config", {})
         other = [key for key, value in unnamed.items() if _held(there, key, value) != value]
         if not other:
             return folder
@@ -128,7 +129,7 @@ def go_on_as_begun(config: Train, out: Path) -> Train:
 
     Their values mean what it did.
     """
-    there = recorded(out).get("config", {})
+    there = recorded_config(out).get("config", {})
     for key in _unnamed():
         group, _, name = key.rpartition(".")
         if group not in there or name in there[group]:
@@ -162,6 +163,8 @@ def claim_data(out: Path, now: Mapping[str, Any] | None, *, on_purpose: bool) ->
         return
     file = out / DATA
     before = _read_fingerprint(file) if file.exists() else now
+    if before == now and (file.exists() or not os.access(out, os.W_OK)):
+        return
     if before["sha256"] != now["sha256"] or before["classes"] != now["classes"]:
         changes = "; ".join(_data_changes(before, now))
         if not on_purpose:
@@ -214,7 +217,7 @@ def check_schedule(config: Mapping[str, Any], out: Path) -> None:
     Raises:
         ValueError: the schedule of the run in the folder ends at the ``max_steps`` of its start.
     """
-    there = recorded(out).get("config", {})
+    there = recorded_config(out).get("config", {})
     before, now = there.get("max_steps"), config["max_steps"]
     schedules = there.get("schedule") or {}, config["schedule"] or {}
     for key in schedules[0].keys() & schedules[1].keys():

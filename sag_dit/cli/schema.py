@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, get_origin
 
 from sag_dit.bounds import fit, parts, shown, wanted
 from sag_dit.cli.keys import COMMANDS
-from sag_dit.cli.keys.key import UNSET, Determines, Key, is_open, keys_of, mapping_of, walk
+from sag_dit.cli.keys.key import UNSET, Determines, Key, held_by, is_open, keys_of, mapping_of, walk
 
 
 def check(
@@ -36,24 +36,31 @@ def check(
 
         check("encode", {"data": {"root": "photos", "size": 0}})
     """
-    return _checked(COMMANDS[command], False, values, "", typed or {}, unset)
+    return _checked(COMMANDS[command], None, values, "", typed or {}, unset)
 
 
 def _checked(
     schema: type | None,
-    opened: bool,
+    opened: Any,
     values: Mapping[str, Any],
     prefix: str,
     typed: Mapping[str, str],
     unset: Collection[str],
 ) -> Any:
-    """Return a mapping as it is used: an instance of its schema, or a dictionary if it is open."""
+    """Return a mapping as it is used: an instance of its schema, or a dictionary if it is open.
+
+    ``opened`` is what the further keys of an open one hold, None of one that is closed.
+    """
     known = {} if schema is None else keys_of(schema)
     for name, value in values.items():
         if name not in known and not opened:
             raise ValueError(f"{prefix}{name}: no such key")
         if name not in known:
-            _refuse_nan(f"{prefix}{name}", value, typed)
+            path = f"{prefix}{name}"
+            _refuse_nan(path, value, typed)
+            if not fit(value, opened)[0]:
+                text = typed.get(path, shown(value))
+                raise ValueError(f"{path}={text}: expected {wanted(opened)}")
     # Mappings come last, so that what is wrong in a line of its own is told first.
     used, nested = dict(values), []
     for name, (hint, told) in known.items():
@@ -80,7 +87,7 @@ def _checked(
     for name in nested:
         hint, told = known[name]
         inner, start = mapping_of(hint, told), f"{prefix}{name}."
-        used[name] = _checked(inner, is_open(hint), values[name], start, typed, unset)
+        used[name] = _checked(inner, held_by(hint), values[name], start, typed, unset)
     if opened or schema is None:
         return used
     absent = {

@@ -10,11 +10,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
 from sag_dit.cli.app import KILL, TOLD_TO_STOP, take_signals
+from sag_dit.output.ranks import RankReports
 
 EVERY = 0.2
 """Seconds between two looks at the ranks that this process has started."""
@@ -47,6 +49,30 @@ def ending_together(trainer: Trainer) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def naming_lost_nodes(trainer: Trainer) -> Iterator[None]:
+    """End this process when a rank on another machine falls silent while all train, and tell which.
+
+    The others wait for it in a collective, which nothing interrupts and which gives up late.
+    """
+    if trainer.num_nodes == 1:
+        yield
+        return
+    folder = Path(trainer.default_root_dir)
+    reports = RankReports(folder, trainer.global_rank, trainer.world_size)
+    with reports.reporting(), reports.watching(_end_now):
+        yield
+    if trainer.is_global_zero:
+        reports.wait(lambda: None)
+        reports.clear()
+
+
+def _end_now(told: str) -> None:
+    sys.stdout.flush()
+    print(f"\nerror: {told}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def watch_ranks(ranks: list[subprocess.Popen[bytes]]) -> None:
     """End this process and its ranks when one of them ends otherwise than well, and tell which.
 
@@ -71,9 +97,7 @@ def _watch(ranks: list[subprocess.Popen[bytes]]) -> None:
                 told = f"rank {which} failed; what is written is kept, repeat the command to go on"
         if told is not None and ranks:
             _end(ranks)
-            sys.stdout.flush()
-            print(f"\nerror: {told}", file=sys.stderr, flush=True)
-            os._exit(1)
+            _end_now(told)
         time.sleep(EVERY)
 
 

@@ -249,14 +249,14 @@ def go_on_training(
     step: int,
 ) -> None:
     """Train from a checkpoint's step on, on all ranks, and export the weights."""
-    from sag_dit.cli.stopping import ending_together
+    from sag_dit.cli.stopping import ending_together, naming_lost_nodes
     from sag_dit.training.resume import export_run
 
     out = Path(trainer.default_root_dir)
     trainer.loggers = make_loggers(config.logger, out, step)
     for logger in trainer.loggers:
         logger.log_hyperparams(to_dict(config))
-    with ending_together(trainer):
+    with ending_together(trainer), naming_lost_nodes(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         export_run(trainer, module, out)
     if trainer.is_global_zero and trainer.global_step < config.max_steps:
@@ -307,12 +307,13 @@ def run_train(config: Train) -> None:
     check_schedule(settings, out)
     claim(out, identity(settings), settings, "a run")
     with alone_in(out):
+        if trainer.is_global_zero:
+            claim_data(out, data.fingerprint(), on_purpose=config.changed_data)
         checkpoint, step = newest_checkpoint(out, module)
         finished = step >= config.max_steps and exported_step(out) == step
         if finished:
             told = f"finished at step {step}: nothing is left to train; a larger max_steps goes on"
         elif trainer.is_global_zero:
-            claim_data(out, data.fingerprint(), on_purpose=config.changed_data)
             told = "\n".join(filter(None, (told, data.report())))
         if told and trainer.is_global_zero:
             print(told)

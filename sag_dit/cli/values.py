@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sag_dit.bounds import shown
 from sag_dit.cli.composing import check_target, config_folder, fitted, make
 from sag_dit.cli.keys import Attention, Evaluate, Guides
 
@@ -104,14 +103,8 @@ def make_terms(guidance: Mapping[str, Any], where: str = "guidance") -> dict[str
 
     terms: dict[str, Term] = {}
     for name, node in guidance.items():
-        if node is None:
-            continue
-        if not isinstance(node, Mapping):
-            raise ValueError(
-                f"{where}.{name}={shown(node)}: expected a mapping with _target_, the class of a "
-                f"term"
-            )
-        terms[name] = make(node, f"{where}.{name}", Term)
+        if node is not None:
+            terms[name] = make(node, f"{where}.{name}", Term)
     return terms
 
 

@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageOps
 
 PixelArray = NDArray[np.uint8]
+FREE_PIXELS = 1 << 24
+"""Pixels that any file may hold."""
+PIXELS_PER_BYTE = 1000
+"""Pixels for each byte of a larger image; only an image of one colour has more."""
 MODES = {1: "L", 3: "RGB"}
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 """Pillow's modes of more than 8 bits: 16-bit and other whole numbers, and floats; all are grey."""
@@ -86,6 +90,20 @@ def read_image(
     return _decoded(path, channels, upright, background, lambda image: image)
 
 
+def check_pixels(size: tuple[int, int], content: int) -> None:
+    """Refuse an image of more pixels than a file of ``content`` bytes can mean.
+
+    Raises:
+        ValueError: it has more.
+    """
+    pixels = size[0] * size[1]
+    if pixels > max(FREE_PIXELS, PIXELS_PER_BYTE * content):
+        raise ValueError(
+            f"{size[0]} x {size[1]} pixels in {content:,} bytes: expected at most "
+            f"{PIXELS_PER_BYTE:,} for each byte"
+        )
+
+
 def _decoded(
     path: Path,
     channels: int,
@@ -96,6 +114,7 @@ def _decoded(
     content = path.read_bytes()
     try:
         with Image.open(io.BytesIO(content)) as image:
+            check_pixels(image.size, len(content))
             turned = ImageOps.exif_transpose(image) if upright else image
             if background is not None:
                 turned = _in_8_bits(turned, getattr(image, "tag_v2", {}), background)

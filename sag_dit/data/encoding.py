@@ -25,13 +25,12 @@ from sag_dit.data.shards import (
     INDEX,
     Index,
     Shard,
-    file_sha256,
     map_shard,
     pack,
     read_index,
 )
 from sag_dit.data.training_batches import as_it_is, name_hash, outlive_signals
-from sag_dit.files import LOCK, atomic
+from sag_dit.files import LOCK, atomic, file_sha256
 from sag_dit.untrusted import read_json, read_json_as
 
 CONFIG = "config.json"

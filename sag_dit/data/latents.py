@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sag_dit.checkpoints import Model
 from sag_dit.codec import VAECodec, hash_tensors
-from sag_dit.data.shards import Index, Rows, map_shard, read_index, verify
+from sag_dit.data.shards import REMEDY, Index, Rows, map_shard, read_index, verify
 from sag_dit.data.training_batches import (
     Batch,
     Indices,
@@ -63,6 +63,12 @@ class Latents(Dataset[tuple[Moments, Labels, int]]):
         rows = self._shards
         self.labels: Indices = np.concatenate([part.labels for part in rows])
         self.names: Indices = np.concatenate([part.names for part in rows])
+        strange = (self.labels < 0) | (self.labels >= len(index.class_names))
+        if strange.any():
+            raise ValueError(
+                f"{folder}: an image of class {self.labels[strange][0]}, where there are "
+                f"{len(index.class_names)}; {REMEDY}"
+            )
 
     @property
     def _shards(self) -> list[Rows]:

@@ -10,7 +10,6 @@ A folder of latents holds ``index.json`` and shards. A shard holds, for its imag
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from sag_dit.bounds import Bounds, Count, Natural, checked
 from sag_dit.data.training_batches import Indices
+from sag_dit.files import file_sha256
 from sag_dit.tensors import Labels
 from sag_dit.untrusted import parse_json, read_json
 
@@ -137,12 +137,6 @@ def pack(moments: Moments, labels: Labels, names: Labels) -> bytes:
     return safetensors.torch.save(
         {"moments": moments.contiguous(), "labels": labels, "names": names}
     )
-
-
-def file_sha256(file: Path) -> str:
-    """Return the sha256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class Rows(NamedTuple):

@@ -26,10 +26,10 @@ from PIL import Image
 from torch import Tensor
 
 from sag_dit.bounds import Natural
-from sag_dit.files import atomic
+from sag_dit.files import atomic, file_sha256
 from sag_dit.output.claim import CONFIG, claim
 from sag_dit.output.gallery import Pair
-from sag_dit.output.journal import Entry, Journal
+from sag_dit.output.journal import FileState, Journal
 from sag_dit.sampling import Chosen, Drawn, Request
 from sag_dit.traces import AttentionView, StepView
 from sag_dit.untrusted import read_json_lines
@@ -245,7 +245,9 @@ class SampleFolder:
             # Images of a former version, which kept no journal: they are taken as they are.
             hashes = {index: entry.sha256 for index, entry in known.items()}
             sizes = {index: _size(file) for index, file in self._images(sys.maxsize)}
-            self.journal.keep({i: Entry(size, hashes.get(i)) for i, size in sizes.items() if size})
+            self.journal.keep(
+                {i: FileState(size, hashes.get(i)) for i, size in sizes.items() if size}
+            )
         return Chosen.of(requests, there)
 
     def _images(self, count: int) -> Iterator[tuple[int, Path]]:
@@ -257,13 +259,13 @@ class SampleFolder:
                 if file.name == name:
                     yield int(stem), file
 
-    def _known(self) -> dict[int, Entry]:
+    def _known(self) -> dict[int, FileState]:
         """Return what is known of images; of those before there was a journal the hash alone."""
         if self.journal.begun():
             return self.journal.read()
         manifest = self.path / MANIFEST
         rows = read_json_lines(manifest, Written) if manifest.exists() else ()
-        return {row.index: Entry(ANY_SIZE, row.sha256) for row in rows}
+        return {row.index: FileState(ANY_SIZE, row.sha256) for row in rows}
 
     def write(self, drawn: Drawn) -> None:
         """Write a batch: first what belongs to the images, then the images, which mark completion.
@@ -287,7 +289,7 @@ class SampleFolder:
         files = {index: _png(pixels(image)) for index, image in shown.items()}
         self.journal.note(
             {
-                index: Entry(len(file), hashlib.sha256(file).hexdigest())
+                index: FileState(len(file), hashlib.sha256(file).hexdigest())
                 for index, file in files.items()
             }
         )
@@ -313,17 +315,11 @@ def _size(file: Path) -> int | None:
     return status.st_size
 
 
-def _is(file: Path, entry: Entry, verify: bool) -> bool:
+def _is(file: Path, entry: FileState, verify: bool) -> bool:
     """Whether a file is what was written: by its size, and with ``verify`` by its hash."""
     if entry.size not in (ANY_SIZE, _size(file)):
         return False
     return not verify or entry.sha256 in (None, file_sha256(file))
-
-
-def file_sha256(file: Path) -> str:
-    """Return the sha256 of what a file holds."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def pixels(image: UInt8[Tensor, "c h w"]) -> Pixels:
@@ -419,7 +415,7 @@ def write_manifest(
         entry = known.get(index)
         if entry is None or entry.sha256 is None:
             image = folder.image(index)
-            known[index] = Entry(image.stat().st_size, file_sha256(image))
+            known[index] = FileState(image.stat().st_size, file_sha256(image))
     journal.keep(known)
     with atomic(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for request in requests:

@@ -18,11 +18,11 @@ LINE = 4_096
 """Characters of a line that can be ours."""
 
 
-class Entry(NamedTuple):
+class FileState(NamedTuple):
     """The size in bytes and the hash of a file; of files older than the journal it may be None.
 
     Example:
-        >>> Entry(size=120, sha256="9f86d081").size
+        >>> FileState(size=120, sha256="9f86d081").size
         120
     """
 
@@ -55,7 +55,7 @@ class Journal:
     Example::
 
         journal = Journal(Path("outputs/sample/digits-1f3a"))
-        journal.note({0: Entry(120, "9f86d081...")})
+        journal.note({0: FileState(120, "9f86d081...")})
         journal.merge()
     """
 
@@ -75,29 +75,29 @@ class Journal:
         """Whether there is any journal; folders of former versions have none."""
         return self._merged.exists() or bool(self._parts)
 
-    def note(self, entries: Mapping[int, Entry]) -> None:
+    def note(self, entries: Mapping[int, FileState]) -> None:
         """Add what this process is about to write."""
         file = self.folder / "journal" / f"{socket.gethostname()}-{os.getpid()}.jsonl"
         file.parent.mkdir(exist_ok=True)
         with writing(file), file.open("a", encoding="utf-8") as stream:
-            stream.write(_lines(entries))
+            stream.write(_as_lines(entries))
 
     def length(self) -> int:
         """Return a number that grows with every image, on whichever rank."""
         return sum(file.stat().st_size for file in self._parts)
 
-    def read(self) -> dict[int, Entry]:
+    def read(self) -> dict[int, FileState]:
         """Return all that is known; what was written last counts."""
-        known = _read(self._merged)
+        known = _read_part(self._merged)
         for part in self._parts:
-            known |= _read(part)
+            known |= _read_part(part)
         return known
 
-    def keep(self, entries: Mapping[int, Entry]) -> None:
+    def keep(self, entries: Mapping[int, FileState]) -> None:
         """Write ``journal.jsonl``, and take away what the processes had left."""
         parts = self._parts
         with atomic(self._merged) as temporary, temporary.open("w", encoding="utf-8") as stream:
-            stream.write(_lines(dict(sorted(entries.items()))))
+            stream.write(_as_lines(dict(sorted(entries.items()))))
             stream.flush()
             os.fsync(stream.fileno())
         for part in parts:
@@ -113,12 +113,12 @@ class Journal:
         return new
 
 
-def _lines(entries: Mapping[int, Entry]) -> str:
+def _as_lines(entries: Mapping[int, FileState]) -> str:
     rows = ({"index": index, **entry._asdict()} for index, entry in entries.items())
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def _read(file: Path) -> dict[int, Entry]:
+def _read_part(file: Path) -> dict[int, FileState]:
     found = {}
     try:
         with file.open(encoding="utf-8", errors="replace") as stream:
@@ -127,7 +127,7 @@ def _read(file: Path) -> dict[int, Entry]:
                     row = checked(parse_json(line, file), Noted, str(file))
                 except ValueError:
                     continue
-                found[row.index] = Entry(row.size, row.sha256)
+                found[row.index] = FileState(row.size, row.sha256)
     except FileNotFoundError:
         return {}
     return found

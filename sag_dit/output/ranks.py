@@ -46,6 +46,13 @@ class _Heard:
         return self.beat.partition(" ")[2] or "a machine that has not reported"
 
 
+def _lost(rank: int, heard: _Heard, silence: float) -> str:
+    return (
+        f"rank {rank} on {heard.host} is lost: no heartbeat for {silence:.0f} s; what is written "
+        f"is kept, repeat the command to go on"
+    )
+
+
 class RankReports:
     """A few small files per rank under ``folder/ranks``: how it ended, and that it is alive.
 
@@ -107,6 +114,42 @@ class RankReports:
         with atomic(self._file(self._rank)) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
+    @contextmanager
+    def watching(
+        self, lost: Callable[[str], object], silence: float = SILENCE, every: float = BEAT
+    ) -> Iterator[None]:
+        """Call ``lost`` with a sentence when another rank falls silent while the work goes on.
+
+        A rank counts from its first heartbeat on, so that nothing happens where ranks see no disk
+        in common.
+        """
+        ended = Event()
+        watch = Thread(target=self._watch, args=(ended, lost, silence, every), daemon=True)
+        watch.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watch.join()
+
+    def _watch(
+        self, ended: Event, lost: Callable[[str], object], silence: float, every: float
+    ) -> None:
+        others = [rank for rank in range(self._world) if rank != self._rank]
+        heard = {rank: _Heard("", time.monotonic()) for rank in others}
+        first = {rank: self._beat_of(rank) for rank in others}
+        while not ended.wait(every):
+            for rank, last in heard.items():
+                silent = last.listen(self._alive(rank)) > silence
+                # What an earlier run has left is no heartbeat of this one.
+                if silent and last.beat != first[rank] and not self._file(rank).exists():
+                    lost(_lost(rank, last, silence))
+                    return
+
+    def _beat_of(self, rank: int) -> str:
+        file = self._alive(rank)
+        return file.read_text(encoding="utf-8") if file.exists() else ""
+
     def wait(
         self,
         sign_of_life: Callable[[], object],
@@ -134,10 +177,7 @@ class RankReports:
             # A rank that was killed, or whose machine is gone, cannot report.
             for rank, last_heard in heard.items():
                 if last_heard.listen(self._alive(rank)) > silence:
-                    raise ValueError(
-                        f"rank {rank} on {last_heard.host} is lost: no heartbeat for {silence:.0f} "
-                        f"s; what is written is kept, repeat the command to go on"
-                    )
+                    raise ValueError(_lost(rank, last_heard, silence))
             # A rank that lives may still hang.
             now = sign_of_life()
             if now != last:

@@ -240,3 +240,28 @@ def test_config_is_plain(pipeline: Path) -> None:
     config = load(pipeline).config
     assert json.loads(json.dumps(config)) == config
     assert config["codec"]["name"] == "AutoencoderKL" and config["weights"] == "ema"
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "told"),
+    [
+        (
+            "transformer/config.json",
+            {"num_layers": 10**9},
+            "num_layers=1000000000, and its weights",
+        ),
+        ("transformer/config.json", {"attention_head_dim": 10**9}, "head_dim=4000000000, and"),
+        ("transformer/config.json", {"sample_size": 10**6}, "expected at most 128 tokens along"),
+        ("transformer/config.json", {"patch_size": 0}, "patch_size=0: expected a whole number"),
+        ("transformer/config.json", {"num_layers": []}, r"num_layers=\[\]: expected a whole"),
+        ("model_index.json", {"id2label": [1]}, r"id2label=\[1\]: expected a mapping"),
+        ("scheduler/scheduler_config.json", {"beta_end": []}, r"beta_end=\[\]: expected a number"),
+    ],
+)
+def test_values_that_a_folder_cannot_have_cost_nothing(
+    pipeline: Path, file: str, values: dict[str, object], told: str
+) -> None:
+    edit_json(pipeline / file, **values)
+    with pytest.raises(ValueError, match=told) as caught:
+        load(pipeline)
+    assert "\n" not in str(caught.value) and str(pipeline) in str(caught.value)

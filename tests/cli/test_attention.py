@@ -15,6 +15,7 @@ from sag_dit.attention import AttentionTap, Capture
 from sag_dit.cli import attention, sample
 from sag_dit.cli.app import launch
 from sag_dit.cli.attention import gate_norms
+from sag_dit.data.requests import make_requests
 from sag_dit.sampling import Request, Settings, trajectory
 from sag_dit.traces import Maps, Recorder
 from tests.pipelines import tiny
@@ -48,6 +49,13 @@ def test_sheet_of_every_layer(here: Path, capsys: pytest.CaptureFixture[str]) ->
     with Image.open("seen/000-class-3.png") as sheet:
         # A row for each layer and one for its query, a column for each step and the image.
         assert sheet.height > 1.8 * sheet.width
+
+
+def test_a_random_class_is_drawn_as_sample_draws_it(here: Path) -> None:
+    few = ["steps=1", "attention.show=1", "out=seen", "seed=3", "classes=random"]
+    launch("attention", attention.run_attention, few)
+    (request,) = make_requests(1, 3, "random", [str(digit) for digit in range(10)])
+    assert (here / "seen" / f"000-class-{request.label}.png").exists()
 
 
 @pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -147,7 +155,8 @@ def test_maps_without_a_gallery_are_refused(
     [
         ("attention.layers=[blocks.9]", "blocks.9"),
         ("attention.layers=blocks.1", "expected a list"),
-        ("attention.layers=[]", "expected names"),
+        ("attention.layers=[]", "expected a list of layers"),
+        ("attention.show=[]", "expected how many steps"),
         ("attention.show=[4]", "step 4 does not exist: expected 0 to 3"),
         ("attention.show=0", "1 or more"),
         ("attention.show=all", "expected how many"),

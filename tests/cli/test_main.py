@@ -12,6 +12,7 @@ import pytest
 
 from sag_dit.checkpoints import zoo
 from sag_dit.cli import main as entry
+from sag_dit.cli.app import say
 from sag_dit.cli.keys import COMMANDS
 from tests.cli.conftest import ROOT
 
@@ -54,6 +55,15 @@ def test_models_are_listed_with_where_they_are(
     assert lines["DiT-XL-2"].endswith(str(tmp_path / "DiT-XL-2-256x256.pt"))
     assert lines["ADM-64"].endswith("not here: 64x64_diffusion.pt")
     assert f"{tmp_path}, " in told and zoo.WEIGHTS_FOLDER in told
+
+
+def test_a_reader_may_take_the_beginning_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        say("line\n" * 100_000)
+        monkeypatch.undo()
 
 
 def test_what_is_no_command_is_told(tmp_path: Path) -> None:

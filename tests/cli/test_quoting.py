@@ -62,6 +62,13 @@ def test_quotes_at_both_ends_that_are_no_quotation_are_part_of_the_value(value: 
     assert compose("free", [quoted(f"ckpt={value}")]).ckpt == value
 
 
+def test_names_may_look_like_interpolations() -> None:
+    assert quoted("classes=[${HOME},3]") == "classes=['\\${HOME}',3]"
+    assert quoted("name=${HOME}") == "name='\\${HOME}'"
+    composed = compose("free", [quoted("freeze=[${HOME}]").replace("freeze", "+a")])
+    assert list(composed.a) == ["${HOME}"]
+
+
 def test_null_stays_null() -> None:
     assert compose("free", [quoted("ckpt=null")]).ckpt is None
 

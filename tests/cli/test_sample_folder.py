@@ -93,7 +93,7 @@ def test_awkward_paths_go_all_the_way(
 ) -> None:
     ckpt = save_official(tmp_path / "step=3, loss=0.5 (it's ${best}).pt")
     arguments = (f"ckpt={ckpt}", "steps=2", "num_images=1", "batch_size=1")
-    for out in ("a=b, (c)", "it's", "${oc.env:HOME}", "\\${x}", "ünï ✓"):
+    for out in ("a=b, (c)", "it's", "${oc.env:HOME}", "x/${HOME}", "\\${x}", "ünï ✓"):
         outcome = in_process("sample", *arguments, f"out={out}")
         assert outcome.code == 0, outcome.err
         assert (tmp_path / out / "images" / "000000.png").exists()

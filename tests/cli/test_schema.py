@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from sag_dit.cli import typed
 from sag_dit.cli.app import launch
-from sag_dit.cli.composing import FOLDER, checked, config_folder
+from sag_dit.cli.composing import FOLDER, checked_config, config_folder
 from sag_dit.cli.keys import COMMANDS
 from sag_dit.cli.keys.key import keys_of, to_dict
 from sag_dit.cli.presets import with_presets
@@ -46,14 +46,35 @@ REFUSED: dict[str, tuple[str, ...]] = {
             "num_images=1e12",
             "guidance=[digits]",
         ),
-        *("hydra=3", "hydra/job_logging=3", "..=3", "~foo", "~sampler", "~steps", "requests="),
-        *("steps=${nope}", "steps=${oc.env:NOPE}", "steps=${ckpt}", "guidance.auto.ckpt="),
+        *(
+            "ckpt=null",
+            "hydra=3",
+            "hydra/job_logging=3",
+            "..=3",
+            "~foo",
+            "~sampler",
+            "~steps",
+            "requests=",
+        ),
+        *(
+            "steps=${nope}",
+            "steps=${oc.env:NOPE}",
+            "steps=${ckpt}",
+            "guidance.auto.ckpt=",
+            "+guidance.a=1",
+        ),
     ),
     "evaluate": (
         *(*COMMON, *DRAWN, *GUIDED),
         *("seeds=0", "confidence.repeats=1", "keep=abc", "plots=null", "num_images=0"),
         *("finished=/", "finished=", "samples=", "metrics=3", "metrics=nan", "metrics=[[fid]]"),
-        *("metrics={a:1}", "confidence.repeats=1e9", "seeds=1e9"),
+        *(
+            "metrics={a:1}",
+            "+compare.a=1",
+            "+compare.a=null",
+            "confidence.repeats=1e9",
+            "seeds=1e9",
+        ),
     ),
     "train": (
         *(*COMMON, "compile=abc", "matmul=abc", "name=null", "out=/", "experiment=paper/adm128"),
@@ -286,7 +307,7 @@ def test_every_choice_of_every_group_passes(name: str, argument: str) -> None:
     for key in OmegaConf.missing_keys(config):
         OmegaConf.update(config, key, "photos")
     before: Any = OmegaConf.to_container(config, resolve=True)
-    after = to_dict(checked(name, config))
+    after = to_dict(checked_config(name, config))
     # In the same order; ${out} is known later.
     assert json.dumps(after).replace(f'"{FOLDER}"', "null") == json.dumps(before)
 

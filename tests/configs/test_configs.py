@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from sag_dit.cli.composing import checked, config_folder
+from sag_dit.cli.composing import checked_config, config_folder
 from sag_dit.cli.keys import Train
 from sag_dit.cli.train import make_model
 from sag_dit.guidance import Term
@@ -152,7 +152,7 @@ def test_experiments(name: str, tmp_path: Path) -> None:
         photos = f"data.root={tmp_path / 'photos'}"
         overrides = [photos, "vae=null", "num_classes=null", "data.batch_size=4"]
     config = compose("train", [f"experiment={name}", f"out={tmp_path}", *overrides])
-    told: Train = checked("train", config)
+    told: Train = checked_config("train", config)
     assert told.name and told.max_steps > 0
     data = instantiate(config.data)
     assert isinstance(data, LightningDataModule)

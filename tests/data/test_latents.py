@@ -305,3 +305,10 @@ def test_a_second_folder_has_to_fit_the_first(tmp_path: Path) -> None:
     (second / INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match="expected latents of the same classes, shape and autoenc"):
         LatentData(first, 4, validation=second)
+
+
+def test_a_class_that_the_index_does_not_have_is_named(tmp_path: Path) -> None:
+    root = latent_folder(tmp_path)
+    change(root, class_names=["all"], counts=[12])
+    with pytest.raises(ValueError, match="an image of class 1, where there are 1; repeat"):
+        _ = LatentData(root, workers=0).dataset

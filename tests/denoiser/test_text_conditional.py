@@ -194,9 +194,9 @@ def test_a_repository_is_downloaded_whole(saved: Saved, monkeypatch: pytest.Monk
 
 
 def test_a_unets_repository_needs_no_transformer(saved: Saved) -> None:
-    assert hub._complete(saved("sd")[1], ("transformer", "vae"))
-    assert hub._complete(saved("sd3")[1], ("transformer", "vae"))
-    assert not hub._complete(saved("sd")[1], ("scheduler",))
+    assert hub._is_complete(saved("sd")[1], ("transformer", "vae"))
+    assert hub._is_complete(saved("sd3")[1], ("transformer", "vae"))
+    assert not hub._is_complete(saved("sd")[1], ("scheduler",))
 
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}

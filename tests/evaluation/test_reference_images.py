@@ -273,3 +273,21 @@ def test_an_image_that_promises_too_many_pixels_costs_nothing(tmp_path: Path) ->
         read_crop(file, 8)
     assert "\n" not in str(caught.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10
+
+
+def test_pixels_that_no_file_of_its_size_can_mean_are_refused(tmp_path: Path) -> None:
+    Image.new("1", (5000, 5000)).save(tmp_path / "small.png")
+    assert (tmp_path / "small.png").stat().st_size < 25_000
+    with pytest.raises(ValueError, match=r"small\.png .*5000 x 5000 pixels in .* bytes: expected"):
+        read_crop(tmp_path / "small.png", 8)
+    Image.new("1", (4000, 4000)).save(tmp_path / "fits.png")
+    assert read_crop(tmp_path / "fits.png", 8).max() == 0
+
+
+def test_npz_that_python_cannot_unpack_is_named(tmp_path: Path) -> None:
+    file = write_npz(tmp_path / "set.npz", arr_0=nhwc(IMAGES))
+    content = bytearray(file.read_bytes())
+    content[content.rindex(b"PK\x01\x02") + 10] = 77  # the method of compression
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"set\.npz: damaged or no npz .*compression"):
+        open_images(file)

@@ -11,7 +11,7 @@ import torch
 
 from sag_dit.output import folder as output
 from sag_dit.output.folder import SampleFolder, write_manifest
-from sag_dit.output.journal import Entry, Journal
+from sag_dit.output.journal import FileState, Journal
 from sag_dit.sampling import Drawn, Request
 
 NAMES = ("cat", "dog")
@@ -154,12 +154,12 @@ def test_a_folder_in_an_images_place_is_told(folder: SampleFolder) -> None:
 
 def test_a_line_that_a_crash_has_cut_is_passed_over(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    journal.note({0: Entry(10, "a" * 64), 1: Entry(11, "b" * 64)})
+    journal.note({0: FileState(10, "a" * 64), 1: FileState(11, "b" * 64)})
     (part,) = (tmp_path / "journal").iterdir()
     part.write_text(part.read_text()[:-20])
-    assert journal.read() == {0: Entry(10, "a" * 64)}
+    assert journal.read() == {0: FileState(10, "a" * 64)}
     part.write_bytes(b"\xff\x00[1]\n{}\n" + part.read_bytes())
-    assert journal.read() == {0: Entry(10, "a" * 64)}
+    assert journal.read() == {0: FileState(10, "a" * 64)}
 
 
 def test_the_length_grows_with_every_image(folder: SampleFolder) -> None:

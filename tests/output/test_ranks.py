@@ -156,3 +156,30 @@ def test_a_report_that_is_being_written_is_not_read(
     report(tmp_path, 0)
     assert set(sizes) == {0}
     assert (tmp_path / "ranks" / "0000.txt").read_text() == "ok"
+
+
+def test_a_rank_that_falls_silent_is_told_while_the_work_goes_on(tmp_path: Path) -> None:
+    told: list[str] = []
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    # A heartbeat that an earlier run has left, of a rank that never begins.
+    (folder / "0002.alive").write_text("7 elsewhere")
+    with RankReports(tmp_path, 0, 3).watching(told.append, silence=0.4, every=0.02):
+        for beat in range(20):
+            (folder / "0001.alive").write_text(f"{beat} a-host")
+            time.sleep(0.05)
+        assert told == []
+        deadline = time.monotonic() + 60
+        while not told and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert len(told) == 1
+    assert told[0].startswith("rank 1 on a-host is lost: no heartbeat for 0 s")
+
+
+def test_a_rank_that_has_ended_is_not_lost(tmp_path: Path) -> None:
+    told: list[str] = []
+    with RankReports(tmp_path, 0, 2).watching(told.append, silence=0.1, every=0.02):
+        with RankReports(tmp_path, 1, 2).reporting(beat=0.02):
+            time.sleep(0.1)
+        time.sleep(0.5)
+    assert told == []

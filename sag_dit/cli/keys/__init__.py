@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
 from typing import Any, ClassVar, Literal
 
-from sag_dit.cli.keys.key import Closed, Open, key
+from sag_dit.cli.keys.key import Closed, Open, Parts, key
 from sag_dit.methods import methods
 
 OUT = {"text": True, "folder": True, "determines": "nothing"}
@@ -16,6 +16,13 @@ SIZE: Mapping[str, Any] = {"least": 1, "most": 65_536}
 METRICS: Mapping[str, Any] = {
     "blank": True,
     "expected": "a list, such as metrics=[fid], or null for all that the features allow",
+}
+CKPT: Mapping[str, Any] = {
+    "told": "published name, run folder, file or diffusers folder",
+    "text": True,
+    "expected": "a model to load, such as ckpt=digits",
+    "words": "checkpoint model_path weights model",
+    "determines": "model",
 }
 Classes = int | str | list[int | str] | None
 
@@ -97,12 +104,7 @@ class Attention(Closed):
 class LoadsModel(Closed):
     """Keys of the commands that load a model."""
 
-    ckpt: str | None = key(
-        "published name, run folder, file or diffusers folder of a model",
-        text=True,
-        words="checkpoint model_path weights model",
-        determines="model",
-    )
+    ckpt: str = key(**CKPT)
     ema: bool = key(
         "true: averaged weights; false: raw ones, if there are both",
         determines="model",
@@ -188,7 +190,7 @@ class Guides(Scales, Draws):  # type: ignore[misc, valid-type]
     max_rows: int | None = key(
         "most rows that the network computes at once; null: no limit", least=1
     )
-    guidance: Open = key("settings of each method", keys=GuidanceKeys)
+    guidance: Parts = key("settings of each method", keys=GuidanceKeys)
     trainer: Open = key(
         "devices and precision, as Lightning's Trainer takes them", keys=TrainerKeys
     )
@@ -280,6 +282,7 @@ class Evaluate(Guides):
     habits: ClassVar[Mapping[str, str]] = {
         "resume": "repeat the command: what is measured is not measured again"
     }
+    ckpt: str | None = key(**CKPT)  # type: ignore[assignment]
     samples: str | list[str] | None = key(
         "images on disk: a folder, an npz, or [several]",
         text=True,
@@ -313,7 +316,7 @@ class Evaluate(Guides):
     gallery: EvaluateGallery = key("the page", determines="nothing")
     expected: Published | None = key("published numbers; see configs/experiment/paper")
     features: Open | None = key("feature network", keys=FeatureKeys)
-    compare: Open | None = key("settings to compare if all guidance is off")
+    compare: dict[str, Open] | None = key("settings to compare if all guidance is off")
 
 
 @dataclass(kw_only=True)
@@ -440,7 +443,7 @@ class Preview(Closed):
         "class numbers or names; null: the first eight", names=True, exact=True, blank=True
     )
     steps: int = key("number of denoising steps", least=1)
-    guidance: Open = key("guidance of the lower row")
+    guidance: Parts = key("guidance of the lower row")
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass, replace
 from functools import cache
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sag_dit.bounds import MOST, Bounds, parts
 
@@ -73,6 +73,8 @@ def key(told: str, **known: Any) -> Any:
 
 Open = dict[str, Any]
 """A mapping that takes more keys than are declared, none of which has to be there."""
+Parts = dict[str, Open | None]
+"""Such a mapping of mappings."""
 
 
 @dataclass(kw_only=True)
@@ -104,9 +106,14 @@ def keys_of(schema: Any) -> dict[str, tuple[Any, Key]]:
     return {each.name: (hints[each.name], each.metadata["key"]) for each in declared}
 
 
+def held_by(hint: Any) -> Any:
+    """Return what the keys hold of a mapping that takes more than are declared, else None."""
+    return next((get_args(kind)[1] for kind in parts(hint) if get_origin(kind) is dict), None)
+
+
 def is_open(hint: Any) -> bool:
     """Whether a key holds a mapping that takes more keys than are declared."""
-    return any(get_origin(kind) is dict for kind in parts(hint))
+    return held_by(hint) is not None
 
 
 def mapping_of(hint: Any, told: Key) -> type | None:

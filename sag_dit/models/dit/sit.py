@@ -39,19 +39,19 @@ TIME = "t_embedder.mlp.0.weight"
 LAST = "final_layer.linear"
 
 
-class Variant(NamedTuple):
+class SiTVariant(NamedTuple):
     """How a SiT was trained: what it predicts, and whether by REPA's code.
 
     Example:
         >>> variant_of(Path("SiT-XL-2-256x256.pt"), {}, {})
-        Variant(prediction='velocity', repa=False)
+        SiTVariant(prediction='velocity', repa=False)
     """
 
     prediction: str
     repa: bool
 
 
-def variant_of(path: Path, state: State, args: Mapping[str, Any]) -> Variant | None:
+def variant_of(path: Path, state: State, args: Mapping[str, Any]) -> SiTVariant | None:
     """Return how a SiT was trained; None for no SiT.
 
     A SiT is known by the arguments of its training script, by its file's name, or by REPA's
@@ -70,7 +70,7 @@ def variant_of(path: Path, state: State, args: Mapping[str, Any]) -> Variant | N
     if not repa and not (isinstance(model, str) or path.name.startswith(NAME)):
         return None
     straight, kinds = ("linear", {"v": "v"}) if repa else ("Linear", KINDS)
-    found = Variant(str(prediction or next(iter(kinds))), repa)
+    found = SiTVariant(str(prediction or next(iter(kinds))), repa)
     if line not in (None, straight) or found.prediction not in kinds:
         raise ValueError(
             f"{path}: a SiT with path_type={line!r} and prediction={found.prediction!r}; expected "
@@ -93,7 +93,7 @@ def reversed_time(weight: Tensor) -> Tensor:
     return torch.cat([of_cosine, of_sine], dim=1).float()
 
 
-def from_sit(state: State, variant: Variant) -> tuple[State, dict[str, Any]]:
+def from_sit(state: State, variant: SiTVariant) -> tuple[State, dict[str, Any]]:
     """Return the weights of our DiT, and the process and kind that go with them.
 
     Weights that are missing are left to strict loading to report.

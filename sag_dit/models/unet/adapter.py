@@ -330,7 +330,7 @@ def _numbered(state: Mapping[str, Tensor], prefix: str) -> int:
 CLASSIFIER_SOURCE = "openai/guided-diffusion's classifier, here under diffusers' names"
 
 
-def _classifier() -> type[Classifier]:
+def _classifier_config() -> type[Classifier]:
     from sag_dit.models.unet.classifier import Classifier
 
     return Classifier
@@ -350,7 +350,7 @@ def read_classifier(file: WeightsFile) -> tuple[State, Classifier]:
     converted = convert(file.state, file.path, file.stated, classifier=True)
     try:
         with torch.device("meta"):
-            return converted.state, _classifier()(**converted.model)
+            return converted.state, _classifier_config()(**converted.model)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file.path}: {error}") from None
 
@@ -488,7 +488,7 @@ def convert(
     if is_classifier(state) != classifier:
         what, wanted = ("a classifier", "a diffusion model")[:: -1 if classifier else 1]
         raise ValueError(f"{path}: {what}, where {wanted} is expected; {resembling(sizes)}")
-    network = _classifier() if classifier else UNetFamily().network()
+    network = _classifier_config() if classifier else UNetFamily().network()
     own = checked_arguments(network, stated.get("model", {}), path)
     found = asdict(sizes)
     agreeing(
