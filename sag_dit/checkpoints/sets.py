@@ -36,7 +36,7 @@ class WeightSet(NamedTuple):
     An average that cannot be read has no entries.
 
     Example:
-        >>> Found("ema.", {}).averaged, Found("model.", {}).averaged
+        >>> WeightSet("ema.", {}).averaged, WeightSet("model.", {}).averaged
         (True, False)
     """
 
