@@ -62,9 +62,17 @@ MODULES = {"fcntl", "resource", "pwd", "grp", "termios", "pty", "tty", "curses",
 def offences(source: str) -> Iterator[str]:
     """What a file takes for granted: names of ``os`` and ``signal``, modules, paths of the kernel.
 
-    A name may be used where the same file asks for it by ``hasattr`` or ``getattr``.
+    A name may be used where the same file asks for it by ``hasattr`` or ``getattr``, and a module
+    imported where its absence is caught.
     """
     tree = ast.parse(source)
+    caught = {
+        statement
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Try)
+        and any(ast.unparse(each.type or node) == "ImportError" for each in node.handlers)
+        for statement in node.body
+    }
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     asked = {
         call.args[1].value
@@ -78,7 +86,7 @@ def offences(source: str) -> Iterator[str]:
             case ast.Attribute(value=ast.Name(id=module), attr=name):
                 if name in ELSEWHERE_MISSING.get(module, ()) and name not in asked:
                     yield f"{module}.{name}"
-            case ast.Import(names=names):
+            case ast.Import(names=names) if node not in caught:
                 yield from (each.name for each in names if each.name in MODULES)
             case ast.ImportFrom(module=str(module), names=names):
                 missing = ELSEWHERE_MISSING.get(module, ())
@@ -106,6 +114,7 @@ def test_nothing_of_linux_is_taken_for_granted() -> None:
         ("getattr(signal, 'SIGKILL', signal.SIGTERM)", []),
         ("from os import fork, getpid", ["os.fork"]),
         ("import fcntl", ["fcntl"]),
+        ("try:\n    import fcntl\nexcept ImportError:\n    fcntl = None", []),
         ("n = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 1", []),
         ("open('/proc/self/statm')", ["/proc/self/statm"]),
         ("get_context('fork')", ["fork"]),

@@ -193,7 +193,7 @@ def _end_at_the_next(number: int, _: Any) -> None:
 
 
 def explained(failure: Exception) -> Exception:
-    """Return in a sentence why a loader has failed, unless that is our own mistake."""
+    """Return why a loader has failed: in a sentence, if it was in a process of its own."""
     if not isinstance(failure, (ValueError, OSError, RuntimeError)):
         return failure
     # torch puts the traceback of the loader's process before what was raised there.
@@ -205,6 +205,8 @@ def explained(failure: Exception) -> Exception:
             "a process that reads data was killed, often for want of memory; data.workers=N "
             "takes fewer of them"
         )
+    else:
+        return failure
     return ValueError(text)
 
 

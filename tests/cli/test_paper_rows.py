@@ -167,7 +167,7 @@ def test_a_row_is_measured_beside_the_papers_numbers(
 def test_the_check_of_the_evaluator_draws_nothing(in_process: Command) -> None:
     outcome = in_process("sample", "experiment=paper/adm256_upsampled")
     assert (outcome.code, outcome.evaluations) == (1, 0)
-    assert "ckpt=null: expected a model to draw from" in outcome.err
+    assert "ckpt=null: expected a model to load" in outcome.err
 
 
 def test_a_reference_that_is_nowhere_is_told_with_its_address(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sag_dit.checkpoints import formats, zoo
+from sag_dit.checkpoints import files, formats, zoo
 from sag_dit.checkpoints.loading import full_config
 from sag_dit.models import DiT
 from sag_dit.models.unet import adapter
@@ -138,6 +138,12 @@ def of_dit(side: int) -> dict[str, Tensor]:
     return {**thin({**first, **others}), "pos_embed": positions}
 
 
+@pytest.fixture
+def thin_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let files of a published size hold little, which are refused otherwise."""
+    monkeypatch.setattr(files, "refuse_spread", lambda *_: None)
+
+
 VARIANTS = {
     # classes, resolution, channels, another family, a classifier and an upsampler
     "256x256_diffusion_uncond.pt": ("ADM-256", "256x256_diffusion.pt", "num_classes=0, not 1000"),
@@ -170,6 +176,7 @@ def test_a_file_of_another_variant_says_which(
     assert f"it looks like {held}" in error
 
 
+@pytest.mark.usefixtures("thin_files")
 def test_a_dit_of_another_resolution_says_which(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +191,7 @@ def test_a_dit_of_another_resolution_says_which(
     assert config_of("DiT-XL-2-512")["model"]["input_size"] == 64
 
 
+@pytest.mark.usefixtures("thin_files")
 def test_a_classifier_of_another_size_says_which(
     refused: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -178,7 +178,7 @@ def guided_steps() -> Outputs:
 
 def sit_denoiser(prediction: str) -> ClassConditional:
     """Our DiT of SiT's weights."""
-    state, said = sit.from_sit(f.state_of("sit"), prediction)
+    state, said = sit.from_sit(f.state_of("sit"), sit.SiTVariant(prediction, repa=False))
     with torch.device("meta"):
         network = DiT(**{**f.SIT_SIZE, "learn_sigma": False})  # type: ignore[arg-type]
     network.load_state_dict(state, assign=True)

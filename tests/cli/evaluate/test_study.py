@@ -70,7 +70,7 @@ def test_settings_may_differ_in_more_than_guidance(small: Callable[..., Any]) ->
         ({"settings": {}}, "settings={}: expected names with their guidance"),
         ({"seeds": 0}, "seeds=0: expected a whole number, 1 or more"),
         ({"repeats": 1}, "repeats=1: expected 0, or 2 or more"),
-        ({"metrics": ["fd"]}, "metrics=fd: expected some of fid"),
+        ({"metrics": ["fd"]}, "metrics=fd: expected fid"),
         ({"features": "digit"}, "features=digit: expected one of digits, dinov2"),
         ({"reference": "no.npz"}, "reference=no.npz: no such file or folder"),
         ({"steps": 2000}, "steps=2000"),
