@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sag_dit.bounds import Bounds
+from sag_dit.files import file_sha256
 from sag_dit.untrusted import parse_json, read_json_as
 from sag_dit.untrusted import read_json as read_json
 
@@ -317,8 +318,7 @@ def sha256(files: Sequence[Path]) -> str:
     """
     digests = []
     for path in files:
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        digests.append(file_sha256(path))
         # The hub's cache links to large files that it names by their published sha256.
         published = path.readlink().name if path.is_symlink() else ""
         if re.fullmatch(r"[0-9a-f]{64}", published) and published != digests[-1]:

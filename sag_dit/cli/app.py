@@ -1,4 +1,4 @@
-"""Starting a command: its arguments checked_config, signals, and errors on one screen."""
+"""Starting a command: its arguments checked, signals, and errors on one screen."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sag_dit.cli.composing import (
 from sag_dit.cli.help import help_text
 from sag_dit.cli.orphans import end_with_parent
 from sag_dit.cli.schema import nearest
-from sag_dit.cli.sweep import expand
+from sag_dit.cli.sweep import Choice, expand
 from sag_dit.cli.typed import (
     HELP,
     check_added,
@@ -183,6 +183,17 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
+def settings_of(command: str, arguments: Sequence[str]) -> list[Choice] | None:
+    """Return the settings of a sweep, all checked before the first is run; None without ``-m``."""
+    try:
+        choices = expand(arguments)
+        for choice in choices or ():
+            check_arguments(command, *keys_and_flags(choice.arguments))
+    except (ValueError, HydraException) as error:
+        fail(explain(error, command, arguments))
+    return choices
+
+
 def launch(
     config_name: str,
     run: Run,
@@ -192,7 +203,8 @@ def launch(
 ) -> None:
     """Compose the configuration from the command line and run; never show a traceback for misuse.
 
-    ``entry`` is what stands before the arguments where other ranks are started. Misuse is a
+    ``entry`` is what stands before the arguments where other ranks are started. ``prepare`` adds
+    what a command chooses for the user. Of a sweep, every setting is a run of its own. Misuse is a
     ValueError, an OSError or one of Hydra's own errors. Anything else is our mistake and keeps its
     traceback.
     """
@@ -208,17 +220,17 @@ def launch(
         if set(HELP) & set(flags):
             say(help_text(config_name, keys[-1] if keys else None))
             return
-        choices = expand(arguments)
-        for choice in choices or ():
-            check_arguments(config_name, *keys_and_flags(choice.arguments))
-        if choices is None:
-            keys = check_arguments(config_name, keys, flags)
-    except (ValueError, HydraException) as error:
-        fail(explain(error, config_name, arguments))
+    except ValueError as error:
+        fail(str(error))
+    choices = settings_of(config_name, arguments)
     if choices is not None:
         for choice in choices:
             launch(config_name, run, choice.arguments, entry)
         return
+    try:
+        keys = check_arguments(config_name, keys, flags)
+    except ValueError as error:
+        fail(str(error))
 
     def job(config: DictConfig) -> None:
         # Other ranks are started with the arguments as the user wrote them.

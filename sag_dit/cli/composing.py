@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -143,7 +143,7 @@ def drop_strangers(config: DictConfig, arguments: Sequence[str]) -> None:
     stated = {argument.partition("=")[0].lstrip("+") for argument in arguments}
     for path in own_targets(arguments):
         node = OmegaConf.select(config, path)
-        takes = names_taken(str(node["_target_"])) or arguments_of(str(node["_target_"]))
+        takes = _taken(str(node["_target_"]))
         kept = {*stated, *(f"{path}.{name}" for name in takes or node)}
         with open_dict(node):
             for name in map(str, list(node)):
@@ -360,6 +360,12 @@ def arguments_of(target: str) -> dict[str, Any] | None:
     }
 
 
+def _taken(target: str) -> Collection[str] | None:
+    """Return what a class or function takes by name; None as :func:`arguments_of`."""
+    # An import takes seconds, a file that tells the same does not.
+    return names_taken(target) or arguments_of(target)
+
+
 def refuse_strangers(path: str, targets: Sequence[str], names: Iterable[str]) -> None:
     """Refuse keys of an open mapping that none of its targets takes.
 
@@ -368,8 +374,7 @@ def refuse_strangers(path: str, targets: Sequence[str], names: Iterable[str]) ->
     """
     takes: set[str] = set()
     for target in targets:
-        # An import takes seconds, a file that tells the same does not.
-        own = names_taken(target) or arguments_of(target)
+        own = _taken(target)
         if own is None:
             return
         takes |= set(own)

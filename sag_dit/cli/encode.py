@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -64,6 +63,7 @@ def plan_encoding(config: Encode) -> EncodingPlan:
         ValueError: a value that cannot be used; the message says what to do.
     """
     from sag_dit.checkpoints import zoo
+    from sag_dit.checkpoints.model import plain_name
     from sag_dit.codec import VAECodec, read_vae_config
     from sag_dit.data.encoding import EncodingPlan
     from sag_dit.data.images import Crops, find_images, latent_size, listing_sha256
@@ -103,7 +103,7 @@ def plan_encoding(config: Encode) -> EncodingPlan:
             **codec.settings,
         )
     )
-    name = re.sub(r"[^\w.+-]+", "-", files.root.resolve().name)
+    name = plain_name(files.root.resolve().name)
     folder, identity = _folder_of(config, name, identity)
     crops.background = identity.get("background")
     # The index to be.

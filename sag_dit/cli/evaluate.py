@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -13,16 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra.errors import HydraException
-
-from sag_dit.cli.app import alone_in, explain, fail, launch, quiet_lightning
+from sag_dit.cli.app import alone_in, launch, quiet_lightning, settings_of
 from sag_dit.cli.composing import make, placed
 from sag_dit.cli.keys import Evaluate
 from sag_dit.cli.keys.key import to_dict
 from sag_dit.cli.presets import with_presets
 from sag_dit.cli.rows import Configured, make_rows
-from sag_dit.cli.sweep import Choice, expand
-from sag_dit.cli.typed import check_arguments, keys_and_flags
+from sag_dit.cli.sweep import Choice
 from sag_dit.cli.values import check_logger, own_sampler
 
 if TYPE_CHECKING:
@@ -135,9 +131,11 @@ def _claim(measurement: Measurement, config: Evaluate) -> None:
 
 
 def _name(measurements: Sequence[Measurement]) -> str:
+    from sag_dit.checkpoints.model import plain_name
+
     digest = hashlib.sha256("".join(each.identity for each in measurements).encode()).hexdigest()
     facts = measurements[0].facts
-    return re.sub(r"[^\w.+-]+", "-", f"{facts.get('model', facts.get('samples'))}-{digest[:8]}")
+    return plain_name(f"{facts.get('model', facts.get('samples'))}-{digest[:8]}")
 
 
 def _report(config: Evaluate, comparison: Comparison, out: Path, *, swept: bool) -> None:
@@ -160,12 +158,7 @@ def _report(config: Evaluate, comparison: Comparison, out: Path, *, swept: bool)
 
 def start(arguments: Sequence[str], entry: Sequence[str] = ()) -> None:
     """Run ``evaluate.py`` with the user's arguments."""
-    try:
-        choices = expand(arguments)
-        for choice in choices or ():
-            check_arguments("evaluate", *keys_and_flags(choice.arguments))
-    except (ValueError, HydraException) as error:
-        fail(explain(error, "evaluate", arguments))
+    choices = settings_of("evaluate", arguments)
 
     def job(config: Evaluate) -> None:
         # Other ranks are started with the arguments as the user wrote them.

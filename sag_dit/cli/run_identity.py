@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+from sag_dit.bounds import Natural
 from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import is_open, keys_of, mapping_of, selected, walk
 from sag_dit.cli.schema import determining, later_keys
 from sag_dit.files import atomic
 from sag_dit.identity import Name, digest, name_of, plain, without_later
 from sag_dit.output import claim
-from sag_dit.untrusted import read_json
+from sag_dit.untrusted import read_json_as
 
 ANY = object()
 """Stands for whatever value a key has."""
@@ -180,17 +181,27 @@ def claim_data(out: Path, now: Mapping[str, Any] | None, *, on_purpose: bool) ->
         temporary.write_text(json.dumps(now, indent=1), encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class Fingerprint:
+    """What ``data.json`` says of a run's data.
+
+    Example:
+        >>> Fingerprint("9f86", images=3, classes={"cats": 1, "dogs": 2}).images
+        3
+    """
+
+    sha256: str
+    images: Natural
+    classes: dict[str, Natural]
+
+
 def _read_fingerprint(file: Path) -> dict[str, Any]:
     try:
-        values = read_json(file)
-        counts = [values["images"], *values["classes"].values()]
-        if not isinstance(values["sha256"], str) or not all(type(n) is int for n in counts):
-            raise TypeError("expected counts and a sha256")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return vars(read_json_as(file, Fingerprint))
+    except ValueError as error:
         raise ValueError(
             f"{file} cannot be read ({error}); delete it, and the data is taken to be what it was"
         ) from None
-    return values
 
 
 def _data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

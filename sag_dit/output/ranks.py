@@ -139,7 +139,9 @@ class RankReports:
     ) -> None:
         others = [rank for rank in range(self._world) if rank != self._rank]
         heard = {rank: _Heard("", time.monotonic()) for rank in others}
-        first = {rank: self._beat_of(rank) for rank in others}
+        for rank, last in heard.items():
+            last.listen(self._alive(rank))
+        first = {rank: last.beat for rank, last in heard.items()}
         while not ended.wait(every):
             for rank, last in heard.items():
                 silent = last.listen(self._alive(rank)) > silence
@@ -147,10 +149,6 @@ class RankReports:
                 if silent and last.beat != first[rank] and not self._file(rank).exists():
                     lost(_lost(rank, last, silence))
                     return
-
-    def _beat_of(self, rank: int) -> str:
-        file = self._alive(rank)
-        return file.read_text(encoding="utf-8") if file.exists() else ""
 
     def wait(
         self,

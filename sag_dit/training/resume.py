@@ -24,6 +24,7 @@ from sag_dit.checkpoints.export import Own, check_finite, not_finite
 from sag_dit.checkpoints.formats import merged
 from sag_dit.files import atomic, writing
 from sag_dit.training.module import DiffusionModule
+from sag_dit.untrusted import read_json
 
 FOLDER = "checkpoints"
 FINISHED = "finished.json"
@@ -261,8 +262,8 @@ def export_run(trainer: Trainer, module: DiffusionModule, out: Path) -> None:
 def exported_step(out: Path) -> int | None:
     """Return the step whose weights a run has exported last, None if it is not known."""
     try:
-        step = json.loads((out / FINISHED).read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError, TypeError):
+        step = read_json(out / FINISHED)["step"]
+    except (ValueError, KeyError):
         return None
     return step if isinstance(step, int) and (out / Own.weights).is_file() else None
 
