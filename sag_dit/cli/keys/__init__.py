@@ -301,7 +301,7 @@ class Evaluate(Guides):
     )
     background: str = key("colour behind transparent parts of images on disk", text=True)
     metrics: list[str] | None = key(
-        "some of fid, sfid, is, precision, recall, as a list; null: all", **METRICS
+        "list of fid, sfid, is, precision, recall, or module.NAME; null: all", **METRICS
     )
     against: str | None = key("row that the others are compared with; null: the first", text=True)
     confidence: ConfidenceKeys = key("how ± is told")
@@ -476,7 +476,7 @@ class Track(Closed):
     steps: int = key("number of denoising steps", least=1)
     seed: int = key("seed of the noise", **SEED)
     metrics: list[str] | None = key(
-        "some of fid, sfid, is, precision, recall, as a list; null: all", **METRICS
+        "list of fid, sfid, is, precision, recall, or module.NAME; null: all", **METRICS
     )
     features: str | Open | None = key("feature network, or auto")
     reference: str | None = key(
