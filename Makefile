@@ -3,19 +3,26 @@ PYTHON ?= python3
 # More arguments for the program a target runs: make sample ARGS="sag_scale=1.0 steps=20"
 ARGS ?=
 
+# What make sample draws without ARGS: the picture at the top of README.md.
+SHOWN := num_images=12 "classes=[happy face,animal face,person,worker,athlete,monster,vehicle,$\
+	plant,place,heart,fruit or vegetable,flag]"
+
 VENV := .venv
 READY := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help sample train-digits test lint types bench gpu fuzz torture lock clean
+.PHONY: help sample studio train-digits test lint types docs bench gpu fuzz torture lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-sample: $(READY) ## Draw digits with and without guidance; ends with the path of the gallery
-	@$(RUN) sample.py $(ARGS)
+sample: $(READY) ## Draw emoji with and without guidance; ends with the path of the gallery
+	@$(RUN) sample.py $(or $(ARGS),$(SHOWN))
+
+studio: $(READY) ## Open a page on which sliders draw; Ctrl-C ends it
+	@$(RUN) studio.py $(ARGS)
 
 train-digits: $(READY) ## Train the bundled digits model anew, on a CPU
 	@$(RUN) train.py experiment=digits $(ARGS)
@@ -29,6 +36,10 @@ lint: $(READY) ## Check style and formatting
 
 types: $(READY) ## Check types
 	@$(RUN) -m mypy
+
+docs: $(READY) ## Build the site of the documentation into site/
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet $(ARGS)
+	@echo "site: site/index.html"
 
 bench: $(READY) ## Measure speed and memory
 	@$(RUN) -m benchmarks $(ARGS)
@@ -53,7 +64,7 @@ lock: ## Renew constraints.txt with the newest releases that pyproject.toml allo
 	@rm -rf $(VENV)-lock
 
 clean: ## Remove .venv, caches and builds; outputs/ stays
-	rm -rf $(VENV) $(VENV)-lock build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lock build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt

@@ -1,142 +1,137 @@
-"""Measure speed and memory: ``python -m benchmarks [--peer PATH/TO/DiT] [--rounds 15]``.
+"""Measure speed and memory: ``python -m benchmarks --peer PATH/TO/DiT --fast PATH/TO/fast-DiT``.
 
-    forward    our DiT-S/2 against facebookresearch/DiT's on the same weights (needs --peer, a
-               checkout of it)
-    capture    a forward that captures one layer's saliency against a plain one
-    sampling   a 20-step run through the straight line against 20 forwards
-    sag        SAG at every step against no guidance
+    own        what we add to bare passes: reading attention, the sampling loop, SAG
+    peers      passes and whole runs beside facebookresearch/DiT, fast-DiT and diffusers
+    training   a training step beside theirs
 
-Every figure is a ratio of two things timed by turns in this one run; absolute times are not shown,
-since they say more about the machine than about the code.
+Every figure is a ratio of two things timed by turns in this one run, as a median with its
+quartiles; absolute times are not shown, since they say more about the machine than about the code.
+A ratio below 1 is in our favour. The table is written to ``outputs/bench/bench.md`` as well.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
+import platform
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
+import diffusers
+import lightning
 import torch
 
-from benchmarks.measure import flops, peak_memory, randomise, ratio
+from benchmarks import peers, training
+from benchmarks.measure import flops, peak_memory, ratio
+from benchmarks.rows import Rows, read, side_by_side
+from benchmarks.sizes import CPU_SCALE, DEVICE, GUIDANCE, TINY_SCALE, Scale, inputs, model, network
 from sag_dit.attention import Capture
-from sag_dit.checkpoints import Model
-from sag_dit.codec import IdentityCodec
+from sag_dit.cli.app import quiet_lightning
 from sag_dit.denoiser import ClassConditional
-from sag_dit.guidance import SAG, Term
-from sag_dit.models import dit
 from sag_dit.process import DDPM
 from sag_dit.sampling import Request, Settings, draw
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PARTS = {
+    "own": "Beside our own bare passes",
+    "peers": "Ours to a peer's",
+    "training": "A training step, ours to a peer's",
+}
 
 
-def denoiser(input_size: int) -> ClassConditional:
-    """Return a DiT-S/2 with random weights, none of them zero."""
-    torch.manual_seed(0)
-    network = dit("DiT-S/2", input_size=input_size)
-    randomise(network)
-    return ClassConditional(network.to(DEVICE), DDPM()).eval()
+def capture(scale: Scale, rows: Rows) -> None:
+    """Reading one layer's saliency against a plain pass: time, FLOPs and peak memory."""
+    for latent, batches in ((scale.latent, scale.batches), (scale.large_latent, scale.batches)):
+        denoiser = ClassConditional(network(scale.network, latent), DDPM()).eval()
+        wanted = [Capture(denoiser.layer("auto"))]
+        for batch in batches:
+            x, _, y = inputs(latent, batch, torch.float32)
+            plain = partial(denoiser, x, denoiser.process.level(500), y)
+            reading = partial(plain, wanted)
+            where = f"{latent**2 // 4:,} tokens, batch {batch}"
+            median, low, high = ratio(reading, plain, scale.rounds)
+            memory = peak_memory(reading) / peak_memory(plain)
+            note = f"{low:.3f} to {high:.3f}; memory {memory:.2f}"
+            rows.add("a pass that reads one layer / a plain one", where, median, "", note)
+            rows.add("the same: FLOPs", where, flops(reading) / flops(plain))
 
 
-def inputs(input_size: int, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return latents, times and labels of one batch."""
-    x = torch.randn(batch, 4, input_size, input_size, device=DEVICE)
-    return x, torch.full((batch,), 500, device=DEVICE), torch.zeros(batch, dtype=int, device=DEVICE)
-
-
-def show(name: str, measured: tuple[float, float, float], target: float) -> None:
-    """Print one row."""
-    median, low, high = measured
-    print(f"| {name} | {median:.3f} | {low:.3f} to {high:.3f} | {target} |", flush=True)
-
-
-def forward(rounds: int, peer: str) -> None:
-    """Our forward against facebookresearch/DiT's."""
-    sys.path.insert(0, peer)
-    theirs = importlib.import_module("models").DiT_models["DiT-S/2"](input_size=32)
-    ours = denoiser(32).network
-    theirs.load_state_dict(ours.state_dict())
-    theirs = theirs.to(DEVICE).eval()
-    for batch in (1, 4):
-        asked = inputs(32, batch)
-        gap = (ours(*asked) - theirs(*asked)).abs().max() / theirs(*asked).abs().max()
-        if gap > 1e-5:
-            raise SystemExit(f"the two models disagree by {gap:.1e}; timing them means nothing")
-        name = f"forward, DiT-S/2, 256 tokens, batch {batch} / facebookresearch"
-        show(name, ratio(partial(ours, *asked), partial(theirs, *asked), rounds), 1.0)
-
-
-def capture(rounds: int) -> None:
-    """Capturing one layer against a plain forward: time, FLOPs and peak memory."""
-    for size in (32, 64):
-        model = denoiser(size)
-        level = model.process.level(500)
-        wanted = [Capture(model.layer("auto"))]
-        for batch in (1, 4):
-            x, _, y = inputs(size, batch)
-            plain, captured = partial(model, x, level, y), partial(model, x, level, y, wanted)
-            name = f"capture, {size * size // 4} tokens, batch {batch}"
-            show(f"{name}: time", ratio(captured, plain, rounds), 1.05)
-            # Chunked saliency is plain matrix products, so FLOPs are counted, not estimated.
-            print(f"| {name}: FLOPs | {flops(captured) / flops(plain):.4f} | exact | 1.01 |")
-            more = peak_memory(captured) / peak_memory(plain)
-            print(f"| {name}: peak memory | {more:.3f} | exact | 1.25 |", flush=True)
-
-
-def drawing(guidance: tuple[Term, ...], batch: int, steps: int) -> Callable[[], object]:
+def drawing(guidance: str, scale: Scale, steps: int) -> Callable[[], object]:
     """Return a run through the straight line, latents left as they are."""
-    network = denoiser(32)
-    model = Model(network, IdentityCodec(), "DiT-S-2", "", {}, network.class_names)
-    requests = [Request(i, 0, 0, i) for i in range(batch)]
-    settings = Settings(steps=steps, batch_size=batch, guidance=guidance)
-    return partial(draw, model, requests, settings)
+    drawn = model(network(scale.network, scale.latent), None)
+    requests = [Request(i, 0, 0, i) for i in range(scale.batch)]
+    settings = Settings(steps=steps, batch_size=scale.batch, guidance=GUIDANCE[guidance])
+    return partial(draw, drawn, requests, settings)
 
 
-def sampling(rounds: int) -> None:
-    """A 20-step run against 20 forwards."""
-    batch, steps = 4, 20
-    network = denoiser(32).network
-    asked = inputs(32, batch)
+def own(scale: Scale, rows: Rows) -> None:
+    """What we add to bare passes of the network."""
+    capture(scale, rows)
+    made, steps = network(scale.network, scale.latent), 2 * scale.steps
+    asked = inputs(scale.latent, scale.batch, torch.float32)
 
     def forwards() -> None:
         for _ in range(steps):
-            network(*asked)
+            made(*asked)
 
-    show(
-        "sampling, 20 steps / 20 forwards", ratio(drawing((), batch, steps), forwards, rounds), 1.05
-    )
-
-
-def sag(rounds: int) -> None:
-    """SAG at every step against no guidance."""
-    guided, unguided = drawing((SAG(scale=1.0),), 4, 10), drawing((), 4, 10)
-    show("SAG every step / unguided, 10 steps", ratio(guided, unguided, rounds), 2.05)
+    for what, work, base in (
+        (f"a run of {steps} steps / {steps} passes", drawing("unguided", scale, steps), forwards),
+        (
+            f"SAG at each of {scale.steps} steps / unguided",
+            drawing("SAG", scale, scale.steps),
+            drawing("unguided", scale, scale.steps),
+        ),
+    ):
+        median, low, high = ratio(work, base, scale.run_rounds)
+        rows.add(what, f"batch {scale.batch}", median, "", f"{low:.3f} to {high:.3f}")
 
 
 def main() -> None:
     """Print a table of ratios."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer", help="a checkout of facebookresearch/DiT")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", choices=["forward", "capture", "sampling", "sag"], nargs="*")
+    parser.add_argument("--fast", help="a checkout of chuanyangjin/fast-DiT")
+    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--out", default="outputs/bench", help="folder for bench.md")
+    parser.add_argument("--tiny", action="store_true", help="show that it works, with tiny sizes")
     options = parser.parse_args()
-    chosen = options.only or ["forward", "capture", "sampling", "sag"]
-    print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads\n")
-    print("| what | ratio | quartiles | target |\n|---|---|---|---|")
-    with torch.no_grad():
-        if "forward" in chosen and options.peer:
-            forward(options.rounds, options.peer)
-        elif "forward" in chosen:
-            print("| forward / facebookresearch | not run: pass --peer | | |")
-        if "capture" in chosen:
-            capture(options.rounds)
-        if "sampling" in chosen:
-            sampling(max(5, options.rounds // 3))
-        if "sag" in chosen:
-            sag(max(5, options.rounds // 3))
+    quiet_lightning()
+    scale = TINY_SCALE if options.tiny else CPU_SCALE
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "bench.rows"
+    file.unlink(missing_ok=True)
+    failed = 0
+    for part in options.only:
+        rows = Rows(file, part)
+        with rows.attempt(part):
+            if part == "own":
+                with torch.no_grad():
+                    own(scale, rows)
+            elif part == "peers":
+                peers.run(scale, rows, options.peer, options.fast)
+            else:
+                training.run(scale, rows, options.peer, options.fast)
+        failed += rows.failed
+    about = {
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "diffusers": diffusers.__version__,
+        "Python": platform.python_version(),
+        "device": DEVICE,
+        "threads": str(torch.get_num_threads()),
+    }
+    kept = read(file)
+    table = "; ".join(f"{name}: {value}" for name, value in about.items())
+    for part in options.only:
+        of_part = [row for row in kept if row.phase == part]
+        table += f"\n\n### {PARTS[part]}\n\n{side_by_side(of_part)}"
+    table += "\n"
+    (out / "bench.md").write_text(table, "utf-8")
+    print(f"\n{table}\ntable: {out / 'bench.md'}")
+    if failed:
+        raise SystemExit(f"{failed} measurements failed")
 
 
 if __name__ == "__main__":

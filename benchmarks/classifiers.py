@@ -1,10 +1,10 @@
 """Train the small classifiers whose features stand for Inception's on the bundled data sets.
 
-    python -m benchmarks.classifiers digits|patches [--out FOLDER] [--check]
+    python -m benchmarks.classifiers digits|patches|emoji [--out FOLDER] [--check]
 
-Seeded; half a minute (digits) and three (patches) on one CPU core. ``--check`` trains nothing.
-Prints accuracy on the held-out images, and what the Frechet distances notice: how far the held-out
-half ``report`` is, once changed, from what it was and from the half ``tune``.
+Seeded; half a minute (digits), three (patches) and twenty (emoji) on one CPU core. ``--check``
+trains nothing. Prints accuracy on the held-out images, and what the Frechet distances notice: how
+far the held-out half ``report`` is, once changed, from what it was and from the half ``tune``.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
+from torchvision.transforms.v2 import RandomAffine
 from torchvision.transforms.v2 import functional as change
 
 from sag_dit.data.digits import Digits
+from sag_dit.data.emoji import EmojiData
 from sag_dit.data.patches import Patches
 from sag_dit.data.splits import split
 from sag_dit.data.training_batches import StepData
 from sag_dit.evaluation.classifier import SmallClassifier, bundled_classifier
 from sag_dit.evaluation.metrics import Statistics, frechet_distance
 
-STEPS = {"digits": 2000, "patches": 4000}
+STEPS = {"digits": 2000, "patches": 4000, "emoji": 4000}
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.05
 BATCH = 64
@@ -55,6 +57,26 @@ def recoloured(images: Tensor) -> Tensor:
     return ((x - mean) * contrast + mean + brightness).round().clamp(0, 255).to(torch.uint8)
 
 
+turn = RandomAffine(degrees=15, translate=(0.08, 0.08), scale=(0.85, 1.15), fill=255)
+
+
+def turned(images: Tensor) -> Tensor:
+    """Turn, move and scale each image a little, over white."""
+    return torch.stack([turn(image) for image in images])
+
+
+DATA: dict[str, Callable[[int], StepData]] = {
+    "digits": Digits,
+    "patches": Patches,
+    "emoji": EmojiData,
+}
+AUGMENT: dict[str, Callable[[Tensor], Tensor]] = {
+    "digits": moved,
+    "patches": recoloured,
+    "emoji": lambda images: recoloured(turned(images)),
+}
+
+
 def fit(
     model: nn.Module,
     data: StepData,
@@ -78,15 +100,15 @@ def fit(
 def train(name: str) -> SmallClassifier:
     """Train on the training part alone."""
     torch.manual_seed(0)
-    data: StepData = Digits(BATCH) if name == "digits" else Patches(BATCH)
-    augment = moved if name == "digits" else recoloured
-    model = SmallClassifier(name)
+    data, augment = DATA[name](BATCH), AUGMENT[name]
+    # Channels last is twice as fast on a CPU.
+    model = SmallClassifier(name).to(memory_format=torch.channels_last)
 
     def loss_of(images: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(model(augment(images)).logits, labels, label_smoothing=0.1)
 
     fit(model, data, loss_of, STEPS[name], LEARNING_RATE)
-    return model.eval().requires_grad_(False)
+    return model.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -6,11 +6,17 @@ Autoguidance's worse model is the same recipe after a tenth of the training, and
 guidance's classifier a small one of ADM's kind, trained on noisy training digits; both are made
 first, in some minutes. Then ``evaluate.py ckpt=digits reference=digits:report compare=methods``
 measures all settings with the same seeds; what was measured before is not measured again.
+
+Beside the plot, in a JSON file of its name, stands what went into it: the counts, and hashes of the
+weights, of the rows, and of the code that makes the second models and draws.
+``tests/test_pictures.py`` compares them with what would go in today.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,20 +25,24 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+import sag_dit
 from benchmarks.classifiers import fit
 from sag_dit.cli import app, evaluate, train
+from sag_dit.cli.composing import config_folder
 from sag_dit.cli.keys import Evaluate
 from sag_dit.codec import from_pixels
 from sag_dit.data.digits import Digits
+from sag_dit.identity import digest
 from sag_dit.models.unet.classifier import Classifier
 from sag_dit.process import DDPM
 
-LEARN = ["experiment=digits", "max_steps=400", "logger=none", "preview.steps=2"]
+LEARN = ["experiment=digits", "max_steps=400", "logger=none", "preview.steps=2", "ema.warmup=false"]
 CLASSIFIER_STEPS = 3000
 SHADES = ("#9ecae1", "#4292c6", "#08306b")
 """Of the three scales, from weak to strong."""
@@ -107,6 +117,18 @@ def second_models(out: Path) -> list[str]:
         for number, scale in enumerate((0.5, 1.0, 2.0), start=1)
     ]
     return rows
+
+
+def ingredients(num: int, seeds: int, steps: int) -> dict[str, Any]:
+    """Return what goes into the plot; nothing is measured."""
+    rows = yaml.safe_load((config_folder() / "compare/methods.yaml").read_text("utf-8"))
+    code = [LEARN, CLASSIFIER_STEPS, SHADES, NAMES, *map(inspect.getsource, (second_models, draw))]
+    return {
+        "counts": {"num": num, "seeds": seeds, "steps": steps},
+        "weights": sag_dit.load("digits").sha256,
+        "rows": digest(rows),
+        "code": hashlib.sha256(json.dumps(code).encode()).hexdigest(),
+    }
 
 
 def settings(rows: Mapping[str, Mapping[str, Any]], results: Sequence[Any]) -> list[Setting]:
@@ -211,6 +233,8 @@ def main() -> None:
         f"each: {options.num}, steps: {options.steps}; bars are two standard errors over seeds"
     )
     draw(found, told["metrics"], options.plot, caption)
+    text = json.dumps(ingredients(options.num, options.seeds, options.steps), indent=1) + "\n"
+    options.plot.with_suffix(".json").write_text(text, encoding="utf-8")
     print(f"plot: {options.plot}")
 
 

@@ -85,4 +85,4 @@ def flops(work: Work) -> int:
     """Count the floating-point operations of matrix products and attention."""
     with FlopCounterMode(display=False) as counter:
         work()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())

@@ -21,6 +21,7 @@ from sag_dit import guidance
 from sag_dit.guidance import Term
 from sag_dit.identity import later
 from sag_dit.methods import methods
+from sag_dit.study.contenders import setting as setting
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "guidance.md"
@@ -33,16 +34,6 @@ def classes() -> list[type[Term]]:
     """Return the methods' classes: SAG's file first, the others by title."""
     found = [getattr(guidance, method.name) for method in methods()]
     return sorted(found, key=lambda each: (not issubclass(each, guidance.BlurGuidance), each.title))
-
-
-def setting(kind: type[Term], strength: float, **objects: object) -> Term:
-    """Return a method's example so far from off; ``objects`` are such as a worse model.
-
-    Only those are given to a method that it has fields for.
-    """
-    known = {field.name for field in fields(kind)}
-    given = {name: value for name, value in objects.items() if name in known}
-    return kind(kind.neutral + strength, **{**kind.example, **given})
 
 
 def _rows() -> Iterator[tuple[str, str, type[Term]]]:
@@ -62,7 +53,12 @@ EVERY_UNET = "guidance/test_unet_methods.py::test_every_method_guides_a_unet"
 EVERY_PIPELINE = "pipelines/test_every_method.py::test_every_method_guides_every_family"
 PERTURBED = "guidance/test_perturbed.py::"
 NULL = "guidance/test_null.py::"
+CFGPP = "guidance/test_cfgpp.py::"
 EDITED = PERTURBED + "test_it_is_guidance_away_from_the_perturbed_network"
+S2_DRAWS = "guidance/test_s2.py::test_each_image_is_led_away_from_what_its_own_blocks_leave"
+CROPS = "guidance/test_swg.py::test_it_is_that_of_the_authors"
+NAG_TEXTS = "pipelines/test_text_attention.py::test_nag_keeps_the_two_texts_apart"
+NO_TEXT = "pipelines/test_text_attention.py::test_a_model_without_a_text_is_refused"
 SCORE = "guidance/test_classifier.py::test_score_form_shifts_eps_against_the_gradient"
 AUTO = "guidance/test_auto.py::test_it_extrapolates_from_the_worse_model"
 UNET_PARITY = "parity/test_unet.py::test_agrees_with_the_original"
@@ -75,7 +71,12 @@ NO_PIPELINE = "pipelines/test_every_method.py::test_what_cannot_guide_a_family_i
 
 # What a method has in common on all kinds of output: it acts, is finite at both ends of the
 # process, and is the same in one batch or one by one. A formula is proven where one is named.
-COMMON = {title: EVERY for title, kind in ROWS.items() if "flow" not in kind.needs}
+OF_TEXT = tuple(title for title, kind in ROWS.items() if kind.needs & {"text", "cross"})
+COMMON = {
+    title: EVERY
+    for title, kind in ROWS.items()
+    if "flow" not in kind.needs and title not in OF_TEXT
+}
 
 NETWORKS: Proofs = {
     "DiT, eps": {
@@ -86,9 +87,13 @@ NETWORKS: Proofs = {
         "blur guidance": "guidance/test_sag.py::test_blur_guidance_is_sag_whose_mask_is_1",
         "CFG": "guidance/test_cfg.py::test_cfg_is_null_plus_w_times_the_difference",
         "CFG, rescaled": NULL + "test_rescale_is_of_what_the_network_puts_out",
+        "CFG++": CFGPP + "test_a_run_of_ddim_is_algorithm_2",
         "APG": NULL + "test_apg_is_the_paper_s_in_x_0",
         "ICG": NULL + "test_icg_draws_each_image_and_step_a_class_of_its_own",
-        **dict.fromkeys(("PAG", "SEG", "SLG"), EDITED),
+        **dict.fromkeys(("PAG", "PAG, soft", "PAG, heads", "SEG", "SLG"), EDITED),
+        "S^2-Guidance": S2_DRAWS,
+        "SWG": CROPS,
+        "M-SWG": CROPS,
         "TPG": PERTURBED + "test_tpg_shuffles_what_enters_each_block",
         "TSG": PERTURBED + "test_tsg_perturbs_the_time_embedding_of_the_first_blocks",
         "autoguidance": AUTO,
@@ -111,8 +116,10 @@ NETWORKS: Proofs = {
         "CFG, rescaled": NULL + "test_rescale_is_of_what_the_network_puts_out",
         "APG": NULL + "test_apg_is_the_paper_s_in_x_0",
         **{title: EVERY for title, kind in ROWS.items() if "flow" in kind.needs},
+        "CFG++": CFGPP + "test_a_run_of_a_flow_is_the_authors_later_form",
         "CFG-Zero*": NULL + "test_cfg_zero_scales_the_null_velocity_and_zeroes_the_first_steps",
-        **dict.fromkeys(("PAG", "SEG", "SLG"), EDITED),
+        "Rectified-CFG++": "guidance/test_rectified.py::test_a_run_is_the_paper_s_algorithm",
+        **dict.fromkeys(("PAG", "PAG, soft", "PAG, heads", "SEG", "SLG"), EDITED),
         "TSG": PERTURBED + "test_tsg_perturbs_the_time_embedding_of_the_first_blocks",
         "autoguidance": AUTO,
         "classifier guidance": SCORE,
@@ -121,7 +128,7 @@ NETWORKS: Proofs = {
         **{
             title: EVERY_UNET
             for title, kind in ROWS.items()
-            if not kind.needs & {"flow", "blocks", "dit"}
+            if not kind.needs & {"flow", "blocks", "dit"} and title not in OF_TEXT
         },
         "SAG": UNET_PARITY,
         "classifier guidance": UNET_PARITY,
@@ -131,26 +138,43 @@ NETWORKS: Proofs = {
 IN_EVERY = tuple(
     title
     for title, kind in ROWS.items()
-    if not kind.from_null and not kind.needs & {"flow", "dit", "classes"}
+    if not kind.from_null and not kind.needs & {"flow", "dit", "classes", "cross"}
 )
 WITH_NULL = tuple(title for title, kind in ROWS.items() if kind.from_null and not kind.needs)
+OF_CROSS = dict.fromkeys(
+    (title for title, kind in ROWS.items() if "cross" in kind.needs), EVERY_PIPELINE
+)
 OF_FLOWS = tuple(title for title, kind in ROWS.items() if "flow" in kind.needs)
+RENOISING = tuple(title for title, kind in ROWS.items() if kind.renoises)
 
 PIPELINES: Proofs = {
     "SD 1, 2": {
         **dict.fromkeys((*IN_EVERY, *WITH_NULL), EVERY_PIPELINE),
+        **OF_CROSS,
+        "NAG": NAG_TEXTS,
         "SAG": SAG_PARITY,
         "CFG": OWN_CFG,
         "PAG": PAG_PARITY,
     },
-    "SDXL": dict.fromkeys((*IN_EVERY, *WITH_NULL), EVERY_PIPELINE),
-    "PixArt": {
+    "SDXL": {
         **dict.fromkeys((*IN_EVERY, *WITH_NULL), EVERY_PIPELINE),
+        **OF_CROSS,
+        "NAG": NAG_TEXTS,
+    },
+    "PixArt": {
+        **{
+            title: EVERY_PIPELINE
+            for title in (*IN_EVERY, *WITH_NULL)
+            if title not in RENOISING  # For its own scheduler, as it comes.
+        },
+        **OF_CROSS,
+        "NAG": NAG_TEXTS,
         "CFG": OWN_CFG,
         "PAG": PAG_PARITY,
     },
     "SD3": {
         **dict.fromkeys((*IN_EVERY, *WITH_NULL, *OF_FLOWS), EVERY_PIPELINE),
+        "NAG": NAG_TEXTS,
         "CFG": OWN_CFG,
         "PAG": PAG_PARITY,
     },
@@ -159,14 +183,25 @@ PIPELINES: Proofs = {
 }
 
 REASONS = (
-    "CFG-Zero* is for flows.",
+    "The method is for flows.",
     "Tokens are shuffled at the entrance of transformer blocks, and this UNet has none.",
     "TSG perturbs the time embedding of this package's own DiT, as `sag_dit.load` reads it.",
     "FLUX's pipelines ask for the null prompt after the prompt; their `true_cfg_scale` is CFG.",
     "The method needs classes; `sag_dit.load` reads a `DiTPipeline`'s folder as a DiT with them.",
+    "CFG++ takes steps of DDIM or Euler, and PixArt comes with another scheduler; with "
+    "`DDIMScheduler` it is guided too.",
+    "NAG acts where attention sees a text; here the condition enters by modulation.",
+    "PLADIS acts in cross-attention, where the image's tokens attend to a text alone.",
 )
-FLOWS, BLOCKS, OWN_DIT, APART, CLASSES = range(1, len(REASONS) + 1)
-WHY = {"flow": FLOWS, "blocks": BLOCKS, "dit": OWN_DIT, "classes": CLASSES}
+FLOWS, BLOCKS, OWN_DIT, APART, CLASSES, SCHEDULER, TEXT, CROSS = range(1, len(REASONS) + 1)
+WHY = {
+    "flow": FLOWS,
+    "blocks": BLOCKS,
+    "dit": OWN_DIT,
+    "classes": CLASSES,
+    "text": TEXT,
+    "cross": CROSS,
+}
 
 
 def refused(backbone: str, method: str) -> tuple[str, int]:
@@ -174,9 +209,11 @@ def refused(backbone: str, method: str) -> tuple[str, int]:
     kind = ROWS[method]
     if backbone == "FLUX" and kind.from_null:
         return NO_PIPELINE, APART
+    if backbone == "PixArt" and kind.renoises:
+        return NO_PIPELINE, SCHEDULER
     reason = next(number for need, number in WHY.items() if need in kind.needs)
     if backbone.startswith("DiT, "):
-        return NO_FLOW, reason
+        return NO_TEXT if reason in (TEXT, CROSS) else NO_FLOW, reason
     return NO_UNET if backbone in NETWORKS else NO_PIPELINE, reason
 
 
@@ -191,7 +228,7 @@ def cell(backbone: str, method: str, proof: str | None) -> str:
     if proof is not None:
         return link("✓", proof)
     test, reason = refused(backbone, method)
-    return link(f"–{'¹²³⁴⁵'[reason - 1]}", test)
+    return link(f"–{'¹²³⁴⁵⁶⁷⁸⁹'[reason - 1]}", test)
 
 
 def table(backbones: Proofs) -> str:

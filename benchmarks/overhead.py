@@ -82,7 +82,8 @@ def main() -> None:
     strong, weak = (network(depth, options.width, options.size) for depth in (options.depth, 1))
     model, worse = (ClassConditional(each, Flow(), kind="v") for each in (strong, weak))
     classifier = Classifier(4).to(DEVICE).requires_grad_(False)
-    terms = [setting(each, 0.5, worse=worse, classifier=classifier) for each in classes()]
+    guiding = [each for each in classes() if not each.needs & {"text", "cross"}]
+    terms = [setting(each, 0.5, worse=worse, classifier=classifier) for each in guiding]
     sets = {type(term).__name__: [term] for term in terms} | {"all of them": terms}
     x = torch.randn(options.batch, 4, options.size, options.size, device=DEVICE)
     y = torch.zeros(options.batch, dtype=torch.long, device=DEVICE)

@@ -1,9 +1,8 @@
-"""Measure a training step: ``python -m benchmarks.training --peer PATH/TO/DiT [--fast FAST-DIT]``.
+"""A training step beside the peers': DiT-S/2, 256 latent tokens, learned variance, AdamW, average.
 
-DiT-S/2 on 256 latent tokens at batch 16, DiT's objective with learned variance, AdamW and the
-average of weights: our step as Lightning's Trainer runs it, logging and all, eager and with
-``compile=true``, against the steps of facebookresearch/DiT's and fast-DiT's ``train.py``. fast-DiT
-checkpoints every block; on one process its Accelerate wrapping adds nothing that we time.
+Ours is what Lightning's Trainer runs, logging and all, eager and with ``compile=true``, against the
+steps of facebookresearch/DiT's and fast-DiT's ``train.py``. fast-DiT checkpoints every block; on
+one process its Accelerate wrapping adds nothing that we time.
 
 Steps alternate: our loader, before it hands out a batch, runs and times a step of every peer, and
 what passes until it is asked again is one step of ours. Peak memory is of tensors, weights and
@@ -12,7 +11,6 @@ optimiser state included, over the first two steps.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib
 import importlib.util
@@ -33,6 +31,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.measure import peak_memory, seconds
+from benchmarks.rows import Rows
+from benchmarks.sizes import TINY, Scale
 from sag_dit.checkpoints import from_denoiser
 from sag_dit.codec import IdentityCodec
 from sag_dit.denoiser import ClassConditional
@@ -150,7 +150,7 @@ def our_module(
 ) -> DiffusionModule:
     """Return the module that ``experiment=imagenet256`` trains, with a DiT of another size."""
     with torch.device(DEVICE):
-        network = DiT(latent, learn_sigma=True, **size)  # type: ignore[arg-type]
+        network = DiT(latent, learn_sigma=True, **size)
     network.checkpoint_blocks = checkpointed
     if compiled:
         network.compile_blocks()
@@ -161,24 +161,37 @@ def our_module(
     return DiffusionModule(model, objective=Hybrid(), optimizer=optimizer, ema_decay=0.9999).train()
 
 
-def measure(
-    compiled: bool, size: int, rounds: int, peers: dict[str, Callable[[Batch], None]]
+def bare_step(size: dict[str, int], latent: int) -> Callable[[Batch], None]:
+    """Return a step of the least loop that does the same: loss, gradients, AdamW, average."""
+    module = our_module(False, size, latent)
+    optimizer = torch.optim.AdamW(module.denoiser.parameters(), lr=1e-4, weight_decay=0)
+    assert module.averaged is not None
+    average = module.averaged
+
+    def step(batch: Batch) -> None:
+        x, y = (part.to(DEVICE) for part in batch)
+        loss = module.losses(module.denoiser, (x, y)).per_image.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average.update_parameters(module.denoiser)
+        loss.item()
+
+    return step
+
+
+def beside(
+    what: str,
+    turns: ByTurns,
+    module: DiffusionModule,
+    rows: Rows,
 ) -> None:
-    """Print the ratios of our step's time to each peer's."""
-    turns = ByTurns(size, rounds, peers)
-    our_trainer(rounds).fit(
-        our_module(compiled, SIZES["DiT-S/2"]), DataLoader(turns, batch_size=None)
-    )
+    """Keep the ratios of our step's time to each peer's."""
+    our_trainer(turns.rounds).fit(module, DataLoader(turns, batch_size=None))
     for name, theirs in turns.theirs.items():
-        ratios = [peer / ours for ours, peer in zip(turns.ours, theirs, strict=True)]
+        ratios = [ours / peer for ours, peer in zip(turns.ours, theirs, strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
-        ours = "compile=true" if compiled else "eager"
-        target = 1.2 if compiled else 1.0
-        print(
-            f"| training step, {ours}: {name}'s time / ours | {statistics.median(ratios):.3f} | "
-            f"{low:.3f} to {high:.3f} | {target} or more |",
-            flush=True,
-        )
+        rows.add(what, name, statistics.median(ratios), "", f"{low:.3f} to {high:.3f}")
 
 
 def two_steps(make: Callable[[], Callable[[Batch], None]], size: int) -> None:
@@ -188,36 +201,35 @@ def two_steps(make: Callable[[], Callable[[Batch], None]], size: int) -> None:
         step(batch_of(size))
 
 
-def our_two_steps(size: int) -> None:
+def our_two_steps(size: dict[str, int], batch: int) -> None:
     """Do the same with ours."""
-    turns = ByTurns(size, 0, {})
-    our_trainer(0).fit(our_module(False, SIZES["DiT-S/2"]), DataLoader(turns, batch_size=None))
+    our_trainer(0).fit(our_module(False, size), DataLoader(ByTurns(batch, 0, {}), batch_size=None))
 
 
-def main() -> None:
-    """Print a table of ratios."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peer", required=True, help="a checkout of facebookresearch/DiT")
-    parser.add_argument("--fast", help="a checkout of chuanyangjin/fast-DiT")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=10)
-    options = parser.parse_args()
-    folders = {"facebookresearch": options.peer, "fast-DiT": options.fast}
-    peers = peers_of(folders, "DiT-S/2")
-    print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads\n")
-    print("| what | ratio | quartiles | target |\n|---|---|---|---|")
-    for compiled in (False, True):
-        measure(
-            compiled, options.batch, options.rounds, {name: make() for name, make in peers.items()}
-        )
-    gc.collect()
-    ours = peak_memory(partial(our_two_steps, options.batch))
-    for name, make in peers.items():
-        # What is freed within a measurement would count against what it allocates.
+def run(scale: Scale, rows: Rows, peer: str | None, fast: str | None) -> None:
+    """Compare our step with a bare loop and the peers' steps, eager and compiled; and memory."""
+    with rows.attempt("training step", "a bare loop"):
+        # Of a network so small that a step is all overhead.
+        bare = {"a bare loop": bare_step(TINY, 8)}
+        turns = ByTurns(4, 20 * scale.training_rounds, bare, latent=8)
+        beside("training step, 2 blocks of 48", turns, our_module(False, TINY, 8), rows)
+    peers = peers_of({"facebookresearch": peer, "fast-DiT": fast}, scale.peer)
+    if not peers:
+        rows.add("training step", "", "not run: --peer and --fast name no checkout")
+        return
+    batch, size = scale.batch, SIZES[scale.peer]
+    for how in ("eager", "compile=true"):
+        with rows.attempt("training step", how):
+            made = {name: make() for name, make in peers.items()}
+            module = our_module(how != "eager", size)
+            what = f"training step, {scale.peer}, {how}, batch {batch}"
+            beside(what, ByTurns(batch, scale.training_rounds, made), module, rows)
+            del made, module
+    with rows.attempt("training step", "memory"):
         gc.collect()
-        theirs = peak_memory(partial(two_steps, make, options.batch))
-        print(f"| training, eager: our peak memory / {name}'s | {ours / theirs:.3f} | exact | |")
-
-
-if __name__ == "__main__":
-    main()
+        ours = peak_memory(partial(our_two_steps, size, batch))
+        for name, make in peers.items():
+            # What is freed within a measurement would count against what it allocates.
+            gc.collect()
+            theirs = peak_memory(partial(two_steps, make, batch))
+            rows.add(f"training step, {scale.peer}, eager: peak memory", name, ours / theirs)

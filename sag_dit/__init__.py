@@ -3,7 +3,8 @@
 Public names load on first use, so that ``import sag_dit`` itself costs nothing:
 
     model = sag_dit.load("digits")
-    images = sag_dit.sample(model, classes=[3, 7], guidance=[sag_dit.SAG(scale=1.0)], steps=50)
+    out = model.sample([3, 7], guidance=sag_dit.SAG(1.0), steps=50)
+    out.images[0].save("three.png")
 """
 
 from __future__ import annotations
@@ -13,18 +14,30 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sag_dit import study as study
+    from sag_dit.api import LoadedModel as LoadedModel
+    from sag_dit.api import Samples as Samples
+    from sag_dit.api import load as load
+    from sag_dit.api import load_text as load_text
     from sag_dit.checkpoints import Model as Model
-    from sag_dit.checkpoints import load as load
-    from sag_dit.checkpoints import load_text as load_text
+    from sag_dit.guidance import Cache as Cache
     from sag_dit.guidance.typed import *  # noqa: F403
     from sag_dit.pipelines import guide as guide
+    from sag_dit.pipelines.guider import as_guider as as_guider
     from sag_dit.sampling import sample as sample
+    from sag_dit.search import BestOf as BestOf
+    from sag_dit.search import FKSteering as FKSteering
 
 _HOME = {
+    "BestOf": "sag_dit.search",
+    "FKSteering": "sag_dit.search",
+    "Cache": "sag_dit.guidance",
+    "LoadedModel": "sag_dit.api",
     "Model": "sag_dit.checkpoints",
+    "Samples": "sag_dit.api",
+    "as_guider": "sag_dit.pipelines.guider",
     "guide": "sag_dit.pipelines",
-    "load": "sag_dit.checkpoints",
-    "load_text": "sag_dit.checkpoints",
+    "load": "sag_dit.api",
+    "load_text": "sag_dit.api",
     "sample": "sag_dit.sampling",
     "study": "sag_dit.study",
 }

@@ -31,6 +31,7 @@ class Entry:
         licence: of the weights.
         data: what it was trained on, in a sentence.
         reference: the paper.
+        preset: the row of its configs/compare with which sample.py draws by itself.
         weights: what its family has to know to recognise and read it.
 
     Example:
@@ -51,19 +52,25 @@ class Entry:
     licence: str | None = None
     data: str | None = None
     reference: str | None = None
+    preset: str = "sag"
     weights: Mapping[str, Any] = field(default_factory=dict)
 
 
 @cache
-def entries(*kinds: Kind) -> Mapping[str, Entry]:
-    """Return the entries of some kinds by their names, all if no kind is asked for."""
+def _all() -> Mapping[str, Entry]:
     text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
-    listed: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    # In C where PyYAML has it: this file is long, and every command reads it.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    listed: dict[str, dict[str, Any]] = yaml.load(text, Loader=loader)
     return {
         name: Entry(name, **{**each, "aliases": tuple(each.get("aliases", ()))})
         for name, each in listed.items()
-        if not kinds or each["kind"] in kinds
     }
+
+
+def entries(*kinds: Kind) -> Mapping[str, Entry]:
+    """Return the entries of some kinds by their names, all if no kind is asked for."""
+    return {name: each for name, each in _all().items() if not kinds or each.kind in kinds}
 
 
 def aliases(*kinds: Kind) -> dict[str, str]:

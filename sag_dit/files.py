@@ -19,6 +19,16 @@ LOCK = ".lock"
 """The file by which a run holds a folder."""
 
 
+class InUse(ValueError):
+    """Another run holds a folder.
+
+    Example::
+
+        with suppress(InUse), using(folder):
+            print("nobody else is working here")
+    """
+
+
 @contextmanager
 def writing(file: Path) -> Iterator[None]:
     """Turn an error of the disk within this context into one that names the file and the remedy.
@@ -75,27 +85,42 @@ def atomic(file: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def using(folder: Path) -> Iterator[None]:
+def using(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Lock a folder for this run; of its ranks only the first calls this.
 
     The system frees the lock when the process ends, however it ends. Where there are no locks, as
     on some network file systems, or the folder cannot be written to, the run goes on without one.
+    Runs that all take the lock ``shared`` let each other in, and nobody else.
 
     Raises:
-        ValueError: another run holds it.
+        InUse: another run holds it.
     """
     file = folder / LOCK
-    held = _lock(file)
+    held = _lock(file, shared)
     try:
         yield
     finally:
         if held is not None:
             # While it is held: who waits for it then finds that it has gone, and makes another.
-            file.unlink(missing_ok=True)
+            if not shared or _is_last(held[0]):
+                file.unlink(missing_ok=True)
             os.close(held.pop())
 
 
-def _lock(file: Path) -> list[int] | None:
+def _is_last(descriptor: int) -> bool:
+    """Whether nobody else shares a lock; it is then held alone."""
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _lock(file: Path, shared: bool) -> list[int] | None:
     """Return the descriptor of a locked file, None where there are no locks.
 
     The list is empty once the descriptor is closed: processes that are forked off share the lock,
@@ -111,14 +136,15 @@ def _lock(file: Path) -> list[int] | None:
         except OSError:
             return None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             if os.fstat(descriptor).st_nlink:
                 break
             os.close(descriptor)  # Removed by the run that had held it.
         except BlockingIOError as error:
             holder = os.read(descriptor, 300).decode(errors="replace")
             os.close(descriptor)
-            raise ValueError(
+            raise InUse(
                 f"another run is using this folder: {file.parent} ({holder}); wait for it to end, "
                 f"or choose another out"
             ) from error

@@ -8,7 +8,7 @@ defaults of its settings follow from that. This index reads the source of the cl
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).with_name("guidance")
-OF_ALL = ("interval", "interval_in", "schedule")
+OF_ALL = ("interval", "interval_in", "schedule", "every")
 """Settings that every method has, beside its scale."""
 
 
@@ -99,8 +99,8 @@ def _method(name: str, module: str, classes: Classes) -> Method:
     """Return what a class says of itself, or inherits."""
     constants: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
-    remarks: dict[str, str] = {}
-    for each, after in pairwise(each for node in _lineage(name, classes) for each in node.body):
+    lines = [each for node in _lineage(name, classes) for each in node.body]
+    for each in lines:
         # A field, or what the class states of itself.
         match each:
             case ast.Assign(targets=[ast.Name(id=target)], value=value):
@@ -110,10 +110,6 @@ def _method(name: str, module: str, classes: Classes) -> Method:
                     constants[target] = value
                 elif target != "scale" and ast.unparse(kind) != "nn.Module | None":
                     defaults[target] = _value(value)
-        # The sentence below a field says what it means.
-        match each, after:
-            case ast.AnnAssign(target=ast.Name(id=target)), ast.Expr(ast.Constant(str(remark))):
-                remarks[target] = remark
     return Method(
         name,
         module,
@@ -121,8 +117,18 @@ def _method(name: str, module: str, classes: Classes) -> Method:
         title=_value(constants["title"]),
         neutral=float(_value(constants["neutral"])),
         settings={key: defaults[key] for key in sorted(defaults, key=OF_ALL.__contains__)},
-        remarks=remarks,
+        remarks=remarks(lines),
     )
+
+
+def remarks(lines: Iterable[ast.stmt]) -> dict[str, str]:
+    """Return what the sentences below the fields of a class say of them, by field."""
+    found = {}
+    for each, after in pairwise(lines):
+        match each, after:
+            case ast.AnnAssign(target=ast.Name(id=target)), ast.Expr(ast.Constant(str(remark))):
+                found[target] = remark
+    return found
 
 
 def _value(node: ast.expr) -> Any:

@@ -7,11 +7,14 @@ such batches.
 
 from __future__ import annotations
 
+import inspect
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Any, NamedTuple, Self, overload
+from difflib import get_close_matches
+from functools import cache, wraps
+from typing import Any, ClassVar, NamedTuple, ParamSpec, Self, TypeVar, overload
 
 import numpy as np
 import torch
@@ -20,20 +23,43 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sag_dit.checkpoints import Model
-from sag_dit.guidance import GuidedDenoiser, Term
-from sag_dit.noise import START, NoiseSource
+from sag_dit.denoiser import Denoiser
+from sag_dit.guidance import SAG, Cache, Cost, GuidedDenoiser, Term, cost_of
+from sag_dit.identity import LATER
+from sag_dit.identity import settings as plain_settings
+from sag_dit.methods import methods
+from sag_dit.noise import ALONE, START, Lineage, NoiseSource
+from sag_dit.process import Prediction, Step
+from sag_dit.profiling import each_timed, part
 from sag_dit.sampler import DDIM, Sampler, SampleStep, auto
-from sag_dit.tensors import Labels
+from sag_dit.tensors import Labels, sent
 from sag_dit.traces import Captures, Maps, Recorder, Trace
 
 log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+WORDS: Mapping[str, str] = {
+    "num_inference_steps": "steps={}",
+    "num_steps": "steps={}",
+    "guidance_scale": "guidance=CFG({})",
+    "class_labels": "classes={}",
+    "prompt": "model.prompted({}).sample(0)",
+    "num_images_per_prompt": "a class for each image, as in classes=[3] * {}",
+    "generator": "seed=0",
+    "scheduler": "sampler='dpmpp_2m'",
+    "torch_dtype": "dtype={}",
+}
+"""What diffusers calls arguments, and what is written here instead."""
 
 
 class Request(NamedTuple):
     """One image that is asked for: its index in the set, its seed and stream, and its class.
 
     The noise of the image is a function of (``seed``, ``stream``) and the step. ``stream`` is the
-    index where a whole set shares one seed, and 0 where every image brings its own.
+    index where a whole set shares one seed, and 0 where every image brings its own. ``lineage``
+    says which of an image's particles the noise is, where a search has made some.
 
     Example:
         >>> Request(index=0, seed=0, label=3, stream=0).label
@@ -44,6 +70,70 @@ class Request(NamedTuple):
     seed: int
     label: int
     stream: int
+    lineage: Lineage = ALONE
+
+    def particle(self, number: int) -> Request:
+        """Return the request of one of the image's particles."""
+        return self._replace(lineage=((START, number),))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search chose for one image: its score, and whose noise it is made of.
+
+    A request with this ``lineage`` draws the image again without a search.
+
+    Example:
+        >>> Found(score=0.9, lineage=((0, 2), (6, 1))).particle
+        1
+    """
+
+    score: float
+    lineage: Lineage
+
+    @property
+    def particle(self) -> int:
+        """The number of the chosen particle."""
+        return self.lineage[-1][1]
+
+
+class Search(ABC):
+    """Draws each image several times, as particles, and chooses one; see :mod:`sag_dit.search`.
+
+    Example::
+
+        settings = Settings.of(model, search=BestOf(8))
+        drawn = draw_batch(model, requests, settings)
+        print(drawn.found[0].score)
+    """
+
+    key: ClassVar[str]
+    """What the identity of a run calls it."""
+
+    @abstractmethod
+    def check(self, model: Model, settings: Settings) -> None:
+        """Refuse what this search cannot work with, before anything is drawn.
+
+        Raises:
+            ValueError: what does not fit, and the remedy.
+        """
+
+    @abstractmethod
+    def identity(self, model: Model) -> dict[str, Any]:
+        """Return all that the choice depends on, as plain values."""
+
+    @abstractmethod
+    def cost(self, alone: Cost) -> Cost:
+        """Return the cost of the search, given that of an image without it."""
+
+    @abstractmethod
+    def find(
+        self, model: Model, requests: Sequence[Request], settings: Settings, watch: Watch | None
+    ) -> tuple[UInt8[Tensor, "b c h w"], list[Found]]:
+        """Draw one compute batch; return the images that were chosen, and what is known of them.
+
+        ``settings`` are those of one image, without the search.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +181,9 @@ class Settings:
 
     The network always computes ``batch_size`` images at once: a shorter batch is padded, so that
     an image does not depend on how many others are drawn. Guidance asks for several rows per image;
-    the network computes at most ``max_rows`` of them at once.
+    the network computes at most ``max_rows`` of them at once. With ``share_prefixes`` rows that
+    differ from a block of the network on share the blocks before it. A ``search`` draws each image
+    several times and chooses one. With a ``cache`` the blocks run at some of the steps only.
 
     Example:
         >>> Settings(steps=20).batch_size
@@ -103,6 +195,9 @@ class Settings:
     guidance: tuple[Term, ...] = ()
     batch_size: int = 16
     max_rows: int | None = None
+    share_prefixes: bool = False
+    search: Search | None = None
+    cache: Cache = field(default_factory=Cache)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -126,6 +221,9 @@ class Settings:
         steps: int = 50,
         guidance: Sequence[Term] = (),
         batch_size: int | None = None,
+        share_prefixes: bool = False,
+        search: Search | None = None,
+        cache: Cache | None = None,
     ) -> Self:
         """Return settings whose sampler and batch size are the model's own unless they are given.
 
@@ -136,19 +234,106 @@ class Settings:
             steps=steps,
             guidance=tuple(guidance),
             batch_size=model.batch_size if batch_size is None else batch_size,
+            share_prefixes=share_prefixes,
+            search=search,
+            cache=cache or Cache(),
         )
 
     def check(self, model: Model) -> None:
         """Refuse settings that this model cannot be sampled with, before any evaluation.
 
         Raises:
-            ValueError: too many steps for the process, or a term that cannot guide the model.
+            ValueError: too many steps for the process, a term that cannot guide the model, or a
+                search or a cache that does not fit.
         """
         self.sampler.check(model.denoiser.process, self.steps)
+        self.cache.check(model.denoiser, self.share_prefixes)
         for term in self.guidance:
             if not term.off:
                 term.check(model.denoiser)
                 term.check_sampler(self.sampler)
+        if self.search is not None:
+            self.search.check(model, self)
+
+    def guided(self, denoiser: Denoiser, noise: NoiseSource) -> GuidedDenoiser:
+        """Return the denoiser as these settings guide it, for one batch."""
+        return GuidedDenoiser(
+            denoiser,
+            self.guidance,
+            noise=noise,
+            max_rows=self.max_rows,
+            share_prefixes=self.share_prefixes,
+            cache=self.cache,
+        )
+
+    def cost(self, denoiser: Denoiser) -> Cost:
+        """Return what drawing costs with these settings."""
+        alone = cost_of(
+            denoiser,
+            self.guidance,
+            self.sampler,
+            self.steps,
+            max_rows=self.max_rows and self.max_rows // self.batch_size,
+            share_prefixes=self.share_prefixes,
+            cache=self.cache,
+        )
+        return alone if self.search is None else self.search.cost(alone)
+
+    def unshared(self, denoiser: Denoiser) -> str | None:
+        """Return a sentence that says why ``share_prefixes`` saves nothing, None where it does."""
+
+        def spares(settings: Settings) -> bool:
+            return settings.cost(denoiser) != replace(settings, share_prefixes=False).cost(denoiser)
+
+        if not self.share_prefixes or spares(self):
+            return None
+        if denoiser.chain_length is None:
+            why = f"a {type(denoiser.network).__name__} is no chain of blocks that rows can join"
+        elif spares(replace(self, max_rows=None)):
+            why = f"max_rows={self.max_rows} parts the rows that could share; make it larger"
+        else:
+            why = "no method that is on changes the network from a block behind the first one on"
+        return f"share_prefixes=true saves nothing here: {why}"
+
+    def uncached(self, denoiser: Denoiser) -> str | None:
+        """Return a sentence that says why the cache saves nothing, None where it does."""
+
+        def spares(settings: Settings) -> bool:
+            return settings.cost(denoiser) != replace(settings, cache=Cache()).cost(denoiser)
+
+        if self.cache.off or spares(self):
+            return None
+        why = "there are too few steps"
+        if spares(replace(self, guidance=())):
+            on = [term for term in self.guidance if not term.off]
+            # Those that save nothing alone; where each would, all of them together.
+            anew = [term for term in on if not spares(replace(self, guidance=(term,)))] or on
+            names = ", ".join(dict.fromkeys(map(key_of, anew)))
+            why = f"{names} asks at every step what cannot be kept; give it every=2"
+        return f"cache.every={self.cache.every} saves nothing here: {why}"
+
+    def useless(self, denoiser: Denoiser) -> str | None:
+        """Return a sentence that says what is on and saves nothing, None where all does."""
+        return self.unshared(denoiser) or self.uncached(denoiser)
+
+    @property
+    def unguided(self) -> Self:
+        """The settings of a twin: neither guidance nor a search."""
+        return replace(self, guidance=(), search=None)
+
+    @property
+    def spared(self) -> str | None:
+        """The method that a gallery's second twin is drawn without, by its key.
+
+        Of several that are on it is SAG, else the last; of fewer it is None.
+        """
+        keys = [key_of(term) for term in self.guidance if not term.off]
+        return None if len({*keys}) < 2 else SAG.key if SAG.key in keys else keys[-1]
+
+    def without(self, key: str) -> Self:
+        """Return the settings of a twin without the terms of a method, and without a search."""
+        kept = tuple(term for term in self.guidance if key_of(term) != key)
+        return replace(self, guidance=kept, search=None)
 
     def class_names(self, model: Model) -> tuple[str, ...]:
         """Return the classes that images may have: a term's if it brings any, else the model's."""
@@ -160,7 +345,9 @@ class Settings:
 class Pixels:
     """What determines the pixels of a run.
 
-    A field that is added has to be marked ``LATER``; see :mod:`sag_dit.identity`.
+    A field that is added has to be marked ``LATER``; see :mod:`sag_dit.identity`. ``islands`` is
+    true where the network's weights have 16 bits, and all else is computed in float32: before,
+    times and variances were rounded to 16 bits as well.
 
     Example::
 
@@ -181,6 +368,12 @@ class Pixels:
     batch_size: int
     max_rows: int | None
     precision: str
+    matmul: str = field(default="highest", metadata=LATER)
+    compile: bool = field(default=False, metadata=LATER)
+    islands: bool = field(default=False, metadata=LATER)
+    share_prefixes: bool = field(default=False, metadata=LATER)
+    search: Mapping[str, Any] | None = field(default=None, metadata=LATER)
+    cache: Mapping[str, Any] | None = field(default=None, metadata=LATER)
 
     @classmethod
     def of(
@@ -190,8 +383,13 @@ class Pixels:
         guidance: Mapping[str, Term],
         request: Mapping[str, Any],
         precision: str = "32-true",
+        matmul: str = "highest",
+        compile: bool = False,
     ) -> Self:
-        """Describe a run; ``guidance`` are its terms by name, ``request`` says which images."""
+        """Describe a run; ``guidance`` are its terms by name, ``request`` says which images.
+
+        ``precision`` is the network's, as Lightning names it, ``matmul`` that of float32 products.
+        """
         active = {name: term for name, term in guidance.items() if not term.off}
         return cls(
             model=model.name,
@@ -205,11 +403,52 @@ class Pixels:
             batch_size=settings.batch_size,
             max_rows=settings.max_rows,
             precision=precision,
+            matmul=matmul,
+            compile=compile,
+            islands=precision in ("bf16-true", "16-true"),
+            share_prefixes=settings.share_prefixes,
+            search=None if settings.search is None else settings.search.identity(model),
+            cache=None if settings.cache.off else plain_settings(settings.cache),
         )
 
 
+def key_of(term: Term) -> str:
+    """Return the key of a term's method, of one without a key the name of its class."""
+    return str(getattr(type(term), "key", type(term).__name__))
+
+
+def by_key(guidance: Sequence[Term]) -> dict[str, Term]:
+    """Return terms by their keys; of several with one key the later ones are numbered."""
+    named: dict[str, Term] = {}
+    for term in guidance:
+        key = key_of(term)
+        count = sum(type(each) is type(term) for each in named.values())
+        named[f"{key}_{count + 1}" if count else key] = term
+    return named
+
+
+LOOK = 25
+"""Steps after which a device is asked whether all images are finite."""
+NEVER = 2**30
+"""More steps than any run has."""
+
 Watch = Callable[[SampleStep], None]
 """Called after every step with the state of the whole compute batch."""
+Exchange = Callable[[SampleStep], Tensor | None]
+"""Called after every step; says which row each row of the batch goes on as, or None: as itself."""
+
+
+def part_of(watch: Watch | None, number: int, count: int) -> Watch | None:
+    """Return what tells ``watch`` the steps of run ``number`` of ``count`` as those of one run."""
+    if watch is None:
+        return None
+
+    def told(step: SampleStep) -> None:
+        each = step.step
+        whole = replace(each, index=number * each.count + each.index, count=count * each.count)
+        watch(replace(step, step=whole))
+
+    return told
 
 
 def trajectory(
@@ -217,11 +456,15 @@ def trajectory(
     requests: Sequence[Request],
     settings: Settings,
     captures: Captures | None = None,
+    look: int | None = None,
+    exchange: Exchange | None = None,
 ) -> Iterator[SampleStep]:
     """Yield the sampler's steps for one compute batch, padded with copies of its last request.
 
     ``captures`` says which attention to read at a step; it is found in the step's prediction.
-    Reading changes no pixel.
+    Reading changes no pixel. After every ``look`` steps, and after the last one, images that are
+    not finite are refused; None is 1 on a CPU, and ``LOOK`` where a look waits for the device. With
+    ``exchange`` rows go on as others between steps, where the sampler is steerable.
 
     Raises:
         ValueError: there are more requests than ``batch_size``, or an image became NaN or infinite;
@@ -231,24 +474,36 @@ def trajectory(
         raise ValueError(
             f"{len(requests)} requests in one batch: expected 1 to batch_size={settings.batch_size}"
         )
+    # The noise and the condition of every row; copies of the last one fill the batch.
     denoiser = model.denoiser
     padding = settings.batch_size - len(requests)
     rows = [*requests, *[requests[-1]] * padding]
-    noise = NoiseSource([row.seed for row in rows], [row.stream for row in rows])
-    x = noise.normal(START, denoiser.latent_shape).to(denoiser.device)
+    noise = NoiseSource(
+        [row.seed for row in rows], [row.stream for row in rows], [row.lineage for row in rows]
+    )
+    x = sent(noise.normal(START, denoiser.latent_shape), denoiser.device)
     cond = denoiser.conditions([row.label for row in rows])
+    # The sampler asks the guided denoiser; what it makes is looked at for numbers that broke.
     read = captures or (lambda _: ())
-    guided = GuidedDenoiser(denoiser, settings.guidance, noise=noise, max_rows=settings.max_rows)
-    for step in settings.sampler.steps(
-        lambda x_t, step: guided(x_t, step, cond, read(step)),
-        x,
-        denoiser.process,
-        settings.steps,
-        noise,
-        denoiser.x_0_range,
-    ):
-        _refuse_non_finite(step, requests)
+    guided = settings.guided(denoiser, noise)
+    broken = _Broken(requests, look or (1 if denoiser.device.type == "cpu" else LOOK))
+
+    def denoise(x_t: Tensor, step: Step) -> Prediction:
+        with part("guidance"):
+            return guided(x_t, step, cond, read(step))
+
+    steps = settings.sampler.steps(
+        denoise, x, denoiser.process, settings.steps, noise, denoiser.x_0_range
+    )
+    for step in each_timed("sampler", steps):
+        broken.note(step)
         yield step
+        # In place, since the sampler begins its next step from this very x.
+        places = None if exchange is None else exchange(step)
+        if places is not None:
+            step.x.copy_(step.x[places])
+            guided.exchange(places)
+    broken.refuse()
 
 
 def draw(
@@ -257,20 +512,24 @@ def draw(
     settings: Settings,
     watch: Watch | None = None,
     captures: Captures | None = None,
+    exchange: Exchange | None = None,
 ) -> UInt8[Tensor, "b c h w"]:
     """Draw the images of one compute batch, uint8, in the order of the requests.
+
+    No search is made, whatever the settings say.
 
     Raises:
         ValueError: as :func:`trajectory`.
     """
     x = None
     with torch.no_grad():
-        for step in trajectory(model, requests, settings, captures):
+        for step in trajectory(model, requests, settings, captures, exchange=exchange):
             x = step.x
             if watch is not None:
                 watch(step)
         assert x is not None
-        images: Tensor = model.codec.decode(x[: len(requests)])
+        with part("decode"):
+            images: Tensor = model.codec.decode(x[: len(requests)])
         return images
 
 
@@ -278,8 +537,9 @@ def draw(
 class Drawn:
     """One batch of finished images, with twins and traces of some of them.
 
-    ``twins`` holds images drawn from the same noise without guidance, ``traces`` the attention that
-    was kept; both by the index of the image.
+    ``twins`` holds images drawn from the same noise without guidance, ``spared`` others without one
+    method alone, by its key. ``traces`` is the attention that was kept, ``found`` what a search
+    chose. All are by the index of the image.
 
     Example:
         >>> images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
@@ -291,6 +551,8 @@ class Drawn:
     images: UInt8[Tensor, "b c h w"]
     twins: Mapping[int, UInt8[Tensor, "c h w"]] = field(default_factory=dict)
     traces: Mapping[int, Trace] = field(default_factory=dict)
+    spared: Mapping[str, Mapping[int, UInt8[Tensor, "c h w"]]] = field(default_factory=dict)
+    found: Mapping[int, Found] = field(default_factory=dict)
 
     @property
     def indices(self) -> Labels:
@@ -307,11 +569,13 @@ def draw_batch(
     traced: Collection[int] = (),
     maps: Maps | None = None,
     watch: Watch | None = None,
+    spare: str | None = None,
 ) -> Drawn:
     """Draw one compute batch, with twins of the indices in ``twins`` and traces of ``traced``.
 
     ``maps`` says of which layers a trace keeps attention. ``watch`` is called after every step of
-    the images, not of the twins. Neither changes a pixel of the images.
+    the images, not of the twins. With ``spare``, a method's key, there are twins without this
+    method alone as well. None of these changes a pixel of the images.
 
     Raises:
         ValueError: as :func:`trajectory`.
@@ -321,25 +585,45 @@ def draw_batch(
         drawn = draw_batch(model, [Request(0, 0, 3, 0)], settings, twins=[0])
         drawn.images[0], drawn.twins[0]
     """
+    # A search chooses the images; what belongs to them is drawn of the noise that was chosen.
+    asked, chosen, found = requests, None, dict[int, Found]()
+    if settings.search is not None:
+        alone = replace(settings, search=None)
+        chosen, each = settings.search.find(model, requests, alone, watch)
+        pairs = zip(requests, each, strict=True)
+        asked = [request._replace(lineage=one.lineage) for request, one in pairs]
+        found = dict(zip((request.index for request in requests), each, strict=True))
+        watch = None
+    # The images, with what is kept of the attention; images that were found need no second drawing.
     rows = {request.index: row for row, request in enumerate(requests)}
     recorder = None
     if rows.keys() & set(traced):
-        recorder = Recorder(model.denoiser, settings.steps, settings.guidance, maps)
+        recorder = Recorder(model.denoiser, settings.guidance, maps)
 
     def tell(step: SampleStep) -> None:
         for each in (recorder, watch):
             if each is not None:
                 each(step)
 
-    images = draw(model, requests, settings, tell, None if recorder is None else recorder.captures)
+    captures = None if recorder is None else recorder.captures
+    images = chosen
+    if chosen is None or recorder is not None:
+        seen = draw(model, asked, settings, tell, captures)
+        images = seen if chosen is None else chosen
+    assert images is not None
     kept = {}
     if recorder is not None:
         kept = {index: recorder.trace(row) for index, row in rows.items() if index in traced}
     # The twins are a batch of their own: the same requests, in the same order, unguided.
-    paired = [request for request in requests if request.index in twins]
-    unguided = draw(model, paired, replace(settings, guidance=())) if paired else ()
-    pairs = zip(paired, unguided, strict=True)
-    return Drawn(requests, images, {request.index: twin for request, twin in pairs}, kept)
+    paired = [request for request in asked if request.index in twins]
+
+    def drawn_as(how: Settings) -> dict[int, Tensor]:
+        seen = draw(model, paired, how) if paired else ()
+        return {request.index: twin for request, twin in zip(paired, seen, strict=True)}
+
+    unguided = drawn_as(settings.unguided)
+    spared = {} if spare is None else {spare: drawn_as(settings.without(spare))}
+    return Drawn(requests, images, unguided, kept, spared, found)
 
 
 def drawn(
@@ -350,20 +634,81 @@ def drawn(
     rank: int = 0,
     world: int = 1,
     watch: Watch | None = None,
+    twins: bool = False,
+    traced: bool = False,
+    maps: Maps | None = None,
 ) -> Iterator[Drawn]:
     """Draw a set batch by batch; of ``world`` ranks, this one draws batches rank, rank + world, ...
 
     With sharded weights every rank takes part in every forward pass, so all ranks draw equally
     often. A rank that has no batch left draws the last one again, and yields nothing for it.
+    With ``twins`` each image has its twins, also one without :attr:`Settings.spared`, and with
+    ``traced`` its trace; the rest is as in :func:`draw_batch`.
     """
     size = settings.batch_size
     batches = [requests[start : start + size] for start in range(0, len(requests), size)]
     for place in range(rank, rank + len(batches), world):
-        batch = draw_batch(model, batches[min(place, len(batches) - 1)], settings, watch=watch)
+        part = batches[min(place, len(batches) - 1)]
+        indices = [request.index for request in part]
+        batch = draw_batch(
+            model,
+            part,
+            settings,
+            twins=indices if twins else (),
+            traced=indices if traced else (),
+            maps=maps,
+            watch=watch,
+            spare=settings.spared if twins else None,
+        )
         if place < len(batches):
             yield batch
 
 
+def in_our_words(function: Callable[P, R]) -> Callable[P, R]:
+    """Refuse arguments that a function does not have in a sentence that says what to write.
+
+    Words of diffusers and of the command line are known, other ones are compared with its own.
+
+    Example:
+        >>> in_our_words(sample)(None, [3], guidance_scale=4.0)
+        Traceback (most recent call last):
+        ValueError: guidance_scale=4.0 is no argument of sample: write guidance=CFG(4.0)
+    """
+    known = inspect.signature(function).parameters
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name, value in kwargs.items():
+            if name not in known:
+                shown = short_repr(value)
+                told = _in_our_words(name, shown, [each for each in known if each != "self"])
+                raise ValueError(f"{name}={shown} is no argument of {function.__name__}: {told}")
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _in_our_words(name: str, value: str, known: Sequence[str]) -> str:
+    ours = {f"{each.key}_scale": f"guidance={each.name}({{}})" for each in methods()}
+    word = {**ours, **WORDS}.get(name, "")
+    if word and ("=" not in word or word.partition("=")[0].split()[-1] in known):
+        return f"write {word.format(value)}"
+    near = "".join(f"; did you mean {each}?" for each in get_close_matches(name, known, n=1))
+    return f"expected {', '.join(known)}{near}"
+
+
+def short_repr(value: object) -> str:
+    """Return a value as a sentence names it: as Python writes it, or its kind if that is long.
+
+    Example:
+        >>> short_repr("pizza"), short_repr([0] * 100)
+        ("'pizza'", 'a list')
+    """
+    text = repr(value)
+    return f"a {type(value).__name__}" if len(text) > 60 or "\n" in text else text
+
+
+@in_our_words
 def sample(
     model: Model,
     classes: Sequence[int | str],
@@ -373,12 +718,16 @@ def sample(
     seed: int = 0,
     sampler: Sampler | None = None,
     batch_size: int | None = None,
+    share_prefixes: bool = False,
+    search: Search | None = None,
+    cache: Cache | None = None,
     watch: Watch | None = None,
 ) -> UInt8[Tensor, "b c h w"]:
     """Draw one image per class; image i is the same as index i of ``sample.py`` with that class.
 
     Classes are numbers or names. Without ``sampler`` or ``batch_size``, :meth:`Settings.of` chooses
-    them. ``watch`` is called after every step. Returns uint8 images (b, c, h, w) on the CPU.
+    them. ``share_prefixes``, ``search`` and ``cache`` are as in :class:`Settings`. ``watch`` is
+    called after every step. Returns uint8 images (b, c, h, w) on the CPU.
 
     Raises:
         ValueError: a class the model does not have, or settings it cannot be sampled with.
@@ -387,12 +736,22 @@ def sample(
 
         images = sag_dit.sample(model, [3, 7], guidance=[sag_dit.SAG(0.5)], steps=20)
     """
+    # Check all that is asked before anything is drawn.
     settings = Settings.of(
-        model, sampler=sampler, steps=steps, guidance=guidance, batch_size=batch_size
+        model,
+        sampler=sampler,
+        steps=steps,
+        guidance=guidance,
+        batch_size=batch_size,
+        share_prefixes=share_prefixes,
+        search=checked_search(search),
+        cache=cache,
     )
     settings.check(model)
-    if not classes:
+    tell_useless(settings, model)
+    if len(classes) == 0:
         raise ValueError("classes=[]: expected at least one class")
+    # Draw as sample.py does with one seed for the set.
     requests = [
         Request(index, seed, label, stream=index)
         for index, label in enumerate(labels_of(classes, settings.class_names(model)))
@@ -417,7 +776,7 @@ def labels_of(classes: Sequence[object], names: Sequence[str]) -> list[int]:
         labels_of([2, "2", 10], names)
     """
     labels = []
-    for wanted in classes:
+    for wanted in map(as_python, classes):
         by_name = _label_named(wanted, names)
         by_number = _label_numbered(wanted, len(names))
         first, second = (by_name, by_number) if isinstance(wanted, str) else (by_number, by_name)
@@ -432,9 +791,40 @@ def labels_of(classes: Sequence[object], names: Sequence[str]) -> list[int]:
                 else f"expected a number from 0 to {len(names) - 1} or a name, such as "
                 f"{', '.join(repr(name) for name in names[:5])}"
             )
+            word = isinstance(wanted, str) and not wanted.isdigit()
+            for near in get_close_matches(str(wanted), names, n=1) if word else ():
+                known += f"; did you mean {near!r}?"
             raise ValueError(f"class {wanted!r} does not exist: {known}")
         labels.append(label)
     return labels
+
+
+def as_python(value: Any) -> Any:
+    """Return an array, a tensor or one of their numbers as Python's lists and numbers.
+
+    Example:
+        >>> as_python(np.arange(3)), as_python(torch.tensor(7)), as_python("7")
+        ([0, 1, 2], 7, '7')
+    """
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def checked_search(search: object) -> Search | None:
+    """Return a search, or None.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if search is None or isinstance(search, Search):
+        return search
+    raise ValueError(f"search={short_repr(search)}: expected a search, such as BestOf(8), or None")
+
+
+def tell_useless(settings: Settings, model: Model) -> None:
+    """Warn where something is asked for that saves nothing."""
+    useless = settings.useless(model.denoiser)
+    if useless is not None:
+        log.warning("%s", useless)
 
 
 def _label_named(wanted: object, names: Sequence[str]) -> int | None:
@@ -467,14 +857,42 @@ def _tell_which(named: bool, wanted: str, taken: int, name: str, other: int) -> 
         )
 
 
-def _refuse_non_finite(step: SampleStep, requests: Sequence[Request]) -> None:
-    finite = step.x[: len(requests)].isfinite().flatten(1).all(dim=1)
-    if not bool(finite.all()):
-        broken = [
-            request.index for request, ok in zip(requests, finite.tolist(), strict=True) if not ok
-        ]
+class _Broken:
+    """Notes at which step each image first was NaN or infinite, on the device, and tells it later.
+
+    To ask a GPU for a value waits until it has done all that it was given. So it is asked after
+    every ``look`` steps only, and at the end.
+    """
+
+    def __init__(self, requests: Sequence[Request], look: int) -> None:
+        self._requests, self._look = requests, look
+        self._steps: list[Step] = []
+        self._first: Tensor | None = None
+
+    def note(self, step: SampleStep) -> None:
+        """Note the state after a step; it is broken from the first such step on."""
+        finite = step.x[: len(self._requests)].isfinite().flatten(1).all(dim=1)
+        number = finite * NEVER + len(self._steps)
+        self._first = number if self._first is None else torch.minimum(self._first, number)
+        self._steps.append(step.step)
+        if len(self._steps) % self._look == 0:
+            self.refuse()
+
+    def refuse(self) -> None:
+        """Raise if an image is broken.
+
+        Raises:
+            ValueError: with the images that broke first, and the step.
+        """
+        first = [] if self._first is None else self._first.tolist()
+        earliest = min(first, default=NEVER)
+        if earliest >= NEVER:
+            return
+        pairs = zip(self._requests, first, strict=True)
+        broken = dict.fromkeys(one.index for one, number in pairs if number == earliest)
+        step = self._steps[earliest]
         raise ValueError(
             f"image {', '.join(map(str, broken))} became NaN or infinite at step "
-            f"{step.step.index + 1} of {step.step.count} (t = {step.step.level.t}) and is not "
+            f"{step.index + 1} of {step.count} (t = {step.level.t}) and is not "
             f"written. Try trainer.precision=32-true, a smaller guidance scale or more steps"
         )

@@ -28,6 +28,17 @@ def per_image(values: Float[Tensor, "b"], images: Images) -> Tensor:
     return values.reshape(-1, *(1,) * (images.ndim - 1))
 
 
+QUEUED = {"cuda"}
+"""Kinds of devices to which a copy is queued behind what they have still to do."""
+
+
+def sent(values: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a copy of a CPU's tensor on a device, without waiting for the device."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, dtype or values.dtype, non_blocking=device.type in QUEUED)
+
+
 def home_of_doubles(device: torch.device) -> torch.device:
     """Return where float64 is kept beside a device: there, or on the CPU, as MPS has no float64."""
     return torch.device("cpu") if device.type == "mps" else device

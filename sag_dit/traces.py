@@ -82,6 +82,8 @@ class Maps:
     def indices(self, count: int) -> list[int]:
         """Return the numbers of the steps to keep, for a run of ``count`` steps.
 
+        These are a run's evaluations, of which some samplers make two in a step of their grid.
+
         Raises:
             ValueError: the run has no step of a number that was asked for.
         """
@@ -105,9 +107,9 @@ class LayerView:
     """
 
     name: str
-    saliency: Float32[NDArray[np.float32], "s h w"]
-    mask: Bool[NDArray[np.bool_], "s h w"]
-    query_map: Float32[NDArray[np.float32], "s h w"] | None
+    saliency: Float32[NDArray[np.float32], "s h w"] = field(repr=False)
+    mask: Bool[NDArray[np.bool_], "s h w"] = field(repr=False)
+    query_map: Float32[NDArray[np.float32], "s h w"] | None = field(repr=False)
     """What the query attends to, as a mean over heads; sums to 1 at each step."""
 
 
@@ -152,8 +154,8 @@ class StepView:
     index: int
     count: int
     t: float
-    saliency: NDArray[np.float32]
-    mask: NDArray[np.bool_]
+    saliency: NDArray[np.float32] = field(repr=False)
+    mask: NDArray[np.bool_] = field(repr=False)
     threshold: float
 
     def __post_init__(self) -> None:
@@ -191,12 +193,13 @@ class Recorder:
     """Watches one batch and keeps the attention that its traces show.
 
     The sampler asks before each step which attention to read (:meth:`captures`), and hands over the
-    step when it is done. Maps show the attention under the condition that was asked for, even where
+    step when it is done. How many steps there are, each step tells: samplers with two evaluations
+    in a step count both. Maps show the attention under the condition that was asked for, even where
     guidance degrades another branch.
 
     Example::
 
-        recorder = Recorder(model.denoiser, steps=50, guidance=[SAG(0.5)])
+        recorder = Recorder(model.denoiser, guidance=[SAG(0.5)])
         images = draw(model, requests, settings, recorder, recorder.captures)
         recorder.trace(0).steps[-1].mask
     """
@@ -204,7 +207,6 @@ class Recorder:
     def __init__(
         self,
         denoiser: Denoiser,
-        steps: int,
         guidance: Sequence[Term] = (),
         maps: Maps | None = None,
     ) -> None:
@@ -213,24 +215,26 @@ class Recorder:
         # The other masks are not made of what attention says, so there is nothing to see of them.
         self._sag = next((term for term in terms if term.mask == "attention"), None)
         self._layers = maps.layers_of(denoiser) if maps else []
-        self._mapped = set(maps.indices(steps)) if maps else set()
         self._kept: list[SampleStep] = []
 
     def captures(self, step: Step) -> Sequence[tuple[str, CaptureKind]]:
         """Return the attention to read at a step, in addition to what guidance reads."""
-        if self._maps is None or step.index not in self._mapped:
+        if self._maps is None or not self._mapped(step):
             return ()
         kinds: tuple[CaptureKind, ...] = ("saliency", "map") if self._maps.query else ("saliency",)
         return [(layer.name, kind) for layer in self._layers for kind in kinds]
 
     def __call__(self, step: SampleStep) -> None:
         """Keep a step if a trace will show it."""
-        if self._saw(step) or step.step.index in self._mapped:
+        if self._saw(step) or self._mapped(step.step):
             self._kept.append(step)
+
+    def _mapped(self, step: Step) -> bool:
+        """Whether maps show this step."""
+        return self._maps is not None and step.index in self._maps.indices(step.count)
 
     def _saw(self, step: SampleStep) -> bool:
         """Whether a trace shows this step, and guidance acted at it."""
-        # Samplers with two evaluations in a step count both, so the step tells how many there are.
         last = step.step.count - 1
         shown = step.step.index in {round(i * last / (SHOWN - 1)) for i in range(SHOWN)}
         return shown and self._sag is not None and self._sag.active(step.step)
@@ -261,7 +265,7 @@ class Recorder:
         return tuple(views)
 
     def _view(self, maps: Maps, row: int) -> AttentionView:
-        mapped = [kept for kept in self._kept if kept.step.index in self._mapped]
+        mapped = [kept for kept in self._kept if self._mapped(kept.step)]
         return AttentionView(
             steps=tuple(kept.step.index for kept in mapped),
             times=tuple(float(kept.step.level.t) for kept in mapped),

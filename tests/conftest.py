@@ -6,9 +6,10 @@ The process of pytest-xdist that runs no test reads this file too: torch is impo
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -22,6 +23,16 @@ MakeDiT = Callable[..., "DiT"]
 # Tiny tensors run faster on one thread. Set before torch and numpy read it, and inherited by the
 # commands that tests start; OMP_NUM_THREADS=2 make test shows that nothing depends on it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# make hands its own arguments to every program below it: `make test ARGS="-m gpu"` would set ARGS
+# for a make that a test starts.
+for _name in ("ARGS", "PYTHON", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"):
+    os.environ.pop(_name, None)
+
+# A test run may forbid wide instructions to torch. oneDNN reads another name; where only one of the
+# two knows of it, attention in bfloat16 fails on processors with AMX ("pack_vnni2 ...").
+if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
 # The same examples on every machine; no database, so no folder is left behind.
 settings.register_profile("project", deadline=None, derandomize=True, database=None)
@@ -88,3 +99,23 @@ def wide_denoiser(wide_dit: DiT) -> ClassConditional:
     from tests import small
 
     return small.denoiser(wide_dit)
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, that of the system or playwright's own."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        found = filter(None, map(shutil.which, BROWSERS))
+        program = next(found, driver.chromium.executable_path)
+        if not Path(program).exists():
+            pytest.skip("no Chromium: install one, or run `playwright install chromium`")
+        opened = driver.chromium.launch(
+            executable_path=program,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        yield opened
+        opened.close()

@@ -24,7 +24,8 @@ assert "wandb" not in sys.modules
 
 IMPORT_ALL = """
 import importlib, pkgutil, sag_dit
-names = [m.name for m in pkgutil.walk_packages(sag_dit.__path__, "sag_dit.")]
+found = [m.name for m in pkgutil.walk_packages(sag_dit.__path__, "sag_dit.")]
+names = [name for name in found if not name.startswith("sag_dit.studio.")]  # Gradio's.
 for name in names:
     importlib.import_module(name)
 assert len(names) > 100, len(names)

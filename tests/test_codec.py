@@ -233,3 +233,34 @@ def test_a_config_larger_than_its_weights_costs_nothing(
     config.write_text(json.dumps(json.loads(config.read_text()) | stated))
     with pytest.raises(ValueError, match=r"vae=.*its config describes .* numbers, and its weights"):
         build_vae(folder)
+
+
+def test_one_image_at_a_time_in_float32_is_the_codec_as_it_is(vae: Any) -> None:
+    codec = VAECodec(vae)
+    assert codec.computing(1) is codec
+    assert IdentityCodec().computing(4, torch.bfloat16, True).config() == IdentityCodec().config()
+    assert "dtype" not in codec.config() and "channels_last" not in codec.config()
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_decoding_in_batches_in_bfloat16_channels_last(vae: Any, folder: Path, built: bool) -> None:
+    """Of a module, which stays as it is, and of a folder, which is read later."""
+    plain = VAECodec(vae if built else folder)
+    fast = plain.computing(2, torch.bfloat16, channels_last=True)
+    z = normal(3, 4, 4, 4)
+    images, expected = fast.decode(z), plain.decode(z)
+    assert fast.vae.dtype == torch.bfloat16 and plain.vae.dtype == torch.float32
+    assert images.is_contiguous() and images.dtype == torch.uint8 and images.shape[0] == 3
+    assert 0 < (images.int() - expected.int()).abs().float().mean() < 3
+    # An image depends on none of its neighbours, nor on padding.
+    assert torch.equal(fast.decode(z[:1]), images[:1])
+    encoded = fast.encode(images)
+    assert encoded.dtype == torch.float32
+    # The weights are the same file's.
+    told, own = fast.config(), plain.config()
+    assert told == {**own, "slice_size": 2, "dtype": "bfloat16", "channels_last": True}
+
+
+def test_a_codec_decodes_at_least_one_image_at_a_time(vae: Any) -> None:
+    with pytest.raises(ValueError, match="batch_size=0: expected 1 or more images at a time"):
+        VAECodec(vae).computing(0)

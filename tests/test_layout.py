@@ -18,7 +18,7 @@ PACKAGE = ROOT / "sag_dit"
 # Later groups see earlier ones, never the other way round. Members of one group are strangers.
 ORDER: tuple[frozenset[str], ...] = (
     frozenset({"bounds"}),
-    frozenset({"tensors", "files", "untrusted", "identity", "methods", "catalogue"}),
+    frozenset({"profiling", "tensors", "files", "untrusted", "identity", "methods", "catalogue"}),
     frozenset({"process"}),
     frozenset({"noise", "sampler", "attention"}),
     frozenset({"models"}),
@@ -27,8 +27,10 @@ ORDER: tuple[frozenset[str], ...] = (
     frozenset({"traces"}),
     frozenset({"sampling"}),
     frozenset({"pipelines", "data", "output", "evaluation"}),
-    frozenset({"training"}),
+    frozenset({"search"}),
+    frozenset({"training", "api"}),
     frozenset({"study"}),
+    frozenset({"studio"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )

@@ -18,7 +18,7 @@ import sag_dit
 from sag_dit import sampling
 from sag_dit.checkpoints import Model, from_denoiser
 from sag_dit.denoiser import ClassConditional
-from sag_dit.guidance import CFG, SAG
+from sag_dit.guidance import CFG, PAG, SAG, Term
 from sag_dit.models import DiT
 from sag_dit.process import DDPM, Flow
 from sag_dit.sampler import DDIM, Ancestral, EulerFlow, HeunFlow, SampleStep
@@ -243,6 +243,14 @@ def test_what_is_no_class(wanted: object) -> None:
         labels_of([wanted], NAMES)  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize(("wanted", "hint"), [("hart", "'heart'"), ("Pizza", "'pizza'")])
+def test_a_name_that_is_nearly_a_class_is_offered(wanted: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=f"such as 'heart', 'pizza'; did you mean {hint}"):
+        labels_of([wanted], ("heart", "pizza"))
+    with pytest.raises(ValueError, match=r"such as 'heart', 'pizza'$"):
+        labels_of(["submarine"], ("heart", "pizza"))
+
+
 def test_the_bundled_model_draws_the_digits_it_is_asked_for() -> None:
     """Read by the nearest real digit, which is right for 98 of 100 held-out ones."""
     from sag_dit.data.digits import digits
@@ -298,6 +306,47 @@ def draw_all(model: Model, count: int) -> dict[int, Tensor]:
         for batch in batches
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True)
     }
+
+
+@pytest.mark.parametrize(
+    ("guidance", "key"),
+    [
+        ([], None),
+        ([SAG(0.5)], None),
+        ([SAG(0.5), SAG(0.3, interval=(0.5, 1.0))], None),
+        ([CFG(1.0), SAG(0.5)], None),
+        ([CFG(1.5), SAG(0.5)], "sag"),
+        ([CFG(1.5), SAG(0.5), PAG(1.0)], "sag"),
+        ([CFG(1.5), PAG(1.0)], "pag"),
+    ],
+)
+def test_one_of_several_methods_is_spared(guidance: list[Term], key: str | None) -> None:
+    assert replace(SETTINGS, guidance=tuple(guidance)).spared == key
+
+
+def test_a_second_twin_is_drawn_without_one_method(model: Model) -> None:
+    terms = (SAG(0.5), CFG(1.5), SAG(0.3, interval=(0.5, 1.0)))
+    both, wanted = replace(SETTINGS, guidance=terms), requests([4, 6, 7])
+    batch = draw_batch(model, wanted, both, twins=[6], spare=both.spared)
+    assert torch.equal(batch.images, draw(model, wanted, both))
+    assert torch.equal(batch.twins[6], draw_batch(model, wanted, both, twins=[6]).twins[6])
+    assert batch.spared.keys() == {"sag"} and batch.spared["sag"].keys() == {6}
+    alone = draw(model, requests([6]), replace(SETTINGS, guidance=(CFG(1.5),)))[0]
+    assert torch.equal(batch.spared["sag"][6], alone)
+
+
+def test_a_set_is_drawn_with_its_twins_and_traces_by_the_one_loop(model: Model) -> None:
+    wanted = requests(range(5))  # in two batches
+    plain = [*drawn(model, wanted, SETTINGS)]
+    both = [*drawn(model, wanted, SETTINGS, twins=True, traced=True)]
+    for batch, with_twins in zip(plain, both, strict=True):
+        assert torch.equal(batch.images, with_twins.images)
+        assert not batch.twins and not batch.spared and not batch.traces
+        alone = draw(model, batch.requests, replace(SETTINGS, guidance=()))
+        without = draw(model, batch.requests, SETTINGS.without("sag"))
+        assert torch.equal(torch.stack([*with_twins.twins.values()]), alone)
+        assert torch.equal(torch.stack([*with_twins.spared["sag"].values()]), without)
+        assert [*with_twins.twins] == [*with_twins.traces] == batch.indices.tolist()
 
 
 def test_a_batch_comes_with_the_twins_and_traces_that_are_named(model: Model) -> None:

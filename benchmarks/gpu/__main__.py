@@ -2,6 +2,7 @@
 
     tests      the GPU tests: what only a GPU shows, and that everything works there at all
     passes     DiT-XL/2 at 256 x 256: milliseconds a pass, capture, images a second end to end
+    speeds     images a second end to end with speed=exact, fast and fastest
     peers      the same by facebookresearch/DiT (needs --peer, a checkout) and diffusers
     training   a training step of XL/2 and B/2; peers' steps beside it (--peer, --fast)
     large      512 x 512: capture at 1,024 tokens, images a second
@@ -26,12 +27,13 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
-from benchmarks.gpu.rows import Row, Rows, append, markdown, read
+from benchmarks.rows import Row, Rows, append, markdown, read
 from sag_dit.cli.app import quiet_lightning
 
 PHASES = {
     "tests": ("What only a GPU shows (`tests/gpu`)", 130),
     "passes": ("DiT-XL/2 at 256 x 256", 150),
+    "speeds": ("`speed=exact`, `fast` and `fastest`, DiT-XL/2 at 256 x 256", 80),
     "peers": ("Beside facebookresearch/DiT and diffusers", 90),
     "training": ("A training step", 150),
     "large": ("512 x 512", 60),
@@ -98,11 +100,11 @@ def one_phase(name: str, options: argparse.Namespace) -> None:
     if name == "tests":
         gpu_tests(file, options.tiny)
         return
-    from benchmarks.gpu.sizes import FULL_SCALE, TINY_SCALE
+    from benchmarks.sizes import FULL_SCALE, TINY_SCALE
 
     quiet_lightning()
     scale = TINY_SCALE if options.tiny else FULL_SCALE
-    phase = importlib.import_module(f"benchmarks.gpu.{name}")
+    phase = importlib.import_module(f"benchmarks.{'' if name == 'peers' else 'gpu.'}{name}")
     rows = Rows(file, name)
     phase.run(scale, rows, peer=options.peer, fast=options.fast)
     if rows.failed:

@@ -6,10 +6,10 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu.passes import GUIDANCE, captured, inputs, one_pass
-from benchmarks.gpu.rows import Rows
-from benchmarks.gpu.sizes import Scale, arithmetic, autoencoder, model, network
+from benchmarks.gpu.passes import captured, one_pass
 from benchmarks.measure import peak_memory, seconds
+from benchmarks.rows import Rows
+from benchmarks.sizes import GUIDANCE, Scale, arithmetic, autoencoder, inputs, model, network
 from sag_dit.attention import Capture
 from sag_dit.denoiser import ClassConditional
 from sag_dit.process import DDPM

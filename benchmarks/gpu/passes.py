@@ -10,45 +10,32 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 from torch._dynamo.utils import counters
 
-from benchmarks.gpu.rows import Rows
-from benchmarks.gpu.sizes import (
+from benchmarks.measure import flops, median_seconds, ratio, synchronised
+from benchmarks.rows import Rows
+from benchmarks.sizes import (
     ARITHMETICS,
     DEVICE,
+    GUIDANCE,
     Scale,
     arithmetic,
     autoencoder,
+    inputs,
     model,
     network,
     share_of_peak,
 )
-from benchmarks.measure import flops, median_seconds, ratio, synchronised
 from sag_dit.attention import Capture
 from sag_dit.checkpoints import Model
 from sag_dit.data.requests import make_requests
 from sag_dit.denoiser import ClassConditional
-from sag_dit.guidance import CFG, SAG, Term
+from sag_dit.guidance import Term
 from sag_dit.models import DiT
 from sag_dit.output.folder import SampleFolder, pixels, write_png
 from sag_dit.process import DDPM
 from sag_dit.sampling import Settings
 from sag_dit.training.predicting import Predictor
-
-GUIDANCE: dict[str, tuple[Term, ...]] = {
-    "unguided": (),
-    "CFG": (CFG(1.5),),
-    "SAG": (SAG(1.0),),
-    "CFG + SAG": (CFG(1.5), SAG(1.0)),
-}
-
-
-def inputs(latent: int, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return latents, times and labels of one batch."""
-    x = torch.randn(batch, 4, latent, latent, device=DEVICE, dtype=dtype)
-    t = torch.full((batch,), 500.0, device=DEVICE)
-    return x, t, torch.arange(batch, device=DEVICE) % 1000
 
 
 def products(scale: Scale, rows: Rows) -> None:

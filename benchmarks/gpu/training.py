@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.gpu.rows import Rows
-from benchmarks.gpu.sizes import DEVICE, Scale, arithmetic, share_of_peak
 from benchmarks.measure import seconds
+from benchmarks.rows import Rows
+from benchmarks.sizes import DEVICE, Scale, arithmetic, share_of_peak
 from benchmarks.training import Batch, ByTurns, batch_of, our_module, our_trainer, peers_of
 from sag_dit.training.callbacks import training_flops
 

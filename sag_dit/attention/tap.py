@@ -31,6 +31,7 @@ from sag_dit.attention.edits import (
     both,
 )
 from sag_dit.attention.saliency import attention_map, regrouped, saliency
+from sag_dit.profiling import part
 
 Rows = slice
 
@@ -146,7 +147,7 @@ class AttentionTap:
         captures: Sequence[Capture] = (),
         edits: Sequence[tuple[Edit, Rows]] = (),
     ) -> None:
-        self._modules = dict(network.named_modules())
+        self._network = network
         self._captures = tuple(captures)
         self._edits = tuple(edits)
         self._seen: set[str] = set()
@@ -156,12 +157,22 @@ class AttentionTap:
         self._undo = ExitStack()
         self.captured: dict[str, Tensor] = {}
         self._captured_names = {capture.layer.name for capture in self._captures}
-        for name in {*self._captured_names, *(edit.module for edit, _ in self._edits)}:
-            if name not in self._modules:
+        names = {*self._captured_names, *(edit.module for edit, _ in self._edits)}
+        # Found by their names alone: a table of all modules would cost more than the rest of this.
+        self._paths = {name: self._path(name) for name in names}
+
+    def _path(self, name: str) -> list[nn.Module]:
+        """Return the modules from the network down to the one of that name."""
+        path = [self._network]
+        for each in name.split(".") if name else ():
+            found = dict(path[-1].named_children()).get(each)
+            if found is None:
                 raise ValueError(
-                    f"layer {name!r} does not exist in {type(network).__name__}; "
+                    f"layer {name!r} does not exist in {type(self._network).__name__}; "
                     f"its attention layers are {', '.join(self._attention_names()) or 'none'}"
                 )
+            path.append(found)
+        return path
 
     def _attention_names(self) -> list[str]:
         def attends(module: nn.Module) -> bool:
@@ -169,7 +180,7 @@ class AttentionTap:
 
         return [
             name
-            for name, module in self._modules.items()
+            for name, module in self._network.named_modules()
             if attends(module) and not any(attends(child) for child in module.children())
         ]
 
@@ -207,9 +218,7 @@ class AttentionTap:
 
     def _eager(self, name: str) -> None:
         """Run the module and its ancestors uncompiled until the context ends."""
-        parts = name.split(".")
-        for depth in range(len(parts) + 1):
-            module = self._modules[".".join(parts[:depth])]
+        for module in self._paths[name]:
             compiled = module._compiled_call_impl
             if compiled is not None:
                 self._undo.callback(setattr, module, "_compiled_call_impl", compiled)
@@ -232,7 +241,7 @@ class AttentionTap:
 
         self._eager(name)
         self._undo.callback(leave)
-        module = self._modules[name]
+        module = self._paths[name][-1]
         self._undo.callback(module.register_forward_pre_hook(enter).remove)
         # always_call: also when the module raises, or the mode would outlive the context.
         self._undo.callback(module.register_forward_hook(leave, always_call=True).remove)
@@ -277,7 +286,7 @@ class AttentionTap:
                 if capture.heads is not None:
                     q, k = regrouped(q, k, value[capture.rows], capture.heads)
                     by = None
-                with torch.no_grad():
+                with torch.no_grad(), part("capture"):
                     self.captured[capture.key] = read(
                         q,
                         k,
@@ -313,7 +322,7 @@ class AttentionTap:
             return args, {**kwargs, IMAGE: changed}
 
         self._eager(edit.module)
-        handle = self._modules[edit.module].register_forward_pre_hook(hook, with_kwargs=True)
+        handle = self._paths[edit.module][-1].register_forward_pre_hook(hook, with_kwargs=True)
         self._undo.callback(handle.remove)
 
     def _hook_output(self, edit: OutputEdit, rows: Rows) -> None:
@@ -333,5 +342,5 @@ class AttentionTap:
             )
 
         self._eager(edit.module)
-        handle = self._modules[edit.module].register_forward_hook(hook, with_kwargs=True)
+        handle = self._paths[edit.module][-1].register_forward_hook(hook, with_kwargs=True)
         self._undo.callback(handle.remove)

@@ -298,8 +298,8 @@ def _staged(folder: Path, need: int) -> Iterator[Path]:
     free = shutil.disk_usage(folder.parent).free
     if free < need:
         raise ValueError(
-            f"out={folder}: {free / 1e9:.2f} GB are free and {need / 1e9:.2f} GB are needed; make "
-            f"room, or choose a folder on another disk"
+            f"out={folder}: {free / 1e6:,.1f} MB are free and {need / 1e6:,.1f} MB are needed; "
+            f"make room, or choose a folder on another disk"
         )
     # The process's number, so that two processes never write one folder.
     part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

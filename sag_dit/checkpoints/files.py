@@ -194,13 +194,16 @@ def refuse_spread(state: Mapping[str, Tensor], path: Path) -> None:
     for name, tensor in state.items():
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
         there = tensor.untyped_storage().nbytes() if plain else 0
-        if tensor.nbytes > there:
+        # Not nbytes, which sparse tensors have not.
+        size = tensor.numel() * tensor.element_size()
+        if size > there:
             raise ValueError(
                 f"{path}: {name} is {tuple(tensor.shape)}, of which {there:,} bytes are stored: "
                 f"expected all of it, as torch.save stores tensors"
             )
-        stored[tensor.untyped_storage().data_ptr()] = there
-        total += tensor.nbytes
+        if plain:
+            stored[tensor.untyped_storage().data_ptr()] = there
+        total += size
     if total > 2 * sum(stored.values()):
         raise ValueError(
             f"{path}: tensors of {total:,} bytes share {sum(stored.values()):,} stored ones: "

@@ -324,7 +324,15 @@ def _as_ours(
     if isinstance(model, Mapping):  # What is none, is refused later.
         file = WeightsFile(weights[0], state, stated, args)
         state, stated = family_of(model, state).read(file)
-    return Checkpoint(state, weights, stated, stated.get("vae"))
+    return Checkpoint(state, weights, stated, _stated_vae(stated, weights[0]))
+
+
+def _stated_vae(stated: Mapping[str, Any], path: Path) -> str | Path | None:
+    """Return the autoencoder that a config names, which may be a folder beside the weights."""
+    vae = stated.get("vae")
+    if vae and isinstance(vae, str) and (path.parent / vae).is_dir():
+        return path.parent / vae
+    return vae
 
 
 AVERAGED = "averaged.module."

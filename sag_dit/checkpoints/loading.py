@@ -17,6 +17,7 @@ from sag_dit.codec import Codec, IdentityCodec, VAECodec
 from sag_dit.denoiser import ClassConditional
 from sag_dit.models.family import WeightsFile, families, family_of
 from sag_dit.models.unet.adapter import CLASSIFIER_SOURCE, read_classifier
+from sag_dit.models.unfilled import unfilled
 
 if TYPE_CHECKING:
     from sag_dit.models.unet.classifier import Classifier
@@ -86,7 +87,7 @@ def filled(config: Mapping[str, Any], checkpoint: formats.Checkpoint) -> ClassCo
     """
     try:
         # Without memory or initial values: the checkpoint has both.
-        with torch.device("meta"):
+        with unfilled():
             denoiser = build(config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None

@@ -65,6 +65,13 @@ class Model:
         return int(self.defaults.get("batch_size", BATCH_SIZE))
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape (c, h, w) of the images that it draws."""
+        channels, height, width = self.denoiser.latent_shape
+        factor = self.codec.factor
+        return (channels if factor == 1 else 3), height * factor, width * factor
+
+    @property
     def description(self) -> dict[str, Any]:
         """The config that rebuilds the model from its weights: what a checkpoint stores."""
         vae = {} if self.vae is None else {"vae": self.vae}

@@ -27,6 +27,8 @@ DEPTH = 5
 """So many keys or prefixes may stand above a network."""
 AVERAGE = re.compile(r"(?i:(?<![a-z])(?:ema|averag|avg|swa|shadow|polyak))|EMA|Ema")
 """What the place of averaged weights is called by."""
+OPTIMISER = re.compile(r"(?i)(optimi[sz]er|optim|opt|exp_avg|grads?)(?![a-z])")
+"""What an optimiser's state is called, which may have the network's names too."""
 ABSENT = torch.empty(0)
 
 
@@ -66,7 +68,7 @@ def _sets(value: Mapping[Any, Any], where: str, known: Collection[Family]) -> It
     yield from _unread_averages(tensors, where, networks, known)
     for name, item in value.items():
         place = f"{where}{name}."
-        if not isinstance(name, str) or place.count(".") > DEPTH:
+        if not isinstance(name, str) or place.count(".") > DEPTH or OPTIMISER.match(name):
             continue
         if isinstance(item, Mapping):
             yield from _sets(item, place, known)

@@ -232,7 +232,7 @@ class _Encoder:
             )
         except ImportError as error:
             raise ValueError(
-                f"prompts need transformers and sentencepiece, pip install 'sag_dit[text]': {error}"
+                f"prompts need transformers and sentencepiece, pip install -e '.[text]': {error}"
             ) from error
 
 

@@ -8,13 +8,14 @@ with ``.metadata``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from sag_dit.checkpoints import files
+from sag_dit.checkpoints.sets import AVERAGE
 
 STEMS = ("model", "pytorch_model", "pytorch_model_fsdp")
 """What accelerate and transformers call weights."""
@@ -48,21 +49,35 @@ def weights_of(folder: Path) -> tuple[Path, ...]:
             return weights_of(inner)
     known = files.weights_files(folder, STEMS)
     if known:
+        beside = [file for file in _all_weights(folder) if file not in known and _is_set(file.stem)]
+        if beside:
+            raise ValueError(_several(folder, [known[0], *beside]))
         return known
     index = files.weights_name((path.name for path in folder.iterdir()), STEMS)
     if index is not None:
         raise ValueError(f"{folder}: not all files that {index} names are there; fetch the others")
-    found = [
+    found = _all_weights(folder)
+    if len(found) > 1:
+        raise ValueError(_several(folder, found))
+    return tuple(found)
+
+
+def _all_weights(folder: Path) -> list[Path]:
+    return [
         file
         for file in sorted(folder.iterdir())
         if file.suffix in SUFFIXES and file.is_file() and not NO_WEIGHTS.fullmatch(file.stem)
     ]
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found[:5]) + ", ..." * (len(found) > 5)
-        raise ValueError(
-            f"{folder}: a folder of {len(found)} weight files ({names}); pass the path of one"
-        )
-    return tuple(found)
+
+
+def _is_set(stem: str) -> bool:
+    """Whether a file is called as an average, or as the second model that accelerate keeps."""
+    return bool(AVERAGE.search(stem) or re.fullmatch(rf"({'|'.join(STEMS)})_\d+", stem))
+
+
+def _several(folder: Path, found: Sequence[Path]) -> str:
+    names = ", ".join(file.name for file in found[:5]) + ", ..." * (len(found) > 5)
+    return f"{folder}: a folder of {len(found)} weight files ({names}); pass the path of one"
 
 
 def _steps(folder: Path) -> list[Path]:

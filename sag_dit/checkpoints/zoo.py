@@ -170,7 +170,7 @@ def listed() -> list[Listed]:
     Example:
         >>> first = listed()[0]
         >>> first.entry.name, first.entry.resolution, first.found is not None
-        ('digits', 8, True)
+        ('emoji', 64, True)
     """
     listed = []
     for each in catalogue.entries("bundled", "model", "classifier", "autoencoder").values():

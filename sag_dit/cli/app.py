@@ -50,6 +50,12 @@ TOLD_TO_STOP = (signal.SIGINT, signal.SIGTERM)
 LOST = r"[Cc]onnection (closed|reset) by peer|[Bb]roken pipe|remote process exited"
 """What communication between ranks says when one of them is gone."""
 
+SMALLER = {
+    "train": "data.batch_size (in another out), or with checkpoint_blocks=true",
+    "encode": "slice_size",
+}
+"""What takes less memory in a command, where it is not batch_size."""
+
 Run = Callable[[Any], None]
 """A command, which takes an instance of its schema."""
 Prepare = Callable[[str, Sequence[str]], Sequence[str]]
@@ -57,8 +63,13 @@ Prepare = Callable[[str, Sequence[str]], Sequence[str]]
 
 
 def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
-    """Return in a sentence what Hydra could not read or find; other errors say it themselves."""
+    """Return in a sentence what Hydra or the system could not do; others say it themselves."""
     message = str(error)
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return (
+            f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}); what is written is "
+            f"kept: put that right, or choose another place, and repeat the command"
+        )
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return message
     if isinstance(error, OverrideParseException):
@@ -98,7 +109,7 @@ def _paths(values: object, prefix: str = "") -> list[str]:
 def quiet_lightning() -> None:
     """Import Lightning, silence its list of devices and its tips, and watch its ranks ourselves.
 
-    Its warnings stay.
+    Its warnings stay, and what a profiler or a summary of the layers has to tell.
     """
     import lightning.fabric.strategies.launchers.subprocess_script as of_fabric
     import lightning.pytorch
@@ -112,6 +123,8 @@ def quiet_lightning() -> None:
 
     for name in (lightning.pytorch.__name__, "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("profilers.profiler", "callbacks.model_summary"):
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
 
 
@@ -148,8 +161,11 @@ def take_signals() -> dict[int, Any]:
 def leaving_when_told() -> Iterator[None]:
     """Make Ctrl-C and SIGTERM leave with exit codes 130 and 143, and tell how to go on.
 
-    Training and prediction then take the signals over.
+    Training and prediction then take the signals over. Within another such context nothing changes.
     """
+    if signal.getsignal(signal.SIGINT) is leave:
+        yield
+        return
     before = take_signals()
     try:
         yield
@@ -163,6 +179,20 @@ def leaving_when_told() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def own_log() -> Iterator[None]:
+    """End the run at Weights & Biases that a job began, since the next job would go on with it."""
+    before = _wandb_run()
+    yield
+    begun = _wandb_run()
+    if begun is not None and begun is not before:
+        begun.finish()
+
+
+def _wandb_run() -> Any:
+    return getattr(sys.modules.get("wandb"), "run", None)
+
+
 def is_first_rank() -> bool:
     """Whether this process is no rank but the first, whoever has started it."""
     names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
@@ -170,14 +200,16 @@ def is_first_rank() -> bool:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Hold a folder for all ranks of this run, by the first of them.
+
+    Runs that hold it ``shared`` let each other in.
 
     Raises:
         ValueError: another run is using it.
     """
     if is_first_rank():
-        with using(folder):
+        with using(folder, shared=shared):
             yield
     else:
         yield
@@ -194,6 +226,7 @@ def settings_of(command: str, arguments: Sequence[str]) -> list[Choice] | None:
     return choices
 
 
+@leaving_when_told()
 def launch(
     config_name: str,
     run: Run,
@@ -242,14 +275,23 @@ def launch(
             }
             values = checked_config(config_name, config, typed)
             check_added(config_name, values, keys)
-            run(values)
+            with own_log():
+                run(values)
         except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
             if os.environ.get("SAG_DIT_DEBUG"):
                 raise
             fail(explain(error, config_name, keys))
         except RuntimeError as error:
+            if os.environ.get("SAG_DIT_DEBUG"):
+                raise
+            first = str(error).partition("\n")[0]
+            if re.search("out of memory", str(error), re.IGNORECASE):
+                fail(
+                    f"the memory of the device is full ({first[:200]}); what is written is kept: "
+                    f"repeat the command with a smaller {SMALLER.get(config_name, 'batch_size')}"
+                )
             # A rank whose partner is gone; who started them says which was lost.
-            if os.environ.get("SAG_DIT_DEBUG") or not re.search(LOST, str(error)):
+            if not re.search(LOST, str(error)):
                 raise
             fail(
                 f"the connection to another rank is lost ({str(error).splitlines()[0]}); what is "
@@ -258,10 +300,9 @@ def launch(
 
     sys.argv[1:] = [*flags, *for_hydra(keys)]
     try:
-        with leaving_when_told():
-            hydra.main(
-                config_path=str(config_folder()), config_name=config_name, version_base="1.3"
-            )(job)()
+        hydra.main(config_path=str(config_folder()), config_name=config_name, version_base="1.3")(
+            job
+        )()
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error, config_name, keys))
     except ValueError as error:  # Of a key of Hydra's own.

@@ -64,7 +64,10 @@ def run_attention(config: AttentionSheet) -> None:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device={device}: it cannot be used here: {reason}") from error
     from sag_dit.data.requests import make_requests
-    from sag_dit.output.folder import pixels, write_arrays, write_sheet
+    from sag_dit.guidance import cost_of
+    from sag_dit.output.folder import pixels, write_arrays
+    from sag_dit.output.sheet import SheetText, outline, write_sheet
+    from sag_dit.output.telling import Recipe, how
     from sag_dit.sampler import Sampler
     from sag_dit.sampling import Settings, draw_batch
 
@@ -75,13 +78,16 @@ def run_attention(config: AttentionSheet) -> None:
     classes = 0 if config.classes is None else config.classes
     count = len(classes) if isinstance(classes, list) else 1
     requests = make_requests(count, config.seed, classes, model.class_names)
-    maps = make_maps(config.attention, model, config.steps)
+    settings = Settings(sampler, config.steps, batch_size=1)
+    settings.check(model)
+    cost = cost_of(model.denoiser, (), sampler, config.steps)
+    maps = make_maps(config.attention, model, len(cost.rounds))
     model.denoiser.to(device)
     model.codec.to(device)
     out = Path(config.out or f"outputs/attention/{model.name}")
     out.mkdir(parents=True, exist_ok=True)
-    settings = Settings(sampler, config.steps, batch_size=1)
-    settings.check(model)
+    recipe = Recipe(config.ckpt, sampler, steps=config.steps, seed=config.seed)
+    words = how(recipe, model.denoiser)
     # A sheet for each image, with the norm of every layer's gate beside its maps.
     for place, request in enumerate(requests):
         with gate_norms(model.denoiser) as norms:
@@ -92,7 +98,9 @@ def run_attention(config: AttentionSheet) -> None:
         notes = {name: f"gate {gate:.3f}" for name, gate in gates.items()}
         file = out / f"{place:03d}-{'prompt' if config.prompt else f'class-{request.label}'}"
         write_arrays(file.with_suffix(".npz"), view)
-        write_sheet(file.with_suffix(".png"), view, pixels(drawn.images[0]), notes)
+        title = f"{model.name}: {model.class_names[request.label]}"
+        text = SheetText(title, words, outline(maps.limit), notes)
+        write_sheet(file.with_suffix(".png"), view, pixels(drawn.images[0]), text)
         print(f"sheet: {file.with_suffix('.png')}")
         print(f"{'layer':24} {'gate norm':>9} {'mask area':>9}")
         for layer in view.layers:

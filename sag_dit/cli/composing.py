@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, TypeVar, get_type_hints
@@ -27,6 +27,7 @@ from sag_dit.cli.keys.key import Closed, substituted
 from sag_dit.cli.schema import check, free_text, nearest
 from sag_dit.cli.signatures import names_taken
 from sag_dit.methods import guidance_defaults, scales
+from sag_dit.output.telling import hydra_quoted
 
 QUOTATION = re.compile(r"""(['"])(\\.|(?!\1|\\).)*\1""", re.DOTALL)
 """A value that the user has quoted for Hydra."""
@@ -46,18 +47,10 @@ FOLDER = "<the folder of this run>"
 UNDECLARED = Bounds(lenient=True)
 """Of an argument of which its annotation is all that is known."""
 
-INSTEAD = {
-    "max_steps": "max_steps",
-    "logger": "logger",
-    "default_root_dir": "out",
-    "log_every_n_steps": "every_n_steps.log",
-    "val_check_interval": "every_n_steps.validation",
-}
-"""The keys that say what a command tells the Trainer by itself."""
-
 C = TypeVar("C", bound=Closed)
 
 
+@cache
 def config_folder() -> Path:
     """Return the folder of configurations: inside an installed wheel, else beside the package.
 
@@ -87,7 +80,7 @@ def quoted(argument: str) -> str:
         return f"{key}={_named(value)}"
     # Several paths; each may hold what a name may.
     listed = told.listed and value.startswith("[")
-    return f"{key}={_named(value) if listed else _quoted(value)}"
+    return f"{key}={_named(value) if listed else hydra_quoted(value)}"
 
 
 def _named(value: str) -> str:
@@ -95,16 +88,9 @@ def _named(value: str) -> str:
     if not (value.startswith("[") and value.endswith("]")):
         filled = re.sub(r"\$\{[^{}]*\}", "", value)
         plain = NO_NAME.fullmatch(value) or re.search(r"[\[\]{},\\]", filled)
-        return value if plain or QUOTATION.fullmatch(value) else _quoted(value)
+        return value if plain or QUOTATION.fullmatch(value) else hydra_quoted(value)
     found = [match[0].strip() for match in NAME.finditer(value[1:-1]) if match[0].strip()]
     return f"[{','.join(map(_named, found))}]"
-
-
-def _quoted(value: str) -> str:
-    # Within Hydra's quotes a backslash means itself unless quotes follow it.
-    value = re.sub(r"(\\*)'", lambda m: m[1] * 2 + "\\'", _literal(value))
-    value = re.sub(r"(\\+)$", lambda m: m[1] * 2, value)
-    return f"'{value}'"
 
 
 def _literal(value: Any) -> Any:
@@ -143,7 +129,7 @@ def drop_strangers(config: DictConfig, arguments: Sequence[str]) -> None:
     stated = {argument.partition("=")[0].lstrip("+") for argument in arguments}
     for path in own_targets(arguments):
         node = OmegaConf.select(config, path)
-        takes = _taken(str(node["_target_"]))
+        takes = _taken_by(str(node["_target_"]))
         kept = {*stated, *(f"{path}.{name}" for name in takes or node)}
         with open_dict(node):
             for name in map(str, list(node)):
@@ -214,14 +200,14 @@ def checked_config(command: str, config: DictConfig, typed: Mapping[str, str] | 
     """
     # Other keys may name the folder, which may only be known later.
     named, out = config.copy(), config.get("out")
-    if out is None or isinstance(out, str):
+    if "out" in config and (out is None or isinstance(out, str)):
         named.out = FOLDER if out is None else _literal(str(Path(out)))
     # What is wrong in a line of its own is told before what is missing.
     missing = OmegaConf.missing_keys(named)
     for key in missing:
         OmegaConf.update(named, key, None)
     values: Any = OmegaConf.to_container(named, resolve=True)
-    found = check(command, {**values, "out": out}, typed, missing)
+    found = check(command, {**values, "out": out} if "out" in config else values, typed, missing)
     if missing:
         raise ValueError(found.unset(sorted(missing)))
     return replace(found, source=config)
@@ -254,9 +240,9 @@ def make(values: Mapping[str, Any], where: str, kind: type = object, **more: Any
     made = {name: _made(value, f"{where}.{name}") for name, value in given.items()}
     for name in made.keys() & more.keys():
         if not (isinstance(made[name], list) and isinstance(more[name], list)):
-            told = f"set {INSTEAD[name]} instead" if name in INSTEAD else "leave it out"
             raise ValueError(
-                f"{where}.{name}={shown(values[name])}: the command sets {name} itself; {told}"
+                f"{where}.{name}={shown(values[name])}: the command sets {name} itself; leave it "
+                f"out"
             )
         more[name] = made[name] + more[name]
     # What is partial is called later, with the arguments that are left.
@@ -360,7 +346,7 @@ def arguments_of(target: str) -> dict[str, Any] | None:
     }
 
 
-def _taken(target: str) -> Collection[str] | None:
+def _taken_by(target: str) -> Collection[str] | None:
     """Return what a class or function takes by name; None as :func:`arguments_of`."""
     # An import takes seconds, a file that tells the same does not.
     return names_taken(target) or arguments_of(target)
@@ -374,7 +360,7 @@ def refuse_strangers(path: str, targets: Sequence[str], names: Iterable[str]) ->
     """
     takes: set[str] = set()
     for target in targets:
-        own = _taken(target)
+        own = _taken_by(target)
         if own is None:
             return
         takes |= set(own)

@@ -12,13 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sag_dit.cli.app import alone_in, launch, quiet_lightning, settings_of
+from sag_dit.cli.app import alone_in, launch, leaving_when_told, quiet_lightning, settings_of
 from sag_dit.cli.composing import make, placed
 from sag_dit.cli.keys import Evaluate
 from sag_dit.cli.keys.key import to_dict
 from sag_dit.cli.presets import with_presets
 from sag_dit.cli.rows import Configured, make_rows
+from sag_dit.cli.speed import emulated, speed_told
 from sag_dit.cli.sweep import Choice
+from sag_dit.cli.trainer_flags import check_drawing
 from sag_dit.cli.values import check_logger, own_sampler
 
 if TYPE_CHECKING:
@@ -37,8 +39,9 @@ def check_rows(config: Evaluate, rows: Sequence[Configured]) -> None:
     from sag_dit.study.setup import check_metrics
 
     check_logger(config.logger)
+    check_drawing(config.trainer)
     for row in rows:
-        check_metrics(row.config.metrics)
+        check_metrics(row.config.metrics, list(row.config.verifiers or ()))
         if row.config.trainer != config.trainer:
             raise ValueError("-m: the trainer cannot differ between settings; run them one by one")
         expected = expected_of(row.config)
@@ -52,12 +55,17 @@ def run_evaluate(config: Evaluate, choices: Sequence[Choice] | None = None) -> N
     """Measure what has not been measured yet; rank 0 then writes and shows all results."""
     rows = make_rows(config, choices)
     quiet_lightning()
+    import torch
+
     from sag_dit.cli.measurements import make_measurements
     from sag_dit.cli.stopping import LeaveWhenTold, ending_together
+    from sag_dit.profiling import profiling
     from sag_dit.study.comparison import Comparison
-    from sag_dit.study.measurement import base_name, measure
+    from sag_dit.study.measurement import ToDraw, base_name, measure
     from sag_dit.study.results import read_record
     from sag_dit.training.predicting import Predictor
+    from sag_dit.training.timing import settle
+    from sag_dit.training.timing import told as timing
 
     # Everything is checked and put together on every rank before anything is drawn.
     check_rows(config, rows)
@@ -69,19 +77,30 @@ def run_evaluate(config: Evaluate, choices: Sequence[Choice] | None = None) -> N
     # Known before any rank writes, so that all ranks measure the same.
     known = {each.identity: read_record(finished, each.identity) for each in measurements}
     pending = _pending(measurements, known)
+    images = {place: measurements[place].images for place in pending}
+    to_draw = {place: each for place, each in images.items() if isinstance(each, ToDraw)}
     if trainer.is_global_zero:
-        for line in costs([measurements[place] for place in pending]):
-            print(line)
-    with ending_together(trainer):
+        told = [speed_told(rows[place].config, each.model) for place, each in to_draw.items()]
+        told += [emulated(rows[place].config, trainer.strategy.root_device) for place in to_draw]
+        lines = costs([measurements[place] for place in pending], trainer.world_size)
+        for line in (*lines, *dict.fromkeys(told)):
+            if line:
+                print(line)
+    device = trainer.strategy.root_device
+    asked = profiling(partial(settle, device)) if config.profile else nullcontext()
+    with ending_together(trainer), asked as profile:
         for number, place in enumerate(pending, start=1):
             each, own = measurements[place], rows[place].config
             _claim(each, own)
+            torch.set_float32_matmul_precision(own.matmul)
             text = f"{each.setting.name} ({number} of {len(pending)})"
             so_far, num = known[each.identity], own.gallery.num
             with alone_in(each.kept_in) if each.kept_in else nullcontext():
                 known[each.identity] = measure(
                     predictor, each, finished, text=text, known=so_far, num=num
                 )
+    if profile is not None and trainer.is_global_zero:
+        print(*timing(profile, None, device), sep="\n")
     # Rank 0 puts the seeds of each setting together, shows the table and writes the page.
     if trainer.is_global_zero:
         records = {key: record for key, record in known.items() if record is not None}
@@ -105,18 +124,27 @@ def _pending(
     return found
 
 
-def costs(measurements: Sequence[Measurement]) -> list[str]:
-    """Return what drawing takes, a line for all settings that cost the same."""
+def costs(measurements: Sequence[Measurement], ranks: int = 1) -> list[str]:
+    """Return what drawing takes, a line for all settings that cost the same, and for padding."""
+    from sag_dit.guidance.cost import Batches
     from sag_dit.study.measurement import ToDraw
 
     names: dict[str, list[str]] = {}
+    padding: dict[str, None] = {}
+    useless: list[str | None] = []
     for each in measurements:
         if isinstance(each.images, ToDraw):
             own = names.setdefault(str(each.images.cost), [])
             own += [each.setting.name] * (each.setting.name not in own)
+            size = each.images.settings.batch_size
+            padding[Batches(len(each.images.requests), size, ranks).padding()] = None
+            useless.append(each.images.settings.useless(each.images.model.denoiser))
+    lines = [f"cost of {', '.join(own)}: {cost}" for cost, own in names.items()]
     if len(names) == 1:
-        return [f"cost: {cost}" for cost in names]
-    return [f"cost of {', '.join(own)}: {cost}" for cost, own in names.items()]
+        lines = [f"cost: {cost}" for cost in names]
+    lines += [f"      {told}" for told in padding if told]
+    # Some settings, such as no guidance, have nothing to share beside others that have.
+    return lines + ([str(useless[0])] if useless and all(useless) else [])
 
 
 def _claim(measurement: Measurement, config: Evaluate) -> None:
@@ -168,6 +196,7 @@ def start(arguments: Sequence[str], entry: Sequence[str] = ()) -> None:
     launch("evaluate", job, arguments if choices is None else choices[0].arguments, entry)
 
 
+@leaving_when_told()
 def start_with_presets(arguments: Sequence[str] | None = None, entry: Sequence[str] = ()) -> None:
     """Run ``evaluate.py``, with the arguments of the command line unless others are given."""
     start(with_presets("evaluate", sys.argv[1:] if arguments is None else arguments), entry)

@@ -16,25 +16,44 @@ from sag_dit.cli.published import expected_of, otherwise
 from sag_dit.cli.rows import Configured
 from sag_dit.cli.sample import Plan, make_plan
 from sag_dit.cli.schema import determining
-from sag_dit.cli.values import MEASURED
+from sag_dit.cli.typed import choices
+from sag_dit.cli.values import MEASURED, as_verifier
 from sag_dit.evaluation.features import FeatureExtractor
 from sag_dit.evaluation.images import ImageSet, open_images
-from sag_dit.guidance import Cost, cost_of
+from sag_dit.evaluation.scores import Verifier
+from sag_dit.guidance import Cost
 from sag_dit.study.charts import text_of
+from sag_dit.study.comparison import check_trainings
 from sag_dit.study.measurement import Measurement, Setting, ToDraw, guidance_text, measurement
-from sag_dit.study.setup import Setup, Setups, example_of
+from sag_dit.study.setup import Ratio, Setup, Setups, example_of
 
 
-def make_measurements(rows: Sequence[Configured], device: torch.device) -> list[Measurement]:
+class Loaded:
+    """What has been loaded on a device, to be used again by further measurements.
+
+    Example::
+
+        loaded = Loaded(device)
+        make_measurements(rows, device, loaded)
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.setups = device, Setups(device)
+        self.networks: dict[str, FeatureExtractor] = {}
+        self.models: dict[str, Model] = {}
+        self.sets: dict[str, ImageSet] = {}
+        self.verifiers: dict[str, Verifier] = {}
+
+
+def make_measurements(
+    rows: Sequence[Configured], device: torch.device, loaded: Loaded | None = None
+) -> list[Measurement]:
     """Load models, features and references, each once, and check that they fit.
 
     Raises:
         ValueError: a value that cannot be used; the message says what to do.
     """
-    setups = Setups(device)
-    networks: dict[str, FeatureExtractor] = {}
-    models: dict[str, Model] = {}
-    sets: dict[str, ImageSet] = {}
+    loaded = loaded or Loaded(device)
     costs: dict[int, Cost] = {}
     prepared: list[tuple[ToDraw | ImageSet, Setup]] = []
     # Each set of images, and what it is measured with.
@@ -42,27 +61,35 @@ def make_measurements(rows: Sequence[Configured], device: torch.device) -> list[
         config = row.config
         images: ToDraw | ImageSet
         if row.source is None:
-            plan = _plan(config, models)
+            plan = _plan(config, loaded.models)
             how = plan.settings
             if row.place not in costs:  # A seed costs what another does.
-                denoiser = plan.model.denoiser
-                costs[row.place] = cost_of(denoiser, how.guidance, how.sampler, how.steps)
+                costs[row.place] = how.cost(plan.model.denoiser)
             folder = plan.folder if config.keep else None
             cost = costs[row.place]
             images = ToDraw(plan.model, how, plan.requests, plan.pixels, cost, folder)
             example, names = example_of(plan.model), plan.model.class_names
         else:
-            images = sets.setdefault(f"{row.source} over {config.background}", _opened(row))
+            images = loaded.sets.setdefault(f"{row.source} over {config.background}", _opened(row))
             example, names = next(images.read(1))[0][:1], ()
-        setup = setups.setup(
+        setup = loaded.setups.setup(
             example,
             names,
-            features=make_features(config.features, networks),
+            features=make_features(config.features, loaded.networks),
             reference=config.reference,
             background=config.background,
             metrics=config.metrics,
+            fdr=Ratio(config.fdr.features or (), config.fdr.split),
+            verifiers=make_verifiers(config.verifiers, loaded.verifiers),
         )
         prepared.append((images, setup))
+    # Numbers of one setting are put together, so that its models have to be trainings of one.
+    trainings: dict[int, dict[str, Model]] = {}
+    for row, (images, _) in zip(rows, prepared, strict=True):
+        if isinstance(images, ToDraw):
+            trainings.setdefault(row.place, {})[str(row.config.ckpt)] = images.model
+    for models in trainings.values():
+        check_trainings([*models.values()])
     # Names follow from what distinguishes the rows, and are known once all of them are.
     guidance = [
         each.pixels["guidance"] if isinstance(each, ToDraw) else None for each, _ in prepared
@@ -112,13 +139,36 @@ def make_features(node: Any, networks: dict[str, FeatureExtractor]) -> FeatureEx
         return None
     if not isinstance(node, dict) or "_target_" not in node:
         raise ValueError(
-            f"features={node}: expected inception, dinov2, digits or patches, or a mapping "
-            f"with _target_, the class of a FeatureExtractor"
+            f"features={node}: expected {', '.join(choices('features'))}, or a mapping with "
+            f"_target_, the class of a FeatureExtractor"
         )
     key = repr(node)
     if key not in networks:
         networks[key] = make(node, "features", FeatureExtractor)
     return networks[key]
+
+
+def make_verifiers(
+    nodes: Mapping[str, Any] | None, made: dict[str, Verifier]
+) -> dict[str, Verifier]:
+    """Return the configured verifiers by their names, each made once.
+
+    Raises:
+        ValueError: it is none that can be called, or its weights are not here.
+    """
+    found = {}
+    for name, node in (nodes or {}).items():
+        if not isinstance(node, dict) or "_target_" not in node:
+            raise ValueError(
+                f"verifiers.{name}={node}: expected a mapping with _target_, a function of "
+                f"(images, condition) or a class whose objects are called so"
+            )
+        key = repr(node)
+        if key not in made:
+            where = f"verifiers.{name}"
+            made[key] = make(as_verifier(node, where), where)
+        found[name] = made[key]
+    return found
 
 
 def name_rows(

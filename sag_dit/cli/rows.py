@@ -1,4 +1,4 @@
-"""The rows of an evaluation: one per setting and seed, from a sweep, a comparison or a list."""
+"""The rows of an evaluation: a setting, training and seed each, from a sweep or a comparison."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Configured:
     """A set of images to measure: its name, what distinguishes it in a sweep, its configuration.
 
     ``source`` is a set of images on disk; None where they are drawn. Rows of one ``place`` differ
-    in their seed alone.
+    in their training and their seed alone.
 
     Example::
 
@@ -67,7 +67,7 @@ def make_rows(config: Evaluate, choices: Sequence[Choice] | None) -> list[Config
         rows = _compared(config)
     else:
         rows = [Configured("", 0, {}, config)]
-    return _seeded(rows, config)
+    return _seeded(_trained(rows), config)
 
 
 def _swept(choices: Sequence[Choice]) -> list[Configured]:
@@ -104,6 +104,19 @@ def _compared(config: Evaluate) -> list[Configured]:
         except ValueError as error:
             raise ValueError(f"compare.{name}: {error}") from error
     return rows
+
+
+def _trained(rows: Sequence[Configured]) -> list[Configured]:
+    """Return a row for each training of a model."""
+    found = []
+    for row in rows:
+        listed = row.config.ckpt
+        names: list[str | None] = [*listed] if isinstance(listed, list) else [listed]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None or not names:
+            raise ValueError(f"ckpt={shown(listed)}: expected several trainings, each once")
+        found += [replace(row, config=replace(row.config, ckpt=name)) for name in names]
+    return found
 
 
 def _seeded(rows: Sequence[Configured], config: Evaluate) -> list[Configured]:

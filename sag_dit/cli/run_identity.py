@@ -158,7 +158,8 @@ def claim_data(out: Path, now: Mapping[str, Any] | None, *, on_purpose: bool) ->
     ``now`` is the data's fingerprint. A run that was begun before there were fingerprints gets one.
 
     Raises:
-        ValueError: the data has changed, not ``on_purpose``; what has changed is told.
+        ValueError: the data has changed, not ``on_purpose`` or in its number of classes; what has
+            changed is told.
     """
     if now is None:
         return
@@ -168,10 +169,10 @@ def claim_data(out: Path, now: Mapping[str, Any] | None, *, on_purpose: bool) ->
         return
     if before["sha256"] != now["sha256"] or before["classes"] != now["classes"]:
         changes = "; ".join(_data_changes(before, now))
-        if not on_purpose:
+        # A model of so many classes does not go on with more or fewer.
+        goes_on = len(before["classes"]) == len(now["classes"])
+        if not (on_purpose and goes_on):
             remedy = ", or go on with it on purpose: changed_data=true"
-            # A model of so many classes does not go on with more or fewer.
-            goes_on = len(before["classes"]) == len(now["classes"])
             raise ValueError(
                 f"out={out}: the data has changed since the run began ({changes}): expected it as "
                 f"it was; restore it, begin another run with another out{remedy * goes_on}"

@@ -132,12 +132,15 @@ class FreeText(NamedTuple):
 @cache
 def free_text() -> Mapping[str, FreeText]:
     """Return the keys of all commands whose values may hold anything."""
-    found = (each for schema in COMMANDS.values() for each in walk(schema))
-    return {
-        path: FreeText(told.names, any(get_origin(kind) is list for kind in parts(hint)))
-        for path, hint, told in found
-        if told.text or told.names
-    }
+    found: dict[str, FreeText] = {}
+    for schema in COMMANDS.values():
+        for path, hint, told in walk(schema):
+            if told.text or told.names:
+                # A key that one command takes a list for is read alike by all.
+                before = found.get(path, FreeText(names=False, listed=False))
+                listed = any(get_origin(kind) is list for kind in parts(hint))
+                found[path] = FreeText(told.names, listed or before.listed)
+    return found
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -29,7 +29,7 @@ def names_taken(target: str) -> frozenset[str] | None:
         match node:
             case ast.ImportFrom(module=str(source), level=0, names=names):
                 for each in names:
-                    if name in (each.asname, each.name):
+                    if name == (each.asname or each.name):
                         return names_taken(f"{source}.{each.name}")
             case ast.FunctionDef() if node.name == name:
                 return _parameters(node)

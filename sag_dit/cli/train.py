@@ -19,7 +19,8 @@ from sag_dit.cli.run_identity import (
     identity,
     run_folder,
 )
-from sag_dit.cli.values import check_logger, make_terms, with_models
+from sag_dit.cli.trainer_flags import check_training
+from sag_dit.cli.values import check_logger, make_terms
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
@@ -179,16 +180,24 @@ def make_module(config: Train, model: Model) -> DiffusionModule:
     )
 
 
-def make_loggers(settings: Mapping[str, Any] | None, out: Path, step: int) -> list[Logger]:
-    """Build the logger, if any; at a step it goes on with what the run has logged before."""
+def loggers_of(config: Train) -> dict[str, Mapping[str, Any]]:
+    """Return the settings of all loggers by the keys at which they stand."""
+    further = config.trainer.get("logger") or []
+    listed = [further] if isinstance(further, Mapping) else further
+    named = {f"trainer.logger[{place}]": each for place, each in enumerate(listed)}
+    return ({"logger": config.logger} if config.logger else {}) | named
+
+
+def make_loggers(config: Train, out: Path, step: int) -> list[Logger]:
+    """Build the loggers; at a step they go on with what the run has logged before."""
     from lightning.pytorch.loggers import Logger
 
     from sag_dit.training.loggers import going_on
 
-    if not settings:
-        return []
-    resumed = going_on(str(settings.get("_target_")), out, step)
-    return [make({**resumed, **settings}, "logger", Logger)]
+    return [
+        make({**going_on(str(settings.get("_target_")), out, step), **settings}, where, Logger)
+        for where, settings in loggers_of(config).items()
+    ]
 
 
 def make_trainer(config: Train, out: Path) -> Trainer:
@@ -199,6 +208,7 @@ def make_trainer(config: Train, out: Path) -> Trainer:
     """
     from lightning.pytorch import Trainer
 
+    from sag_dit.api import with_models
     from sag_dit.training.callbacks import LossByLevel, Previews, Progress, Speed
     from sag_dit.training.resume import AtomicCheckpointIO, LastCheckpoints, best_checkpoint
 
@@ -220,8 +230,9 @@ def make_trainer(config: Train, out: Path) -> Trainer:
         best_checkpoint(out),
         LastCheckpoints(out, every.checkpoint),
     ]
+    stated = {name: value for name, value in config.trainer.items() if name != "logger"}
     trainer: Trainer = make(
-        config.trainer,
+        {"enable_model_summary": False, "num_sanity_val_steps": 0, **stated},
         "trainer",
         Trainer,
         max_steps=config.max_steps,
@@ -233,8 +244,6 @@ def make_trainer(config: Train, out: Path) -> Trainer:
         val_check_interval=every.validation * config.trainer.get("accumulate_grad_batches", 1),
         check_val_every_n_epoch=None,
         use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
         default_root_dir=out,
     )
     return trainer
@@ -253,7 +262,7 @@ def go_on_training(
     from sag_dit.training.resume import export_run
 
     out = Path(trainer.default_root_dir)
-    trainer.loggers = make_loggers(config.logger, out, step)
+    trainer.loggers = make_loggers(config, out, step)
     for logger in trainer.loggers:
         logger.log_hyperparams(to_dict(config))
     with ending_together(trainer), naming_lost_nodes(trainer):
@@ -281,7 +290,9 @@ def run_train(config: Train) -> None:
     from sag_dit.training.resume import exported_step, newest_checkpoint
 
     # The folder follows from what determines the weights, a checkpoint's resolution included.
-    check_logger(config.logger)
+    check_training(config.trainer)
+    for where, each in loggers_of(config).items():
+        check_logger(each, where)
     base = None
     if config.ckpt:
         base, config = load_base(config)
@@ -301,6 +312,11 @@ def run_train(config: Train) -> None:
     trainer = make_trainer(config, out)
     trainer.callbacks[:0] = trackers(config.track, model, out, trainer.strategy.root_device)  # type: ignore[attr-defined]
     data.rank_batch_size(trainer.world_size)
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        trainer.fit(module, datamodule=data)
+        if trainer.is_global_zero:
+            print(f"fast_dev_run: {trainer.global_step} steps ran and validated; nothing is kept")
+        return
     # The folder is claimed, and a run that was begun there goes on.
     settings = to_dict(config)
     out.mkdir(parents=True, exist_ok=True)

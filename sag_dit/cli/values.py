@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,10 @@ from sag_dit.cli.composing import check_target, config_folder, fitted, make
 from sag_dit.cli.keys import Attention, Evaluate, Guides
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from sag_dit.checkpoints import Model
     from sag_dit.guidance import Term
     from sag_dit.process import Process
+    from sag_dit.sampling import Search
     from sag_dit.traces import Maps
 
 LIBRARIES = {"WandbLogger": ("wandb",), "TensorBoardLogger": ("tensorboard", "tensorboardX")}
@@ -31,11 +29,11 @@ MEASURED = 300
 """Images that evaluate.py draws of each setting unless told how many."""
 
 
-def check_logger(logger: Mapping[str, Any] | None) -> None:
-    """Refuse a logger whose library is not installed, before there is anything to log.
+def check_logger(logger: Mapping[str, Any] | None, where: str = "logger") -> None:
+    """Refuse a logger that cannot log, before there is anything to log.
 
     Raises:
-        ValueError: the library is missing; how to install it is told.
+        ValueError: its library is missing, or Weights & Biases lets nobody in; the remedy is told.
     """
     if not logger:
         return
@@ -43,10 +41,36 @@ def check_logger(logger: Mapping[str, Any] | None) -> None:
     needed = LIBRARIES.get(target.rpartition(".")[2], ())
     if needed and not any(find_spec(library) for library in needed):
         raise ValueError(
-            f"logger: {target} needs {needed[0]}, which is not installed; "
+            f"{where}: {target} needs {needed[0]}, which is not installed; "
             f"pip install {needed[0]}, or choose logger=csv or logger=none"
         )
-    check_target(logger, "logger")
+    check_target(logger, where)
+    if needed == ("wandb",) and not logger.get("offline"):
+        _check_login(logger.get("mode") or os.environ.get("WANDB_MODE") or "online")
+
+
+def _check_login(mode: str) -> None:
+    """Log in to Weights & Biases, on the first rank alone, unless its mode needs no login.
+
+    Raises:
+        ValueError: there is no such mode, or no key, the server refuses it, or is not reached.
+    """
+    from sag_dit.cli.app import is_first_rank
+
+    if mode in ("offline", "dryrun", "disabled") or not is_first_rank():
+        return
+    import wandb
+
+    try:
+        wandb.Settings.model_validate({"mode": mode})
+        if wandb.run is None:  # None of this process's own, such as of the settings of a sweep.
+            wandb.login(verify=True)
+    except (wandb.Error, ValueError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+        raise ValueError(
+            f"logger=wandb: {reason}; run `wandb login` once, or work offline with "
+            f"logger.offline=true, which logs into the run's folder for `wandb sync` to send later"
+        ) from None
 
 
 def own_sampler(settings: Mapping[str, Any], process: Process) -> dict[str, Any]:
@@ -108,47 +132,49 @@ def make_terms(guidance: Mapping[str, Any], where: str = "guidance") -> dict[str
     return terms
 
 
-def with_models(terms: Mapping[str, Term]) -> dict[str, Term]:
-    """Return the terms with the models that those that are on name by a path or a name loaded.
+def as_verifier(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return what makes a verifier: of a class an object, of a function the function itself.
 
     Raises:
-        ValueError: one is not found, damaged, or of another kind.
+        ValueError: there is no such thing, or it takes no such argument.
     """
-    from sag_dit.guidance import Autoguidance, ClassifierGuidance
+    thing, _ = check_target(values, where)
+    return {"_partial_": not isinstance(thing, type), **values}
 
-    made = dict(terms)
-    for name, term in terms.items():
-        if term.off:
-            continue
-        if isinstance(term, Autoguidance) and term.ckpt is not None:
-            worse = _worse_model(term.ckpt, bool(term.ema))
-            # A folder's name tells the worse model by its weights, so that its path is no part.
-            made[name] = replace(term, ckpt=None, ema=None, worse=worse)
-        elif isinstance(term, ClassifierGuidance) and isinstance(term.classifier, str):
-            made[name] = replace(term, classifier=_classifier(term.classifier))
+
+def make_search(values: Mapping[str, Any] | None) -> Search | None:
+    """Build the search; its verifier may be a function or a class of the user's own.
+
+    A function is the verifier itself; a class is called to make one.
+
+    Raises:
+        ValueError: it names none, or no verifier.
+    """
+    from sag_dit.sampling import Search
+    from sag_dit.search import CLASSIFIER
+
+    if not values:
+        return None
+    verifier, where = values.get("verifier"), "search.verifier"
+    if isinstance(verifier, str) and verifier != CLASSIFIER:
+        if "." not in verifier:
+            raise ValueError(
+                f"{where}={verifier}: expected {CLASSIFIER}, or the name of a function or class, "
+                f"such as MODULE.NAME"
+            )
+        verifier = {"_target_": verifier}
+    if isinstance(verifier, Mapping):
+        verifier = as_verifier(verifier, where)
+    given = {} if verifier is None else {"verifier": verifier}
+    made: Search = make({**values, **given}, "search", Search)
     return made
 
 
-@cache
-def _worse_model(ckpt: str, ema: bool) -> nn.Module:
-    """Return a worse model, read once for all rows of a comparison and all jobs of a sweep."""
-    from sag_dit.checkpoints import load_denoiser
-
-    return load_denoiser(ckpt, ema=ema)
-
-
-@cache
-def _classifier(name: str) -> nn.Module:
-    """Return a classifier, read once as well."""
-    from sag_dit.checkpoints import load_classifier
-
-    return load_classifier(name)
-
-
 def make_maps(wanted: Attention, model: Model, steps: int, guidance: Iterable[Term] = ()) -> Maps:
-    """Build what to keep of attention from ``attention``'s values.
+    """Build what to keep of attention from ``attention``'s values; ``steps`` are the run's.
 
-    Without a threshold, masks are set as by the SAG of ``guidance``.
+    Without a threshold, masks are set as by the SAG of ``guidance``; the layers ``[auto]`` are
+    those that it reads, and without it the one in the middle.
 
     Raises:
         ValueError: a value that cannot be meant, or a layer or step that does not exist.
@@ -157,11 +183,15 @@ def make_maps(wanted: Attention, model: Model, steps: int, guidance: Iterable[Te
     from sag_dit.traces import Maps
 
     show, query = wanted.show, wanted.query
-    limit = next((term for term in guidance if isinstance(term, SAG) and not term.off), SAG())
+    used = next((term for term in guidance if isinstance(term, SAG) and not term.off), SAG())
+    limit = used
     if wanted.threshold is not None:
         limit = SAG(threshold=float(wanted.threshold))
+    layers = [*map(str, wanted.layers)]
+    if layers == ["auto"]:
+        layers = [layer.name for layer in used.layers(model.denoiser)]
     maps = Maps(
-        layers=tuple(map(str, wanted.layers)),
+        layers=tuple(layers),
         steps=show if isinstance(show, int) else tuple(show),
         query=None if query is None else (float(query[0]), float(query[1])),
         limit=limit,

@@ -149,11 +149,20 @@ def _scaled(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
     """Return a grey image of more than 8 bits, as mode L.
 
     Raises:
-        UnreadableImageError: floats beyond 0 to 1, or whole numbers beyond 16 bits.
+        UnreadableImageError: floats beyond 0 to 1, or whole numbers beyond 16 bits or of which
+            nothing tells the greatest.
     """
     values = np.asarray(image)
-    white = 1 if image.mode == "F" else 4095 if tags.get(BITS_PER_SAMPLE) == (12,) else 65535
+    bits = tags.get(BITS_PER_SAMPLE, ())
+    white = 1 if image.mode == "F" else 4095 if bits == (12,) else 65535
     least, most = values.min(), values.max()
+    # A TIFF of 32 bits may hold numbers of 8 or of 16 bits, one of 16 with a sign any scale.
+    signed = image.mode == "I" and bits == (16,)
+    if signed or (image.mode == "I" and bits == (32,) and 0 < most <= 255):
+        raise UnreadableImageError(
+            f"holds whole numbers from {least:g} to {most:g} in {bits[0]} bits"
+            f"{' with a sign' * signed}, and nothing tells which is white; save it with 8 bits"
+        )
     if not (least >= 0 and most <= white):  # NaN is neither
         raise UnreadableImageError(
             f"holds values from {least:g} to {most:g}: expected 0 to {white}, from black to white; "
@@ -167,7 +176,8 @@ def _scaled(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
 class Header(NamedTuple):
     """What an image file says of itself before its pixels.
 
-    ``unlike_before`` says what of it was read otherwise before there was a background, or nothing.
+    ``unlike_before`` says what of it was read otherwise before there was a background, or nothing;
+    ``pages`` whether it holds several images, of which the first is read.
 
     Example::
 
@@ -178,6 +188,7 @@ class Header(NamedTuple):
     height: int
     grey: bool
     unlike_before: str
+    pages: bool
 
 
 def read_header(path: Path) -> Header:
@@ -201,7 +212,8 @@ def header_of(stream: IO[bytes], path: Path) -> Header:
         with Image.open(stream) as image:
             transparent = TRANSPARENT if image.has_transparency_data else ""
             unlike = MORE_BITS if image.mode in DEEP else transparent
-            return Header(*image.size, image.mode in GREY, unlike)
+            pages = bool(getattr(image, "is_animated", False))
+            return Header(*image.size, image.mode in GREY, unlike, pages)
     except Exception as error:  # decoders raise almost any type
         raise UnreadableImageError(f"{path} cannot be decoded ({error!r})") from None
 

@@ -219,8 +219,9 @@ class EncodingPlan:
         free = shutil.disk_usage(self.folder.path).free
         if needed > free:
             raise ValueError(
-                f"out={self.folder.path}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB "
-                f"are free; make room, choose another out, or take dtype=float16 or flip=false"
+                f"out={self.folder.path}: {needed / 1e6:,.1f} MB are needed and "
+                f"{free / 1e6:,.1f} MB are free; make room, choose another out, or take "
+                f"dtype=float16 or flip=false"
             )
 
 

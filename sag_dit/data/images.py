@@ -9,13 +9,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -31,7 +32,15 @@ from sag_dit.data.crop import (
     read_crop,
     read_header,
 )
-from sag_dit.data.training_batches import Batch, Indices, NamedData, check_classes, name_hash, some
+from sag_dit.data.training_batches import (
+    Batch,
+    Indices,
+    NamedData,
+    check_classes,
+    name_hash,
+    readable,
+    some,
+)
 
 
 def latent_size(size: int, factor: int = 1, patch_size: int = 1) -> int:
@@ -55,11 +64,16 @@ def latent_size(size: int, factor: int = 1, patch_size: int = 1) -> int:
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Endings of the files that are read, in capitals too."""
-PASSED_OVER = (
-    *(".jpe", ".jfif", ".gif", ".apng", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".ico"),
-    *(".pbm", ".pnm", ".tga", ".psd", ".exr", ".hdr", ".dng", ".cr2", ".nef", ".arw"),
+UNKNOWN_TO_PILLOW = (
+    *(".heic", ".heif", ".jif", ".jxl", ".svg", ".pfm", ".exr", ".hdr"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
 )
-"""Endings of images that are not read, but told of."""
+
+
+@cache
+def passed_over() -> frozenset[str]:
+    """Return the endings of images that are not read, but told of."""
+    return frozenset([*Image.registered_extensions(), *UNKNOWN_TO_PILLOW]) - {*EXTENSIONS}
 
 
 @dataclass(frozen=True)
@@ -97,11 +111,12 @@ def find_images(root: str | Path) -> ImageFiles:
     """List the images below a folder: one class per folder in it, or a single class if it has none.
 
     Class folders are searched in depth. Hidden files and folders, and files without an image's
-    ending, are left out; images of other endings, and links to nothing, too, but these are named.
+    ending, are left out; images of other endings, links to nothing, and links to a folder that
+    they lie in, too, but these are named.
 
     Raises:
-        ValueError: no such folder, no image in it, a class without image, or images beside class
-            folders.
+        ValueError: no such folder, no image in it, a class without image or with a name that is
+            not UTF-8, or images beside class folders.
     """
     # What stands in the folder: class folders, or images.
     folder = Path(root).expanduser()
@@ -111,6 +126,12 @@ def find_images(root: str | Path) -> ImageFiles:
     left_out: dict[str, list[str]] = {}
     entries = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     classes = [name for name in entries if (folder / name).is_dir()]
+    for name in classes:
+        if os.fsencode(name) != name.encode(errors="replace"):
+            raise ValueError(
+                f"data.root={root}: the class folder {os.fsencode(name)!r} has a name that is not "
+                f"UTF-8, which no file of a run can hold; rename it"
+            )
     loose = sorted(_images(folder, "", left_out, deep=False))
     if classes and loose:
         raise ValueError(
@@ -141,10 +162,23 @@ def find_images(root: str | Path) -> ImageFiles:
 
 
 def _images(
-    root: Path, below: str, left_out: dict[str, list[str]], *, deep: bool = True
+    root: Path,
+    below: str,
+    left_out: dict[str, list[str]],
+    *,
+    deep: bool = True,
+    above: Sequence[os.stat_result] = (),
 ) -> Iterator[str]:
-    """Yield the images below a folder in ``root``; note in ``left_out`` those that are not read."""
+    """Yield the images below a folder in ``root``; note in ``left_out`` those that are not read.
+
+    ``above`` are the folders on the way to it.
+    """
     try:
+        # A link to one of them would lead through the same images without end.
+        way = [*(above or [root.stat()]), (root / below).stat()]
+        if below and any(os.path.samestat(way[-1], each) for each in way[:-1]):
+            left_out.setdefault("link to a folder that it lies in", []).append(below)
+            return
         entries = list(os.scandir(root / below))
     except OSError:
         left_out.setdefault("folder that cannot be opened", []).append(below)
@@ -157,8 +191,8 @@ def _images(
         there = Path(entry) if entry.is_symlink() else entry
         if there.is_dir():
             if deep:
-                yield from _images(root, f"{name}/", left_out)
-        elif ending in PASSED_OVER:
+                yield from _images(root, f"{name}/", left_out, above=way)
+        elif ending in passed_over():
             left_out.setdefault(f"{ending} is not read", []).append(name)
         elif ending in EXTENSIONS and there.is_file():
             yield name
@@ -173,13 +207,18 @@ def listing_sha256(files: ImageFiles) -> str:
         sizes = pool.map(lambda number: files.path(number).stat().st_size, range(len(files)))
         listing = hashlib.sha256()
         for name, size in zip(files.names, sizes, strict=True):
-            listing.update(f"{name} {size}\n".encode())
+            listing.update(os.fsencode(f"{name} {size}\n"))
     return listing.hexdigest()
 
 
 def told_left_out(left_out: Mapping[str, Sequence[str]]) -> list[str]:
     """Return how many files are left out, why and the first of them, a text for each reason."""
     return [f"{len(names):,} ({why}): {some(names)}" for why, names in left_out.items()]
+
+
+def told_pages(names: Sequence[str]) -> str:
+    """Return that these files hold several images each, and what is done with them."""
+    return f"{len(names):,} hold several pages or frames, of which the first is read: {some(names)}"
 
 
 def _also(left_out: Mapping[str, Sequence[str]]) -> str:
@@ -305,13 +344,15 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         # Several threads read the headers; what is found is told in the order of the files.
         count = len(self.files)
         looked = range(count) if most is None else range(0, count, -(-count // most))
-        inspection = Inspection(len(looked), [], [], {})
+        inspection = Inspection(len(looked), [], [], {}, [])
         with ThreadPoolExecutor(8) as pool:
             for index, found in zip(looked, pool.map(header, looked), strict=True):
                 if isinstance(found, UnreadableImageError):
                     self.note_unreadable(index, found)
                     continue
                 inspection.sizes.append((found.width, found.height))
+                if found.pages:
+                    inspection.pages.append(index)
                 if found.unlike_before:
                     inspection.unlike_before.setdefault(found.unlike_before, []).append(index)
                 if min(found.width, found.height) < self.size:
@@ -333,6 +374,7 @@ class Inspection(NamedTuple):
         sizes: width and height of each that can be read.
         small: which are smaller than the crop.
         unlike_before: which were read otherwise before there was a background, by the reason.
+        pages: which hold several images.
 
     Example::
 
@@ -343,6 +385,7 @@ class Inspection(NamedTuple):
     sizes: list[tuple[int, int]]
     small: list[int]
     unlike_before: dict[str, list[int]]
+    pages: list[int]
 
     def told(self, crops: Crops) -> list[str]:
         """Return a text for each thing that is done to some of the images."""
@@ -358,7 +401,11 @@ class Inspection(NamedTuple):
                 how = f"laid over {background}"
             else:
                 how = "scaled to 8 bits"
-            said.append(f"{len(indices):,} are {what} and {how}, the first is {names[indices[0]]}")
+            said.append(
+                f"{len(indices):,} are {what} and {how}, the first is {readable(names[indices[0]])}"
+            )
+        if self.pages:
+            said.append(told_pages([names[index] for index in self.pages]))
         if self.small:
             said.append(
                 f"{len(self.small)} of {self.looked} images are smaller than {crops.size} pixels "
@@ -381,12 +428,15 @@ def suspicions(files: ImageFiles) -> list[str]:
         first, *between = name.split("/")[:-1] or [""]
         if between:
             inside[first].add(between[0])
-    shared = set.intersection(*inside.values())
-    if len(shared) > 1 and 2 * len(shared) > len(set.union(*inside.values())):
+    parents = [names for names in inside.values() if names]
+    several = len(parents) > 1 or len(parents) == len(inside)
+    shared = set.intersection(*parents) if several else set()
+    if len(shared) > 1 and 2 * len(shared) > len(set.union(*parents)):
+        with_them = [name for name, names in inside.items() if names]
         found.append(
-            f"every class folder ({some(files.class_names)}) holds the same folders "
+            f"the class folders {some(with_them)} hold the same folders "
             f"({some(sorted(shared))}); if those are the classes, set "
-            f"data.root={files.root / files.class_names[0]}"
+            f"data.root={files.root / with_them[0]}"
         )
     # The classes stand in the names of files, which say nothing here.
     if len(files.class_names) == 1:

@@ -78,7 +78,7 @@ def photographs() -> NDArray[np.uint8]:
         except (ModuleNotFoundError, FileNotFoundError) as error:
             raise ValueError(
                 f"data=patches: {file} is not there ({error}); the photographs come with "
-                f"scikit-image 0.26 and scikit-learn: pip install sag_dit[eval]"
+                f"scikit-image 0.26 and scikit-learn: pip install -e '.[eval]'"
             ) from None
     return np.stack(read)
 

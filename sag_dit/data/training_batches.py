@@ -7,7 +7,7 @@ import os
 import re
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
 
 
 class TrainingBatches(Sampler[Batch]):
-    """The endless batches of one rank, from step ``first`` on.
+    """The endless batches of one rank, from the step on that ``first`` tells at each start.
 
     The chosen images form one endless sequence of shuffled epochs. Step s on w ranks takes the w *
     batch_size images from place s * w * batch_size on, and each rank takes a contiguous part of
@@ -77,7 +77,7 @@ class TrainingBatches(Sampler[Batch]):
         seed: int,
         *,
         flip: bool,
-        first: int = 0,
+        first: Callable[[], int] = int,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -108,7 +108,7 @@ class TrainingBatches(Sampler[Batch]):
         return Batch(step, self._chosen[places].tolist(), mirrored)
 
     def __iter__(self) -> Iterator[Batch]:
-        return map(self.batch, count(self._first))
+        return map(self.batch, count(self._first()))
 
 
 def validation_batches(
@@ -130,7 +130,17 @@ def validation_batches(
 
 def some(names: Sequence[str]) -> str:
     """Return the first names of a list."""
-    return ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
+    return ", ".join(map(readable, names[:SHOWN])) + ", ..." * (len(names) > SHOWN)
+
+
+def readable(name: str) -> str:
+    r"""Return a file's name on one line of text that can be printed.
+
+    Example:
+        >>> print(readable("a\nb"))
+        a\nb
+    """
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in name)
 
 
 def name_hash(name: str) -> int:
@@ -354,20 +364,28 @@ class StepData(LightningDataModule, ABC):
         return size // world
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return endless training batches, going on at the trainer's step."""
+        """Return endless training batches, going on at the trainer's step.
+
+        Also after an "epoch" that ``limit_train_batches`` ends; ``overfit_batches`` begins anew.
+        """
         world = self.trainer.world_size if self.trainer else 1
-        first = self.trainer.fit_loop.total_batch_idx + 1 if self.trainer else 0
         return self._loader(
             TrainingBatches(
                 self.training_images,
                 self.rank_batch_size(world),
                 self.seed,
                 flip=self.flip,
-                first=first,
+                first=self._first_batch,
                 rank=self.rank,
                 world=world,
             )
         )
+
+    def _first_batch(self) -> int:
+        if self.trainer is None:
+            return 0
+        done, few = self.trainer.fit_loop.total_batch_idx + 1, int(self.trainer.overfit_batches)  # type: ignore[attr-defined]
+        return done % few if few else done
 
     def val_dataloader(self) -> Any:
         """Return the held-out images in one order, or no loader if none are held out."""
@@ -424,7 +442,7 @@ class NamedData(StepData):
     def report(self) -> str:
         """Return in a few lines what there is to train on, and what of it looks like a mistake."""
         counts = self.class_counts
-        first = [f"{name} ({count:,})" for name, count in list(counts.items())[:SHOWN]]
+        first = [f"{readable(name)} ({count:,})" for name, count in list(counts.items())[:SHOWN]]
         if len(counts) > SHOWN:
             fewest, most = min(counts.values()), max(counts.values())
             first.append(f"... of {fewest:,} to {most:,} images each")

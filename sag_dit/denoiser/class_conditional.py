@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from sag_dit.denoiser.base import Denoiser
-from sag_dit.models.network import Network, lacking
+from sag_dit.models.network import Fork, Network, Outputs, lacking, takes
 from sag_dit.process import Process
 from sag_dit.process.base import OutputKind
 from sag_dit.tensors import Images, Labels
@@ -73,11 +73,42 @@ class ClassConditional(Denoiser):
         self.layers = network.layers
         self.aliases = network.aliases
 
-    def evaluate(self, x_t: Images, t: Tensor, cond: Labels) -> Images:
+    def evaluate(
+        self,
+        x_t: Images,
+        t: Tensor,
+        cond: Labels,
+        forks: Sequence[Fork] = (),
+        outputs: Outputs | None = None,
+    ) -> Images:
         """Call the network once with one label per image."""
         dtype = next(self.network.parameters()).dtype
-        out: Tensor = self.network(x_t.to(dtype), t, cond)
+        further: dict[str, Any] = {"forks": forks} if forks else {}
+        if outputs is not None:
+            further["outputs"] = outputs
+        out: Tensor = self.network(x_t.to(dtype), t, cond, **further)
         return out
+
+    def _compile(self) -> None:
+        self.network.compile_blocks()
+
+    @property
+    def chain_length(self) -> int | None:
+        """The number of the network's blocks, None if its ``forward`` takes no forks."""
+        return len(self.network.blocks) if self._takes("forks") else None
+
+    @property
+    def keeps_outputs(self) -> bool:
+        """Whether the network's ``forward`` takes ``outputs``."""
+        return self._takes("outputs")
+
+    def _takes(self, argument: str) -> bool:
+        return takes(self.network.forward, argument) and takes(self.evaluate, argument)
+
+    @property
+    def size_multiple(self) -> int | None:
+        """The network's ``patch_size``, None unless it says ``any_size``."""
+        return self.network.patch_size if getattr(self.network, "any_size", False) else None
 
     def null(self, count: int) -> Labels | None:
         """Return ``count`` null labels, or None if the model was trained without label dropout."""

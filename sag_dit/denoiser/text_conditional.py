@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Self
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sag_dit.attention import AttentionEdit, AttentionLayer, Capture, Edit
 from sag_dit.denoiser.base import Denoiser
+from sag_dit.models.network import Fork, Outputs
 from sag_dit.process import NoiseLevel, Prediction, Process
 from sag_dit.process.base import OutputKind
 from sag_dit.tensors import Images
@@ -90,6 +91,25 @@ class Inputs:
         """Return the arguments in fresh containers, as some networks change what they are given."""
         return {name: _unwrapped(value) for name, value in self.arguments.items()}
 
+    @property
+    def text_tokens(self) -> int:
+        """The number of its text's tokens, padding included."""
+        text: PerImage = self.arguments[TEXT[0]]
+        return text.rows.shape[1]
+
+    def followed_by(self, other: Inputs) -> Inputs:
+        """Return the condition with another one's text behind its own, in one sequence."""
+        longer = {
+            name: PerImage(torch.cat([value.rows, other.arguments[name].rows], dim=1))
+            for name in TEXT
+            if isinstance(value := self.arguments.get(name), PerImage)
+        }
+        return Inputs({**self.arguments, **longer}, self.channels)
+
+    def layout(self) -> Hashable:
+        """Return the shapes of one image's row, the same for conditions that can be joined."""
+        return tuple(each.rows.shape[1:] for each in _per_image(self.arguments))
+
     def _with(self, function: Callable[..., Tensor], *all_inputs: Inputs) -> Inputs:
         return Inputs(
             _mapped(function, *(inputs.arguments for inputs in all_inputs)),
@@ -136,6 +156,9 @@ def _per_image(tree: Any) -> Iterator[PerImage]:
         for each in tree.values() if isinstance(tree, Mapping) else tree:
             yield from _per_image(each)
 
+
+TEXT = ("encoder_hidden_states", "encoder_attention_mask")
+"""Arguments of diffusers' networks that hold one entry for each token of the text."""
 
 KEPT = 16
 """How many prompts' encodings are kept; images of one prompt mostly follow one another."""
@@ -262,6 +285,29 @@ class TextConditional(Denoiser):
         """Return the layer that ``auto`` means; None is the middle of the depth."""
         return None
 
+    @property
+    def cross_layers(self) -> tuple[str, ...]:
+        """Layers in which the image's tokens attend to the text alone."""
+        beside = (name.removesuffix("1") + "2" for name in self.layers if name.endswith(".attn1"))
+        return tuple(name for name in beside if _exists(self.network, name))
+
+    @property
+    def joint_layers(self) -> tuple[str, ...]:
+        """Layers in which the text follows the image's tokens in one sequence."""
+        return ()
+
+    @property
+    def size_multiple(self) -> int | None:
+        """A patch's side, or for a UNet that of a cell in the middle."""
+        config: Any = self.network.config
+        blocks = config.get("down_block_types")
+        return 2 ** (len(blocks) - 1) if blocks else int(config.patch_size)
+
+    @staticmethod
+    def kin(cond: Inputs | None) -> Hashable:
+        """Return the shapes of its arguments: a longer text is asked by itself."""
+        return None if cond is None else cond.layout()
+
     @staticmethod
     def unpacked(x: Tensor, grid: TokenGrid) -> Images:
         """Turn the network's form of x_t into (b, c, h, w)."""
@@ -285,6 +331,11 @@ class TextConditional(Denoiser):
         """Call the network once, with the arguments that its pipeline would give it."""
         x = self.packed(x_t.to(self.dtype))
         if cond.channels is not None:
+            if x_t.shape[2:] != self.grid.size:
+                raise ValueError(
+                    f"x_t of {tuple(x_t.shape[2:])} beside a mask of {self.grid.size}: crops of an "
+                    f"image whose mask comes with the call cannot be asked; guide without SWG"
+                )
             x = torch.cat([x, cond.channels.rows], dim=1 if x.ndim == 4 else -1)
         inputs = {self.x_name: x, "timestep": self.time(t.to(x.device)), "return_dict": False}
         output: Tensor = self.network(**cond.plain(), **inputs)[0]
@@ -298,12 +349,24 @@ class TextConditional(Denoiser):
         cond: Inputs,
         captures: Sequence[Capture] = (),
         edits: Sequence[tuple[Edit, slice]] = (),
+        forks: Sequence[Fork] = (),
+        outputs: Outputs | None = None,
     ) -> Prediction:
         """Evaluate one batch in float32; see :meth:`Denoiser.forward`."""
         tapped = {capture.layer.name for capture in captures}
         tapped |= {edit.module for edit, _ in edits if isinstance(edit, AttentionEdit)}
         with native_attention(self.network, tapped):
-            return super().forward(x_t.float(), level, cond, captures, edits)
+            return super().forward(x_t.float(), level, cond, captures, edits, forks, outputs)
+
+    def _compile(self) -> None:
+        # diffusers names the classes of blocks; of some networks as what no device may split alone.
+        told = ("_repeated_blocks", "_no_split_modules")
+        names = next(filter(None, (getattr(self.network, each, None) for each in told)), ())
+        blocks = [each for each in self.network.modules() if type(each).__name__ in names]
+        if not blocks:
+            super()._compile()
+        for block in blocks:
+            block.compile()
 
     def _encoded(self, prompt: str | None) -> Inputs:
         if self._encoder is None:
@@ -420,6 +483,11 @@ def _attn1(block: Any, name: str, grid: tuple[int, int]) -> Iterator[AttentionLa
                 yield AttentionLayer(path, grid)
 
 
+def _exists(network: nn.Module, name: str) -> bool:
+    around, _, last = name.rpartition(".")
+    return getattr(network.get_submodule(around), last, None) is not None
+
+
 def _patches(network: Any, grid: TokenGrid) -> tuple[int, int]:
     patch = network.config.patch_size
     return grid.size[0] // patch, grid.size[1] // patch
@@ -501,6 +569,11 @@ class JointText(TextConditional):
             if block.attn2 is not None:
                 yield AttentionLayer(f"transformer_blocks.{i}.attn2", patches)
 
+    @property
+    def joint_layers(self) -> tuple[str, ...]:
+        """``attn`` of every block."""
+        return tuple(name for name in self.layers if name.endswith(".attn"))
+
     def middle_layer(self) -> str | None:
         """Return the joint attention in the middle of the depth."""
         joint = [name for name in self.layers if name.endswith(".attn")]
@@ -552,6 +625,21 @@ class PackedText(TextConditional):
         for blocks in ("transformer_blocks", "single_transformer_blocks"):
             for i in range(len(getattr(transformer, blocks))):
                 yield AttentionLayer(f"{blocks}.{i}.attn", patches, image)
+
+    @property
+    def size_multiple(self) -> int | None:
+        """A token's side."""
+        return 2
+
+    def evaluate(self, x_t: Images, t: Tensor, cond: Inputs) -> Images:
+        """Call the network, with the positions of x_t's own size."""
+        if x_t.shape[2:] != self.grid.size:
+            height, width = x_t.shape[2] // 2, x_t.shape[3] // 2
+            # Those of the upper left corner of the whole image, which are what a small one has.
+            ids: Tensor = cond.arguments["img_ids"]
+            ids = ids.unflatten(-2, (self.grid.size[0] // 2, -1))[..., :height, :width, :]
+            cond = replace(cond, arguments={**cond.arguments, "img_ids": ids.flatten(-3, -2)})
+        return super().evaluate(x_t, t, cond)
 
     @staticmethod
     def unpacked(x: Tensor, grid: TokenGrid) -> Images:

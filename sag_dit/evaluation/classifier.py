@@ -44,6 +44,7 @@ class Kind:
 KINDS = {
     "digits": Kind(channels=1, size=8, widths=(64,), classes=10),
     "patches": Kind(channels=3, size=32, widths=(24, 40, 56), classes=14),
+    "emoji": Kind(channels=3, size=64, widths=(24, 40, 56, 72), classes=31),
 }
 
 
@@ -108,7 +109,7 @@ class SmallClassifier(FeatureExtractor):
 
 
 def bundled_classifier(name: str) -> SmallClassifier:
-    """Load the classifier ``digits`` or ``patches``; its weights come with the package.
+    """Load one of the classifiers of ``KINDS``; its weights come with the package.
 
     Raises:
         ValueError: there is no classifier of this name.

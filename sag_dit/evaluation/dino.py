@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sag_dit.checkpoints.files import container, read_torch
-from sag_dit.evaluation.features import FeatureExtractor, Features
+from sag_dit.evaluation.features import FeatureExtractor, Features, check_images
 
 SIDE = 224
 MODEL = "vit_large_patch14_dinov2.lvd142m"
@@ -82,7 +82,7 @@ class DINOv2(FeatureExtractor):
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
         self.protocol = {
             "architecture": model,
-            "weights": _weights_sha256(network),
+            "weights": weights_sha256(network),
             "resize": f"{SIDE} x {SIDE}, bicubic, antialiased, rounded to 0..255",
             "range": "x / 255, ImageNet's mean and deviation",
             "positions": "bicubic, scale (grid + 0.1) / 37, as in DINOv2's own code",
@@ -97,10 +97,7 @@ class DINOv2(FeatureExtractor):
         Raises:
             ValueError: the images are not uint8, or have another number of channels.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(
-                f"images {images.dtype} {tuple(images.shape)}: expected uint8 (b, 1 or 3, h, w)"
-            )
+        check_images(images)
         scaled = resized(images).expand(-1, 3, -1, -1) / 255
         tokens = self.network.forward_features((scaled - self.mean) / self.std)
         return Features(tokens[:, 0])
@@ -146,7 +143,7 @@ def _load_weights(network: torch.nn.Module, file: Path) -> None:
         ) from None
 
 
-def _weights_sha256(network: torch.nn.Module) -> str:
+def weights_sha256(network: torch.nn.Module) -> str:
     """Return a sha256 over all weights, whatever file they came from."""
     total = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):

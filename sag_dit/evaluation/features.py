@@ -20,8 +20,8 @@ from torch import Tensor, nn
 class Features:
     """What one network says of b images.
 
-    ``pool`` (b, d) is compared by FID, precision and recall, ``spatial`` (b, s) by sFID, and the
-    softmax of ``logits`` (b, k) by the Inception Score. What a network lacks is None.
+    ``pool`` (b, d) is what most metrics compare, ``spatial`` (b, s) is for sFID, and the softmax of
+    ``logits`` (b, k) for the Inception Score. What a network lacks is None.
 
     Example:
         >>> import torch
@@ -73,6 +73,18 @@ BACKENDS = (
     torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
     torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
 )
+
+
+def check_images(images: Tensor) -> None:
+    """Refuse what is no batch of uint8 images of one or three channels.
+
+    Raises:
+        ValueError: what was given, and what was expected.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(
+            f"images {images.dtype} {tuple(images.shape)}: expected uint8 (b, 1 or 3, h, w)"
+        )
 
 
 @contextmanager

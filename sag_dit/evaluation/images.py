@@ -40,7 +40,7 @@ from sag_dit.data.crop import (
     read_header,
     read_image,
 )
-from sag_dit.data.images import find_images, told_left_out
+from sag_dit.data.images import find_images, told_left_out, told_pages
 from sag_dit.data.splits import SPLITS, split
 from sag_dit.evaluation.metrics import Statistics
 from sag_dit.tensors import Labels
@@ -74,6 +74,11 @@ class ImageSet(ABC):
     @abstractmethod
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the images."""
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """The index of every image, in the order of the labels."""
+        return range(len(self))
 
     @abstractmethod
     def __len__(self) -> int:
@@ -242,6 +247,12 @@ class FolderImages(ImageSet):
     def __len__(self) -> int:
         return len(self._files)
 
+    @property
+    def indices(self) -> list[int]:
+        """The files' names where these are numbers of a manifest, else their places."""
+        found: list[int] = self._indices.tolist()
+        return found
+
     @cached_property
     def labels(self) -> list[int] | None:
         """The class folders, or what the manifest of a sample folder says."""
@@ -317,13 +328,17 @@ class FolderImages(ImageSet):
     @cached_property
     def _digest(self) -> str:
         total = hashlib.sha256(f"{self.size} {self._channels}".encode())
-        unlike_before = False
+        unlike_before, pages = False, []
         for place, name in enumerate(self._files.names):
             path = self._files.path(place)
             content = path.read_bytes()
-            total.update(f"{name}\n{hashlib.sha256(content).hexdigest()}\n".encode())
+            total.update(os.fsencode(f"{name}\n{hashlib.sha256(content).hexdigest()}\n"))
             with suppress(UnreadableImageError):
-                unlike_before |= bool(header_of(BytesIO(content), path).unlike_before)
+                header = header_of(BytesIO(content), path)
+                unlike_before |= bool(header.unlike_before)
+                pages += [name] * header.pages
+        if pages:
+            self.notes = [*self.notes, told_pages(pages)]
         # Numbers of such files that were measured before are of other pixels.
         if unlike_before:
             total.update(f"over {self.background}".encode())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sag_dit.checkpoints.files import read_torch, sha256
 from sag_dit.checkpoints.zoo import WEIGHTS_FOLDER, local_folders
-from sag_dit.evaluation.features import FeatureExtractor, Features
+from sag_dit.evaluation.features import FeatureExtractor, Features, check_images
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
@@ -80,10 +80,7 @@ class Inception(FeatureExtractor):
         Raises:
             ValueError: the images are not uint8, or have another number of channels.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(
-                f"images {images.dtype} {tuple(images.shape)}: expected uint8 (b, 1 or 3, h, w)"
-            )
+        check_images(images)
         try:
             pool, logits = self.network(images.expand(-1, 3, -1, -1))
             (spatial,) = self._spatial
@@ -122,7 +119,7 @@ def _inception(file: Path) -> nn.Module:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ModuleNotFoundError:
         raise ValueError(
-            "Inception's features need torch-fidelity: pip install sag_dit[eval]"
+            "Inception's features need torch-fidelity: pip install -e '.[eval]'"
         ) from None
     # torch-fidelity would unpickle the file. It is given a copy of what was read without that.
     state = io.BytesIO()

@@ -1,8 +1,9 @@
-"""Metrics as sums over images, in float64, added up over ranks; precision and recall keep features.
+"""Metrics as sums over images, in float64, added up over ranks; some keep the images' features.
 
-Each metric is torchmetrics' ``Metric``. None keeps images or, precision and recall apart, features:
-a sum does not depend on the order or the batches in which images come, nor on the rank they come
-to.
+Each metric is torchmetrics' ``Metric``. None keeps images. Those that add up do not depend on the
+order or the batches in which images come, nor on the rank they come to. Those that compare all
+images with one another (:class:`FeatureSet`) keep features, and look at them in the order of the
+images' indices.
 
 Where ``groups`` is above 1 the sums are kept once for each group of images. So a metric's value on
 any union of groups is known without a second look at the images. Its spread over random halves
@@ -17,8 +18,9 @@ own reduction is the identity.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchmetrics import Metric
 
+from sag_dit.evaluation.kinds import measured
 from sag_dit.tensors import Labels
 
 DTYPES = (torch.float32, torch.float64, torch.int64)
@@ -271,6 +274,29 @@ class Moments(Metric):
         return Statistics(count, mean, covariance)
 
 
+@measured(
+    "fid",
+    "FD",
+    "pool",
+    reference="pool",
+    labels={"inception": "FID", "dinov2": "FD-DINOv2"},
+    usual=True,
+    tells="how far mean and covariance of the features are from the real ones: fidelity and "
+    "diversity in one number",
+    cost="d² sums; two eigenvalue problems of d x d",
+    source="[Heusel 2017](https://arxiv.org/abs/1706.08500)",
+)
+@measured(
+    "sfid",
+    "sFD",
+    "spatial",
+    reference="spatial",
+    labels={"inception": "sFID"},
+    usual=True,
+    tells="the same of features that know the place in the image",
+    cost="as fid",
+    source="[Nash 2021](https://arxiv.org/abs/2103.03841)",
+)
 class FrechetDistance(Moments):
     """The Fréchet distance of images' features to a reference: FID, sFID, FD-DINOv2 by features.
 
@@ -304,6 +330,16 @@ class FrechetDistance(Moments):
         return frechet_distance(own, Statistics(self.reference.number, mean, covariance))
 
 
+@measured(
+    "is",
+    "IS",
+    "logits",
+    options=["split_size"],
+    usual=True,
+    tells="how clearly each image shows one class, and how many classes there are; no real images",
+    cost="sums of the classes' probabilities",
+    source="[Salimans 2016](https://arxiv.org/abs/1606.03498)",
+)
 class InceptionScore(Metric):
     """exp of the mean over images of KL(p(y|x) || p(y)), averaged over splits of images.
 
@@ -410,12 +446,109 @@ BLOCK = 4096
 """The distances of so many to so many vectors are held at once, 134 MB."""
 
 
-class PrecisionRecall(Metric):
+class FeatureSet(Metric):
+    """Features of all images, kept to be compared with one another and with a reference's.
+
+    A subclass computes its ``values``, in the order of its names in ``METRICS``. Vectors of all
+    images are kept in float32 (410 MB at 50,000 x 2,048), and every rank gathers them.
+
+    ``reference`` (m, d) may lie on any device.
+
+    Raises:
+        ValueError: the reference is no matrix of finite values.
+
+    Example::
+
+        class Nearest(FeatureSet):
+            def values(self, reference, rows):
+                return (float(squared_distances(rows, reference).amin(1).sqrt().mean()),)
+    """
+
+    full_state_update = True
+    features: list[Tensor]
+    indices: list[Tensor]
+
+    def __init__(self, reference: Float[Tensor, "m d"], groups: int = 1, period: int = 1) -> None:
+        super().__init__(dist_sync_fn=gathered)
+        if groups < 1 or period < 1:
+            raise ValueError(f"groups={groups}, period={period}: expected 1 or more")
+        if reference.ndim != 2 or not reference.isfinite().all():
+            raise ValueError(
+                f"reference features {tuple(reference.shape)}: expected (images, width), all finite"
+            )
+        self.reference, self.groups, self.period = reference, groups, period
+        self.add_state("features", [], dist_reduce_fx="cat")
+        self.add_state("indices", [], dist_reduce_fx="cat")
+
+    def update(self, features: Float[Tensor, "b d"], indices: Labels) -> None:
+        """Keep features (b, d) and indices (b) of images.
+
+        Raises:
+            ValueError: the shape is another, or a value is not finite.
+        """
+        wanted = (len(indices), self.reference.shape[1])
+        if tuple(features.shape) != wanted or not features.isfinite().all():
+            raise ValueError(f"features {tuple(features.shape)}: expected {wanted}, all finite")
+        if len(indices):
+            self.features.append(features.to(self.device, torch.float32))
+            self.indices.append(indices.to(self.device))
+
+    def compute(self) -> Any:
+        """Return the values.
+
+        Raises:
+            ValueError: there are too few images.
+        """
+        return torch.tensor(self.value(), dtype=torch.float64)
+
+    def value(self, groups: Groups = None) -> tuple[float, ...]:
+        """Return the values of some groups, of this rank unless the states are synced."""
+        rows, indices = joined(self.features), joined(self.indices)
+        # One order, so that neither the batches nor the ranks change the last bit of a distance.
+        order = indices.argsort()
+        if groups is not None:
+            group = group_of(indices[order], self.groups, self.period)
+            order = order[torch.isin(group, group.new_tensor(groups))]
+        return self.values(self.reference.to(rows.device), rows[order])
+
+    @abstractmethod
+    def values(
+        self, reference: Float[Tensor, "m d"], rows: Float[Tensor, "n d"]
+    ) -> tuple[float, ...]:
+        """Return the values of images ``rows`` against the reference.
+
+        Raises:
+            ValueError: there are too few images.
+        """
+
+
+@measured(
+    "precision",
+    "precision",
+    "pool",
+    reference="features",
+    options=["k"],
+    usual=True,
+    tells="the share of images that look real",
+    cost="all distances, n² + m² + n m; keeps features",
+    source="[Kynkäänniemi 2019](https://arxiv.org/abs/1904.06991)",
+)
+@measured(
+    "recall",
+    "recall",
+    "pool",
+    reference="features",
+    options=["k"],
+    usual=True,
+    tells="the share of real images that the model could have drawn",
+    cost="with precision",
+    source="the same",
+)
+class PrecisionRecall(FeatureSet):
     """Precision, the share of images within the reference's balls, and recall, the other way round.
 
     The ball of a vector reaches to its ``k``-th nearest neighbour in its own set, itself not
-    counted, and includes its surface; distances are Euclidean. Vectors of all images are kept (410
-    MB at 50,000 x 2,048, in float32); the distances are not, see ``BLOCK``.
+    counted, and includes its surface; distances are Euclidean. They are not kept, see ``BLOCK``.
 
     ``reference`` (m, d), on whichever device; ADM compares 10,000.
 
@@ -434,63 +567,29 @@ class PrecisionRecall(Metric):
         0.5
     """
 
-    full_state_update = True
     higher_is_better = True
-    features: list[Tensor]
-    indices: list[Tensor]
 
     def __init__(
         self, reference: Float[Tensor, "m d"], k: int = 3, groups: int = 1, period: int = 1
     ) -> None:
-        super().__init__(dist_sync_fn=gathered)
-        if k < 1 or groups < 1 or period < 1:
-            raise ValueError(f"k={k}, groups={groups}, period={period}: expected 1 or more")
-        if reference.ndim != 2 or not reference.isfinite().all():
-            raise ValueError(
-                f"reference features {tuple(reference.shape)}: expected (images, width), all finite"
-            )
+        super().__init__(reference, groups, period)
         _enough(len(reference), k, "reference images")
-        self.reference, self.k, self.groups, self.period = reference, k, groups, period
+        self.k = k
         self._reference_radii: Tensor | None = None
-        self.add_state("features", [], dist_reduce_fx="cat")
-        self.add_state("indices", [], dist_reduce_fx="cat")
-
-    def update(self, features: Float[Tensor, "b d"], indices: Labels) -> None:
-        """Keep features (b, d) and indices (b) of images.
-
-        Raises:
-            ValueError: the shape is another, or a value is not finite.
-        """
-        wanted = (len(indices), self.reference.shape[1])
-        if tuple(features.shape) != wanted or not features.isfinite().all():
-            raise ValueError(f"features {tuple(features.shape)}: expected {wanted}, all finite")
-        if len(indices):
-            self.features.append(features.to(self.device, torch.float32))
-            self.indices.append(indices.to(self.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """Return precision and recall.
+        """Return both by their names.
 
         Raises:
             ValueError: there are not more than ``k`` images.
         """
-        precision, recall = self.value()
-        return {
-            "precision": torch.tensor(precision, dtype=torch.float64),
-            "recall": torch.tensor(recall, dtype=torch.float64),
-        }
+        return dict(zip(("precision", "recall"), super().compute(), strict=True))
 
-    def value(self, groups: Groups = None) -> tuple[float, float]:
-        """Return both for some groups, of this rank unless the states are synced."""
-        rows, indices = joined(self.features), joined(self.indices)
-        # One order, so that neither the batches nor the ranks change the last bit of a distance.
-        order = indices.argsort()
-        if groups is not None:
-            group = group_of(indices[order], self.groups, self.period)
-            order = order[torch.isin(group, group.new_tensor(groups))]
-        _enough(len(order), self.k, "images")
-        rows = rows[order]
-        reference = self.reference.to(rows.device)
+    def values(
+        self, reference: Float[Tensor, "m d"], rows: Float[Tensor, "n d"]
+    ) -> tuple[float, float]:
+        """Return precision and recall."""
+        _enough(len(rows), self.k, "images")
         if self._reference_radii is None:
             self._reference_radii = squared_radii(reference, self.k)
         return precision_recall(reference, rows, self.k, self._reference_radii.to(rows.device))
@@ -549,7 +648,244 @@ def _blocks(count: int) -> Iterator[slice]:
 
 
 def _enough(count: int, k: int, what: str) -> None:
+    if k < 1:
+        raise ValueError(f"k={k}: expected 1 or more")
     if count <= k:
         raise ValueError(
             f"{count} {what}: expected more than k={k}, or no ball reaches to a k-th neighbour"
         )
+
+
+@measured(
+    "density",
+    "density",
+    "pool",
+    reference="features",
+    tells="how many real images each image lies near, as a share of k: 1 for real images, more "
+    "where images crowd into the densest places; an outlier among the real ones weighs little",
+    cost="distances to the reference, m² + n m; keeps features",
+    source="[Naeem 2020](https://arxiv.org/abs/2002.09797)",
+)
+@measured(
+    "coverage",
+    "coverage",
+    "pool",
+    reference="features",
+    tells="the share of real images that have an image among their neighbours; 0.97 for real "
+    "images of the same number",
+    cost="with density",
+    source="the same",
+)
+class DensityCoverage(FeatureSet):
+    """Density and coverage: how the images lie within the balls of the reference alone.
+
+        density  = 1 / (k n) sum_j sum_i [ |x_j - r_i| < radius_i ]
+        coverage = 1 / m sum_i [ min_j |x_j - r_i| < radius_i ]
+
+    for images x_1..n and real images r_1..m. The ball of a real image reaches to its ``k``-th
+    nearest neighbour among them, itself not counted, and does not include its surface.
+
+    Raises:
+        ValueError: the reference has not more than ``k`` vectors, or they are not finite.
+
+    Source: Naeem et al., arXiv 2002.09797, who take k = 5; clovaai/generative-evaluation-prdc.
+
+    Example:
+        >>> real = torch.tensor([[0.0], [1.0], [2.0], [4.0]])
+        >>> metric = DensityCoverage(real, k=1)
+        >>> metric.update(torch.tensor([[0.5], [0.6]]), torch.arange(2))
+        >>> metric.value()
+        (2.0, 0.5)
+    """
+
+    higher_is_better = True
+
+    def __init__(
+        self, reference: Float[Tensor, "m d"], k: int = 5, groups: int = 1, period: int = 1
+    ) -> None:
+        super().__init__(reference, groups, period)
+        _enough(len(reference), k, "reference images")
+        self.k = k
+        self._radii: Tensor | None = None
+
+    def values(
+        self, reference: Float[Tensor, "m d"], rows: Float[Tensor, "n d"]
+    ) -> tuple[float, float]:
+        """Return density and coverage."""
+        if not len(rows):
+            raise ValueError("0 images: expected 1 or more")
+        if self._radii is None:
+            self._radii = squared_radii(reference, self.k)
+        radii = self._radii.to(rows.device)
+        inside, covered = 0, torch.zeros_like(radii, dtype=torch.bool)
+        for i in _blocks(len(rows)):
+            for j in _blocks(len(reference)):
+                near = squared_distances(rows[i], reference[j]) < radii[j]
+                inside += int(near.sum())
+                covered[j] |= near.any(0)
+        return inside / (self.k * len(rows)), float(covered.double().mean())
+
+
+class KernelDistance(FeatureSet):
+    """The squared maximum mean discrepancy of images and reference, by a kernel.
+
+    Over all images and all of the reference's vectors, where others average over random subsets.
+
+    Example::
+
+        class Linear(KernelDistance):
+            def kernel(self, u, v):
+                return u @ v.T
+    """
+
+    higher_is_better = False
+    unbiased = True
+    """Whether a vector's kernel with itself is left out."""
+    factor = 1.0
+    _of_reference: float | None = None
+
+    @abstractmethod
+    def kernel(
+        self, u: Float64[Tensor, "n d"], v: Float64[Tensor, "m d"]
+    ) -> Float64[Tensor, "n m"]:
+        """Return the kernel of each pair of vectors."""
+
+    def values(
+        self, reference: Float[Tensor, "m d"], rows: Float[Tensor, "n d"]
+    ) -> tuple[float, ...]:
+        """Return the distance, times ``factor``."""
+        if len(rows) < 2:
+            raise ValueError(f"{len(rows)} images: expected 2 or more")
+        if self._of_reference is None:
+            self._of_reference = self._within(reference)
+        between = sum(
+            float(self.kernel(rows[i].double(), reference[j].double()).sum())
+            for i in _blocks(len(rows))
+            for j in _blocks(len(reference))
+        ) / (len(rows) * len(reference))
+        return (self.factor * (self._within(rows) + self._of_reference - 2 * between),)
+
+    def _within(self, rows: Tensor) -> float:
+        """Return the mean of the kernel over the pairs of one set."""
+        pairs = own = 0.0
+        for i in _blocks(len(rows)):
+            for j in _blocks(len(rows)):
+                if j.start < i.start:
+                    continue  # kernels are symmetric: the other block counts twice
+                values = self.kernel(rows[i].double(), rows[j].double())
+                pairs += float(values.sum()) * (1 if i == j else 2)
+                own += float(values.diagonal().sum()) if i == j else 0.0
+        if self.unbiased:
+            return (pairs - own) / (len(rows) * (len(rows) - 1))
+        return pairs / len(rows) ** 2
+
+
+@measured(
+    "kd",
+    "KD",
+    "pool",
+    reference="features",
+    labels={"inception": "KID", "dinov2": "KDD"},
+    tells="as fid, from the first three moments and without its bias: comparable between sets of "
+    "different size; about 0, also slightly below, for real images",
+    cost="all products, n² + m² + n m; keeps features",
+    source="[Bińkowski 2018](https://arxiv.org/abs/1801.01401)",
+)
+class PolynomialDistance(KernelDistance):
+    """KID by Inception's features, KDD by DINOv2's: k(x, y) = (x y / d + 1)^3, unbiased.
+
+    Others give the mean over random subsets of 1,000 images, which estimates the same.
+
+    Source: Bińkowski et al., arXiv 1801.01401.
+
+    Example:
+        >>> kd = PolynomialDistance(torch.tensor([[0.0], [2.0]]))
+        >>> kd.update(torch.tensor([[0.0], [1.0]]), torch.arange(2))
+        >>> kd.value()
+        (-13.0,)
+    """
+
+    def kernel(
+        self, u: Float64[Tensor, "n d"], v: Float64[Tensor, "m d"]
+    ) -> Float64[Tensor, "n m"]:
+        """Return (u v / d + 1)^3."""
+        return (u @ v.T).div_(u.shape[1]).add_(1).pow_(3)
+
+
+@measured(
+    "mmd",
+    "MMD",
+    "pool",
+    reference="features",
+    labels={"clip": "CMMD"},
+    tells="a distance that assumes no normal distribution; CMMD by CLIP's features",
+    cost="as kd",
+    source="[Jayasumana 2024](https://arxiv.org/abs/2401.09603)",
+)
+class GaussianDistance(KernelDistance):
+    """CMMD by CLIP's features: k(x, y) = exp(-|x - y|^2 / (2 sigma^2)), times 1,000, sigma = 10.
+
+    As its authors compute it, with each vector's kernel with itself: so it is never below 0.
+
+    Source: Jayasumana et al., arXiv 2401.09603.
+
+    Example:
+        >>> mmd = GaussianDistance(torch.tensor([[0.0], [0.0]]))
+        >>> mmd.update(torch.tensor([[10.0], [10.0]]), torch.arange(2))
+        >>> round(mmd.value()[0], 3)
+        786.939
+    """
+
+    unbiased, factor, sigma = False, 1000.0, 10.0
+
+    def kernel(
+        self, u: Float64[Tensor, "n d"], v: Float64[Tensor, "m d"]
+    ) -> Float64[Tensor, "n m"]:
+        """Return exp(-|u - v|^2 / (2 sigma^2))."""
+        return squared_distances(u, v).mul_(-0.5 / self.sigma**2).exp_()
+
+
+@measured(
+    "vendi",
+    "Vendi",
+    "pool",
+    tells="how many different images there are, in effect: 1 if all are the same; no real images",
+    cost="d² sums; the eigenvalues of d x d",
+    source="[Friedman 2023](https://arxiv.org/abs/2210.02410)",
+)
+class VendiScore(Moments):
+    """exp of the entropy of the eigenvalues of K / n, where K holds the cosines of all pairs.
+
+    K / n = X X^T / n has the non-zero eigenvalues of X^T X / n, a sum over images. So no features
+    are kept, and the score is that of all images at once, not of a subset of them.
+
+    Source: Friedman and Dieng, arXiv 2210.02410; the kernel as in dgm-eval.
+
+    Example:
+        >>> vendi = VendiScore()
+        >>> vendi.update(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+        >>> round(vendi.value(), 6)
+        2.0
+    """
+
+    higher_is_better = True
+
+    def update(self, features: Float[Tensor, "b d"], indices: Labels | None = None) -> None:
+        """Add vectors by their directions; ``indices`` (b) are needed where there are groups."""
+        super().update(functional.normalize(features.to(self.sums)), indices)
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """Return the score.
+
+        Raises:
+            ValueError: there are no images.
+        """
+        return self.number.new_tensor(self.value())
+
+    def value(self, groups: Groups = None) -> float:
+        """Return the score of some groups, of this rank or, while synced, of all."""
+        count = int(total(self.number, groups))
+        if not count:
+            raise ValueError("0 images: expected 1 or more")
+        shares = torch.linalg.eigvalsh(total(self.products, groups) / count).clamp(min=0)
+        return float(torch.special.entr(shares).sum().exp())

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
@@ -23,6 +23,9 @@ from sag_dit.evaluation.images import ImageSet, Source, open_images, read_statis
 from sag_dit.evaluation.metrics import Moments, Statistics
 from sag_dit.files import atomic
 from sag_dit.tensors import home_of_doubles
+
+if TYPE_CHECKING:
+    from sag_dit.evaluation.ratios import FeatureSpace
 
 ADM_SAMPLES = 50_000
 """With so many samples are numbers against ADM's reference files published."""
@@ -41,10 +44,12 @@ class Reference:
         count: images it has; 0 where a file holds statistics alone.
         pool: statistics of pooled features.
         spatial: statistics of spatial features, None if the network has none.
-        features: pooled features (m, d) for precision and recall, at most as many as asked for.
+        features: pooled features (m, d) for metrics that compare images one by one, at most as
+            many as asked for.
         protocol: all that changes a number, as plain JSON values: the extractor's protocol, source,
             sha256, counts, image size, label balance.
         notes: sentences to stand beside numbers, such as which files were left out.
+        spaces: of fdr, what other networks say of the same images; None if it is not measured.
 
     Example::
 
@@ -59,6 +64,7 @@ class Reference:
     features: Float[Tensor, "m d"] | None
     protocol: Mapping[str, Any]
     notes: Sequence[str] = ()
+    spaces: Sequence[FeatureSpace] | None = None
 
     def check(self, extractor: FeatureExtractor) -> None:
         """Check that the reference was made with an extractor.
@@ -103,11 +109,11 @@ def load_reference(
 
     An npz with ``mu`` and ``sigma`` (and ``mu_s``, ``sigma_s``), such as ADM's VIRTUAL_*.npz, holds
     statistics made with ADM's Inception. They are used if ``extractor`` is that network. Everything
-    else is computed from the images. For precision and recall ``features`` vectors are kept, evenly
-    spaced over the images; ADM takes all 10,000 of its file. ``size`` crops images to squares as
-    ADM does, ``background`` is the colour behind what is transparent. ``sample_count`` is the
-    number of samples with which numbers against this reference are published; for ADM's files it is
-    known.
+    else is computed from the images. For metrics that compare images one by one ``features``
+    vectors are kept, evenly spaced over the images; ADM takes all 10,000 of its file. ``size``
+    crops images to squares as ADM does, ``background`` is the colour behind what is transparent.
+    ``sample_count`` is the number of samples with which numbers against this reference are
+    published; for ADM's files it is known.
 
     What was made from images is kept in the folder ``cache``, and found again by the images'
     content and the network's protocol. ``auto`` is $SAG_DIT_CACHE or ~/.cache/sag_dit, None is

@@ -5,9 +5,8 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
-from pkgutil import resolve_name
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,91 +16,22 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from sag_dit.evaluation.features import FeatureExtractor, Features, exact
+from sag_dit.evaluation.kinds import METRICS as METRICS
+from sag_dit.evaluation.kinds import MetricKind as MetricKind
+from sag_dit.evaluation.kinds import metric_kind as metric_kind
+from sag_dit.evaluation.kinds import usual_metrics as usual_metrics
 from sag_dit.evaluation.metrics import (
     FrechetDistance,
-    InceptionScore,
-    PrecisionRecall,
     Statistics,
     gathered,
     halves,
     joined,
 )
+from sag_dit.evaluation.ratios import FrechetRatio
 from sag_dit.evaluation.reference import Reference
+from sag_dit.evaluation.scores import Verifier
+from sag_dit.evaluation.verifiers import verified
 from sag_dit.tensors import Labels, home_of_doubles
-
-
-@dataclass(frozen=True)
-class MetricKind:
-    """What is to be known of a metric beside its computation, stated here alone.
-
-    ``label`` is what tables call it, with some networks' features by another of ``labels``.
-    ``features`` names what of an image's :class:`Features` it looks at, ``reference`` what of a
-    reference it is compared with, None for nothing. ``metric`` takes that first, then those of a
-    suite's parameters that are named in ``options``, ``groups`` and ``period``. Where several
-    metrics share a class and what it is compared with, its ``value`` is all of theirs.
-
-    Example::
-
-        MetricKind(FrechetDistance, "FD", "pool", "pool", {"inception": "FID"})
-    """
-
-    metric: type[Metric]
-    label: str
-    features: str
-    reference: str | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
-    options: Sequence[str] = ()
-
-    @property
-    def higher_is_better(self) -> bool | None:
-        """Whether more of it is better; None where neither is."""
-        return self.metric.higher_is_better
-
-    def label_with(self, network: str) -> str:
-        """Return what it is called with the features of a network."""
-        return self.labels.get(network, self.label)
-
-    def possible(self, seen: Features, reference: Reference) -> bool:
-        """Whether the features and the reference hold what it needs."""
-        needed = self.reference is None or getattr(reference, self.reference) is not None
-        return needed and getattr(seen, self.features) is not None
-
-
-METRICS: Mapping[str, MetricKind] = {
-    "fid": MetricKind(
-        FrechetDistance, "FD", "pool", "pool", {"inception": "FID", "dinov2": "FD-DINOv2"}
-    ),
-    "sfid": MetricKind(FrechetDistance, "sFD", "spatial", "spatial", {"inception": "sFID"}),
-    "is": MetricKind(InceptionScore, "IS", "logits", options=["split_size"]),
-    "precision": MetricKind(PrecisionRecall, "precision", "pool", "features", options=["k"]),
-    "recall": MetricKind(PrecisionRecall, "recall", "pool", "features", options=["k"]),
-}
-"""All metrics, in the order of tables."""
-
-
-def metric_kind(name: str) -> MetricKind:
-    """Return what is known of a metric: one of ``METRICS``, or one's own by ``module.NAME``.
-
-    Raises:
-        ValueError: there is no such metric, or the name is not that of a :class:`MetricKind`.
-
-    Example:
-        >>> metric_kind("fid").label
-        'FD'
-    """
-    if name in METRICS:
-        return METRICS[name]
-    expected = f"expected {', '.join(METRICS)}, or module.NAME of a MetricKind of your own"
-    if "." not in name:
-        raise ValueError(f"metrics={name}: {expected}")
-    try:
-        found = resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"metrics={name}: {error}; {expected}") from error
-    if not isinstance(found, MetricKind):
-        raise ValueError(f"metrics={name} is a {type(found).__name__}; {expected}")
-    return found
-
 
 SMALL = 256
 """Features of so many dimensions or fewer are kept by group unless told otherwise: 17 MB."""
@@ -111,10 +41,11 @@ GROUPS = 32
 class Suite:
     """Metrics of one set of images against a reference, in constant memory, over all ranks.
 
-    ``metrics`` are some of ``METRICS``: ``fid`` compares pooled features, whichever network they
-    come from (FD-DINOv2 with DINOv2's), ``sfid`` spatial ones, ``is`` needs logits alone,
-    ``precision`` and ``recall`` keep the features. One of your own is named by ``module.NAME`` of
-    its :class:`MetricKind`.
+    ``metrics`` are some of ``METRICS``, the usual ones unless stated: ``fid`` compares pooled
+    features, whichever network they come from (FD-DINOv2 with DINOv2's), ``sfid`` spatial ones,
+    ``is`` needs logits alone; others keep the features. One of your own is named by ``module.NAME``
+    of its :class:`MetricKind`. ``verifiers`` are further metrics by their names: functions
+    (images, condition) -> a score for each image, of which the mean is told.
 
     ``groups`` is the number of parts into which the images are divided, for :meth:`confidence` to
     take random halves of: an even number of 4 or more, or 1 for no parts. FID keeps its sums once
@@ -140,8 +71,9 @@ class Suite:
         self,
         extractor: FeatureExtractor,
         reference: Reference,
-        metrics: Sequence[str] = tuple(METRICS),
+        metrics: Sequence[str] = usual_metrics(),
         *,
+        verifiers: Mapping[str, Verifier] = MappingProxyType({}),
         groups: int | None = None,
         period: int = 1,
         split_size: int = 5_000,
@@ -150,7 +82,10 @@ class Suite:
         # What is measured, with which network, against which reference.
         if not metrics:
             raise ValueError(f"metrics=[]: expected some of {', '.join(METRICS)}")
-        kinds = {name: metric_kind(name) for name in metrics}
+        kinds = {
+            name: verified(name, verifiers[name]) if name in verifiers else metric_kind(name)
+            for name in metrics
+        }
         reference.check(extractor)
         self.extractor = extractor.eval().requires_grad_(False)
         self.reference = reference
@@ -159,6 +94,7 @@ class Suite:
         against = {name: self._against(name, kind) for name, kind in kinds.items()}
         if groups is None:
             sums = [each for each in against.values() if isinstance(each, Statistics)]
+            sums += [each.reference for each in reference.spaces or () if "fdr" in kinds]
             most = max((each.mean.numel() for each in sums), default=0)
             groups = GROUPS if most <= SMALL else 1
         self.groups, self.period, self.split_size = groups, period, split_size
@@ -166,10 +102,12 @@ class Suite:
         self._images = _Indices()
         self._metrics: dict[tuple[str, ...], Any] = {}
         given = {"split_size": split_size, "k": k}
+        self._kinds = {**METRICS, **kinds}
         for name, kind in kinds.items():
             what = (kind.metric, kind.reference)
-            every = {**METRICS, **kinds}
-            names = tuple(n for n, each in every.items() if what == (each.metric, each.reference))
+            names = tuple(
+                n for n, each in self._kinds.items() if what == (each.metric, each.reference)
+            )
             if names not in self._metrics:
                 own = {option: given[option] for option in kind.options}
                 compared = () if kind.reference is None else (against[name],)
@@ -181,9 +119,11 @@ class Suite:
         found = None if kind.reference is None else getattr(self.reference, kind.reference)
         if found is None and kind.reference == "features":
             raise ValueError(
-                f"{self.reference.name} holds statistics but no images: precision and recall need "
-                f"images; leave these metrics out or choose another reference"
+                f"{self.reference.name} holds statistics but no images, and {name} needs images; "
+                f"leave it out or choose another reference"
             )
+        if found is None and kind.needs:
+            raise ValueError(f"metrics={name} needs {kind.needs}")
         if found is None and kind.reference is not None:
             raise ValueError(
                 f"metrics={list(self.metrics)}: {self.reference.name} has no features for {name} "
@@ -194,6 +134,9 @@ class Suite:
     def to(self, device: torch.device | str) -> Suite:
         """Move the network to a device; the sums are kept there too."""
         self.extractor.to(device)
+        for metric in self._metrics.values():
+            for space in metric.spaces if isinstance(metric, FrechetRatio) else ():
+                space.extractor.eval().requires_grad_(False).to(device)
         return self
 
     @property
@@ -214,8 +157,12 @@ class Suite:
         home = home_of_doubles(self.device)
         return [metric.to(home) for metric in metrics]
 
-    def update(self, images: UInt8[Tensor, "b c h w"], indices: Labels) -> None:
+    def update(
+        self, images: UInt8[Tensor, "b c h w"], indices: Labels, condition: Any = None
+    ) -> None:
         """Add images by their indices; every index counts once.
+
+        ``condition`` is what they were drawn from, for verifiers: class numbers (b,) or prompts.
 
         Raises:
             ValueError: the network cannot read the images, has no features for a metric, or returns
@@ -225,21 +172,42 @@ class Suite:
             raise ValueError(f"{len(images)} images and {len(indices)} indices: expected as many")
         if not len(images):
             return
-        with exact(self.device):
-            features = self.extractor(images.to(self.device))
-        self.update_features(features, indices)
+        images = images.to(self.device)
+        features = Features(torch.empty(len(images), 0))
+        if len(self._looking()) < len(self.metrics):
+            with exact(self.device):
+                features = self.extractor(images)
+        self._update(features, indices, images, condition)
 
     def update_features(self, features: Features, indices: Labels) -> None:
-        """Add images by what the network says of them.
+        """Add images by what the network says of them; no metric may look at the images.
 
         Raises:
             ValueError: a metric's features are missing, or values are not finite.
         """
+        for name in self._looking():
+            raise ValueError(f"metrics={name} looks at the images: expected Suite.update with them")
+        self._update(features, indices)
+
+    def _looking(self) -> list[str]:
+        """Return the metrics that look at images, not at features of the suite's network."""
+        return [name for name in self.metrics if self._kinds[name].features == "images"]
+
+    def _update(
+        self,
+        features: Features,
+        indices: Labels,
+        images: Tensor | None = None,
+        condition: Any = None,
+    ) -> None:
         self._each()
+        # What each metric compares is looked at before any of them takes a batch.
         used: dict[tuple[str, ...], Tensor] = {}
         for names in self._metrics:
             name = names[0]
-            values = getattr(features, metric_kind(name).features)
+            if self._kinds[name].features == "images":
+                continue
+            values = getattr(features, self._kinds[name].features)
             if values is None:
                 raise ValueError(
                     f"metrics={list(self.metrics)}: {self.extractor.name} has no features for "
@@ -252,8 +220,10 @@ class Suite:
                     f"{bad[:5]}: expected finite features; look at these images"
                 )
             used[names] = values
-        for names, values in used.items():
-            self._metrics[names].update(values, indices)
+        # Then all take it, some of them the images themselves.
+        for names, metric in self._metrics.items():
+            given = (used[names], indices) if names in used else (images, indices, condition)
+            metric.update(*given)
         self._images.update(indices)
 
     def compute(self) -> dict[str, float]:
@@ -266,7 +236,8 @@ class Suite:
         found: dict[str, float] = {}
         for names, metric in self._metrics.items():
             value = _quietly(metric.compute)
-            found |= value if isinstance(value, dict) else {names[0]: value}
+            told = value if isinstance(value, dict) else zip(names, value.reshape(-1), strict=True)
+            found |= dict(told)
         return {name: float(found[name]) for name in self.metrics}
 
     def warnings(self) -> list[str]:
@@ -401,7 +372,9 @@ def caveats(
             f"{expected:,}: FID is larger and recall differs with fewer images"
         )
     # A covariance of no more images than dimensions is singular, and so is one of equal features.
-    for name, statistics in (("fid", reference.pool), ("sfid", reference.spatial)):
+    compared = [("fid", reference.pool), ("sfid", reference.spatial)]
+    compared += [("fdr", each.reference) for each in reference.spaces or ()]
+    for name, statistics in compared:
         if name not in values or statistics is None:
             continue
         width = statistics.mean.numel()

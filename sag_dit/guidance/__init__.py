@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from sag_dit.guidance.caching import Cache as Cache
 from sag_dit.guidance.cost import Cost as Cost
 from sag_dit.guidance.cost import cost_of as cost_of
 from sag_dit.guidance.guided import GuidedDenoiser as GuidedDenoiser
@@ -10,7 +11,9 @@ from sag_dit.guidance.perturbed import Perturbed as Perturbed
 from sag_dit.guidance.term import Asking as Asking
 from sag_dit.guidance.term import Branch as Branch
 from sag_dit.guidance.term import BranchTerm as BranchTerm
+from sag_dit.guidance.term import Contribution as Contribution
 from sag_dit.guidance.term import Question as Question
+from sag_dit.guidance.term import Rewriting as Rewriting
 from sag_dit.guidance.term import Term as Term
 from sag_dit.methods import methods
 
@@ -22,6 +25,7 @@ else:
     del method
 
 __all__ = [
-    *("Asking", "Branch", "BranchTerm", "Cost", "GuidedDenoiser", "Perturbed", "Question", "Term"),
-    *("cost_of", *(each.name for each in methods())),
+    *("Asking", "Branch", "BranchTerm", "Cache", "Contribution", "Cost", "GuidedDenoiser"),
+    *("Perturbed", "Question", "Rewriting", "Term", "cost_of"),
+    *(each.name for each in methods()),
 ]

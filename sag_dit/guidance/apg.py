@@ -43,8 +43,11 @@ class APG(Term):
     former = ("sag_dit.guidance.apg.APG",)
     title = "APG"
     does = "CFG without what oversaturates"
+    moves = "towards what was asked for, without oversaturating it"
+    look = "how well it shows what was asked for"
     source = "Sadat et al. 2025"
     example = MappingProxyType({"norm_threshold": 25.0})
+    search = MappingProxyType({"eta": (0.0, 1.0), "norm_threshold": [0.0, 2.5, 5.0, 10.0, 15.0]})
 
     neutral: ClassVar[float] = 1.0
     from_null: ClassVar[bool] = True

@@ -42,6 +42,8 @@ class Autoguidance(BranchTerm):
     former = ("sag_dit.guidance.auto.Autoguidance",)
     title = "autoguidance"
     does = "away from a worse checkpoint"
+    moves = "away from what a worse model draws"
+    look = "faults that a worse model makes"
     source = "Karras et al. 2024"
     needs = frozenset({"worse"})
 
@@ -117,5 +119,5 @@ class Autoguidance(BranchTerm):
         worse: Denoiser = ask.memory["worse"]
         if worse.device != branch.x_t.device:
             worse.to(branch.x_t.device)
-        good, bad = yield branch, replace(branch, model=worse, captures=())
+        good, bad = yield branch, replace(branch, model=worse, edits=(), captures=())
         return (self.scale - 1) * (good.v - bad.v)

@@ -15,6 +15,19 @@ from sag_dit.process import Prediction
 from sag_dit.tensors import Images
 
 
+def put_out(prediction: Prediction, model: Denoiser) -> Images:
+    """Return a prediction as the network puts it out: eps, v or x_0; of a score network eps."""
+    # A score is a multiple of eps, so lengths and deviations stand in the same proportion.
+    out: Images = getattr(prediction, "eps" if model.kind == "score" else model.kind)
+    return out
+
+
+def read(output: Images, like: Prediction, model: Denoiser) -> Prediction:
+    """Return the prediction at ``like``'s image of which :func:`put_out` is ``output``."""
+    kind = "eps" if model.kind == "score" else model.kind
+    return model.process.predict(like.x_t, like.level, output, kind)
+
+
 def rescaled(guided: Prediction, cond: Prediction, model: Denoiser, phi: float) -> Prediction:
     """Return the guided prediction with, at phi = 1, the standard deviation of the conditional one.
 
@@ -23,13 +36,10 @@ def rescaled(guided: Prediction, cond: Prediction, model: Denoiser, phi: float) 
 
     Source: Lin et al. 2023, arXiv 2305.08891, equations 15 and 16; there phi = 0.7 with w = 7.5.
     """
-    # A score is a multiple of eps, so its deviations stand in the same proportion.
-    kind = "eps" if model.kind == "score" else model.kind
-    given: Images = getattr(cond, kind)
-    out: Images = getattr(guided, kind)
+    given, out = put_out(cond, model), put_out(guided, model)
     shares = given.std(dim=(1, 2, 3), keepdim=True) / out.std(dim=(1, 2, 3), keepdim=True)
     mixed = phi * shares * out + (1 - phi) * out
-    return model.process.predict(guided.x_t, guided.level, mixed, kind)
+    return read(mixed, guided, model)
 
 
 @dataclass(frozen=True)
@@ -61,8 +71,11 @@ class CFG(Term):
     former = ("sag_dit.guidance.cfg.CFG",)
     title = "CFG"
     does = "null + w (cond - null); also rescaled, or on some channels"
+    moves = "towards what was asked for"
+    look = "how well it shows what was asked for"
     source = "Ho & Salimans 2022"
     variants = MappingProxyType({"CFG, rescaled": "CFG(rescale=...)"})
+    search = MappingProxyType({"rescale": [0.0, 0.7]})
 
     neutral: ClassVar[float] = 1.0
     from_null: ClassVar[bool] = True

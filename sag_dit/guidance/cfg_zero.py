@@ -6,7 +6,6 @@ from dataclasses import KW_ONLY, dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
-from sag_dit.denoiser import Denoiser
 from sag_dit.guidance.apg import inner
 from sag_dit.guidance.term import Asking, Question, Term
 
@@ -28,7 +27,7 @@ class CFGZero(Term):
 
     Raises:
         ValueError: ``zero_steps`` is negative, or not 0 beside a schedule, which would zero a share
-            only; or the model is no flow or has no null condition.
+            only, or beside ``every``; or the model is no flow or has no null condition.
 
     Example::
 
@@ -39,9 +38,13 @@ class CFGZero(Term):
     former = ("sag_dit.guidance.cfg_zero.CFGZero",)
     title = "CFG-Zero*"
     does = "CFG for flows, whose null velocity is scaled to fit"
+    moves = "towards what was asked for"
+    look = "how well it shows what was asked for"
     source = "Fan et al. 2025"
     needs = frozenset({"flow"})
+    instead = "use cfg_scale or apg_scale"
     example = MappingProxyType({"zero_steps": 0})
+    search = MappingProxyType({"zero_steps": (0, 2)})
 
     neutral: ClassVar[float] = 1.0
     from_null: ClassVar[bool] = True
@@ -59,14 +62,10 @@ class CFGZero(Term):
                 f"zero_steps={self.zero_steps} beside schedule={self.schedule!r}: the schedule "
                 f"would weigh what is zeroed as well; set zero_steps=0 or schedule=constant"
             )
-
-    def check(self, model: Denoiser) -> None:
-        """Refuse a model that is no flow, or has no null condition."""
-        super().check(model)
-        if not model.process.is_flow:
+        if not self.off and self.zero_steps and self.every > 1:
             raise ValueError(
-                f"cfgzero_scale={self.scale}: CFG-Zero* guides flow models, and this model's "
-                f"process is {type(model.process).__name__}; use cfg_scale or apg_scale"
+                f"zero_steps={self.zero_steps} beside every={self.every}: what zeroes one step "
+                f"would be held in the next; set zero_steps=0 or every=1"
             )
 
     def contribution(self, ask: Question) -> Asking:

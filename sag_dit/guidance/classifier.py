@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
@@ -91,8 +92,11 @@ class ClassifierGuidance(Term):
     former = ("sag_dit.guidance.classifier.ClassifierGuidance",)
     title = "classifier guidance"
     does = "along a classifier's gradient"
+    moves = "towards what a classifier recognises"
+    look = "how well it shows what was asked for"
     source = "Dhariwal & Nichol 2021"
     needs = frozenset({"classes", "classifier"})
+    search = MappingProxyType({"scale": (0.5, 10.0)})
 
     clamped: ClassVar[bool] = False
 
@@ -163,7 +167,8 @@ class ClassifierGuidance(Term):
         """Return the gradient as a change of v."""
         base = ask.base
         gradient = ask.memory.setdefault("gradient", Gradient(self.module(), base.model))
-        clean, guiding = yield base, replace(base, model=gradient.to(base.x_t.device), captures=())
+        gradient = gradient.to(base.x_t.device)
+        clean, guiding = yield base, replace(base, model=gradient, edits=(), captures=())
         # How much of the gradient is added, for each unit of the scale.
         level = ask.step.level
         if self.form == "score":

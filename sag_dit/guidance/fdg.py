@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from sag_dit.guidance.term import Asking, Question, Term
-from sag_dit.tensors import Images
+from sag_dit.tensors import Images, sent
 
 TAPS = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 
@@ -20,7 +21,7 @@ def smoothed(x: Images) -> Images:
     An image with a side of two pixels or fewer is too small to reflect, and repeats its edges.
     """
     channels = x.shape[1]
-    taps = x.new_tensor(TAPS)
+    taps = sent(torch.tensor(TAPS, dtype=x.dtype), x.device)
     mode = "reflect" if min(x.shape[2:]) > 2 else "replicate"
     padded = F.pad(x, (2, 2, 2, 2), mode=mode)
     rows = F.conv2d(padded, taps.view(1, 1, 1, 5).expand(channels, 1, 1, 5), groups=channels)
@@ -64,7 +65,10 @@ class FDG(Term):
     key = "fdg"
     title = "FDG"
     does = "CFG with scales of their own for high and low frequencies"
+    moves = "towards what was asked for, in coarse and fine structure apart"
+    look = "how well it shows what was asked for"
     source = "Sadat et al. 2025"
+    search = MappingProxyType({"low": (1.0, 3.0)})
 
     neutral: ClassVar[float] = 1.0
     strengths = ("scale", "low")

@@ -37,6 +37,8 @@ class ICG(Term):
     former = ("sag_dit.guidance.icg.ICG",)
     title = "ICG"
     does = "away from a random class"
+    moves = "away from a class drawn at random"
+    look = "how well it shows what was asked for"
     source = "Sadat et al. 2024"
     needs = frozenset({"classes"})
 
@@ -56,5 +58,5 @@ class ICG(Term):
         assert isinstance(model, ClassConditional)
         uniform = torch.special.ndtr(ask.draw((1,), PURPOSE)[:, 0])
         classes = (uniform * model.num_classes).long().clamp(max=model.num_classes - 1)
-        cond, other = yield ask.base, replace(ask.base, cond=classes, captures=())
+        cond, other = yield ask.base, replace(ask.base, cond=classes, edits=(), captures=())
         return (self.scale - 1) * (cond.v - other.v)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -79,6 +80,8 @@ class Perturbed(BranchTerm):
             def edits(self, layers: Sequence[AttentionLayer], ask: Question) -> tuple[Edit, ...]:
                 return tuple(Skip(layer.name) for layer in layers)
     """
+
+    search = MappingProxyType({"layers": "each layer"})
 
     _: KW_ONLY
     layers: Layer | Sequence[Layer] = "auto"

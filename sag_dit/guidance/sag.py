@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from sag_dit.attention import AttentionLayer, capture_key
 from sag_dit.denoiser import Denoiser
+from sag_dit.guidance.blur import gaussian_blur
 from sag_dit.guidance.perturbed import Layer, checked_layers, layers_of
 from sag_dit.guidance.term import Asking, Branch, BranchName, BranchTerm, Question
 from sag_dit.identity import LATER
@@ -119,7 +119,10 @@ class BlurGuidance(BranchTerm):
     former = ("sag_dit.guidance.sag.BlurGuidance",)
     title = "blur guidance"
     does = "pred + s (pred - blurred): as SAG, blurred everywhere"
+    moves = "away from a blurred copy"
+    look = "outlines and details"
     source = "Hong et al. 2023, section 4.2"
+    search = MappingProxyType({"blur_sigma": (0.3, 3.0)})
 
     _: KW_ONLY
     branch: BranchName = "auto"
@@ -166,8 +169,7 @@ class BlurGuidance(BranchTerm):
         """Blur the clean image, reflecting at its borders."""
         size = (x_0.shape[-2], x_0.shape[-1])
         kernel, sigma = fitting_kernel(self.kernel(size), size), self.sigma(size)
-        blurred: Tensor = gaussian_blur(x_0, [kernel, kernel], [sigma, sigma])
-        return blurred
+        return gaussian_blur(x_0, kernel, sigma)
 
     def question(self, ask: Question) -> Branch:
         """Return what is asked first."""
@@ -226,8 +228,11 @@ class SAG(BlurGuidance):
     former = ("sag_dit.guidance.sag.SAG",)
     title = "SAG"
     does = "pred + s (pred - degraded): blurs where self-attention looks"
+    moves = "away from a copy that is blurred where the model itself looks"
+    look = "outlines and details"
     source = "Hong et al. 2023"
     variants = MappingProxyType({"SAG's other masks": "SAG(mask=...)"})
+    search = MappingProxyType({"layer": "each layer", "threshold": (0.5, 2.0)})
 
     _: KW_ONLY
     layer: Layer | Sequence[Layer] = "auto"

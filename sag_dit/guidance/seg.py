@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from sag_dit.attention import AttentionEdit, AttentionLayer, Edit, Span
 from sag_dit.attention.edits import Attend
+from sag_dit.guidance.blur import gaussian_blur
 from sag_dit.guidance.perturbed import Perturbed
 from sag_dit.guidance.term import Question
 
@@ -41,9 +42,10 @@ class BlurredQueries(AttentionEdit):
         side = min(self.grid)
         width = math.ceil(6 * self.sigma)
         kernel = min(width + 1 - width % 2, side + 1 - side % 2)
-        images = query.transpose(2, 3).unflatten(3, self.grid)
-        smooth: Tensor = gaussian_blur(images, [kernel, kernel], [self.sigma, self.sigma])
-        return smooth.flatten(3).transpose(2, 3)
+        images = query.flatten(0, 1).transpose(1, 2).unflatten(2, self.grid)
+        smooth = gaussian_blur(images, kernel, self.sigma)
+        rows: Tensor = smooth.flatten(2).transpose(1, 2)
+        return rows.reshape(query.shape)
 
     def edit_attention(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
         """Attend with blurred queries; keys and values stay."""
@@ -78,7 +80,10 @@ class SEG(Perturbed):
     former = ("sag_dit.guidance.seg.SEG",)
     title = "SEG"
     does = "away from blurred attention"
+    moves = "away from one whose parts look everywhere alike"
+    look = "how its parts fit together"
     source = "Hong 2024"
+    search = MappingProxyType({"blur_sigma": [1.0, 2.0, 5.0, 10.0, math.inf]})
 
     unbounded: ClassVar[tuple[str, ...]] = ("blur_sigma",)
 

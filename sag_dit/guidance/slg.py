@@ -44,6 +44,8 @@ class SLG(Perturbed):
     former = ("sag_dit.guidance.slg.SLG",)
     title = "SLG"
     does = "away from skipped blocks"
+    moves = "away from what the model draws without some of its blocks"
+    look = "how its parts fit together"
     source = "Stability AI 2024"
 
     def edits(self, layers: Sequence[AttentionLayer], ask: Question) -> tuple[Edit, ...]:

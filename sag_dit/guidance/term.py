@@ -14,6 +14,7 @@ from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
+import torch
 from torch import Tensor
 
 from sag_dit.attention import CaptureKind, Edit
@@ -23,7 +24,8 @@ from sag_dit.identity import LATER, name_of, settings
 from sag_dit.noise import NoiseSource
 from sag_dit.process import NoiseLevel, Prediction, Process, Step
 from sag_dit.sampler import Sampler
-from sag_dit.tensors import Images
+from sag_dit.sampler.usual import renoising
+from sag_dit.tensors import Images, sent
 
 
 def check_number(name: str, declared: object, value: object, unbounded: bool = False) -> None:
@@ -61,6 +63,9 @@ Unit = Literal["progress", "t", "sigma"]
 Bound: TypeAlias = float | None
 Ramp = Literal["constant", "linear", "cosine"]
 RAMPS: tuple[str, ...] = get_args(Ramp)
+Tried: TypeAlias = tuple[float, float] | Sequence[Any] | Literal["each layer", "eighths"]
+"""What a search tries of a setting: a range (low, high), a list of values, each self-attention
+layer of the model, or an interval between eighths of the run."""
 Schedule: TypeAlias = Ramp | Callable[[float], float]
 
 
@@ -140,9 +145,11 @@ def weight_of(schedule: Schedule, progress: float) -> float:
 
 
 BranchName = Literal["auto", "cond", "null"]
-Need = Literal["classes", "flow", "blocks", "dit", "worse", "classifier"]
+Need = Literal["classes", "flow", "blocks", "dit", "sizes", "text", "cross", "worse", "classifier"]
 """What a method needs. ``classes``, ``flow``, ``blocks`` and ``dit``: a model of several classes, a
-flow, a network of transformer blocks, this package's DiT. ``worse`` and ``classifier``: the user
+flow, a network of transformer blocks, this package's DiT. ``sizes``: a network that takes images
+of other sizes. ``text`` and ``cross``: attention to a text, beside the image's tokens or by itself,
+and by itself alone. ``worse`` and ``classifier``: the user
 gives a worse model, or a classifier of noisy images."""
 
 
@@ -152,6 +159,7 @@ class Branch:
 
     What is captured on the way (layer, "saliency" or "map", heads) does not change the answer. So
     two branches that differ only in their captures are one question, and are asked once.
+    ``level`` is the noise level that the network is told, None for the step's own.
 
     Example::
 
@@ -163,11 +171,12 @@ class Branch:
     cond: Condition
     edits: tuple[Edit, ...] = ()
     captures: tuple[tuple[str, CaptureKind, int | None], ...] = ()
+    level: NoiseLevel | None = None
 
     @property
-    def key(self) -> tuple[int, int, int, tuple[Edit, ...]]:
+    def key(self) -> tuple[int, int, int, tuple[Edit, ...], NoiseLevel | None]:
         """Its identity within one step: tensors are compared as objects, edits by value."""
-        return (id(self.model), id(self.x_t), id(self.cond), self.edits)
+        return (id(self.model), id(self.x_t), id(self.cond), self.edits, self.level)
 
     def capturing(
         self, layer: str, kind: CaptureKind = "saliency", heads: int | None = None
@@ -179,9 +188,12 @@ class Branch:
         wish = (self.model.layer(layer).name, kind, heads)
         return replace(self, captures=(*self.captures, wish))
 
-    def at(self, x_t: Images) -> Branch:
-        """Return the question at another noisy image, without its captures."""
-        return replace(self, x_t=x_t, captures=())
+    def at(self, x_t: Images, level: NoiseLevel | None = None) -> Branch:
+        """Return the question at another noisy image, without its captures.
+
+        ``level`` is the image's noise level where that is another one.
+        """
+        return replace(self, x_t=x_t, captures=(), level=level or self.level)
 
     def edited(self, *edits: Edit) -> Branch:
         """Return the question with further edits."""
@@ -192,10 +204,11 @@ class Branch:
 class Question:
     """What a term is told at one evaluation.
 
-    ``base`` asks with the given condition, ``null`` with the null condition of the same model; it
-    is None if the model has none. ``guided_by_cfg`` says whether classifier-free guidance is
-    active at this step. ``memory`` is the term's own store for one run; it starts empty. ``noise``
-    is the images' own randomness, for terms that draw.
+    ``base`` asks with the given condition, and as terms edit it. ``null`` asks with the null
+    condition of the same model; it is None if the model has none. ``guided_by_cfg`` says whether
+    classifier-free guidance is active at this step. ``memory`` is the term's own store for one run;
+    it starts empty. ``noise`` is the images' own randomness, for terms that draw.
+    ``sum_of_others`` is what :attr:`guided` returns.
 
     Example::
 
@@ -208,6 +221,21 @@ class Question:
     guided_by_cfg: bool = False
     noise: NoiseSource | None = None
     memory: dict[str, Any] = field(default_factory=dict)
+    sum_of_others: Prediction | None = None
+
+    @property
+    def guided(self) -> Prediction:
+        """The prediction that the other terms have guided, for a term that acts on it.
+
+        Raises:
+            ValueError: the term's class does not say that it acts on it.
+        """
+        if self.sum_of_others is None:
+            raise ValueError(
+                "ask.guided is known once the other terms have answered: state on_guided = True in "
+                "the class of a method that asks for it"
+            )
+        return self.sum_of_others
 
     def branch(self, name: BranchName) -> Branch:
         """Return the branch to degrade; ``auto`` is null if CFG is active, else the base.
@@ -232,7 +260,8 @@ class Question:
                 "this method draws random numbers of each image, and GuidedDenoiser was given no "
                 "source of them; pass noise=NoiseSource(seeds, indices)"
             )
-        return self.noise.normal(self.step.index + 1, shape, purpose).to(self.base.x_t.device)
+        drawn = self.noise.normal(self.step.index + 1, shape, purpose)
+        return sent(drawn, self.base.x_t.device)
 
     def required_null(self) -> Branch:
         """Return the null branch.
@@ -248,7 +277,23 @@ class Question:
         return self.null
 
 
-Asking: TypeAlias = Generator[tuple[Branch, ...], tuple[Prediction, ...], Tensor]
+@dataclass(frozen=True, eq=False)
+class Contribution:
+    """What a term adds to v, and the part of it that moves x_0 alone.
+
+    Noise is added back as if that part were not there. A term that returns one sets ``renoises``.
+
+    Example::
+
+        cond, null = yield ask.base, ask.required_null()
+        return Contribution((w - 1) * (cond.v - null.v), x_0_only=w * (cond.v - null.v))
+    """
+
+    v: Tensor
+    x_0_only: Tensor | None = None
+
+
+Asking: TypeAlias = Generator[tuple[Branch, ...], tuple[Prediction, ...], Tensor | Contribution]
 """Yields branches, receives their predictions, returns a contribution to v."""
 
 
@@ -268,7 +313,11 @@ class Term(ABC):
     ``schedule`` multiplies the contribution, at progress p of the run: ``constant`` by 1,
     ``linear`` by 2 p, ``cosine`` by 1 - cos(pi p), or by a function of p. The first three have mean
     1 over a run. A term that is off, outside its interval or multiplied by 0 never starts and costs
-    nothing.
+    nothing; one that ``remembers`` is told of every step nevertheless, unless it is off.
+
+    ``every`` makes it cheaper: it asks the network at its first active step and at every so many
+    steps of the sampler from there on. Between them it contributes what it did last, in v, times
+    the schedule of the step at hand. All evaluations of one step ask, or none does.
 
     Source: Kynkaanniemi et al. 2024 (intervals); Wang et al. 2024, arXiv 2404.13040 (schedules).
 
@@ -293,6 +342,8 @@ class Term(ABC):
     """The unit of the bounds: progress from noise (0) to image (1), t, or sigma."""
     schedule: Schedule = field(default="constant", metadata=LATER)
     """What the contribution is multiplied by: constant, linear, cosine, or a function."""
+    every: int = field(default=1, metadata=LATER)
+    """Ask at every so many steps; between them the last contribution is held."""
 
     key: ClassVar[str]
     """What the identity of a run calls the method; no two methods may share a key."""
@@ -302,24 +353,45 @@ class Term(ABC):
     """What tables call the method."""
     does: ClassVar[str]
     """What it does to the prediction, in a few words."""
+    moves: ClassVar[str] = "in a way of its own"
+    """Where it moves an image, for somebody who knows no methods: "NAME moved it ..."."""
+    look: ClassVar[str] = "what has changed"
+    """What to look at in an image that it moved: "look at it for ..."."""
     source: ClassVar[str]
     """Authors and year."""
     neutral: ClassVar[float] = 0.0
     """The scale at which the method does nothing."""
+    most: ClassVar[float] = math.inf
+    """The largest scale that it takes."""
     strengths: ClassVar[tuple[str, ...]] = ("scale",)
     """The fields that decide whether the method is off: it is if all of them are ``neutral``."""
     from_null: ClassVar[bool] = False
     """Whether the term guides away from the null condition, as CFG does; see Question.branch."""
     needs: ClassVar[frozenset[Need]] = frozenset()
     """What it needs of the model, apart from a null condition, and of the user."""
+    instead: ClassVar[str] = "leave it out"
+    """What to do where a model is no flow, and the method needs one."""
     example: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """Settings, apart from the scale, with which tests run the method."""
     variants: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Further rows of the tables: the name of a setting, and the code that makes it."""
+    on_guided: ClassVar[bool] = False
+    """Whether it acts on the prediction that the others have guided, see Question.guided. Several
+    such terms are given the same one, and their contributions are added up as all are."""
+    remembers: ClassVar[bool] = False
+    """Whether it goes by earlier steps. It is then asked at each step, also outside of its interval
+    and where it holds; what it returns there is not used."""
     clamped: ClassVar[bool] = True
     """Whether a sampler that clamps x_0 clamps the term's contribution too."""
+    renoises: ClassVar[bool] = False
+    """Whether a part of its contribution moves x_0 alone, which not every sampler can do."""
     unbounded: ClassVar[tuple[str, ...]] = ()
     """Fields that may be infinite."""
+    search: ClassVar[Mapping[str, Tried]] = MappingProxyType(
+        {"scale": (0.1, 4.0), "interval": "eighths", "every": (1, 3)}
+    )
+    """What a search tries of each setting, those of the bases included; the others stay. The scale
+    counts from ``neutral``."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -330,6 +402,16 @@ class Term(ABC):
             raise ValueError(
                 f"schedule={self.schedule!r}: expected {', '.join(RAMPS)} or a function of progress"
             )
+        if self.every < 1:
+            raise ValueError(f"every={self.every}: expected 1 or more steps")
+
+    @classmethod
+    def searched(cls) -> dict[str, Tried]:
+        """Return what a search tries of each setting of the method."""
+        found: dict[str, Tried] = {}
+        for each in reversed(cls.__mro__):
+            found |= vars(each).get("search", {})
+        return found
 
     @property
     def off(self) -> bool:
@@ -357,9 +439,23 @@ class Term(ABC):
                 f"{key}_scale={self.scale}: this model has no null condition (trained without "
                 f"label dropout), so classifier-free guidance is impossible; set {off}"
             )
+        if "flow" in self.needs and not model.process.is_flow:
+            process = type(model.process).__name__
+            raise ValueError(
+                f"{self.key}_scale={self.scale}: {self.title} guides flow models, and this "
+                f"model's process is {process}; {self.instead}"
+            )
 
-    def check_sampler(self, sampler: Sampler) -> None:  # noqa: B027 - most terms suit all
+    def check_sampler(self, sampler: Sampler) -> None:
         """Refuse a sampler that this term cannot guide, before anything is evaluated."""
+        if self.renoises and not sampler.renoises:
+            key = getattr(self, "key", type(self).__name__.lower())
+            name = getattr(sampler, "key", getattr(sampler, "name", type(sampler).__name__))
+            raise ValueError(
+                f"{key}_scale={self.scale}: sampler={name} mixes several predictions in a step, "
+                f"and cannot add noise back with another one than x_0's; use one of "
+                f"{', '.join(renoising())}"
+            )
 
     def class_names(self, model: Denoiser) -> tuple[str, ...]:
         """Return the classes that this term lets images have; by default none."""
@@ -369,9 +465,16 @@ class Term(ABC):
         """Return all that the term's contribution depends on, as plain values."""
         return {"term": name_of(type(self)), **settings(self)}
 
+    def rewritten(self, ask: Question) -> Question:
+        """Return the question as all methods are told it, while this one acts; see Rewriting."""
+        return ask
+
     @abstractmethod
     def contribution(self, ask: Question) -> Asking:
-        """Ask, compute, and return the contribution to v, shape (b, c, h, w)."""
+        """Ask, compute, and return the contribution to v, shape (b, c, h, w).
+
+        One of which a part moves x_0 alone is a :class:`Contribution`.
+        """
 
 
 @dataclass(frozen=True)
@@ -410,3 +513,40 @@ class BranchTerm(Term):
                 "branch='null': this model has no null condition (trained without label dropout); "
                 "use branch='cond'"
             )
+
+
+class Rewriting(Term):
+    """A method that changes how the network answers, and so needs no pass of its own.
+
+    What it makes of the question is what all methods are told; it contributes nothing to the
+    answers. A schedule multiplies its scale.
+
+    Raises:
+        ValueError: ``every`` is not 1, where nothing is held.
+
+    Example::
+
+        @dataclass(frozen=True)
+        class Blind(Rewriting):
+            def rewritten(self, ask: Question) -> Question:
+                return replace(ask, base=ask.base.edited(Skip("blocks.5.attn")))
+    """
+
+    search = MappingProxyType({"every": [1]})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every != 1:
+            raise ValueError(
+                f"every={self.every}: {type(self).__name__} asks nothing by itself, so that there "
+                f"is nothing to hold; set every=1"
+            )
+
+    @abstractmethod
+    def rewritten(self, ask: Question) -> Question:
+        """Return the question with other branches, which answer differently."""
+
+    def contribution(self, ask: Question) -> Asking:
+        """Return nothing further."""
+        yield ()
+        return torch.zeros_like(ask.base.x_t)

@@ -62,6 +62,8 @@ class TPG(Perturbed):
     former = ("sag_dit.guidance.tpg.TPG",)
     title = "TPG"
     does = "away from shuffled tokens"
+    moves = "away from what the model draws with its parts shuffled"
+    look = "how its parts fit together"
     source = "Rajabi et al. 2025"
     needs = frozenset({"blocks"})
 

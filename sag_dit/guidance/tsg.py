@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -58,8 +59,11 @@ class TSG(BranchTerm):
     former = ("sag_dit.guidance.tsg.TSG",)
     title = "TSG"
     does = "away from a wrong time"
+    moves = "away from what the model draws at a wrong noise level"
+    look = "outlines and details"
     source = "Sadat et al. 2024"
     needs = frozenset({"dit"})
+    search = MappingProxyType({"noise": (0.5, 4.0)})
 
     neutral: ClassVar[float] = 1.0
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from sag_dit.attention import AttentionLayer
@@ -101,6 +103,60 @@ class TimeEmbedded(Protocol):
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Return the embeddings (b, d) of times (b,)."""
+
+
+@runtime_checkable
+class ClassEmbedded(Protocol):
+    """A network whose embedding of the classes can be disturbed, as CADS does.
+
+    Example:
+        >>> from sag_dit.models import DiT
+        >>> DiT(input_size=8, hidden_size=32, depth=1, num_heads=2).class_embedder
+        'y_embedder'
+    """
+
+    @property
+    def class_embedder(self) -> str:
+        """The module that turns labels (b,) into embeddings (b, d)."""
+
+
+class Fork(NamedTuple):
+    """Rows of a batch that join it before a block, as copies of rows that are there already.
+
+    A network can do this if its ``forward`` takes ``forks`` beside x, t and y, in the order of
+    their blocks. Its ``blocks`` are then a list of modules that run one after the other.
+
+    Example:
+        >>> Fork(block=5, rows=slice(0, 1)).joined(torch.tensor([[1.0], [2.0]]))
+        tensor([[1.],
+                [2.],
+                [1.]])
+    """
+
+    block: int
+    rows: slice
+
+    def joined(self, batch: Tensor) -> Tensor:
+        """Return a batch with the copies behind its own rows."""
+        return torch.cat([batch, batch[self.rows]])
+
+
+Outputs: TypeAlias = Iterable[list[Tensor]]
+"""For each block a list of what its attention and its MLP put out, before their gates: a block that
+is given an empty list runs and fills it, and one that is given a full list uses what is in it.
+
+A network can do this if its ``forward`` takes ``outputs`` beside x, t and y.
+"""
+
+
+def takes(call: Callable[..., Any], argument: str) -> bool:
+    """Whether a function has an argument of that name, such as ``forks`` or ``outputs``.
+
+    Example:
+        >>> takes(lambda x, forks=(): x, "forks")
+        True
+    """
+    return argument in signature(call).parameters
 
 
 MEMBERS = tuple(

@@ -13,11 +13,12 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
 from jaxtyping import UInt8
@@ -29,7 +30,9 @@ from sag_dit.bounds import Natural
 from sag_dit.files import atomic, file_sha256, writing
 from sag_dit.output.claim import CONFIG, claim
 from sag_dit.output.gallery import Pair
-from sag_dit.output.journal import FileState, Journal
+from sag_dit.output.journal import FileState, Journal, Searched
+from sag_dit.output.sheet import SheetText, write_sheet
+from sag_dit.profiling import part
 from sag_dit.sampling import Chosen, Drawn, Request
 from sag_dit.traces import AttentionView, StepView
 from sag_dit.untrusted import read_json_lines
@@ -37,6 +40,10 @@ from sag_dit.untrusted import read_json_lines
 Pixels = NDArray[np.uint8]
 MANIFEST = "manifest.jsonl"
 """The file that says what every image is; it appears once all are there."""
+NPZ = "samples.npz"
+"""All images in one file."""
+ENCODERS = min(4, os.cpu_count() or 1)
+"""Threads that encode the images of a batch."""
 ANY_SIZE = -1
 """The size of an image that was finished before sizes were kept."""
 
@@ -56,74 +63,6 @@ def write_arrays(file: Path, view: AttentionView) -> None:
         np.savez_compressed(stream, allow_pickle=False, **arrays)
 
 
-def write_sheet(
-    file: Path, view: AttentionView, image: Pixels, notes: Mapping[str, str] | None = None
-) -> None:
-    """Draw a view: a row of saliency for each layer, and one of the query's map where it was kept.
-
-    The mask's border is drawn on the saliency. Colour runs from 0 to 3 times the average attention
-    in every cell, so that layers and steps compare; ``image`` (h, w, 1 or 3) closes each row.
-    """
-    from matplotlib.figure import Figure
-
-    rows = [
-        (layer, kind)
-        for layer in view.layers
-        for kind in ("saliency", "query")
-        if kind == "saliency" or layer.query_map is not None
-    ]
-    columns = len(view.steps) + 1
-    figure = Figure(figsize=(1.9 + 1.1 * columns, 0.8 + 1.1 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for row, (layer, kind) in enumerate(rows):
-        for column in range(columns):
-            cell = axes[row, column]
-            cell.set_xticks([])
-            cell.set_yticks([])
-            if column == len(view.steps):
-                cell.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-                continue
-            if kind == "saliency":
-                shown = cell.imshow(layer.saliency[column], cmap="viridis", vmin=0, vmax=3)
-                mask = layer.mask[column]
-                if mask.any() and not mask.all():
-                    # Along the tokens' borders, so that no token looks half masked.
-                    sharp = np.kron(mask.astype(float), np.ones((8, 8)))
-                    height, width = mask.shape
-                    cell.contour(
-                        np.linspace(-0.5, width - 0.5, 8 * width),
-                        np.linspace(-0.5, height - 0.5, 8 * height),
-                        sharp,
-                        [0.5],
-                        colors="white",
-                        linewidths=0.8,
-                    )
-            else:
-                assert layer.query_map is not None and view.query is not None
-                seen = layer.query_map[column]
-                cell.imshow(seen * seen.size, cmap="viridis", vmin=0, vmax=3)
-                height, width = seen.shape
-                at = int(view.query[1] * width), int(view.query[0] * height)
-                cell.plot(*at, "o", mfc="none", mec="red", ms=6)
-            if row == 0:
-                cell.set_title(
-                    f"step {view.steps[column]}\nt = {view.times[column]:.4g}", fontsize=8
-                )
-        label = layer.name if kind == "saliency" else "what the circled\ntoken attends to"
-        note = (notes or {}).get(layer.name, "") if kind == "saliency" else ""
-        axes[row, 0].set_ylabel(
-            f"{label}\n{note}".strip(), fontsize=8, rotation=0, ha="right", va="center"
-        )
-    axes[0, -1].set_title("image", fontsize=8)
-    bar = figure.colorbar(
-        shown, ax=axes, shrink=min(1.0, 3 / len(rows)), aspect=12, pad=0.01, extend="max"
-    )
-    bar.set_label("attention, 1 = average", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    with atomic(file) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-
-
 @dataclass(frozen=True)
 class Written:
     """What a line of ``manifest.jsonl`` says of an image's file.
@@ -141,7 +80,8 @@ class Written:
 class SampleFolder:
     """The files of one run by index, and its settings.
 
-    ``images/``, ``unguided/``, ``maps/`` (for the gallery) and ``attention/`` (with maps=true).
+    ``images/``; for the gallery ``unguided/``, ``maps/``, and beside several methods such as
+    ``without_sag/``; and ``attention/`` (with maps=true).
 
     Example:
         >>> SampleFolder(Path("outputs/sample/digits-1f3a")).image(7).name
@@ -157,6 +97,10 @@ class SampleFolder:
     def twin(self, index: int) -> Path:
         """Return the file of an image's unguided twin."""
         return self.path / "unguided" / f"{index:06d}.png"
+
+    def spared(self, index: int, key: str) -> Path:
+        """Return the file of an image's twin that was drawn without a method alone."""
+        return self.path / f"without_{key}" / f"{index:06d}.png"
 
     def views(self, index: int) -> Path:
         """Return the file of what self-attention guidance saw of an image."""
@@ -267,8 +211,10 @@ class SampleFolder:
         rows = read_json_lines(manifest, Written) if manifest.exists() else ()
         return {row.index: FileState(ANY_SIZE, row.sha256) for row in rows}
 
-    def write(self, drawn: Drawn) -> None:
+    def write(self, drawn: Drawn, told: Callable[[Request], SheetText] | None = None) -> None:
         """Write a batch: first what belongs to the images, then the images, which mark completion.
+
+        ``told`` says what stands on the sheet of an image's attention.
 
         Example::
 
@@ -276,27 +222,59 @@ class SampleFolder:
                 folder.write(batch)
         """
         shown = dict(zip(drawn.indices.tolist(), drawn.images, strict=True))
+        beside = {self.twin(index): twin for index, twin in drawn.twins.items()}
+        for key, twins in drawn.spared.items():
+            beside |= {self.spared(index, key): twin for index, twin in twins.items()}
+        # Encode all at once: zlib lets other threads go on.
+        with part("encode"), ThreadPoolExecutor(ENCODERS) as pool:
+            files = dict(zip(shown, pool.map(_encoded, shown.values()), strict=True))
+            twin_files = dict(zip(beside, pool.map(_encoded, beside.values()), strict=True))
+        with part("write"):
+            self._put(drawn, files, twin_files, told)
+
+    def _put(
+        self,
+        drawn: Drawn,
+        files: Mapping[int, tuple[bytes, str]],
+        twin_files: Mapping[Path, tuple[bytes, str]],
+        told: Callable[[Request], SheetText] | None,
+    ) -> None:
+        """Write what was encoded, and the attention that was kept."""
+        # Attention and twins.
+        shown = dict(zip(drawn.indices.tolist(), drawn.images, strict=True))
+        asked = {request.index: request for request in drawn.requests}
         for index, trace in drawn.traces.items():
             if trace.maps is not None:
                 sheet = self.attention(index)
                 with writing(sheet):
                     sheet.parent.mkdir(exist_ok=True)
                 write_arrays(sheet.with_suffix(".npz"), trace.maps)
-                write_sheet(sheet, trace.maps, pixels(shown[index]))
+                text = SheetText() if told is None else told(asked[index])
+                write_sheet(sheet, trace.maps, pixels(shown[index]), text)
             if trace.steps:
                 write_views(self.views(index), trace.steps)
-        for index, twin in drawn.twins.items():
-            write_png(self.twin(index), pixels(twin))
-        files = {index: _png(pixels(image)) for index, image in shown.items()}
+        for place, (content, _) in twin_files.items():
+            with writing(place):
+                place.parent.mkdir(exist_ok=True)
+            with atomic(place) as temporary:
+                temporary.write_bytes(content)
+        # The images, each noted in the journal before it is there.
+        found = {index: Searched.of(each) for index, each in drawn.found.items()}
         self.journal.note(
             {
-                index: FileState(len(file), hashlib.sha256(file).hexdigest())
-                for index, file in files.items()
+                index: FileState(len(content), sha256, found.get(index))
+                for index, (content, sha256) in files.items()
             }
         )
-        for index, file in files.items():
+        for index, (content, _) in files.items():
             with atomic(self.image(index)) as temporary:
-                temporary.write_bytes(file)
+                temporary.write_bytes(content)
+
+
+def _encoded(image: UInt8[Tensor, "c h w"]) -> tuple[bytes, str]:
+    """Return an image as the content of a PNG file, and its hash."""
+    content = _png(pixels(image))
+    return content, hashlib.sha256(content).hexdigest()
 
 
 def _size(file: Path) -> int | None:
@@ -376,26 +354,37 @@ def write_views(file: Path, views: Sequence[StepView]) -> None:
 
 
 def read_views(file: Path) -> tuple[StepView, ...]:
-    """Read what :func:`write_views` kept; nothing if there is no such file."""
+    """Read what :func:`write_views` kept; nothing if there is no such file.
+
+    Raises:
+        ValueError: the file holds something else; deleting it leaves the gallery without masks.
+    """
     if not file.exists():
         return ()
     try:
         # From memory: of a broken file NumPy would leave the handle open.
-        with np.load(BytesIO(file.read_bytes())) as arrays:
+        content = file.read_bytes()
+        with ZipFile(BytesIO(content)) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > len(content):
+                raise ValueError("it is packed")
+        with np.load(BytesIO(content)) as arrays:
             columns = {name: arrays[name] for name in arrays.files}
-    except (OSError, EOFError, ValueError, BadZipFile) as error:
-        raise ValueError(f"{file} cannot be read ({error}); delete it") from error
-    return tuple(
-        StepView(
-            index=int(columns["index"][i]),
-            count=int(columns["count"][i]),
-            t=float(columns["t"][i]),
-            saliency=columns["saliency"][i],
-            mask=columns["mask"][i],
-            threshold=float(columns["threshold"][i]),
+        return tuple(
+            StepView(
+                index=int(columns["index"][i]),
+                count=int(columns["count"][i]),
+                t=float(columns["t"][i]),
+                saliency=columns["saliency"][i],
+                mask=columns["mask"][i],
+                threshold=float(columns["threshold"][i]),
+            )
+            for i in range(len(columns["index"]))
         )
-        for i in range(len(columns["index"]))
-    )
+    except Exception as error:  # NumPy raises almost any type on a damaged file
+        raise ValueError(
+            f"{file} cannot be read ({type(error).__name__}: {error}); delete it and repeat the "
+            f"command, for a gallery without it"
+        ) from error
 
 
 def write_manifest(
@@ -416,10 +405,12 @@ def write_manifest(
         entry = known.get(index)
         if entry is None or entry.sha256 is None:
             image = folder.image(index)
-            known[index] = FileState(image.stat().st_size, file_sha256(image))
+            searched = None if entry is None else entry.search
+            known[index] = FileState(image.stat().st_size, file_sha256(image), searched)
     journal.keep(known)
     with atomic(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for request in requests:
+            searched = known[request.index].search
             row = {
                 "index": request.index,
                 "seed": request.seed,
@@ -428,6 +419,7 @@ def write_manifest(
                 "class": class_names[request.label],
                 "file": folder.image(request.index).relative_to(folder.path).as_posix(),
                 "sha256": known[request.index].sha256,
+                **({} if searched is None else searched.manifest()),
             }
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
         lines.flush()
@@ -443,19 +435,35 @@ def _count_lines(file: Path) -> int:
 
 
 def gallery_entries(
-    folder: SampleFolder, requests: Sequence[Request], class_names: Sequence[str]
+    folder: SampleFolder,
+    requests: Sequence[Request],
+    class_names: Sequence[str],
+    spared: str | None = None,
 ) -> list[Pair]:
-    """Read the pairs that the gallery shows back from the folder."""
+    """Read the pairs that the gallery shows back from the folder.
+
+    Where a search chose an image its label tells the score. ``spared`` is the key of the method
+    that a second twin was drawn without; folders of before there were such twins have none.
+    """
+    known = folder.journal.read()
+
+    def label(request: Request) -> str:
+        entry, name = known.get(request.index), class_names[request.label]
+        searched = None if entry is None else entry.search
+        return name if searched is None else f"{name}, score {searched.score:.4g}"
+
     return [
         Pair(
             index=request.index,
             seed=request.seed,
-            label=class_names[request.label],
+            label=label(request),
             guided=read_png(folder.image(request.index)),
             unguided=read_png(folder.twin(request.index)),
             views=read_views(folder.views(request.index)),
+            spared=read_png(second) if second is not None and second.exists() else None,
         )
         for request in requests
+        for second in [None if spared is None else folder.spared(request.index, spared)]
     ]
 
 
@@ -465,7 +473,7 @@ def write_npz(folder: SampleFolder, requests: Sequence[Request]) -> Path:
     Grey images are repeated over three channels, since the evaluator reads RGB. The array is filled
     in place, one image at a time.
     """
-    file = folder.path / "samples.npz"
+    file = folder.path / NPZ
     first = read_png(folder.image(requests[0].index))
     images = np.empty((len(requests), *first.shape[:2], 3), dtype=np.uint8)
     for row, request in enumerate(requests):
@@ -479,10 +487,12 @@ def log_gallery(
     logger: Any,
     entries: Sequence[Pair],
     settings: Mapping[str, Any],
+    spared: str = "",
 ) -> None:
     """Log the gallery to Weights & Biases: a row per pair with its scales and masks.
 
-    Other loggers have no table of images, and get nothing here.
+    ``spared`` is what the second twin is called, where all have one. Other loggers have no table of
+    images, and get nothing here.
     """
     from lightning.pytorch.loggers import WandbLogger
 
@@ -496,13 +506,17 @@ def log_gallery(
         for name, term in settings["guidance"].items()
         if "scale" in term
     }
-    columns: list[str | int] = ["index", "class", "seed", "unguided", "guided", "masks", *scales]
+    twins = {"unguided": "unguided", "spared": spared}
+    if any(entry.spared is None for entry in entries):
+        del twins["spared"]
+    shown = [*twins.values(), "guided", "masks"]
+    columns: list[str | int] = ["index", "class", "seed", *shown, *scales]
     table = wandb.Table(columns=columns)
     # A row for each pair; the masks lie on the guided image and are switched on in the browser.
     for entry in entries:
         size = entry.guided.shape[:2]
         masks = {
-            f"step {view.index + 1} of {view.count}": {
+            f"step {view.index}": {
                 "mask_data": _enlarged(view.mask.astype(np.uint8), size),
                 "class_labels": {0: "kept", 1: "attended"},
             }
@@ -512,7 +526,7 @@ def log_gallery(
             entry.index,
             entry.label,
             entry.seed,
-            wandb.Image(_without_one_channel(entry.unguided)),
+            *(wandb.Image(_without_one_channel(entry.images[name])) for name in twins),
             wandb.Image(_without_one_channel(entry.guided)),
             wandb.Image(_without_one_channel(entry.guided), masks=masks or None),
             *scales.values(),

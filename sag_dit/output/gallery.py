@@ -1,4 +1,4 @@
-"""The gallery: guided images beside their unguided twins, as one page and as one picture."""
+"""The gallery: guided images beside their twins, as one page and as one picture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import json
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
 PAGE = "index.html"
 
+TOP = 3.0
+"""The saliency, as a multiple of the average, at which colours end, in every map that is shown."""
+
+FAINT = 2.0
+"""Mean change of a pixel, of 255, below which twins look the same at first sight."""
+
 CELL = 128  # smaller images are enlarged in grid.png until their longer side has as many pixels
 _INK, _SOFT, _LINE = "#1b1b1f", "#6b6b73", "#dededa"
 # Pillow's own font knows little beyond ASCII; the others are looked for when a text needs them.
@@ -35,9 +41,10 @@ _FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "ari
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """One pair: an image and its twin drawn from the same noise without guidance.
+    """An image and its twin drawn from the same noise without guidance.
 
     guided, unguided: (H, W, C) uint8, C = 1 or 3; label: class name; views: empty without SAG.
+    spared: a second twin, drawn without one of several methods alone.
     Raises: ValueError for images of another form, or twins that differ in shape.
 
     Example:
@@ -52,46 +59,110 @@ class Pair:
     guided: NDArray[np.uint8]
     unguided: NDArray[np.uint8]
     views: tuple[StepView, ...] = ()
+    spared: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
-        for name, image in (("guided", self.guided), ("unguided", self.unguided)):
+        for name, image in self.images.items():
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
                 raise ValueError(
                     f"{name} image {self.index} is {image.dtype} {image.shape}, expected uint8 "
                     "(H, W, 1) or (H, W, 3): decode it and move the channels last"
                 )
-        if self.guided.shape != self.unguided.shape:
-            raise ValueError(
-                f"guided {self.guided.shape} and unguided {self.unguided.shape} image "
-                f"{self.index} differ in shape: draw both with one model at one size"
-            )
+            if image.shape != self.guided.shape:
+                raise ValueError(
+                    f"guided {self.guided.shape} and {name} {image.shape} image {self.index} "
+                    "differ in shape: draw both with one model at one size"
+                )
+
+    @property
+    def images(self) -> dict[str, NDArray[np.uint8]]:
+        """The images from left to right, the guided one last."""
+        spared = {} if self.spared is None else {"spared": self.spared}
+        return {"unguided": self.unguided, **spared, "guided": self.guided}
+
+    def change(self, twin: str = "unguided") -> NDArray[np.int16]:
+        """Return by how much each value of the guided image differs from that of a twin."""
+        change: NDArray[np.int16] = np.abs(self.guided.astype(np.int16) - self.images[twin])
+        return change
 
     @property
     def difference(self) -> float:
         """Mean absolute pixel difference of the twins, 0 to 255."""
-        return float(np.abs(self.guided.astype(np.int16) - self.unguided).mean())
+        return float(self.change().mean())
+
+
+@dataclass(frozen=True)
+class About:
+    """What a gallery tells of how its images were drawn; all may be left empty.
+
+    words: the settings in words; moves and look: what guidance did, and what to look at. spared:
+    what the second twin is called. command and python: what draws the images again.
+
+    Example:
+        >>> About(words="SAG 0.5, layer 3").spared
+        ''
+    """
+
+    words: str = ""
+    moves: str = ""
+    look: str = ""
+    spared: str = ""
+    command: str = ""
+    python: str = ""
 
 
 def write_gallery(
-    folder: Path, entries: Sequence[Pair], settings: Mapping[str, object], title: str
+    folder: Path,
+    entries: Sequence[Pair],
+    settings: Mapping[str, object],
+    title: str,
+    about: About | None = None,
+    *,
+    labels: bool = True,
 ) -> Path:
     """Write `index.html` (one file, no network) and `grid.png` into folder, each atomically.
 
+    Without ``labels`` the picture holds the images alone.
     Returns: the path of index.html. Raises: ValueError without entries.
     """
     if not entries:
         raise ValueError("a gallery of 0 entries cannot be drawn, expected at least 1: skip it")
-    rows = list(flatten(settings))
-    short = [f"{name} {value}" for name, value in rows if len(value) <= 24]
-    page = _page(entries, {"settings": rows, "short": short}, title)
+    about = about or About()
+    page = _page(entries, list(flatten(settings)), title, about)
     grid = io.BytesIO()
-    _grid(entries, short, title).save(grid, format="png")
+    _grid(entries, title, about, labels).save(grid, format="png")
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / "grid.png") as temporary:
         temporary.write_bytes(grid.getvalue())
     with atomic(folder / PAGE) as temporary:
         temporary.write_bytes(page.encode("utf-8", "xmlcharrefreplace"))
     return folder / PAGE
+
+
+def lead(entries: Sequence[Pair], about: About) -> str:
+    """Return a sentence that says what guidance did to the images, and what to look at.
+
+    Example:
+        >>> dark, light = np.zeros((8, 8, 1), np.uint8), np.full((8, 8, 1), 9, np.uint8)
+        >>> lead([Pair(4, 0, "3", light, dark)], About(moves="SAG moved them", look="edges"))
+        'SAG moved them; it changed a pixel by 9 of 255 on average: look at #4, the most changed, for edges.'
+    """  # noqa: E501
+    if not about.moves:
+        return "These images were drawn without guidance, so each is the same as its twin."
+    twin = "spared" if all(entry.spared is not None for entry in entries) else "unguided"
+    changes = [float(entry.change(twin).mean()) for entry in entries]
+    most = entries[int(np.argmax(changes))]
+    mean = float(np.mean(changes))
+    if mean == 0:
+        return f"{about.moves}; it changed no pixel of these images."
+    faint = ", too little to see without the difference view" if mean < FAINT else ""
+    amount = f"{mean:.2g}" if mean < 10 else f"{mean:.0f}"
+    changed = f"changed a pixel by {amount} of 255 on average{faint}"
+    where = f"look at #{most.index}, the most changed, for {about.look}"
+    if twin == "spared":
+        method = about.spared.removeprefix("all but ")
+        return f"{about.moves}; {method} {changed}, from the middle column to the right: {where}."
+    return f"{about.moves}; it {changed}: {where}."
 
 
 def heat_colours(values: NDArray[np.floating]) -> NDArray[np.uint8]:
@@ -116,46 +187,56 @@ def heat_colours(values: NDArray[np.floating]) -> NDArray[np.uint8]:
     return colours
 
 
-def _page(entries: Sequence[Pair], about: Mapping[str, object], title: str) -> str:
-    saliencies = [view.saliency.ravel() for entry in entries for view in entry.views]
-    # One colour scale for the whole page, else steps could not be compared; attention sinks clip.
-    top = max(2.0, float(np.percentile(np.concatenate(saliencies), 99.5))) if saliencies else 2.0
+def _page(
+    entries: Sequence[Pair], settings: Sequence[tuple[str, str]], title: str, about: About
+) -> str:
     data = {
-        **about,
-        "entries": [_entry(entry, top) for entry in entries],
-        "top": top,
+        "settings": settings,
+        "words": about.words,
+        "spared": about.spared,
+        "command": about.command,
+        "python": about.python,
+        "entries": [_entry(entry) for entry in entries],
+        "top": TOP,
         "ramp": ["#" + rgb.tobytes().hex() for rgb in heat_colours(np.linspace(0.0, 1.0, 17))],
     }
     # Inside a script element only "<" can end it; as an escape it means the same to JSON.
     embedded = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    fields = {"data": embedded, "title": html.escape(title)}
+    fields = {
+        "data": embedded,
+        "title": html.escape(title),
+        "lead": html.escape(lead(entries, about)),
+    }
     template = resources.files("sag_dit.output").joinpath("gallery.html").read_text("utf-8")
-    return re.sub(r"\{\{(data|title)\}\}", lambda match: fields[match[1]], template)
+    return re.sub(r"\{\{(data|title|lead)\}\}", lambda match: fields[match[1]], template)
 
 
-def _entry(entry: Pair, top: float) -> dict[str, object]:
+def _entry(entry: Pair) -> dict[str, object]:
+    changes = {name: entry.change(name) for name in entry.images if name != "guided"}
     return {
         "index": entry.index,
         "seed": str(entry.seed),  # a 64-bit seed does not fit a JavaScript number
         "label": entry.label,
         "width": entry.guided.shape[1],
         "height": entry.guided.shape[0],
-        "guided": data_uri(entry.guided),
-        "unguided": data_uri(entry.unguided),
-        "difference": entry.difference,
-        "views": [_view(view, top) for view in entry.views],
+        "images": {name: data_uri(image) for name, image in entry.images.items()},
+        "changes": {
+            name: {"mean": float(change.mean()), "most": int(change.max())}
+            for name, change in changes.items()
+        },
+        "views": [_view(view) for view in entry.views],
     }
 
 
-def _view(view: StepView, top: float) -> dict[str, object]:
+def _view(view: StepView) -> dict[str, object]:
     return {
-        "step": view.index + 1,
+        "step": view.index,
         "count": view.count,
         "t": f"{view.t:.4g}",
         "threshold": max(0.0, view.threshold),
         "width": view.mask.shape[1],
         "height": view.mask.shape[0],
-        "heat": data_uri(heat_colours(view.saliency / top)),
+        "heat": data_uri(heat_colours(view.saliency / TOP)),
         "mask": "".join("1" if token else "0" for token in view.mask.ravel()),
         "peak": float(view.saliency.max()),
     }
@@ -191,50 +272,78 @@ def _value_text(value: object) -> str:
     return str(value)
 
 
-def _grid(entries: Sequence[Pair], short: Sequence[str], title: str) -> Image.Image:
+def _grid(entries: Sequence[Pair], title: str, about: About, labels: bool) -> Image.Image:
+    """Draw all pairs on one sheet; text is wrapped, never cut."""
     height, width, _ = np.max([entry.guided.shape for entry in entries], axis=0).tolist()
     scale = max(1, math.ceil(CELL / max(height, width)))
     height, width = height * scale, width * scale
-    title, *texts = (
-        " ".join(text.split()) for text in (title, *short, *(entry.label for entry in entries))
+    # The images of a row, and what stands below them.
+    names = {"unguided": "unguided", "spared": about.spared, "guided": "guided"}
+    if any(entry.spared is None for entry in entries):
+        del names["spared"]
+    elif labels:
+        names["guided"] = "all"
+    title, words, *tops = (
+        " ".join(text.split()) for text in (title, about.words, *(each.label for each in entries))
     )
     size = min(40, max(16, width // 10))
-    font = _font(size, "".join((title, *texts)))
+    font = _font(size, "".join((title, words, *tops)))
     small, large = (font.font_variant(size=round(ratio * size)) for ratio in (0.85, 1.3))
 
     gap, line = max(4, width // 32), round(1.4 * size)
     margin = 5 * gap
-    pair_width, pair_height = 2 * width + gap, height + 2 * line
+    pair_width = len(names) * width + (len(names) - 1) * gap
+    number = small.getlength(f"#{max(entry.index for entry in entries)}") + size
+    above = [wrapped(text, font.getlength, pair_width - number) if labels else [] for text in tops]
+    below = {
+        name: wrapped(text, small.getlength, width) if labels else []
+        for name, text in names.items()
+    }
+    label_lines, caption_lines = max(map(len, above)), max(map(len, below.values()))
+    pair_height = height + (label_lines + caption_lines) * line
 
     def shape(columns: int) -> tuple[int, int]:
         rows = math.ceil(len(entries) / columns)
         return columns * (pair_width + margin), rows * (pair_height + margin)
 
-    # As near as can be to a landscape page.
-    columns = min(
-        range(1, len(entries) + 1), key=lambda n: abs(math.log(1.5 * shape(n)[1] / shape(n)[0]))
-    )
+    def unlike(columns: int) -> float:
+        """How far a sheet is from a landscape page without empty places."""
+        wide, high = shape(columns)
+        return abs(math.log(1.5 * high / wide)) + -len(entries) % columns / len(entries)
+
+    columns = min(range(1, len(entries) + 1), key=unlike)
     room = shape(columns)[0] - margin
-    head = _wrap(texts[: -len(entries)], small, room)
-    top = 2 * margin + 2 * size + len(head[:4]) * line
+    titles, head = (wrapped(title, large.getlength, room), wrapped(words, small.getlength, room))
+    if not labels:
+        titles, head = [], []
+    top = margin + len(titles) * 2 * size + len(head) * line + margin * labels
     sheet = Image.new("RGB", (room + 2 * margin, top + shape(columns)[1]), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((margin, margin), _shortened(title, large, room), fill=_INK, font=large)
-    for row, text in enumerate(head[:3] + ["…"] * (len(head) > 3)):
-        draw.text((margin, margin + 2 * size + row * line), text, fill=_SOFT, font=small)
-    draw.line((margin, top - margin // 2, margin + room, top - margin // 2), fill=_LINE)
+    y = margin
+    for text in titles:
+        draw.text((margin, y), text, fill=_INK, font=large)
+        y += 2 * size
+    for text in head:
+        draw.text((margin, y), text, fill=_SOFT, font=small)
+        y += line
+    if labels:
+        draw.line((margin, top - margin // 2, margin + room, top - margin // 2), fill=_LINE)
 
-    for place, (entry, label) in enumerate(zip(entries, texts[-len(entries) :], strict=True)):
+    for place, (entry, label) in enumerate(zip(entries, above, strict=True)):
         x = margin + place % columns * (pair_width + margin)
         y = top + place // columns * (pair_height + margin)
-        number = f"#{entry.index}"
-        fitted = _shortened(label, font, pair_width - small.getlength(number) - size)
-        draw.text((x, y), fitted, fill=_INK, font=font)
-        draw.text((x + pair_width, y), number, fill=_SOFT, font=small, anchor="ra")
-        for name, image in (("unguided", entry.unguided), ("guided", entry.guided)):
-            picture = ImageOps.scale(_picture(image), scale, Image.Resampling.NEAREST)
-            sheet.paste(picture, (x, y + line))
-            draw.text((x, y + line + height + size // 5), name, fill=_SOFT, font=small)
+        for row, text in enumerate(label):
+            draw.text((x, y + row * line), text, fill=_INK, font=font)
+        if labels:
+            draw.text((x + pair_width, y), f"#{entry.index}", fill=_SOFT, font=small, anchor="ra")
+        y += label_lines * line
+        for name, caption in below.items():
+            picture = _picture(entry.images[name])
+            picture = ImageOps.scale(picture, scale, Image.Resampling.NEAREST)
+            sheet.paste(picture, (x, y))
+            for row, text in enumerate(caption):
+                at = (x, y + height + size // 5 + row * line)
+                draw.text(at, text, fill=_SOFT, font=small)
             x += width + gap
     return sheet
 
@@ -257,19 +366,22 @@ def _installed(size: int) -> Iterator[ImageFont.FreeTypeFont]:
             yield ImageFont.truetype(name, size)
 
 
-def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    if font.getlength(text) <= width:
-        return text
-    cut = bisect_right(range(len(text)), width, key=lambda n: font.getlength(text[:n] + "…"))
-    return text[: max(0, cut - 1)].rstrip() + "…"
+def wrapped(text: str, length: Callable[[str], float], width: float) -> list[str]:
+    """Break a text into lines that fit, between words, and within a word that is too long.
 
-
-def _wrap(pieces: Sequence[str], font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+    Example:
+        >>> wrapped("a long class", len, 6)
+        ['a long', 'class']
+    """
     lines = [""]
-    for piece in pieces:
-        longer = f"{lines[-1]}   ·   {piece}" if lines[-1] else piece
-        if font.getlength(longer) <= width:
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if length(longer) <= width:
             lines[-1] = longer
-        else:
-            lines.append(_shortened(piece, font, width))
+            continue
+        while length(word) > width and len(word) > 1:
+            fits = bisect_right(range(1, len(word)), width, key=lambda n: length(word[:n]))
+            lines.append(word[: max(1, fits)])
+            word = word[max(1, fits) :]
+        lines.append(word)
     return [line for line in lines if line]

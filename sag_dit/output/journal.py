@@ -6,20 +6,52 @@ import json
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 from sag_dit.bounds import Natural, checked
 from sag_dit.files import atomic, writing
+from sag_dit.sampling import Found
 from sag_dit.untrusted import parse_json
 
-LINE = 4_096
-"""Characters of a line that can be ours."""
+LINE = 65_536
+"""Characters of a line that can be ours; a search of many steps makes a long one."""
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search chose for an image: its score, and pairs (draw, particle) of its noise.
+
+    Raises:
+        ValueError: the lineage holds no pairs.
+
+    Example:
+        >>> Searched(score=0.9, lineage=[[0, 2], [6, 1]]).manifest()
+        {'score': 0.9, 'particle': 1, 'lineage': [[0, 2], [6, 1]]}
+    """
+
+    score: float
+    lineage: list[list[Natural]]
+
+    def __post_init__(self) -> None:
+        if not self.lineage or any(len(pair) != 2 for pair in self.lineage):
+            raise ValueError(f"lineage={self.lineage}: expected pairs of a draw and a particle")
+
+    @classmethod
+    def of(cls, found: Found) -> Self:
+        """Return what a search found, as files hold it."""
+        return cls(found.score, [list(pair) for pair in found.lineage])
+
+    def manifest(self) -> dict[str, Any]:
+        """Return what the line of a manifest says of it."""
+        return {"score": self.score, "particle": self.lineage[-1][1], "lineage": self.lineage}
 
 
 class FileState(NamedTuple):
     """The size in bytes and the hash of a file; of files older than the journal it may be None.
+
+    ``search`` is what a search chose, where there was one.
 
     Example:
         >>> FileState(size=120, sha256="9f86d081").size
@@ -28,6 +60,7 @@ class FileState(NamedTuple):
 
     size: int
     sha256: str | None
+    search: Searched | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +75,7 @@ class Noted:
     index: Natural
     size: Natural
     sha256: str | None
+    search: Searched | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +149,10 @@ class Journal:
 
 
 def _as_lines(entries: Mapping[int, FileState]) -> str:
-    rows = ({"index": index, **entry._asdict()} for index, entry in entries.items())
+    rows = []
+    for index, entry in entries.items():
+        searched = {} if entry.search is None else {"search": asdict(entry.search)}
+        rows.append({"index": index, "size": entry.size, "sha256": entry.sha256, **searched})
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
@@ -128,7 +165,7 @@ def _read_part(file: Path) -> dict[int, FileState]:
                     row = checked(parse_json(line, file), Noted, str(file))
                 except ValueError:
                     continue
-                found[row.index] = FileState(row.size, row.sha256)
+                found[row.index] = FileState(row.size, row.sha256, row.search)
     except FileNotFoundError:
         return {}
     return found

@@ -62,7 +62,7 @@ class RankReports:
 
         reports = RankReports(Path("outputs/sample/digits-1f3a"), rank=0, world=2)
         with reports.reporting():
-            predictor.draw(model, requests, settings, [folder.write])
+            predictor.draw(model, requests, settings, write=folder.write)
         reports.wait(folder.journal.length)
     """
 

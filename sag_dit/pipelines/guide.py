@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Generic, NoReturn, TypeVar
 
 from torch import Tensor, nn
 
-from sag_dit.denoiser.text_conditional import layout_of
+from sag_dit.denoiser.text_conditional import TextConditional, layout_of
 from sag_dit.guidance import Term
-from sag_dit.pipelines.run import OwnCFG, Run, check_scheduler
+from sag_dit.pipelines.run import OwnCFG, Run, check_renoising, check_scheduler
 
 
 @dataclass(frozen=True)
@@ -93,32 +95,82 @@ def pipelines_of(pipe: Any) -> Pipelines:
     raise ValueError(f"{names[0]} cannot be guided; known are {known}{hint}")
 
 
-def uses_cfg(family: Pipelines, pipe: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether a call of the pipeline puts null rows beside those of the prompt."""
+def own_cfg_scale(family: Pipelines, pipe: Any, arguments: Mapping[str, Any]) -> float | None:
+    """Return the scale of a pipeline's own guidance, None where a call asks for no null rows."""
     if family.own_cfg == "apart":
-        return False
-    # The property where there is one: a callback may end the guidance within a call.
-    own = getattr(pipe, "do_classifier_free_guidance", None)
-    return bool(arguments["guidance_scale"] > 1 if own is None else own)
+        return None
+    # The properties where there are any: a callback may end or change the guidance within a call.
+    scale = float(getattr(pipe, "guidance_scale", arguments["guidance_scale"]))
+    own = getattr(pipe, "do_classifier_free_guidance", scale > 1)
+    return scale if own else None
 
 
 def network_of(family: Pipelines, pipe: Any) -> nn.Module:
     """Return the pipeline's network, also where ``torch.compile`` wraps it."""
-    network: nn.Module = getattr(pipe, family.network)
+    return uncached(getattr(pipe, family.network), f"pipe.{family.network}")
+
+
+def uncached(network: nn.Module, name: str) -> nn.Module:
+    """Return a network; ``name`` is what messages call it.
+
+    Raises:
+        ValueError: it caches what its layers compute.
+    """
     wrapped = getattr(network, "_orig_mod", network)
     if getattr(wrapped, "is_cache_enabled", False):
         raise ValueError(
             f"{type(wrapped).__name__} caches what its layers compute from call to call, which "
-            f"guidance's further calls would spoil; call pipe.{family.network}.disable_cache()"
+            f"guidance's further calls would spoil; call {name}.disable_cache()"
         )
     return network
 
 
 P = TypeVar("P")
 
+USE = "with sag_dit.guide(pipe, SAG(0.75)): images = pipe(...).images"
+"""How a pipeline is guided, in a line."""
 
-@contextmanager
-def guide(pipe: P, *terms: Term, max_rows: int | None = None, seed: int = 0) -> Iterator[P]:
+
+class Guiding(AbstractContextManager[P], Generic[P]):
+    """What :func:`guide` returns, to stand behind ``with``; used otherwise it says so.
+
+    Raises:
+        TypeError: it is called.
+
+    Example::
+
+        with guide(pipe, SAG(0.75)) as guided:
+            image = guided("a corgi").images[0]
+    """
+
+    def __init__(self, context: AbstractContextManager[P]) -> None:
+        self._context, self._entered = context, False
+
+    def __enter__(self) -> P:
+        self._entered = True
+        return self._context.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return self._context.__exit__(kind, error, trace)
+
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        """Say how a pipeline is guided."""
+        self._entered = True  # The error tells enough.
+        raise TypeError(f"guide(pipe, ...) is no pipeline and cannot be called; write {USE}")
+
+    def __del__(self) -> None:
+        if not self._entered:
+            warnings.warn(
+                f"guide(pipe, ...) without `with` guides nothing; write {USE}", stacklevel=2
+            )
+
+
+def guide(pipe: P, *terms: Term, max_rows: int | None = None, seed: int = 0) -> Guiding[P]:
     """Have a diffusers pipeline guided by any terms.
 
     The pipeline works as before: its scheduler, sizes, batches, precision, offloading, and its own
@@ -141,6 +193,11 @@ def guide(pipe: P, *terms: Term, max_rows: int | None = None, seed: int = 0) -> 
         with guide(pipe, SAG(0.75)):
             image = pipe("a corgi").images[0]
     """
+    return Guiding(_guided(pipe, terms, max_rows, seed))
+
+
+@contextmanager
+def _guided(pipe: P, terms: tuple[Term, ...], max_rows: int | None, seed: int) -> Iterator[P]:
     # Refuse what cannot be guided before the pipeline is touched.
     family = pipelines_of(pipe)
     for term in terms:
@@ -154,12 +211,52 @@ def guide(pipe: P, *terms: Term, max_rows: int | None = None, seed: int = 0) -> 
             )
     # From here on, calls of the pipeline and of its network come to the guided one.
     guided = _GuidedPipeline(pipe, family, terms, max_rows, seed)
-    with _called(pipe, guided.call_pipeline), _called(guided.found, guided.call_network):
+    with called(pipe, guided.call_pipeline), called(guided.found, guided.call_network):
         yield pipe
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call of a network: x_t in its form, the time, and all else, which is the condition.
+
+    Example::
+
+        call = Call.of(inspect.signature(type(network).forward), network, layout, args, kwargs)
+    """
+
+    x: Tensor
+    t: Tensor | float
+    arguments: dict[str, Any]
+    return_dict: bool
+
+    @classmethod
+    def of(
+        cls,
+        signature: inspect.Signature,
+        network: nn.Module,
+        layout: type[TextConditional],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Call:
+        """Read a call by the signature of the network's ``forward``."""
+        arguments = dict(signature.bind(network, *args, **kwargs).arguments)
+        arguments |= arguments.pop("kwargs", {})
+        del arguments["self"]
+        return_dict = arguments.pop("return_dict", True)
+        x, t = arguments.pop(layout.x_name), arguments.pop("timestep")
+        return cls(x, t, arguments, return_dict)
+
+    def formed(self, output: Tensor) -> Any:
+        """Return an output in the form that was asked for."""
+        if not self.return_dict:
+            return (output,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=output)
+
+
 @contextmanager
-def _called(found: Any, instead: Callable[..., Any]) -> Iterator[None]:
+def called(found: Any, instead: Callable[..., Any]) -> Iterator[None]:
     """Send calls of an object elsewhere until the context ends, by giving it a class of its own.
 
     Replacing its ``forward`` would not do: offloading replaces that at every call, and a compiled
@@ -171,6 +268,9 @@ def _called(found: Any, instead: Callable[..., Any]) -> Iterator[None]:
             f"this {own.__name__} is being guided already; give all terms to one guide(pipe, ...)"
         )
 
+    # The context may be ended by what answers a call.
+    open_ = True
+
     @wraps(own.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         # During the call it has its own class again, since torch.compile, for example, looks at it.
@@ -178,7 +278,7 @@ def _called(found: Any, instead: Callable[..., Any]) -> Iterator[None]:
         try:
             return instead(*args, **kwargs)
         finally:
-            object.__setattr__(self, "__class__", guided)
+            object.__setattr__(self, "__class__", guided if open_ else own)
 
     names = {"__call__": call, "_sag_dit_guided": True, "__module__": own.__module__}
     guided = type(own.__name__, (own,), {**names, "__qualname__": own.__qualname__})
@@ -186,6 +286,7 @@ def _called(found: Any, instead: Callable[..., Any]) -> Iterator[None]:
     try:
         yield
     finally:
+        open_ = False
         object.__setattr__(found, "__class__", own)
 
 
@@ -213,8 +314,17 @@ class _GuidedPipeline:
         bound = inspect.signature(self.pipe.__call__).bind(*args, **kwargs)
         bound.apply_defaults()
         check_scheduler(self.pipe.scheduler)
+        if any(term.renoises and not term.off for term in self.terms):
+            check_renoising(self.pipe.scheduler, bound.arguments)
         own_cfg, terms = self.family.own_cfg, self.terms
         self.arguments = bound.arguments
+        for term in terms:
+            if term.on_guided and not term.off and bound.arguments.get("guidance_rescale"):
+                raise ValueError(
+                    f"guidance_rescale={bound.arguments['guidance_rescale']}: "
+                    f"{type(term).__name__} acts on the guided prediction, which the pipeline "
+                    f"would rescale later; set guidance_rescale=0, or give guide a CFG(rescale=...)"
+                )
         self.run = Run(
             self.pipe, self.network, self.layout, own_cfg, terms, self.max_rows, self.seed
         )
@@ -230,21 +340,11 @@ class _GuidedPipeline:
                 f"{type(self.network).__name__} was called from outside of its pipeline's call; "
                 f"within guide(pipe, ...) call pipe(...) alone"
             )
-        # Tell apart x_t, the time, and all else, which is the condition.
-        arguments = dict(self.signature.bind(self.network, *args, **kwargs).arguments)
-        arguments |= arguments.pop("kwargs", {})
-        del arguments["self"]
-        return_dict = arguments.pop("return_dict", True)
-        x: Tensor = arguments.pop(self.layout.x_name)
-        t = arguments.pop("timestep")
+        call = Call.of(self.signature, self.network, self.layout, args, kwargs)
         # Answer as the network does: its own answer where nothing acts, in the form asked for.
-        cfg = uses_cfg(self.family, self.pipe, self.arguments)
-        arguments = dict(self.layout.corrected(self.network, arguments, cfg))
-        output = self.run.output(x, t, arguments, cfg)
+        cfg = own_cfg_scale(self.family, self.pipe, self.arguments)
+        arguments = dict(self.layout.corrected(self.network, call.arguments, cfg is not None))
+        output = self.run.output(call.x, call.t, arguments, cfg)
         if output is None:
-            return self.found(x, timestep=t, return_dict=return_dict, **arguments)
-        if not return_dict:
-            return (output,)
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-        return Transformer2DModelOutput(sample=output)
+            return self.found(call.x, timestep=call.t, return_dict=call.return_dict, **arguments)
+        return call.formed(output)

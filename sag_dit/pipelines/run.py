@@ -52,6 +52,9 @@ FLOWS = (
     "FlowMatchLCMScheduler",
 )
 
+FIRST_ORDER = ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")
+"""Schedulers that take a step from one prediction, and add no fresh noise."""
+
 KINDS: dict[str, OutputKind] = {
     "epsilon": "eps",
     "v_prediction": "v",
@@ -72,6 +75,46 @@ def check_scheduler(scheduler: Any) -> None:
             f"scheduler {type(scheduler).__name__}: its noise levels are not known to be read "
             f"right; expected one of {', '.join(known)}"
         )
+
+
+def check_renoising(scheduler: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse a scheduler whose steps cannot add another prediction's noise back, as CFG++ does.
+
+    Raises:
+        ValueError: it mixes predictions, draws noise or clamps x_0; the message says which can.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    if not _is_one_of(scheduler, FIRST_ORDER):
+        raise ValueError(
+            f"scheduler {name}: mixes several predictions or draws noise in a step, and cannot add "
+            f"noise back with another prediction than x_0's, as CFG++ does; use "
+            f"{', '.join(FIRST_ORDER)}"
+        )
+    for option in ("stochastic_sampling", "clip_sample", "thresholding"):
+        if config.get(option):
+            raise ValueError(
+                f"scheduler {name} with {option}={config[option]}: its steps cannot add noise back "
+                f"with another prediction than x_0's, as CFG++ does; set {option}=False"
+            )
+    if arguments.get("eta"):
+        raise ValueError(
+            f"eta={arguments['eta']}: a step that draws noise cannot add noise back with another "
+            f"prediction than x_0's, as CFG++ does; set eta=0"
+        )
+
+
+def landing(scheduler: Any, step: Step) -> NoiseLevel:
+    """Return the level where a scheduler of first order ends its step.
+
+    DDIM takes strides of its own, and may end before the image is clean.
+    """
+    if not _is_one_of(scheduler, ("DDIMScheduler",)):
+        return step.next
+    stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    t = int(step.level.t) - stride
+    squared = float(scheduler.alphas_cumprod[t] if t >= 0 else scheduler.final_alpha_cumprod)
+    alpha, sigma = squared**0.5, (1 - squared) ** 0.5
+    return NoiseLevel(t=t, alpha=alpha, sigma=sigma, d_alpha=-sigma, d_sigma=alpha)
 
 
 def _is_one_of(scheduler: Any, names: tuple[str, ...]) -> bool:
@@ -138,28 +181,52 @@ def index_of(scheduler: Any, t: float, before: int | None) -> int:
     return (before or 0) + int(ahead.argmin())
 
 
+@dataclass
+class _Own:
+    """What the pipeline makes of its own rows: the network's answers, and its guidance of them.
+
+    ``scale`` is that of its classifier-free guidance, where terms act on what that has guided, and
+    else None.
+    """
+
+    answers: tuple[Prediction, ...] = ()
+    scale: float | None = None
+
+    @property
+    def guidance(self) -> Images | None:
+        """What the pipeline adds to the prompt's prediction, None where no term has to know it."""
+        if self.scale is None:
+            return None
+        cond, null = self.answers
+        return (self.scale - 1) * (cond.v - null.v)
+
+
 @dataclass(frozen=True)
 class _Rows(Term):
     """Keeps the network's answers for the pipeline's own rows, and contributes nothing."""
 
-    answers: list[Prediction] = field(default_factory=list, compare=False)
+    own: _Own = field(default_factory=_Own, compare=False)
 
     def contribution(self, ask: Question) -> Asking:
         """Ask for the prompt's row."""
-        self.answers[:] = yield (ask.base,)
+        self.own.answers = yield (ask.base,)
         return torch.zeros_like(ask.base.x_t)
 
 
 @dataclass(frozen=True)
 class _RowsOfCFG(_Rows):
-    """The same beside the pipeline's own classifier-free guidance, which also wants null rows."""
+    """The same beside the pipeline's own classifier-free guidance, which also wants null rows.
+
+    Terms that act on the guided prediction see what the pipeline makes of both.
+    """
 
     from_null: ClassVar[bool] = True
 
     def contribution(self, ask: Question) -> Asking:
         """Ask for the prompt's row and the null prompt's."""
-        self.answers[:] = yield (ask.base, ask.required_null())
-        return torch.zeros_like(ask.base.x_t)
+        self.own.answers = yield (ask.base, ask.required_null())
+        guidance = self.own.guidance
+        return torch.zeros_like(ask.base.x_t) if guidance is None else guidance
 
 
 @dataclass(frozen=True)
@@ -210,7 +277,10 @@ class Run:
         self.terms = tuple(terms)
         self.max_rows = max_rows
         self.seed = seed
-        self.replaces_cfg = any(term.from_null and not term.off for term in terms)
+        on = [term for term in terms if not term.off]
+        self.replaces_cfg = any(term.from_null for term in on)
+        self.remembers = any(term.remembers for term in on)
+        self.on_guided = next((term for term in on if term.on_guided), None)
         self._grid: tuple[NoiseLevel, ...] = ()
         self._begin = 0
         self._index: int | None = None
@@ -218,24 +288,26 @@ class Run:
         self._last: _Last | None = None
 
     def output(
-        self, x: Tensor, t: Tensor | float, arguments: Mapping[str, Any], cfg: bool
+        self, x: Tensor, t: Tensor | float, arguments: Mapping[str, Any], cfg: float | None
     ) -> Tensor | None:
         """Return what the network should put out for a call, None where that is its own answer.
 
-        ``cfg`` says whether rows of the null prompt stand beside those of the prompt.
+        ``cfg`` is the scale of the pipeline's own guidance where rows of the null prompt stand
+        beside those of the prompt, and None where they do not.
 
         Raises:
             ValueError: a term cannot guide this call, or the noise level is not known.
         """
         # Where the run stands, and whether any term acts there.
         step = self._step(t)
-        if self.replaces_cfg and not cfg:
+        if self.replaces_cfg and cfg is None:
             raise ValueError(
                 "a term that guides away from the null prompt takes the place of the pipeline's "
                 "own guidance, and this call has no null prompt; pass guidance_scale=2 (any value "
                 "above 1): the term's own scale is the one that counts"
             )
-        if not self.replaces_cfg and not any(term.active(step) for term in self.terms):
+        acts = self.replaces_cfg or self.remembers
+        if not acts and not any(term.active(step) for term in self.terms):
             return None
         # Read x_t and the condition from the call.
         own, channels = self.layout.split(self.network, x)
@@ -246,15 +318,16 @@ class Run:
         # second half of the other; each is given back in its place.
         if self._is_repeated(x_t):
             predictions = [self._repeated(x_t, step, inputs)]
-        elif not cfg:
-            predictions = [self._guide(x_t, step, inputs, None, grid, x.dtype)[0]]
+        elif cfg is None:
+            predictions = [self._guide(x_t, step, inputs, None, grid, x.dtype, None)[0]]
         else:
             count = len(x) // 2
             first, second = inputs.take(slice(count)), inputs.take(slice(count, None))
             if self.own_cfg == "cond first":
-                predictions = self._guide(x_t[:count], step, first, second, grid, x.dtype)
+                predictions = self._guide(x_t[:count], step, first, second, grid, x.dtype, cfg)
             else:
-                predictions = self._guide(x_t[:count], step, second, first, grid, x.dtype)[::-1]
+                both = self._guide(x_t[:count], step, second, first, grid, x.dtype, cfg)
+                predictions = both[::-1]
         return torch.cat([self._raw(each) for each in predictions]).to(x.dtype)
 
     def _step(self, t: Tensor | float) -> Step:
@@ -276,7 +349,8 @@ class Run:
             )
         done = index - self._begin
         count = getattr(self.pipe, "num_timesteps", None) or len(self._grid) - 1 - self._begin
-        return Step(done, max(int(count), done + 1), level, self._grid[index + 1])
+        evaluations = int(getattr(scheduler, "order", 1))
+        return Step(done, max(int(count), done + 1), level, self._grid[index + 1], evaluations)
 
     def _guide(
         self,
@@ -286,20 +360,28 @@ class Run:
         null: Inputs | None,
         grid: TokenGrid,
         dtype: torch.dtype,
+        cfg: float | None,
     ) -> list[Prediction]:
         """Return the guided prediction, and the null prompt's with the same contribution added.
 
-        Without a null prompt there is one only.
+        Without a null prompt there is one only. ``cfg`` is the scale of the pipeline's guidance.
         """
         current = self._prepared(grid, dtype, null, len(x_t))
-        result = current.guided(x_t, step, cond)
-        contribution = result.v - current.rows.answers[0].v
+        own = current.rows.own
+        own.scale = None if self.on_guided is None or self.replaces_cfg else cfg
+        # The scheduler makes its step of one prediction.
+        result = current.guided(x_t, step, cond).in_one(landing(self.pipe.scheduler, step))
+        # The pipeline's own guidance is its own to add.
+        contribution = result.v - own.answers[0].v
+        if own.guidance is not None:
+            contribution = contribution - own.guidance
+            result = replace(result, v=result.v - own.guidance)
         self._last = _Last(int(self._index or 0), x_t, contribution)
         if null is None:
             return [result]
         if self.replaces_cfg:
             return [result, result]
-        other = current.rows.answers[1]
+        other = own.answers[1]
         return [result, replace(other, v=other.v + contribution)]
 
     def _prepared(
@@ -337,6 +419,12 @@ class Run:
     def _repeated(self, x_t: Images, step: Step, inputs: Inputs) -> Prediction:
         """Return the network's own prediction with what was contributed before."""
         assert self._guided is not None and self._last is not None
+        if self.on_guided is not None:
+            raise ValueError(
+                f"{type(self.on_guided).__name__} acts on the guided prediction, and "
+                f"{type(self.pipe).__name__} guides by itself in a later call of its network; set "
+                f"true_cfg_scale=1 (FLUX) or leave out skip_guidance_layers (Stable Diffusion 3)"
+            )
         prediction: Prediction = self._guided.denoiser(x_t, step.level, inputs)
         return replace(prediction, v=prediction.v + self._last.contribution)
 

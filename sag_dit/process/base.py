@@ -59,8 +59,9 @@ class NoiseLevel:
 class Step:
     """One evaluation within a sampler's run: it stands at ``level`` and ``next`` comes after it.
 
-    A solver that evaluates the network twice in a step makes two of these. So ``count`` is the
-    number of evaluations, and ``next`` may be as noisy as ``level``.
+    A solver that evaluates the network twice in a step makes two of these, and says so by
+    ``evaluations``. So ``count`` is the number of evaluations, and ``next`` may be as noisy as
+    ``level``.
 
     Example::
 
@@ -72,6 +73,12 @@ class Step:
     count: int
     level: NoiseLevel
     next: NoiseLevel
+    evaluations: int = 1
+
+    @property
+    def number(self) -> int:
+        """The number of the sampler's step, from 0: all its evaluations have the same."""
+        return self.index // self.evaluations
 
     @property
     def progress(self) -> float:
@@ -88,7 +95,8 @@ class Prediction:
     bound (1, beta's); the bounds depend on the length of the step, so the sampler finishes it
     (Nichol & Dhariwal 2021, equation 15). ``unclamped``, shape (b, c, h, w), is the part of ``v``
     that stays out when x_0 is clamped. ``attention`` maps the key of each capture to a layer's
-    saliency (rows, n) or map (rows, k, n, n).
+    saliency (rows, n) or map (rows, k, n, n). ``x_0_only``, shape (b, c, h, w), is the part of
+    ``v`` that moves x_0 alone: a sampler adds noise back as if it were not there (CFG++).
 
     Example::
 
@@ -102,6 +110,7 @@ class Prediction:
     variance_fraction: Images | None = None
     unclamped: Images | None = None
     attention: Mapping[str, Tensor] = field(default_factory=dict)
+    x_0_only: Images | None = None
 
     @property
     def x_0(self) -> Images:
@@ -118,8 +127,16 @@ class Prediction:
 
         v = (d_sigma x_t - x_0) / sigma, with the clamped x_0. ``unclamped`` is taken out of v
         before, and added again afterwards. Only defined where sigma > 0, as at every step of a
-        grid.
+        grid. With ``x_0_only``, eps is that of the rest of v, and x_t what the two then make,
+        alpha x_0 + sigma eps: a step that starts at this x_t adds that noise back.
         """
+        if self.x_0_only is not None:
+            level, whole = self.level, replace(self, x_0_only=None)
+            x_0 = whole.clamped(x_0_range).x_0
+            eps = replace(whole, v=self.v - self.x_0_only).clamped(x_0_range).eps
+            x_t = level.alpha * x_0 + level.sigma * eps
+            v = level.d_alpha * x_0 + level.d_sigma * eps
+            return replace(whole, x_t=x_t, v=v, unclamped=None)
         if x_0_range is None:
             return self
         if self.unclamped is not None:
@@ -128,15 +145,29 @@ class Prediction:
         x_0 = self.x_0.clamp(*x_0_range)
         return replace(self, v=(self.level.d_sigma * self.x_t - x_0) / self.level.sigma)
 
+    def in_one(self, after: NoiseLevel) -> Prediction:
+        """Return the prediction without ``x_0_only`` whose step to ``after`` lands at the same x.
+
+        A step of first order takes x_0 and eps from one v. With v + x_0_only (alpha sigma') /
+        (alpha' sigma - alpha sigma') it lands where x_0 of v and the noise of the rest lead; primes
+        mark the level after it, which is less noisy.
+        """
+        if self.x_0_only is None:
+            return self
+        back = float(self.level.alpha) * float(after.sigma)
+        share = back / (float(after.alpha) * float(self.level.sigma) - back)
+        return replace(self, v=self.v + share * self.x_0_only, x_0_only=None)
+
     def rows(self, start: int, stop: int) -> Prediction:
         """Return the same record for images ``start`` to ``stop``, without its attention."""
-        fraction, unclamped = self.variance_fraction, self.unclamped
+        fraction, unclamped, x_0_only = self.variance_fraction, self.unclamped, self.x_0_only
         return replace(
             self,
             x_t=self.x_t[start:stop],
             v=self.v[start:stop],
             variance_fraction=None if fraction is None else fraction[start:stop],
             unclamped=None if unclamped is None else unclamped[start:stop],
+            x_0_only=None if x_0_only is None else x_0_only[start:stop],
             attention={},
         )
 

@@ -7,7 +7,7 @@ from sag_dit.sampler.ddpm import Ancestral
 from sag_dit.sampler.ode import EulerFlow, HeunFlow
 from sag_dit.sampler.sde import EulerMaruyama
 from sag_dit.sampler.strided import StridedDDIM
-from sag_dit.sampler.usual import auto
+from sag_dit.sampler.usual import auto, named, own_samplers, sampler_names
 
 __all__ = [
     "DDIM",
@@ -21,6 +21,9 @@ __all__ = [
     "Step",
     "StridedDDIM",
     "auto",
+    "named",
+    "own_samplers",
     "require_ddpm",
+    "sampler_names",
     "steps_of",
 ]

@@ -54,6 +54,18 @@ class Sampler(ABC):
     """What the identity of a run calls the sampler, wherever its code lies: no other one's key."""
     former: ClassVar[tuple[str, ...]]
     """What runs called it before it had a key; a sampler that is new has none."""
+    renoises: ClassVar[bool] = False
+    """Whether each step starts at ``x_t`` of the clamped prediction and uses no other prediction,
+    so that its noise may be another prediction's than its x_0 (CFG++)."""
+
+    @property
+    def steerable(self) -> bool:
+        """Whether a search may exchange images between two steps, in place in ``SampleStep.x``.
+
+        It may where a step begins from this x and nothing else of the step before, and draws noise
+        of its own, so that two copies of an image part.
+        """
+        return False
 
     def identity(self) -> dict[str, Any]:
         """Return the sampler as plain values, everything that its steps depend on."""

@@ -32,12 +32,19 @@ class DDIM(Sampler):
 
     key = "ddim"
     former = ("DDIM",)
+    renoises = True
 
     eta: float = 0.0
+    """0: no noise along the way; 1: as much as ancestral sampling."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta}: expected 0 (deterministic) to 1 (ancestral)")
+
+    @property
+    def steerable(self) -> bool:
+        """Whether steps draw noise; see :attr:`Sampler.steerable`."""
+        return self.eta > 0
 
     def check(self, process: Process, num_steps: int) -> None:
         """Refuse a process that is not variance preserving, and impossible numbers of steps."""

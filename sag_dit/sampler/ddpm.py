@@ -35,8 +35,10 @@ class Ancestral(Sampler):
 
     key = "ddpm"
     former = ("Ancestral",)
+    renoises = True
 
     variance: Variance = "auto"
+    """Of the noise of a step; auto: learned where the network has learned it."""
 
     def __post_init__(self) -> None:
         if self.variance not in ("auto", "learned", "fixed_small", "fixed_large"):
@@ -62,6 +64,11 @@ class Ancestral(Sampler):
         fixed = lower if self.variance == "fixed_small" else posterior.log_large[index]
         return torch.full((1, 1, 1, 1), fixed, device=prediction.x_t.device)
 
+    @property
+    def steerable(self) -> bool:
+        """Each step draws noise; see :attr:`Sampler.steerable`."""
+        return True
+
     def check(self, process: Process, num_steps: int) -> None:
         """Refuse a process that is not variance preserving, and impossible numbers of steps."""
         require_ddpm(process, "ddpm")
@@ -82,9 +89,9 @@ class Ancestral(Sampler):
         for step in steps_of(process, num_steps):
             i = step.index
             prediction = denoise(x, step)
-            x_0 = prediction.clamped(x_0_range).x_0
+            clamped = prediction.clamped(x_0_range)
             # The mean of the posterior for the predicted x_0, and noise unless the image is done.
-            mean = posterior.of_x_0[i] * x_0 + posterior.of_x_t[i] * x
+            mean = posterior.of_x_0[i] * clamped.x_0 + posterior.of_x_t[i] * clamped.x_t
             log_variance = self.log_variance(posterior, i, prediction)
             if i < num_steps - 1:
                 x = mean + torch.exp(0.5 * log_variance) * noise.like(x, i)

@@ -22,13 +22,13 @@ from sag_dit.tensors import Images
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SchedulerRecipe:
     """How one scheduler is built and driven, and where it is proven.
 
     ``scaled``: the scheduler keeps x_0 + s eps, which ``scale_model_input`` turns into x_t.
     ``output``: the kind of prediction it is given. v keeps its digits where alpha is small.
     ``least``: the fewest steps with which it does not overshoot. ``schedules``: the betas on which
-    it is proven.
+    it is proven. ``renoises``: a step uses one prediction, see :attr:`Sampler.renoises`.
 
     Example:
         >>> PROVEN["heun"].least
@@ -43,6 +43,7 @@ class Recipe:
     spacing: Literal["linspace", "trailing"] | None = "linspace"
     least: int = 1
     schedules: tuple[str, ...] = ("linear", "scaled_linear", "cosine")
+    renoises: bool = False
 
 
 KARRAS = {"use_karras_sigmas": True}
@@ -51,29 +52,40 @@ SDE = {"algorithm_type": "sde-dpmsolver++"}
 # these schedulers overshoot or lose their last digit in single precision.
 LINEAR = ("linear", "scaled_linear")
 
-PROVEN: Mapping[str, Recipe] = {
-    "dpmpp_2m": Recipe("DPMSolverMultistepScheduler"),
-    "dpmpp_2m_karras": Recipe("DPMSolverMultistepScheduler", KARRAS),
-    "dpmpp_2m_sde": Recipe("DPMSolverMultistepScheduler", SDE, stochastic=True),
-    "dpmpp_2m_sde_karras": Recipe("DPMSolverMultistepScheduler", SDE | KARRAS, stochastic=True),
-    "dpmpp_3m": Recipe("DPMSolverMultistepScheduler", {"solver_order": 3}),
-    "dpmpp_2s": Recipe("DPMSolverSinglestepScheduler", {"lower_order_final": True}, spacing=None),
-    "unipc": Recipe("UniPCMultistepScheduler"),
-    "unipc_karras": Recipe("UniPCMultistepScheduler", KARRAS),
-    "euler": Recipe("EulerDiscreteScheduler", scaled=True),
-    "euler_karras": Recipe("EulerDiscreteScheduler", KARRAS, scaled=True),
-    "euler_ancestral": Recipe(
-        "EulerAncestralDiscreteScheduler", scaled=True, stochastic=True, least=3, schedules=LINEAR
+PROVEN: Mapping[str, SchedulerRecipe] = {
+    "dpmpp_2m": SchedulerRecipe("DPMSolverMultistepScheduler"),
+    "dpmpp_2m_karras": SchedulerRecipe("DPMSolverMultistepScheduler", KARRAS),
+    "dpmpp_2m_sde": SchedulerRecipe("DPMSolverMultistepScheduler", SDE, stochastic=True),
+    "dpmpp_2m_sde_karras": SchedulerRecipe(
+        "DPMSolverMultistepScheduler", SDE | KARRAS, stochastic=True
     ),
-    "heun": Recipe("HeunDiscreteScheduler", scaled=True, least=5, schedules=LINEAR),
-    "heun_karras": Recipe("HeunDiscreteScheduler", KARRAS, scaled=True, least=8, schedules=LINEAR),
-    "kdpm2": Recipe("KDPM2DiscreteScheduler", scaled=True, least=5),
-    "kdpm2_ancestral": Recipe(
+    "dpmpp_3m": SchedulerRecipe("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    "dpmpp_2s": SchedulerRecipe(
+        "DPMSolverSinglestepScheduler", {"lower_order_final": True}, spacing=None
+    ),
+    "unipc": SchedulerRecipe("UniPCMultistepScheduler"),
+    "unipc_karras": SchedulerRecipe("UniPCMultistepScheduler", KARRAS),
+    "euler": SchedulerRecipe("EulerDiscreteScheduler", scaled=True, renoises=True),
+    "euler_karras": SchedulerRecipe("EulerDiscreteScheduler", KARRAS, scaled=True, renoises=True),
+    "euler_ancestral": SchedulerRecipe(
+        "EulerAncestralDiscreteScheduler",
+        scaled=True,
+        stochastic=True,
+        least=3,
+        schedules=LINEAR,
+        renoises=True,
+    ),
+    "heun": SchedulerRecipe("HeunDiscreteScheduler", scaled=True, least=5, schedules=LINEAR),
+    "heun_karras": SchedulerRecipe(
+        "HeunDiscreteScheduler", KARRAS, scaled=True, least=8, schedules=LINEAR
+    ),
+    "kdpm2": SchedulerRecipe("KDPM2DiscreteScheduler", scaled=True, least=5),
+    "kdpm2_ancestral": SchedulerRecipe(
         "KDPM2AncestralDiscreteScheduler", scaled=True, stochastic=True, least=10, schedules=LINEAR
     ),
-    "lms": Recipe("LMSDiscreteScheduler", scaled=True),
+    "lms": SchedulerRecipe("LMSDiscreteScheduler", scaled=True),
     # Its history is of eps, and its stride is whole, which only trailing spacing meets.
-    "pndm": Recipe(
+    "pndm": SchedulerRecipe(
         "PNDMScheduler",
         {"skip_prk_steps": True, "set_alpha_to_one": True},
         output="epsilon",
@@ -155,6 +167,11 @@ class DiffusersSampler(Sampler):
         if self.name not in PROVEN:
             raise ValueError(_refusal(str(self.name)))
 
+    @property
+    def renoises(self) -> bool:  # type: ignore[override]
+        """Whether the scheduler takes each step from one prediction."""
+        return PROVEN[self.name].renoises
+
     def steps(
         self,
         denoise: Denoise,
@@ -176,11 +193,14 @@ class DiffusersSampler(Sampler):
         count = len(levels) - 1
         state = x * float(scheduler.init_noise_sigma)
         for index, t in enumerate(scheduler.timesteps):
-            step = Step(index, count, levels[index], levels[index + 1])
+            step = Step(index, count, levels[index], levels[index + 1], scheduler.order)
             prediction = denoise(scheduler.scale_model_input(state, t), step)
             # The scheduler takes the step, with the images' own noise where it draws any.
             clamped = prediction.clamped(x_0_range)
             output = clamped.eps if recipe.output == "epsilon" else clamped.v
+            if clamped.x_t is not prediction.x_t:
+                # The step starts where x_0 and another prediction's noise lead, without scaling.
+                state = clamped.x_t / float(step.level.alpha)
             draw = {"generator": noise.torch_generators(index)} if recipe.stochastic else {}
             state = scheduler.step(output, t, state, return_dict=False, **draw)[0]
             yield SampleStep(step, state * step.next.alpha if recipe.scaled else state, prediction)
@@ -226,7 +246,7 @@ class DiffusersSampler(Sampler):
             )
 
 
-def _scheduler(recipe: Recipe, process: DDPM, num_steps: int) -> Any:
+def _scheduler(recipe: SchedulerRecipe, process: DDPM, num_steps: int) -> Any:
     """Build a fresh scheduler, since most keep a history."""
     import diffusers
 

@@ -44,6 +44,7 @@ class FlowSampler(Sampler):
     """
 
     shift: float | None = None
+    """Above 1: more of the steps near noise; none: as the model was made."""
 
     def __post_init__(self) -> None:
         if self.shift is not None:
@@ -74,6 +75,7 @@ class EulerFlow(FlowSampler):
 
     key = "euler_flow"
     former = ("EulerFlow",)
+    renoises = True
 
     def steps(
         self,
@@ -87,7 +89,8 @@ class EulerFlow(FlowSampler):
         """Yield Euler steps; see :meth:`Sampler.steps`."""
         for step in steps_of(self.flow(process), num_steps):
             prediction = denoise(x, step)
-            x = x + length(step.level, step.next) * prediction.clamped(x_0_range).v
+            clamped = prediction.clamped(x_0_range)
+            x = clamped.x_t + length(step.level, step.next) * clamped.v
             yield SampleStep(step, x, prediction)
 
 
@@ -123,7 +126,7 @@ class HeunFlow(FlowSampler):
         for taken in steps_of(self.flow(process), num_steps):
             now, after = taken.level, taken.next
             h = length(now, after)
-            first = Step(2 * taken.index, count, now, after)
+            first = Step(2 * taken.index, count, now, after, evaluations=2)
             prediction = denoise(x, first)
             v = prediction.clamped(x_0_range).v
             # Euler's step is a first guess.
@@ -132,7 +135,7 @@ class HeunFlow(FlowSampler):
             if taken.index == num_steps - 1:
                 return
             # Ask again where it ends, and take the step with the mean of both velocities.
-            second = Step(first.index + 1, count, after, after)
+            second = Step(first.index + 1, count, after, after, evaluations=2)
             prediction = denoise(guess, second)
             x = x + h * (v + prediction.clamped(x_0_range).v) / 2
             yield SampleStep(second, x, prediction)

@@ -39,10 +39,14 @@ class EulerMaruyama(FlowSampler):
 
     key = "sde_flow"
     former = ("EulerMaruyama",)
+    renoises = True
 
     diffusion: Diffusion = "sigma"
+    """How the noise that is added changes along the way."""
     norm: float = 1.0
+    """How much noise is added; 0: none."""
     last_step: float = 0.04
+    """The length of the last step, which adds none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +58,11 @@ class EulerMaruyama(FlowSampler):
             raise ValueError(f"norm={self.norm}: expected 0 (no noise) or more; 1 is usual")
         if not 0 < self.last_step < 1:
             raise ValueError(f"last_step={self.last_step}: expected between 0 and 1; 0.04 is SiT's")
+
+    @property
+    def steerable(self) -> bool:
+        """Whether steps draw noise; see :attr:`Sampler.steerable`."""
+        return self.norm > 0
 
     def check(self, process: Process, num_steps: int) -> None:
         """Refuse a process that is no flow, impossible steps, and an infinite diffusion."""
@@ -111,7 +120,7 @@ class EulerMaruyama(FlowSampler):
             clamped = prediction.clamped(x_0_range)
             # The drift, then noise unless the image is done.
             h, w = -length(step.level, step.next), self.strength(step.level)
-            x = x - h * (clamped.v + w / float(step.level.sigma) * clamped.eps)
+            x = clamped.x_t - h * (clamped.v + w / float(step.level.sigma) * clamped.eps)
             if w > 0 and index < num_steps - 1:
                 x = x + math.sqrt(2 * w * h) * noise.like(x, index)
             yield SampleStep(step, x, prediction)

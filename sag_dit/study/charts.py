@@ -25,6 +25,10 @@ TRADE_OFFS = (("is", "fid"), ("recall", "precision"))
 """Pairs of metrics of which guidance usually gains one at the other's cost: (x, y)."""
 
 
+NO_ROW = -1
+"""The row of a point that is none of the table."""
+
+
 @dataclass(frozen=True)
 class Point:
     """A setting in a chart: its row, its place, the half-lengths of its error bars, its text.

@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 from rich.console import Console
@@ -16,11 +17,14 @@ from rich.text import Text
 from sag_dit.checkpoints import Model
 from sag_dit.data.requests import make_requests
 from sag_dit.evaluation.features import FeatureExtractor
-from sag_dit.guidance import Term, cost_of
+from sag_dit.evaluation.scores import Verifier
+from sag_dit.guidance import Term
 from sag_dit.identity import settings as identity_of
+from sag_dit.output.bar import Bar
 from sag_dit.sampler import Sampler
-from sag_dit.sampling import Pixels, Settings, drawn
+from sag_dit.sampling import Pixels, Settings, by_key, drawn, in_our_words
 from sag_dit.study.charts import places
+from sag_dit.study.effective import matches
 from sag_dit.study.measurement import (
     Measurement,
     Measuring,
@@ -30,10 +34,20 @@ from sag_dit.study.measurement import (
     measurement,
 )
 from sag_dit.study.results import Metric, Record, Result, combine, compared, flat_row, json_values
-from sag_dit.study.setup import Setup, Setups, check_metrics, example_of
-from sag_dit.training.predicting import Bar
+from sag_dit.study.setup import Ratio, Setup, Setups, check_metrics, example_of
+from sag_dit.study.variance import Components, components, confident
 
-CAPTION = {"features", "reference", "count", "steps", "sampler", "model", "samples", "classes"}
+CAPTION = {
+    "features",
+    "reference",
+    "count",
+    "steps",
+    "sampler",
+    "search",
+    "model",
+    "samples",
+    "classes",
+}
 """Facts that the table's caption tells where they are common to all results."""
 
 
@@ -133,7 +147,10 @@ class Comparison:
 
     def __str__(self) -> str:
         """Return the table as text."""
-        console = Console(file=io.StringIO(), width=100, soft_wrap=True, highlight=False)
+        # In a notebook rich would show the table instead of writing it.
+        console = Console(
+            file=io.StringIO(), width=100, soft_wrap=True, highlight=False, force_jupyter=False
+        )
         self.show(console)
         text = console.file.getvalue()  # type: ignore[attr-defined]
         return "\n".join(line.rstrip() for line in text.splitlines())
@@ -146,7 +163,7 @@ class Comparison:
         for result in self.results:
             table.add_row(result.name, *self._cells(result))
         _print_whole(console, table)
-        for line in (self.caption, self.about):
+        for line in (self.caption, self.about, *self._about_components()):
             if line:
                 console.print(line, style="dim", markup=False)
         if any(result.change for result in self.results):
@@ -170,13 +187,33 @@ class Comparison:
                     for name in self.metrics
                 )
                 body.append(f"<tr><td>against {html.escape(result.against or '')}</td>{told}</tr>")
-        lines = [self.caption, self.about, self._about_changes()]
+        lines = [self.caption, self.about, *self._about_components(), self._about_changes()]
         lines += [f"warning: {warning}" for warning in self.warnings()]
         below = "<br>".join(html.escape(line) for line in lines if line)
         return (
             f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
             f"<small>{below}</small>"
         )
+
+    def components(self, metric: str) -> dict[str, Components]:
+        """Return how far a metric varies over trainings and over samplings, by setting."""
+        return {
+            result.name: components(result.runs(metric))
+            for result in self.results
+            if metric in result.metrics
+        }
+
+    def _about_components(self) -> list[str]:
+        """Return both parts of the spread of the first setting, a line; nothing of one training."""
+        first = self.results[0]
+        if first.trainings < 2:
+            return []
+        told = []
+        for name, metric in self.metrics.items():
+            if name in first.metrics:
+                parts = components(first.runs(name))
+                told.append(f"{metric.label} {parts.training:.3g} and {parts.sampling:.3g}")
+        return [f"deviation of {first.name} over trainings and over samplings: {'; '.join(told)}"]
 
     def warnings(self) -> list[str]:
         """Return what makes some of the numbers less than comparable, a sentence each."""
@@ -192,6 +229,13 @@ class Comparison:
         base = next((result.against for result in self.results if result.change), None)
         if base is None:
             return ""
+        trainings = max(result.trainings for result in self.results)
+        if trainings > 1:
+            return (
+                f"against {base} at the same weights and seeds, ± standard error over "
+                f"{trainings} trainings; a change of less than {confident(trainings):.1f} of them "
+                f"may be gone after another training"
+            )
         return (
             f"against {base} at the same seeds, ± standard error; a change of less than two "
             f"standard errors may be chance"
@@ -232,6 +276,13 @@ def _result(measurements: Sequence[Measurement], records: Mapping[str, Record]) 
 
 def _about(results: Sequence[Result], repeats: int) -> str:
     seeds = max(len(result.seeds) for result in results)
+    trainings = max(result.trainings for result in results)
+    if trainings > 1:
+        each = seeds // trainings
+        return (
+            f"mean ± standard deviation over {trainings} trainings"
+            f"{f' of {each} seeds each' * (each > 1)}"
+        )
     if seeds > 1:
         return f"mean ± standard deviation over {seeds} seeds"
     if any(result.spread for result in results):
@@ -256,8 +307,12 @@ def _number_text(result: Result, name: str, decimals: int) -> str:
 
 
 def clear_changes(result: Result) -> set[str]:
-    """Return the metrics whose change is larger than two standard errors."""
-    return {name for name, (change, error) in result.change.items() if abs(change) > 2 * error}
+    """Return the metrics whose change is larger than two standard errors.
+
+    Of several trainings it has to be outside the 95 % interval of Student's t over them.
+    """
+    least = confident(result.trainings) if result.trainings > 1 else 2
+    return {name for name, (change, error) in result.change.items() if abs(change) > least * error}
 
 
 def changes(result: Result, metrics: Mapping[str, Metric]) -> dict[str, str]:
@@ -275,7 +330,10 @@ def _print_whole(console: Console, table: Table) -> None:
     # Names in it are the user's: a [x] in them is no markup.
     unbounded = console.options.update(max_width=500, markup=False)
     width = max(console.width, console.measure(table, options=unbounded).maximum)
-    Console(file=console.file, width=width, highlight=False, markup=False).print(table)
+    alike = Console(
+        file=console.file, width=width, highlight=False, markup=False, force_jupyter=False
+    )
+    alike.print(table)
 
 
 def _show_expected(console: Console, result: Result, metrics: Mapping[str, Metric]) -> None:
@@ -297,8 +355,9 @@ def _show_expected(console: Console, result: Result, metrics: Mapping[str, Metri
         console.print("the protocol is the published one", markup=False)
 
 
+@in_our_words
 def compare(
-    model: Model,
+    model: Model | Sequence[Model],
     settings: Mapping[str, Sequence[Term] | Settings],
     *,
     seeds: int = 1,
@@ -311,9 +370,12 @@ def compare(
     features: FeatureExtractor | str | None = None,
     reference: str | None = None,
     metrics: Sequence[str] | None = None,
+    fdr: Ratio | None = None,
+    verifiers: Mapping[str, Verifier] | None = None,
     against: str | None = None,
     repeats: int = 10,
     progress: bool = True,
+    matched: int = 0,
 ) -> Comparison:
     """Draw and measure each setting at the same ``seeds`` seeds, ``seed`` the first of them.
 
@@ -322,9 +384,16 @@ def compare(
     have the same classes: those of ``classes`` in turn, all of them where it is None, drawn at
     random where it is ``random``. With several seeds each setting tells what it changes against the
     first, or ``against``; with one seed ± comes from ``repeats`` random halves of the images, 0 for
-    none. ``features`` (inception, dinov2, digits, patches or a network of your own), ``reference``
-    and ``metrics`` are chosen by the images where they are None. Images are drawn where the model
-    is: move ``model.denoiser`` to a GPU before.
+    none. With ``matched`` images to measure effects on, such as 100, CFG of the same effect stands
+    below the settings, for each that is guided otherwise; see :mod:`sag_dit.study.effective`.
+    ``features`` (such as inception or dinov2, or a network of your own), ``reference`` and
+    ``metrics`` are chosen by the images where they are None. ``verifiers``, functions (images,
+    condition) -> a score for each image, are metrics of their names; ``fdr`` says what the metric
+    fdr compares. Images are drawn where the model is: move ``model.denoiser`` to a GPU before.
+
+    ``model`` may be several trainings of one: then changes are paired by training as well, their
+    error is that over trainings, and the table tells how far numbers vary over trainings and over
+    samplings. Matches are those of the first.
 
     The numbers are those of ``evaluate.py`` with the same settings and seeds.
 
@@ -339,35 +408,49 @@ def compare(
         sag_dit.study.compare(model, settings, seeds=3)
     """
     # Everything is checked and put together before the first image is drawn.
-    _check(settings, seeds=seeds, repeats=repeats)
-    check_metrics(metrics)
+    _check(settings, seeds=seeds, repeats=repeats, matched=matched)
+    check_metrics(metrics, list(verifiers or ()))
+    models = [model] if isinstance(model, Model) else [*model]
+    check_trainings(models)
+    model = models[0]
     device = model.denoiser.device
-    model.codec.to(device)
+    for each in models:
+        each.codec.to(device)
     setup = Setups(device).setup(
         example_of(model),
         model.class_names,
         features=features,
         reference=reference,
         metrics=metrics,
+        fdr=fdr,
+        verifiers=verifiers,
     )
     # A measurement for each setting and seed: the same requests, so the same noise and classes.
     rule = "all" if classes is None else classes
     measurements: list[Measurement] = []
+    ways: dict[str, Settings] = {}
     for name, chosen in settings.items():
         how = chosen
         if not isinstance(how, Settings):
             how = Settings.of(
                 model, sampler=sampler, steps=steps, guidance=how, batch_size=batch_size
             )
-        how.check(model)
+        for each in models:
+            how.check(each)
+        ways[name] = how
+    if matched:
+        # With a seed of their own: what is matched is not what is measured.
+        asked = make_requests(matched, seed + seeds, classes, model.class_names)
+        ways |= matches(model, ways, asked)
+    for name, how in ways.items():
         setting = Setting(name)
-        cost = cost_of(model.denoiser, how.guidance, how.sampler, how.steps)
-        for number in range(seed, seed + seeds):
-            names = how.class_names(model)
+        cost = how.cost(model.denoiser)
+        for trained, number in product(models, range(seed, seed + seeds)):
+            names = how.class_names(trained)
             requests = make_requests(num_images, number, classes, names)
             request = {"seed": number, "classes": rule if isinstance(rule, str) else list(rule)}
-            pixels = identity_of(Pixels.of(model, how, _by_key(how.guidance), request))
-            images = ToDraw(model, how, requests, pixels, cost)
+            pixels = identity_of(Pixels.of(trained, how, by_key(how.guidance), request))
+            images = ToDraw(trained, how, requests, pixels, cost)
             measurements.append(measurement(setting, images, setup, repeats))
     base_name(measurements, against)
     # Only now anything is drawn.
@@ -375,23 +458,36 @@ def compare(
     return Comparison.of(measurements, records, against)
 
 
-def _check(settings: Mapping[str, object], *, seeds: int, repeats: int) -> None:
+def check_trainings(models: Sequence[Model]) -> None:
+    """Refuse models that are no trainings of one, since their numbers could not be paired.
+
+    Raises:
+        ValueError: none, two of the same weights, or two that differ in more than their weights.
+    """
+    if not models:
+        raise ValueError("model=[]: expected a model, or several trainings of one")
+    for name in ("class_names", "config"):
+        if any(getattr(each, name) != getattr(models[0], name) for each in models):
+            raise ValueError(
+                f"{', '.join(each.name for each in models)}: their {name} differ; expected "
+                f"trainings of one model, which differ in their weights alone"
+            )
+    if len({each.sha256 for each in models}) < len(models):
+        raise ValueError(
+            f"{', '.join(each.name for each in models)}: two have the same weights; expected "
+            f"several trainings, each once"
+        )
+
+
+def _check(settings: Mapping[str, object], *, seeds: int, repeats: int, matched: int) -> None:
     if not settings:
         raise ValueError("settings={}: expected names with their guidance, such as {'plain': []}")
     if seeds < 1:
         raise ValueError(f"seeds={seeds}: expected a whole number, 1 or more")
     if repeats < 0 or repeats == 1:
         raise ValueError(f"repeats={repeats}: expected 0, or 2 or more")
-
-
-def _by_key(guidance: Sequence[Term]) -> dict[str, Term]:
-    """Return terms by their keys; of several with one key the later ones are numbered."""
-    named: dict[str, Term] = {}
-    for term in guidance:
-        key = getattr(type(term), "key", type(term).__name__)
-        count = sum(type(each) is type(term) for each in named.values())
-        named[f"{key}_{count + 1}" if count else key] = term
-    return named
+    if matched < 0:
+        raise ValueError(f"matched={matched}: expected 0 (no match), or images, such as 100")
 
 
 def _measured(

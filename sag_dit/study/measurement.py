@@ -13,21 +13,24 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from sag_dit import __version__
 from sag_dit.checkpoints import Model
 from sag_dit.checkpoints.zoo import vae_repository
-from sag_dit.data.requests import PendingRequests
+from sag_dit.denoiser.text_conditional import TextConditional
 from sag_dit.evaluation.expected import Expected
 from sag_dit.evaluation.images import ImageBatch, ImageSet
 from sag_dit.evaluation.suite import class_by_class
 from sag_dit.guidance import Cost
-from sag_dit.identity import hashed, settings
+from sag_dit.identity import LATER, hashed, settings
 from sag_dit.output.folder import SampleFolder, pixels, read_png, write_manifest, write_png
+from sag_dit.profiling import part
 from sag_dit.sampling import Drawn, Request, Settings
 from sag_dit.study.results import Record, Value, identity_of, write_record
 from sag_dit.study.setup import NEIGHBOUR, SPLIT_SIZE, Setup
+from sag_dit.training.pending import PendingRequests
 from sag_dit.training.predicting import Predictor
 
 
@@ -49,6 +52,8 @@ class Protocol:
     reference_statistics_sha256: str
     k: int
     split_size: int
+    fdr: Sequence[Mapping[str, Any]] | None = field(default=None, metadata=LATER)
+    verifiers: Mapping[str, Any] = field(default_factory=dict, metadata=LATER)
 
 
 @dataclass(frozen=True)
@@ -183,6 +188,7 @@ def measurement(
             reference_statistics_sha256=setup.reference_sha256,
             k=NEIGHBOUR,
             split_size=SPLIT_SIZE,
+            **setup.told(),
         )
     )
     told = {"measure": measure, "confidence": settings(Confidence(repeats))}
@@ -233,12 +239,13 @@ def _facts_drawn(plan: ToDraw) -> tuple[dict[str, Any], dict[str, Any], int]:
     # Under the names that numbers have been kept and shown with.
     pixels, vae = hashed(plan.pixels), plan.model.vae
     rule = pixels["request"].get("classes", "as in the file of requests")
-    facts = {
+    facts: dict[str, Any] = {
         "count": len(labels),
         "model": plan.model.name,
         "weights_sha256": plan.model.sha256,
         "vae": None if vae is None else Path(vae_repository(vae)).name,
         "sampler": pixels["sampler"]["name"],
+        "sampler_options": {k: each for k, each in pixels["sampler"].items() if k != "name"},
         "steps": pixels["steps"],
         "guidance": guidance_text(pixels["guidance"]) or "none",
         "terms": dict(pixels["guidance"]),
@@ -247,6 +254,8 @@ def _facts_drawn(plan: ToDraw) -> tuple[dict[str, Any], dict[str, Any], int]:
         "sample_labels": {"classes": len(counts), "fewest": min(counts), "most": max(counts)},
         "trainer_precision": pixels["precision"],
         "batch_size": pixels["batch_size"],
+        **{key: pixels[key] for key in ("matmul", "compile") if key in pixels},
+        **({} if plan.settings.search is None else {"search": str(plan.settings.search)}),
     }
     in_turn = "requests_sha256" not in pixels["request"] and rule != "random"
     period = (len(rule) if isinstance(rule, list) else len(counts)) if in_turn else 1
@@ -287,7 +296,8 @@ def guidance_text(guidance: Mapping[str, Mapping[str, Any]]) -> str:
             text += f" {term['scale']:g}"
         if term.get("channels") is not None:
             text += f" on {term['channels']} channels"
-        texts.append(text + _interval_text(term))
+        every = term.get("every", 1)
+        texts.append(text + _interval_text(term) + f" every {every} steps" * (every > 1))
     return " + ".join(texts)
 
 
@@ -371,16 +381,38 @@ class Measuring:
         lacking = replace(measurement.setup, metrics=measurement.lacking(known))
         spread = measurement.repeats > 0
         self._suite = lacking.suite(measurement.count, measurement.period, spread).to(device)
+        # What each image was drawn from is looked up where a verifier may ask.
+        images = measurement.images
+        self._labels: Mapping[int, int] = {}
+        if not measurement.setup.verifiers:
+            pass
+        elif isinstance(images, ToDraw):
+            self._labels = {each.index: each.label for each in images.requests}
+        elif images.labels:
+            self._labels = dict(zip(images.indices, images.labels, strict=True))
         if shots is not None and num:
             shots.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, batch: Drawn | ImageBatch) -> None:
         """Add a batch."""
         images, indices = (batch.images, batch.indices) if isinstance(batch, Drawn) else batch
-        self._suite.update(images, indices)
+        with part("measure"):
+            self._suite.update(images, indices, self._condition(indices))
         for image, index in zip(images, indices.tolist(), strict=True):
             if self._shots is not None and index < self._num:
                 write_png(shot(self._shots, index), pixels(image))
+
+    def _condition(self, indices: Tensor) -> Any:
+        """Return what images were drawn from: class numbers or prompts; None if not known."""
+        labels = [self._labels[index] for index in indices.tolist()] if self._labels else None
+        images = self._measurement.images
+        if (
+            labels
+            and isinstance(images, ToDraw)
+            and isinstance(images.model.denoiser, TextConditional)
+        ):
+            return [images.model.class_names[label] for label in labels]
+        return None if labels is None else torch.tensor(labels)
 
     def record(self) -> Record:
         """Return the numbers of all ranks' images; every rank has to call this."""
@@ -461,7 +493,7 @@ def _keep(predictor: Predictor, images: ToDraw, folder: SampleFolder, text: str)
     predictor.trainer.strategy.barrier()
     if missing:
         done = len(images.requests) - len(missing)
-        consumers = [folder.write]
-        predictor.draw(images.model, missing, images.settings, consumers, text=text, done=done)
+        write = folder.write
+        predictor.draw(images.model, missing, images.settings, write=write, text=text, done=done)
         # A rank reads what another one may have drawn.
         predictor.trainer.strategy.barrier()

@@ -25,15 +25,23 @@ from sag_dit.study.measurement import shot
 from sag_dit.study.results import Metric, Result, flat_facts, write_json
 
 
-def report(comparison: Comparison, out: Path, finished: Path, *, num: int, plots: bool) -> Path:
+def report(
+    comparison: Comparison,
+    out: Path,
+    finished: Path,
+    *,
+    num: int,
+    plots: bool,
+    before: Sequence[Chart] = (),
+) -> Path:
     """Write everything into ``out``, and return the page.
 
     The page shows the first ``num`` images of each setting that were kept in ``finished``; with
-    ``plots`` its curves are PNG files as well.
+    ``plots`` its curves are PNG files as well. The charts ``before`` come first.
     """
     results, metrics, about = comparison.results, comparison.metrics, comparison.about
     write_results(out, comparison)
-    drawn = charts(results, metrics) if len(results) > 1 else []
+    drawn = [*before, *(charts(results, metrics) if len(results) > 1 else [])]
     caption = comparison.caption
     if plots:
         for file in write_plots(out, drawn, f"{caption}; {about}" if about else caption):

@@ -13,6 +13,7 @@ from typing import Any
 
 from sag_dit.evaluation.expected import Expected
 from sag_dit.files import atomic
+from sag_dit.study.variance import difference
 from sag_dit.untrusted import read_json_as
 
 Value = float | int | str | bool | None
@@ -162,6 +163,19 @@ class Result:
     expected: Expected | None = field(default=None, compare=False)
     deviations: Sequence[str] = ()
 
+    @property
+    def trainings(self) -> int:
+        """How many trained models the records are of."""
+        return len({each.get("training", 0) for each in self.seeds})
+
+    def runs(self, metric: str) -> dict[int, dict[int, float]]:
+        """Return a metric by training and sampling seed; see :mod:`sag_dit.study.variance`."""
+        found: dict[int, dict[int, float]] = {}
+        for each in self.seeds:
+            value = _or_nan(each["metrics"][metric])
+            found.setdefault(each.get("training", 0), {})[each["seed"]] = value
+        return found
+
 
 def _or_nan(value: float | None) -> float:
     """Return a metric as a number: JSON keeps what is not finite as null."""
@@ -184,6 +198,15 @@ def combine(name: str, axes: Mapping[str, Value], records: Mapping[str, Record])
         metrics = {key: sum(each) / len(each) for key, each in values.items()}
         spread = {key: deviation(each) for key, each in values.items()}
         facts["seed"] = [each.facts.get("seed") for each in all_of]
+    # Several trainings are told apart by their weights, in the order in which they come.
+    weights = [each.facts.get("weights_sha256") for each in all_of]
+    trainings = [*dict.fromkeys(weights)]
+    if len(trainings) > 1:
+        facts["model"] = [*dict.fromkeys(each.facts.get("model") for each in all_of)]
+        facts["weights_sha256"] = trainings
+    several = [
+        {"training": trainings.index(each)} if len(trainings) > 1 else {} for each in weights
+    ]
     return Result(
         name=name,
         axes=dict(axes),
@@ -191,7 +214,10 @@ def combine(name: str, axes: Mapping[str, Value], records: Mapping[str, Record])
         spread=spread,
         facts=facts,
         warnings=list(dict.fromkeys(text for each in all_of for text in each.warnings)),
-        seeds=[{"seed": each.facts.get("seed"), "metrics": dict(each.metrics)} for each in all_of],
+        seeds=[
+            {**training, "seed": each.facts.get("seed"), "metrics": dict(each.metrics)}
+            for training, each in zip(several, all_of, strict=True)
+        ],
         identities=list(records),
     )
 
@@ -202,6 +228,8 @@ def compared(results: Sequence[Result], against: str | None) -> list[Result]:
     d = mean_i(m_i - b_i) and its standard error, stdev_i(m_i - b_i) / sqrt(n), over n seeds i.
     Settings of one seed share their noise and latents, so most of what varies from seed to seed is
     in both and cancels. Settings are not compared if their seeds differ, or if there is only one.
+    With several trainings of a model d is the mean over them of the mean over seeds, and its error
+    is that over trainings; see :func:`sag_dit.study.variance.difference`.
     """
     base = next(each for each in results if against in (None, each.name))
     return [each if each is base else replace(each, **_change(each, base)) for each in results]
@@ -209,12 +237,17 @@ def compared(results: Sequence[Result], against: str | None) -> list[Result]:
 
 def _change(result: Result, base: Result) -> dict[str, Any]:
     pairs = list(zip(result.seeds, base.seeds, strict=False))
-    seeds = [[each["seed"] for each in side.seeds] for side in (result, base)]
+    seeds = [[(each.get("training"), each["seed"]) for each in r.seeds] for r in (result, base)]
     if seeds[0] != seeds[1] or len(pairs) < 2:
         return {}
     change = {}
     for name in result.metrics:
         if name not in base.metrics:
+            continue
+        if result.trainings > 1:
+            told = difference(result.runs(name), base.runs(name))
+            assert told is not None
+            change[name] = (told.mean, told.error)
             continue
         differences = [_or_nan(a["metrics"][name]) - _or_nan(b["metrics"][name]) for a, b in pairs]
         error = deviation(differences) / math.sqrt(len(pairs))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,16 +16,27 @@ from sag_dit.checkpoints import Model
 from sag_dit.checkpoints.zoo import WEIGHTS_FOLDER, local_folders
 from sag_dit.data.crop import WHITE
 from sag_dit.data.digits import CLASS_NAMES as DIGITS
+from sag_dit.data.emoji import all_emoji
 from sag_dit.data.patches import CLASS_NAMES as PATCHES
+from sag_dit.data.splits import SPLITS
+from sag_dit.evaluation.classifier import KINDS
 from sag_dit.evaluation.features import FeatureExtractor, feature_networks
+from sag_dit.evaluation.kinds import MetricKind
+from sag_dit.evaluation.ratios import FeatureSpace
 from sag_dit.evaluation.reference import Reference, load_reference
-from sag_dit.evaluation.suite import GROUPS, METRICS, SMALL, Suite, metric_kind
+from sag_dit.evaluation.scores import Verifier, verifier_identity
+from sag_dit.evaluation.suite import GROUPS, METRICS, SMALL, Suite, metric_kind, usual_metrics
+from sag_dit.evaluation.verifiers import verified
 from sag_dit.study.results import Metric
 
 Shape = tuple[int, ...]
 
-BUNDLED = {"digits": ((1, 8, 8), DIGITS), "patches": ((3, 32, 32), PATCHES)}
-"""Features with a reference of their own: the images and the classes they are made for."""
+BUNDLED: Mapping[str, Callable[[], Sequence[str]]] = {
+    "digits": lambda: DIGITS,
+    "patches": lambda: PATCHES,
+    "emoji": lambda: all_emoji().class_names,
+}
+"""Features with a reference of their own, and the classes that they are made for."""
 
 ADM_FILES = {
     64: "VIRTUAL_imagenet64_labeled.npz",
@@ -44,6 +56,21 @@ FEW_GROUPS = 10
 """Groups for ± where features are large; FID's sums, 34 MB for Inception, are kept as often."""
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """Of the metric fdr: its networks or their names, and real images that set the scale.
+
+    ``split`` is a folder, an npz or a split; None is the other half of a bundled reference.
+
+    Example:
+        >>> Ratio(["inception", "dinov2"], "imagenet/val").split
+        'imagenet/val'
+    """
+
+    features: Sequence[FeatureExtractor | str]
+    split: str | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Setup:
     """Features, a reference and metrics that fit each other and the images.
@@ -58,6 +85,24 @@ class Setup:
     reference: Reference
     metrics: tuple[str, ...]
     reference_sha256: str
+    verifiers: Mapping[str, Verifier] = field(default_factory=dict)
+
+    def kind(self, name: str) -> MetricKind:
+        """Return what is known of one of the metrics."""
+        found = self.verifiers.get(name)
+        return metric_kind(name) if found is None else verified(name, found)
+
+    def told(self) -> dict[str, Any]:
+        """Return what else changes the numbers: networks of fdr and verifiers, as JSON values."""
+        spaces = [dict(each.told) for each in self.reference.spaces or () if "fdr" in self.metrics]
+        return {
+            "fdr": spaces or None,
+            "verifiers": {
+                name: verifier_identity(each)
+                for name, each in self.verifiers.items()
+                if name in self.metrics
+            },
+        }
 
     def suite(self, count: int, period: int, spread: bool) -> Suite:
         """Return a suite for ``count`` images whose classes recur with ``period``.
@@ -65,8 +110,9 @@ class Setup:
         With ``spread`` it can tell ±, from halves of the images that are as large as can be and, if
         there are enough of each class, balanced.
         """
-        pool, spatial = self.reference.pool, self.reference.spatial
-        widths = [each.mean.numel() for each in (pool, spatial) if each is not None]
+        known = [self.reference.pool, self.reference.spatial]
+        known += [each.reference for each in self.reference.spaces or ()]
+        widths = [each.mean.numel() for each in known if each is not None]
         most = GROUPS if max(widths, default=0) <= SMALL else FEW_GROUPS
         if count // period < most:
             period = 1
@@ -75,6 +121,7 @@ class Setup:
             self.extractor,
             self.reference,
             self.metrics,
+            verifiers=self.verifiers,
             groups=groups,
             period=period if groups > 1 else 1,
             split_size=SPLIT_SIZE,
@@ -86,7 +133,7 @@ class Setup:
         network = self.extractor.name
         return {
             name: Metric(kind.label_with(network), kind.higher_is_better)
-            for name, kind in zip(self.metrics, map(metric_kind, self.metrics), strict=True)
+            for name, kind in zip(self.metrics, map(self.kind, self.metrics), strict=True)
         }
 
 
@@ -99,23 +146,30 @@ def even_groups(runs: int, most: int) -> int:
     return next((groups for groups in allowed if runs % groups == 0), max(allowed, default=1))
 
 
-def check_metrics(metrics: Sequence[str] | None) -> None:
+def check_metrics(metrics: Sequence[str] | None, verifiers: Sequence[str] = ()) -> None:
     """Refuse metrics that do not exist, before anything is loaded.
 
     Raises:
-        ValueError: an unknown metric, or none.
+        ValueError: an unknown metric, or none; a verifier with the name of a metric.
     """
+    for name in verifiers:
+        if name in METRICS or not name.isidentifier():
+            raise ValueError(
+                f"verifiers.{name}: expected a name that no metric has, of letters, digits and _"
+            )
     if metrics is None:
         return
     if isinstance(metrics, str):
         raise ValueError(f"metrics={metrics}: expected a list, such as metrics=[{metrics}]")
     if not metrics:
         raise ValueError(
-            f"metrics=[]: expected some of {', '.join(METRICS)}, or null for all that the features "
-            f"allow; FD-DINOv2 is fid with features=dinov2"
+            f"metrics=[]: expected some of {', '.join(METRICS)}, or null for those of "
+            f"{', '.join(usual_metrics())} that the features allow; FD-DINOv2 is fid with "
+            f"features=dinov2"
         )
     for name in metrics:
-        metric_kind(str(name))
+        if name not in verifiers:
+            metric_kind(str(name))
 
 
 class Setups:
@@ -141,6 +195,8 @@ class Setups:
         reference: str | None = None,
         background: str = WHITE,
         metrics: Sequence[str] | None = None,
+        fdr: Ratio | None = None,
+        verifiers: Mapping[str, Verifier] | None = None,
     ) -> Setup:
         """Return what to measure images like ``example``, uint8 (1, c, h, w), with.
 
@@ -148,7 +204,9 @@ class Setups:
         folder, an npz or a split such as digits:report, ``background`` the colour behind what is
         transparent in its images, ``metrics`` some of ``METRICS``. What is None is chosen by the
         images: a bundled model's own network and reference, else Inception and ADM's file of
-        ImageNet, and all metrics that are possible.
+        ImageNet, and the usual metrics that are possible. ``fdr`` says what the metric of that name
+        compares with. ``verifiers`` are measured beside the metrics: functions
+        (images, condition) -> a score for each image.
 
         Raises:
             ValueError: weights or a reference that cannot be found, images that the features cannot
@@ -171,10 +229,19 @@ class Setups:
                 f"{extractor.name} gives {seen.pool.shape[1]} features and {known.name} has "
                 f"{known.pool.mean.numel()}: expected the same; choose another reference"
             )
-        # All metrics that both allow, or those that are asked for, if they do.
-        kinds = {**METRICS, **{name: metric_kind(name) for name in metrics or ()}}
+        # What fdr compares with, beside the network itself.
+        judges = dict(verifiers or {})
+        if metrics is not None and "fdr" in metrics:
+            spaces = self._spaces(fdr, extractor, source, background, example)
+            known = replace(known, spaces=spaces)
+        # All metrics that both allow, or those that are asked for, if they do; and all verifiers.
+        own = {name: metric_kind(name) for name in metrics or () if name not in judges}
+        own |= {name: verified(name, each) for name, each in judges.items()}
+        kinds = {**METRICS, **own}
         possible = [name for name, kind in kinds.items() if kind.possible(seen, known)]
-        wanted = possible if metrics is None else list(metrics)
+        usual = [name for name in possible if kinds[name].usual]
+        wanted = usual if metrics is None else list(metrics)
+        wanted += [name for name in judges if name not in wanted]
         missing = [name for name in wanted if name not in possible]
         if missing:
             raise ValueError(
@@ -182,7 +249,31 @@ class Setups:
                 f"{extractor.name} and the reference {known.name}; possible are "
                 f"{', '.join(possible)}"
             )
-        return Setup(extractor, known, tuple(wanted), _digest(known))
+        return Setup(extractor, known, tuple(wanted), _digest(known), judges)
+
+    def _spaces(
+        self,
+        fdr: Ratio | None,
+        own: FeatureExtractor,
+        source: str,
+        background: str,
+        example: Tensor,
+    ) -> list[FeatureSpace]:
+        """Return what each network of fdr says of the reference, and of the real split."""
+        if fdr is None or not fdr.features:
+            raise ValueError(f"metrics=fdr needs {METRICS['fdr'].needs}")
+        split = fdr.split or _other_half(source)
+        spaces = []
+        for each in fdr.features:
+            try:
+                extractor = own if each == own.name else self._extractor(each)
+                with torch.no_grad():
+                    extractor(example.to(self._device))
+                real = (self._reference(name, extractor, background) for name in (source, split))
+                spaces.append(FeatureSpace.of(extractor, *real))
+            except ValueError as error:
+                raise ValueError(f"fdr: {error}") from error
+        return spaces
 
     def _extractor(self, features: FeatureExtractor | str) -> FeatureExtractor:
         if isinstance(features, str):
@@ -210,12 +301,26 @@ class Setups:
         return self._references[key]
 
 
+def _other_half(source: str) -> str:
+    """Return the split of real images beside a bundled reference.
+
+    Raises:
+        ValueError: it is none of the halves.
+    """
+    halves = {"report": "tune", "tune": "report", "train": "held_out", "held_out": "train"}
+    name, _, part = source.partition(":")
+    other = f"{name}:{halves.get(part, '')}"
+    if source not in SPLITS or other not in SPLITS:
+        raise ValueError(
+            f"fdr.split is not set: expected real images that {source} does not hold: a folder, an "
+            f"npz or a split such as digits:tune"
+        )
+    return other
+
+
 def example_of(model: Model) -> Tensor:
     """Return a black image as the model would draw it, uint8 (1, c, h, w)."""
-    channels, height, width = model.denoiser.latent_shape
-    factor = model.codec.factor
-    shape = (channels, height, width) if factor == 1 else (3, height * factor, width * factor)
-    return torch.zeros(1, *shape, dtype=torch.uint8)
+    return torch.zeros(1, *model.image_shape, dtype=torch.uint8)
 
 
 def _without(source: str, message: str) -> str:
@@ -227,9 +332,12 @@ def _without(source: str, message: str) -> str:
 
 def _bundled_features(shape: Shape, class_names: Sequence[str]) -> str | None:
     """Return the bundled features for such images; 8 x 8 grey ones of unknown class are digits."""
-    for name, (images, classes) in BUNDLED.items():
+    for name, classes in BUNDLED.items():
+        kind = KINDS[name]
         unknown = not class_names and name == "digits"
-        if shape == images and (unknown or tuple(class_names) == classes):
+        if shape == (kind.channels, kind.size, kind.size) and (
+            unknown or tuple(class_names) == tuple(classes())
+        ):
             return name
     return None
 

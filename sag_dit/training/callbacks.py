@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.progress.tqdm_progress import TQDMProgressBar, convert_inf
@@ -21,8 +20,10 @@ from sag_dit.checkpoints import Model, build
 from sag_dit.evaluation.suite import Suite, metric_kind
 from sag_dit.files import atomic
 from sag_dit.guidance import Term
+from sag_dit.models.unfilled import unfilled
 from sag_dit.sampling import Request, Settings, draw_batch, drawn, labels_of
 from sag_dit.training.module import DiffusionModule
+from sag_dit.training.peaks import peak_flops
 from sag_dit.training.resume import best_checkpoint
 
 BINS = 4
@@ -30,17 +31,22 @@ BINS = 4
 
 
 def training_flops(model: Model) -> int:
-    """Return the floating-point operations of training on one image: three forwards.
+    """Return the floating-point operations of training on one image: three forwards."""
+    return 3 * forward_flops(model)
+
+
+def forward_flops(model: Model) -> int:
+    """Return the floating-point operations of one image's pass through the network.
 
     Counted, on a copy of the network without memory.
     """
-    with torch.device("meta"):
+    with unfilled():
         denoiser = build(model.description)
         x = torch.empty(1, *denoiser.latent_shape)
         label, t = torch.zeros(1, dtype=torch.long), torch.zeros(1)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             denoiser.evaluate(x, t, label)
-    return 3 * int(counter.get_total_flops())
+    return int(counter.get_total_flops())
 
 
 def _due(trainer: Trainer, every_n_steps: int) -> bool:
@@ -88,7 +94,7 @@ class Speed(Callback):
     """Logs images/s over all ranks and, where the device's peak is known, the share of it (MFU).
 
     MFU = images/s times the operations of training on one image, over the peak of all devices at
-    the trainer's precision. Lightning knows the peaks; of a CPU there is none.
+    the trainer's precision.
 
     Example::
 
@@ -100,16 +106,13 @@ class Speed(Callback):
         self._images = 0
         self._since = self._paused = 0.0
         self._flops = 0
-        self._peak: int | None = None
+        self._peak: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count operations and look the peak up."""
         if isinstance(pl_module, DiffusionModule):
             self._flops = training_flops(pl_module.model)
-        precision = str(trainer.precision)
-        dtype = torch.float32 if precision.startswith("32") else torch.bfloat16
-        device = pl_module.device
-        self._peak = None if device.type == "cpu" else get_available_flops(device, dtype)
+        self._peak = peak_flops(pl_module.device, str(trainer.precision))
         self._images, self._since = 0, time.perf_counter()
 
     def on_train_batch_end(

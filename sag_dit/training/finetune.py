@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 
 from sag_dit.checkpoints import Model, build, from_denoiser
 from sag_dit.denoiser import ClassConditional
 from sag_dit.models import families
+from sag_dit.models.unfilled import unfilled
 from sag_dit.training.objective import MSE, FlowMatching, Hybrid, Objective
 
 SHOWN = 5
@@ -94,7 +94,7 @@ def adapt(base: Model, name: str, class_names: Sequence[str], resolution: int) -
     side = resolution // base.codec.factor
     description["model"] |= {"input_size": side, "num_classes": len(names)}
     description["class_names"] = list(names)
-    with torch.device("meta"):
+    with unfilled():
         denoiser = build(description)
     # All weights are kept but for what the family fits to other classes and another grid.
     refitted = family.refit(before.network, denoiser.network, before.class_names, names)
@@ -227,7 +227,7 @@ class LoRA:
         if importlib.util.find_spec("peft") is None:
             raise ValueError(
                 f"lora.rank={self.rank}: LoRA needs peft, which is not installed; "
-                f"pip install sag_dit[lora]"
+                f"pip install -e '.[lora]'"
             )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -24,6 +26,7 @@ from sag_dit.noise import generator
 from sag_dit.sampling import Drawn, Request, Settings, Watch, draw_batch
 from sag_dit.tensors import Images, Labels
 from sag_dit.traces import Maps
+from sag_dit.training.fitting import out_of_memory, too_large
 from sag_dit.training.objective import MSE, Losses, Objective
 
 TRAINING = 3
@@ -44,6 +47,20 @@ def warming_average(decay: float) -> Callable[[Any, Any, Tensor | int], None]:
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
 
     return update
+
+
+@contextmanager
+def at_least_float32() -> Iterator[None]:
+    """Make new tensors float32 where Lightning makes them 16 bits, as with precision=bf16-true.
+
+    What is not the network's would be rounded: times such as 981.4 to 980, and variances.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.promote_types(before, torch.float32))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class DiffusionModule(LightningModule):
@@ -115,6 +132,7 @@ class DiffusionModule(LightningModule):
         self._make_schedule = schedule
         self._is_sharded = False
         self.last_losses: Losses | None = None
+        self.last_norm: Tensor | None = None
 
     @property
     def evaluated(self) -> Denoiser:
@@ -188,10 +206,32 @@ class DiffusionModule(LightningModule):
         losses = self.losses(self.denoiser, batch)
         loss = losses.per_image.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch[1]))
-        for name, part in losses.terms.items():
-            self.log(f"train/{name}", part.mean(), batch_size=len(batch[1]))
         self.last_losses = losses
         return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log what nobody sees between the steps that are logged, since each number takes time."""
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = every > 0 and self.trainer.global_step % every == 0
+        if not (due or self.trainer.should_stop):
+            return
+        if self.last_losses is not None:
+            for name, part in self.last_losses.terms.items():
+                self.log(f"train/{name}", part.detach().mean(), batch_size=len(batch[1]))
+        if self.last_norm is not None:
+            self.log("train/grad_norm", self.last_norm)
+
+    def setup(self, stage: str) -> None:
+        """Have DDP on CPUs add gradients up in one order at all steps.
+
+        After its first step it puts them into other buckets, and the place in a bucket decides in
+        which order three ranks or more are added: a run that was interrupted would differ in the
+        last bit. Where it looks for parameters without a gradient the buckets stay as they are.
+        """
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy) and strategy.root_device.type == "cpu":
+            strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
 
     def on_fit_start(self) -> None:
         """Bring the codec to where the denoiser is; it is no part of the module."""
@@ -206,7 +246,7 @@ class DiffusionModule(LightningModule):
         gradients = [p.grad for p in self.denoiser.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.log("train/grad_norm", norm)
+        self.last_norm = norm
         if norm.isfinite():
             self._skipped_in_a_row = 0
             return
@@ -239,19 +279,38 @@ class DiffusionModule(LightningModule):
         self.model.codec.to(self.device)
 
     def predict_step(self, batch: Sequence[Request], batch_idx: int) -> Drawn:
-        """Draw one batch of requests, and for the gallery their twins and traces."""
+        """Draw one batch of requests, and for the gallery their twins and traces.
+
+        Raises:
+            ValueError: an image is not finite, or the batch does not fit the device's memory; what
+                does fit is told.
+        """
         shown = range(self.gallery)
-        return draw_batch(
-            self.model,
-            batch,
-            self.settings,
-            twins=shown,
-            traced=shown,
-            maps=self.maps,
-            watch=self.watch,
-        )
+        with at_least_float32():
+            try:
+                return draw_batch(
+                    self.model,
+                    batch,
+                    self.settings,
+                    twins=shown,
+                    traced=shown,
+                    maps=self.maps,
+                    watch=self.watch,
+                    spare=self.settings.spared,
+                )
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            # Tried here, where the error no longer keeps what the batch held.
+            raise ValueError(too_large(self.model, self.settings))
 
     def _seed(self, draw: int) -> None:
         """Seed torch for one batch, so that label dropout follows (seed, step) as well."""
         stream = generator(self.seed, draw, self.global_rank, TRAINING)
-        torch.manual_seed(int(stream.integers(2**63)))
+        seed = int(stream.integers(2**63))
+        if self.device.type == "cpu":
+            # torch.manual_seed would note it for every kind of device that may yet be used, which
+            # takes a tenth of a small network's step.
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)

@@ -1,102 +1,109 @@
-"""Predictor and its Bar: the one loop in which the ranks of a Trainer draw, or read, images."""
+"""Predictor: the one loop in which the ranks of a Trainer draw, or read, images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Task as RichTask
-from rich.table import Column
-from rich.text import Text
 
 from sag_dit.checkpoints import Model
-from sag_dit.data.requests import PendingRequests
-from sag_dit.sampler import SampleStep
-from sag_dit.sampling import Request, Settings
+from sag_dit.output.bar import Bar
+from sag_dit.profiling import part
+from sag_dit.sampling import Drawn, Request, Settings
 from sag_dit.traces import Maps
 from sag_dit.training.module import DiffusionModule
-
-
-class _Rate(ProgressColumn):
-    """Images per second, or seconds per image where that is the larger number."""
-
-    def render(self, task: RichTask) -> Text:
-        speed = task.finished_speed or task.speed
-        if not speed:
-            return Text("")
-        return Text(f"{speed:.1f} images/s" if speed >= 1 else f"{1 / speed:.1f} s/image")
-
-
-class Bar:
-    """A line on stderr for one set of images; between batches it moves with the sampler's steps.
-
-    Example::
-
-        bar = Bar()
-        bar.begin("sampling", total=300)
-        bar.begin_batch(16)
-        draw_batch(model, requests, settings, watch=bar.step)
-        bar.end_batch()
-        bar.stop()
-    """
-
-    def __init__(self) -> None:
-        self._progress: Progress | None = None
-        self._total = self._done = self._rows = 0
-
-    def begin(self, text: str, total: int, done: int = 0) -> None:
-        """Show the bar of another set, of which ``done`` images are there already."""
-        self.stop()
-        self._total, self._done = total, done
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            _Rate(table_column=Column(no_wrap=True)),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        self._progress.add_task(text, total=total, completed=done)
-        self._progress.start()
-
-    def begin_batch(self, rows: int) -> None:
-        """Note how many images the next batch gives, on all ranks."""
-        self._rows = rows
-
-    def step(self, step: SampleStep) -> None:
-        """Move by one step of the batch that is being drawn."""
-        self._move(self._rows * (step.step.index + 1) // step.step.count)
-
-    def end_batch(self) -> None:
-        """Count the batch as done."""
-        self._done += self._rows
-        self._move(0)
-
-    def _move(self, beyond: int) -> None:
-        if self._progress is not None:
-            (task,) = self._progress.task_ids
-            self._progress.update(task, completed=min(self._total, self._done + beyond))
-
-    def stop(self) -> None:
-        """Take the bar down."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
+from sag_dit.training.pending import PendingRequests
 
 Consumer = Callable[[Any], object]
 """Takes each batch of this rank as soon as it is there, in its own way: writes it, measures it."""
+
+WAITING = 2
+"""Batches that wait to be written while the next one is drawn; then drawing waits for them."""
+
+
+class Behind:
+    """Gives batches to a consumer on a thread of its own, in their order, while the next are drawn.
+
+    At most ``WAITING`` batches wait. What the consumer raises is raised by the next call, or at the
+    end, and no later batch is given to it. At the end all that was drawn is written, also where
+    drawing has failed or was told to stop.
+
+    Example::
+
+        with Behind(folder.write) as write:
+            for batch in drawn(model, requests, settings):
+                write(batch)
+    """
+
+    def __init__(self, consume: Consumer) -> None:
+        self._consume = consume
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._waiting: deque[Future[None]] = deque()
+        self._failed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __call__(self, batch: Drawn) -> None:
+        """Take a batch; wait if too many are waiting already."""
+        with part("wait"):
+            while self._waiting and (len(self._waiting) >= WAITING or self._waiting[0].done()):
+                self._waiting.popleft().result()
+        batch, there = _on_the_way(batch)
+        self._waiting.append(self._thread.submit(self._take, batch, there))
+
+    def _take(self, batch: Drawn, there: Callable[[], object]) -> None:
+        if self._failed:
+            return
+        try:
+            there()
+            self._consume(batch)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def __exit__(
+        self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
+    ) -> None:
+        with part("wait"):
+            self._thread.shutdown(wait=True)
+        # The first error is what is told.
+        for each in self._waiting if error is None else ():
+            each.result()
+
+
+def _on_the_way(batch: Drawn) -> tuple[Drawn, Callable[[], object]]:
+    """Return a batch whose images are being copied to the CPU, and what waits until they are there.
+
+    Without waiting here, so that a GPU goes on with the next batch at once.
+    """
+    device = batch.images.device
+    if device.type != "cuda":
+        return batch, lambda: None
+
+    def sent(image: torch.Tensor) -> torch.Tensor:
+        pinned = torch.empty(image.shape, dtype=image.dtype, pin_memory=True)
+        return pinned.copy_(image, non_blocking=True)
+
+    def all_sent(images: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        return {index: sent(image) for index, image in images.items()}
+
+    copy = replace(
+        batch,
+        images=sent(batch.images),
+        twins=all_sent(batch.twins),
+        spared={key: all_sent(twins) for key, twins in batch.spared.items()},
+    )
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(device))
+    return copy, copied.synchronize
 
 
 class Predictor:
@@ -108,7 +115,7 @@ class Predictor:
     Example::
 
         predictor = Predictor(partial(Trainer, accelerator="cpu"), folder.path)
-        predictor.draw(model, requests, settings, [folder.write])
+        predictor.draw(model, requests, settings, write=folder.write)
     """
 
     def __init__(
@@ -138,14 +145,18 @@ class Predictor:
         model: Model,
         requests: Sequence[Request],
         settings: Settings,
-        consumers: Sequence[Consumer],
+        consumers: Sequence[Consumer] = (),
         *,
+        write: Consumer | None = None,
         gallery: int = 0,
         maps: Maps | None = None,
         text: str = "sampling",
         done: int = 0,
     ) -> None:
         """Draw the requests; consumers get :class:`~sag_dit.sampling.Drawn` batches.
+
+        ``write`` is one more of them: it is called on a thread of its own, in the order of the
+        batches, and all is written when this returns.
 
         The first ``gallery`` indices come with twins and traces. ``text`` stands before the bar,
         which counts from the ``done`` images of the set that are there already.
@@ -154,7 +165,13 @@ class Predictor:
             model, settings=settings, gallery=gallery, maps=maps, watch=self._loop.bar.step
         )
         data = PendingRequests(requests, settings.batch_size)
-        self._run(module, data, consumers, text, done + len(requests), done)
+        self._loop.gallery = gallery
+        count = done + len(requests)
+        if write is None:
+            self._run(module, data, consumers, text, count, done)
+            return
+        with Behind(write) as behind:
+            self._run(module, data, [*consumers, behind], text, count, done)
 
     def read(
         self,
@@ -202,6 +219,7 @@ class _Loop(Callback):
         self.bar = Bar()
         self.consumers: Sequence[Consumer] = ()
         self.told = ("", 0, 0)
+        self.gallery = 0
 
     def on_predict_start(self, trainer: Trainer, *_: Any) -> None:
         if trainer.is_global_zero:
@@ -211,8 +229,11 @@ class _Loop(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any
     ) -> None:
         # Requests are listed; of images from disk there is a pair, (images, indices).
-        rows = len(batch) if isinstance(batch[0], Request) else len(batch[0])
-        self.bar.begin_batch(rows * trainer.world_size)
+        drawn = isinstance(batch[0], Request)
+        rows = len(batch) if drawn else len(batch[0])
+        # A batch with twins takes longer than the others.
+        usual = not drawn or batch[0].index >= self.gallery
+        self.bar.begin_batch(rows * trainer.world_size, usual)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any

@@ -131,6 +131,8 @@ class LastCheckpoints(Checkpoint):
             # torch raises there when a loader's process is killed, in the middle of a step; without
             # that the loader raises, when it is asked for the next batch.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
         self._tells = trainer.is_global_zero
         if trainer.is_global_zero:
@@ -141,8 +143,8 @@ class LastCheckpoints(Checkpoint):
         free = shutil.disk_usage(self._folder).free
         if free < need:
             raise ValueError(
-                f"{self._folder}: {free / 1e9:.2f} GB are free, and the weights of one checkpoint "
-                f"are {need / 1e9:.2f} GB; make room, or set out= to another disk"
+                f"{self._folder}: {free / 1e6:,.1f} MB are free, and the weights of one checkpoint "
+                f"are {need / 1e6:,.1f} MB; make room, or set out= to another disk"
             )
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -206,7 +208,7 @@ class LastCheckpoints(Checkpoint):
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        if not self._due:
+        if not self._due or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._due = False
         file = self._folder / f"step-{trainer.global_step:08d}.ckpt"
@@ -216,7 +218,8 @@ class LastCheckpoints(Checkpoint):
             except CheckpointException as error:
                 # Of a sharded one every rank writes a part; the first reason is told.
                 raise next(iter(error.failures.values()))[0] from error
-        for old in _newest_first(self._folder)[KEPT:]:
+        # One of a later step could not be read when the run went on, so that it counts for none.
+        for old in [each for each in _newest_first(self._folder) if each <= file][KEPT:]:
             trainer.strategy.remove_checkpoint(old)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -309,7 +312,7 @@ def _read(checkpoint: Path) -> dict[str, Any] | None:
     except Exception as error:
         warnings.warn(
             f"{checkpoint} cannot be read ({type(error).__name__}: {error}) and is passed over; "
-            f"training goes on from the checkpoint before it",
+            f"training goes on from the checkpoint before it, or anew if there is none",
             stacklevel=2,
         )
         return None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -135,3 +138,44 @@ def test_mask_and_scale_of_the_call_are_read_and_kept(shape: tuple[int, ...]) ->
     mask = network[0].mask.expand(3, 2, 4, 4)
     expected = (x @ x.mT * 0.5 + mask).softmax(-1).mean(1).sum(1)[rows]
     assert_near(tap.captured["0"], expected)
+
+
+def test_a_tap_looks_at_no_other_modules(
+    tiny_dit: DiT, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A walk through all modules would cost more than all else that a tap does."""
+
+    walked: list[nn.Module] = []
+    walk = nn.Module.named_modules
+
+    def seen(module: nn.Module, *args: Any, **known: Any) -> Iterator[tuple[str, nn.Module]]:
+        walked.append(module)
+        return walk(module, *args, **known)
+
+    monkeypatch.setattr(nn.Module, "named_modules", seen)
+    edits = [(Same("blocks.1"), slice(0, 1))]
+    with AttentionTap(tiny_dit, [Capture(LAYERS[2])], edits) as tap:
+        tiny_dit(*inputs)
+    assert set(tap.captured) == {"blocks.2.attn"}
+    assert tiny_dit not in walked
+
+
+def test_a_network_that_has_changed_since_is_read_as_it_is(
+    make_dit: MakeDiT, inputs: Inputs
+) -> None:
+    network, other = make_dit(), make_dit(seed=5)
+
+    def seen(of: DiT) -> Tensor:
+        with AttentionTap(of, [Capture(LAYERS[0])]) as tap:
+            of(*inputs)
+        return tap.captured["blocks.0.attn"]
+
+    before = seen(network)
+    network.blocks[0] = nn.Sequential(network.blocks[0])  # The name now leads nowhere.
+    with pytest.raises(ValueError, match=r"'blocks\.0\.attn' does not exist"):
+        seen(network)
+    network.blocks[0] = other.blocks[0]
+    after = seen(network)
+    expected = make_dit()
+    expected.blocks[0] = other.blocks[0]
+    assert torch.equal(after, seen(expected)) and not torch.equal(after, before)

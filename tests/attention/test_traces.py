@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
+import timm.layers
 import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
@@ -170,7 +171,9 @@ def test_attention_layers_of_a_foreign_network_are_listed_too() -> None:
 
 def test_a_layer_that_does_not_fuse_its_attention_is_refused(tiny_dit: DiT, inputs: Inputs) -> None:
     """timm computes the softmax by itself then, and the tap would see nothing, silently."""
-    tiny_dit.blocks[1].attn.fused_attn = False
+    attention = timm.layers.Attention(tiny_dit.pos_embed.shape[-1], num_heads=2)
+    attention.fused_attn = False
+    tiny_dit.blocks[1].attn = attention
     expected = r"blocks\.1\.attn.*seen in blocks\.0\.attn.*fused"
     with (
         pytest.raises(ValueError, match=expected),

@@ -352,7 +352,8 @@ def test_an_archive_that_unpacks_to_more_is_refused(tmp_path: Path) -> None:
         load(packed)
 
 
-@pytest.mark.parametrize("how", ["strides", "views", "meta"])
+@pytest.mark.filterwarnings("ignore:.*parse")
+@pytest.mark.parametrize("how", ["strides", "views", "meta", "sparse"])
 def test_weights_that_are_not_stored_are_refused(flat: Path, how: str) -> None:
     state = torch.load(flat, weights_only=True)
     name, other = "blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc1.weight"
@@ -361,8 +362,10 @@ def test_weights_that_are_not_stored_are_refused(flat: Path, how: str) -> None:
     elif how == "views":
         shared = torch.zeros(10**6)
         state = {f"{other}.{i}": shared for i in range(1000)} | state
-    else:
+    elif how == "meta":
         state[name] = torch.empty(10**6, 10**6, device="meta")
+    else:
+        state[name] = torch.sparse_coo_tensor(size=(10**6, 10**6))
     torch.save(state, flat)
     told = "of which .* bytes are stored" if how != "views" else "share .* stored ones"
     with pytest.raises(ValueError, match=rf"small\.pt: .*{told}"):

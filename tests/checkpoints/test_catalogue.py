@@ -34,7 +34,8 @@ def test_bundled_files_are_those_of_the_catalogue(name: str) -> None:
     content = listed.found.read_bytes()
     assert listed.entry.size == len(content)
     assert listed.entry.sha256 == hashlib.sha256(content).hexdigest() == load(name).sha256
-    assert listed.entry.resolution == load(name).denoiser.latent_shape[-1]
+    model = load(name)
+    assert listed.entry.resolution == model.denoiser.latent_shape[-1] * model.codec.factor
 
 
 def test_the_zoo_tells_where_it_looks_and_what_is_there(

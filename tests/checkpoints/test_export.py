@@ -293,7 +293,7 @@ def test_no_room_is_told_before_anything_is_written(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(ValueError, match=r"0\.00 GB are free and .* needed; make room"):
+    with pytest.raises(ValueError, match=r"0\.0 MB are free and .* needed; make room"):
         export(make_model(), tmp_path / "out", "dit")
     assert list(tmp_path.iterdir()) == []
 

@@ -104,6 +104,17 @@ def test_averages_are_known_by_their_usual_names(
     assert same(load(path, ema=False).denoiser.network, pixel_dit)
 
 
+@pytest.mark.parametrize("place", ["optimizer", "opt_state", "optimiser_states"])
+def test_an_optimisers_averages_are_no_weights(
+    pixel_dit: DiT, ema_dit: DiT, tmp_path: Path, same: Same, place: str
+) -> None:
+    moments = {name: ema_dit.state_dict() for name in ("exp_avg", "exp_avg_sq")}
+    torch.save({place: moments, "model": pixel_dit.state_dict()}, tmp_path / "a.pt")
+    assert same(load(tmp_path / "a.pt", ema=False).denoiser.network, pixel_dit)
+    with pytest.raises(ValueError, match=r"holds no averaged \(EMA\) weights; use ema=false"):
+        load(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("key", ["net", "state_dict", "model_state_dict"])
 def test_raw_weights_alone_are_no_average(pixel_dit: DiT, tmp_path: Path, key: str) -> None:
     torch.save({key: pixel_dit.state_dict(), "epoch": 2}, tmp_path / "raw.pt")

@@ -86,6 +86,20 @@ def test_of_several_files_one_is_asked_for(pixel_dit: DiT, tmp_path: Path) -> No
         load(tmp_path)
 
 
+@pytest.mark.parametrize("beside", ["model_1.safetensors", "model_ema.safetensors", "ema.pt"])
+def test_raw_weights_are_not_taken_where_an_average_lies_beside_them(
+    pixel_dit: DiT, ema_dit: DiT, tmp_path: Path, beside: str
+) -> None:
+    # accelerate numbers the networks that it was given, of which the second is the average.
+    save_file(pixel_dit.state_dict(), tmp_path / "model.safetensors")
+    save = save_file if beside.endswith("safetensors") else torch.save
+    save(ema_dit.state_dict(), tmp_path / beside)
+    with pytest.raises(
+        ValueError, match=rf"\(model\.safetensors, {beside}\); pass the path of one"
+    ):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("latest", [True, False])
 def test_deepspeeds_whole_module_is_read(
     pixel_dit: DiT, ema_dit: DiT, tmp_path: Path, same: Same, latest: bool

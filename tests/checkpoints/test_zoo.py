@@ -84,13 +84,20 @@ def test_names_are_fit_for_folders(flat: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "first"), [("digits", (1, 8, 8), "0"), ("patches", (3, 32, 32), "astronaut")]
+    ("name", "shape", "first"),
+    [
+        ("digits", (1, 8, 8), "0"),
+        ("patches", (3, 32, 32), "astronaut"),
+        ("emoji", (4, 16, 16), "active person"),
+    ],
 )
 def test_bundled_model_is_loaded_by_name(
     name: str, shape: tuple[int, int, int], first: str
 ) -> None:
     model = load(name)
-    assert model.name == name and model.vae is None
+    beside = catalogue.entries()[name].file.replace("model.safetensors", "autoencoder")
+    assert model.name == name and (model.vae or beside).endswith(beside)
+    assert (model.codec.factor > 1) == (model.vae is not None)
     assert model.denoiser.latent_shape == shape
     assert model.class_names[0] == first
     assert model.denoiser.null(1) is not None

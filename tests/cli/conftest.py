@@ -10,7 +10,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,10 +112,11 @@ def in_process(
     rows = 0
     evaluate = ClassConditional.evaluate
 
-    def counting(self: ClassConditional, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    @wraps(evaluate)
+    def counting(self: ClassConditional, x_t: Tensor, *args: Any, **known: Any) -> Tensor:
         nonlocal rows
         rows += x_t.shape[0]
-        return evaluate(self, x_t, t, cond)
+        return evaluate(self, x_t, *args, **known)
 
     monkeypatch.setattr(ClassConditional, "evaluate", counting)
 
@@ -214,3 +217,20 @@ def wandb_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staged"))
     yield
     wandb.finish()
+
+
+@pytest.fixture
+def logged_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Weights & Biases on a machine where nobody has logged in and no server answers."""
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    # Which forgets the settings that another test has read.
+    wandb.finish()
+    wandb.teardown()
+    yield
+    wandb.finish()
+    wandb.teardown()

@@ -51,6 +51,27 @@ def test_sheet_of_every_layer(here: Path, capsys: pytest.CaptureFixture[str]) ->
         assert sheet.height > 1.8 * sheet.width
 
 
+@pytest.mark.parametrize(
+    ("arguments", "layers"),
+    [
+        (["guidance.sag.layer=blocks.2"], ["blocks.2"]),
+        (["guidance.sag.layer=[0,blocks.3]"], ["blocks.0", "blocks.3"]),
+        (["guidance.sag.layer=blocks.2", "attention.threshold=1.5"], ["blocks.2"]),
+        (["guidance.sag.layer=blocks.2", "sag_scale=0"], ["blocks.1"]),
+        (["guidance.sag.layer=blocks.2", "attention.layers=[blocks.0]"], ["blocks.0"]),
+    ],
+)
+def test_maps_are_of_the_layer_that_sag_uses(
+    here: Path, arguments: list[str], layers: list[str]
+) -> None:
+    few = ["ckpt=digits", "steps=2", "num_images=1", "batch_size=1", "maps=true", "out=seen"]
+    few += ["sag_scale=0.5"]
+    launch("sample", sample.run_sample, [*few, *arguments])
+    arrays = np.load("seen/attention/000000.npz")
+    kept = [name.removesuffix(".attn/saliency") for name in arrays.files if "saliency" in name]
+    assert kept == layers
+
+
 def test_a_random_class_is_drawn_as_sample_draws_it(here: Path) -> None:
     few = ["steps=1", "attention.show=1", "out=seen", "seed=3", "classes=random"]
     launch("attention", attention.run_attention, few)
@@ -79,7 +100,7 @@ def test_sheet_of_a_text_models_prompt(here: Path, capsys: pytest.CaptureFixture
 def test_query_map_is_that_tokens_row() -> None:
     model = sag_dit.load("digits")
     maps = Maps(query=(0.9, 0.2), steps=(1,))
-    recorder = Recorder(model.denoiser, 3, maps=maps)
+    recorder = Recorder(model.denoiser, maps=maps)
     settings = Settings(steps=3, batch_size=1)
     states = []
     with torch.no_grad():

@@ -31,7 +31,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("commands", COMMANDS, ids=["sampler", "metric", "data"])
+@pytest.mark.parametrize("commands", COMMANDS, ids=["sampler", "metric", "data", "method"])
 def test_its_commands_run(commands: str, files: Path) -> None:
     for command in commands.splitlines():
         program, *arguments = shlex.split(command)
@@ -51,12 +51,18 @@ def test_its_commands_run(commands: str, files: Path) -> None:
 
 
 def test_its_classes_are_used_from_python(files: Path) -> None:
+    import my_history  # type: ignore[import-not-found]
     import my_metric  # type: ignore[import-not-found]
     import my_sampler  # type: ignore[import-not-found]
 
     model = sag_dit.load("digits")
     drawn = sag_dit.sample(model, [3, 7], sampler=my_sampler.Euler(), steps=3)
     assert drawn.shape == (2, 1, 8, 8)
+    plain, steady = (
+        sag_dit.sample(model, [3, 7], guidance=guidance, steps=3)
+        for guidance in ([], [my_history.Steady(0.5)])
+    )
+    assert (plain != steady).any()
     found = compare(
         model,
         {"none": []},

@@ -95,10 +95,6 @@ def test_what_is_made_has_to_be_of_a_kind() -> None:
 
 
 def test_what_the_command_sets_is_refused_and_lists_are_joined() -> None:
-    trainer = "lightning.pytorch.Trainer"
-    for name, key in (("max_steps", "max_steps"), ("log_every_n_steps", "every_n_steps.log")):
-        with pytest.raises(ValueError, match=rf"^trainer.{name}=3: .*; set {key} instead$"):
-            make({"_target_": trainer, name: 3}, "trainer", **{name: 5})
     with pytest.raises(ValueError, match=r"^mine.share=0.5: .*; leave it out$"):
         make({"_target_": PART, "share": 0.5}, "mine", share=0.1)
     assert make({"_target_": PART, "names": ["a"]}, "mine", names=["b"]).names == ["a", "b"]

@@ -31,7 +31,7 @@ def test_the_documented_dozen_lines_guide_a_run(
     assert len(arguments) == 2
 
     outcome = sample("num_images=1", "sag_scale=0", *arguments)
-    assert "cost: 1 round, 2 rows per image and step" in outcome.out
+    assert "cost: 2 x unguided, " in outcome.out
     record = yaml.safe_load((outcome.folder() / "config.yaml").read_text(encoding="utf-8"))
     assert record["settings"]["guidance"] == {
         "sharpen": {"term": "my_guidance.Sharpen", "scale": 0.5, "interval": [0.0, 1.0]}
@@ -41,4 +41,4 @@ def test_the_documented_dozen_lines_guide_a_run(
     assert files["images/000000.png"] != files["unguided/000000.png"]
     together = ("gallery.num=0", "sag_scale=0.5", "cfg_scale=1.5", "pag_scale=0.3")
     shared = sample("num_images=1", *together, *arguments)
-    assert "cost: 2 rounds, 5 rows per image and step" in shared.out
+    assert "cost: 5 x unguided, " in shared.out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hydra import compose, initialize_config_dir
 
@@ -16,8 +18,7 @@ def test_every_bundled_model_has_them(command: str, model: str) -> None:
     arguments = with_presets(command, [f"ckpt={model}"])
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = compose(command, [quoted(each) for each in arguments])
-    assert config.guidance.sag.layer.startswith("blocks.")
-    assert config.guidance.sag.interval != [0.0, 1.0]
+    assert set(arguments) > {f"ckpt={model}", f"guidance={model}"}
     # In a comparison all guidance is off, but for its rows.
     assert (config.sag_scale > 0) == (command == "sample")
     if command == "evaluate":
@@ -27,9 +28,17 @@ def test_every_bundled_model_has_them(command: str, model: str) -> None:
 @pytest.mark.parametrize(
     ("command", "arguments", "expected"),
     [
-        ("sample", [], ["guidance=digits", "sag_scale=0.3"]),
-        ("sample", ["sag_scale=1"], ["guidance=digits", "sag_scale=1"]),
-        ("sample", ["guidance=default"], ["sag_scale=0.3", "guidance=default"]),
+        ("sample", [], ["guidance=emoji", "cfg_scale=2.0", "sag_scale=1.0"]),
+        (
+            "sample",
+            ["ckpt=digits", "sag_scale=1"],
+            ["guidance=digits", "ckpt=digits", "sag_scale=1"],
+        ),
+        (
+            "sample",
+            ["ckpt=digits", "guidance=default"],
+            ["sag_scale=0.3", "ckpt=digits", "guidance=default"],
+        ),
         ("sample", ["ckpt=mine.pt"], ["ckpt=mine.pt"]),
         # Other files of these folders are no models.
         ("sample", ["ckpt=adm128"], ["ckpt=adm128"]),
@@ -56,3 +65,15 @@ def test_every_bundled_model_has_them(command: str, model: str) -> None:
 def test_what_is_stated_stays(command: str, arguments: list[str], expected: list[str]) -> None:
     assert with_presets(command, arguments) == expected
     assert with_presets(command, expected) == expected
+
+
+def test_a_preset_of_the_users_own_states_scales(tmp_path: Path) -> None:
+    (tmp_path / "guidance").mkdir()
+    (tmp_path / "guidance" / "mine.yaml").write_text("# @package _global_\nsag_scale: 2.0\n")
+    keys = ["ckpt=patches", "guidance=mine"]
+    for flags in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"]):
+        assert with_presets("sample", [*keys, *flags]) == [*keys, *flags]
+    # Without it the model's own are added, as for any other that states none.
+    (tmp_path / "guidance" / "mine.yaml").write_text("sag: {layer: blocks.2}\n")
+    found = with_presets("sample", [*keys, "--config-dir", str(tmp_path)])
+    assert "sag_scale=0.5" in found

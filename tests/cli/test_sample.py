@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,9 @@ def test_the_same_command_again_draws_nothing(sample: Command, contents: Content
     # Two compute batches of 2; 4 steps of SAG's two rows, and the unguided twins' 4 steps.
     assert first.evaluations == 2 * 2 * (4 * 2 + 4)
     assert again.evaluations == 0
-    assert again.out == first.out
+    # Nor does it cost what twins and padding did.
+    told = first.out.splitlines()
+    assert again.out.splitlines() == [line for line in told if not line.startswith(" ")]
     assert contents(first.folder()) == before
 
 
@@ -179,6 +182,27 @@ def test_twin_is_the_same_noise_without_guidance(sample: Command, contents: Cont
     assert not set(twins.values()) & set(contents(guided / "images").values())
 
 
+def test_beside_another_method_there_is_a_twin_without_sag(
+    sample: Command, contents: Contents
+) -> None:
+    both = sample("num_images=3", "gallery.num=2", "cfg_scale=1.5").folder()
+    cfg = sample("num_images=3", "gallery.num=0", "sag_scale=0", "cfg_scale=1.5").folder()
+    twins = contents(both / "without_sag")
+    assert twins.keys() == {"000000.png", "000001.png"}
+    assert twins.items() < contents(cfg / "images").items()
+
+
+def test_a_finished_folder_without_that_twin_is_left_as_it_is(
+    sample: Command, contents: Contents
+) -> None:
+    folder = sample("num_images=2", "cfg_scale=1.5").folder()
+    shutil.rmtree(folder / "without_sag")
+    before = contents(folder / "images")
+    again = sample("num_images=2", "cfg_scale=1.5")
+    assert (again.folder(), again.evaluations) == (folder, 0)
+    assert contents(folder / "images") == before and not (folder / "without_sag").exists()
+
+
 def test_scales_are_aliases_of_the_terms(sample: Command, contents: Contents) -> None:
     short = sample("num_images=2", "sag_scale=0.5", "cfg_scale=2", "blur_scale=0.25").folder()
     long = sample(
@@ -190,3 +214,110 @@ def test_scales_are_aliases_of_the_terms(sample: Command, contents: Contents) ->
     assert short == long
     plain = sample("num_images=2", "sag_scale=0").folder()
     assert contents(plain / "images") != contents(short / "images")
+
+
+def test_the_cost_of_padding_and_twins_is_told_before_anything_is_drawn(
+    sample: Command, contents: Contents
+) -> None:
+    once = sample("num_images=3", "gallery.num=2", "batch_size=4", "sag_scale=1", "steps=2")
+    assert once.out.splitlines()[:3] == [
+        "cost: 2 x unguided, 4 passes of the network for each image instead of 2",
+        "      the 2 twins of the gallery add 50 % to that; gallery.num=0 leaves them out",
+        "      3 images cost as much as 4: batches are always full; batch_size=1 costs less, its "
+        "images differ in rounding",
+    ]
+    # What the line says is what is computed: three images as one full batch, twins as another.
+    assert once.evaluations == 4 * (4 + 2)
+    # Nothing is left to draw, so nothing costs more than a look.
+    again = sample("num_images=3", "gallery.num=2", "batch_size=4", "sag_scale=1", "steps=2")
+    assert [line[:5] for line in again.out.splitlines()] == ["cost:", "image", "galle"]
+
+
+def test_shared_prefixes_draw_the_same_for_less(sample: Command) -> None:
+    """In a folder of its own, since an image may round differently."""
+    asked = (
+        "num_images=4",
+        "gallery.num=2",
+        "sag_scale=0",
+        "pag_scale=0.7",
+        "guidance.pag.layers=2",
+    )
+    apart, shared = sample(*asked), sample(*asked, "share_prefixes=true")
+    assert "cost: 2 x unguided" in apart.out
+    # Of three blocks the last is evaluated for both.
+    assert "cost: 1.33 x unguided" in shared.out
+    assert "saves nothing" not in shared.out + shared.err
+    config = yaml.safe_load((shared.folder() / "config.yaml").read_text())["config"]
+    assert config["share_prefixes"] is True
+    assert config["cost"]["rows_per_step"] == pytest.approx(4 / 3)
+    assert "share_prefixes=true" in (shared.folder() / "index.html").read_text()
+    assert shared.folder() != apart.folder()
+    for each in ("images/000000.png", "images/000003.png", "unguided/000001.png"):
+        images = [pixels(run.folder() / each).astype(int) for run in (apart, shared)]
+        assert np.abs(images[0] - images[1]).max() <= 1
+    # In its own folder it finds its own images.
+    assert sample(*asked, "share_prefixes=true").evaluations == 0
+
+
+def test_where_nothing_can_be_shared_it_says_so(sample: Command) -> None:
+    outcome = sample("num_images=1", "gallery.num=0", "share_prefixes=true")
+    line = "share_prefixes=true saves nothing here: no method that is on changes the network"
+    assert outcome.out.count(line) == 1
+
+
+def test_a_cache_is_a_set_of_its_own_and_costs_what_runs(sample: Command) -> None:
+    asked = ("num_images=2", "gallery.num=2", "batch_size=2", "sag_scale=1", "steps=4")
+    plain, cached = sample(*asked), sample(*asked, "cache.every=2")
+    assert "cost: 2 x unguided" in plain.out
+    assert "cost: 4 passes of the network for each image" in cached.out
+    assert cached.folder() != plain.folder()
+    config = yaml.safe_load((cached.folder() / "config.yaml").read_text())
+    assert config["config"]["cache"] == {"every": 2, "order": 0}
+    assert "cache.every=2" in (cached.folder() / "index.html").read_text()
+    assert sample(*asked, "cache.every=2").evaluations == 0
+    # At its neutral value it is the set of before, whatever else is stated.
+    assert sample(*asked, "cache.every=1", "cache.order=2").evaluations == 0
+
+
+def test_a_cache_that_cannot_be_is_refused_in_a_sentence(sample: Command) -> None:
+    for wrong, told in (
+        (("cache.every=0",), "cache.every=0: expected"),
+        (("cache.order=5",), "cache.order=5: expected"),
+        (("cache.every=2", "share_prefixes=true"), "cache.every=2 beside share_prefixes=true"),
+    ):
+        outcome = sample("num_images=1", *wrong)
+        assert outcome.code == 1 and told in outcome.err
+
+
+def test_a_profile_names_every_part_and_changes_no_pixel(
+    sample: Command, contents: Contents
+) -> None:
+    plain = sample("num_images=4", "gallery.num=2", "out=plain")
+    told = sample("num_images=4", "gallery.num=2", "out=told", "profile=true")
+    assert "where" not in plain.out
+    kept = [contents(run.folder()) for run in (plain, told)]
+    images = [{k: v for k, v in each.items() if k.endswith(".png")} for each in kept]
+    assert images[0] == images[1] and len(images[0]) == 4 + 2 + 1
+    # Every part is named, and they add up to the whole.
+    lines = told.out.splitlines()
+    (start,) = [place for place, line in enumerate(lines) if line.startswith("where ")]
+    shown = {}
+    for line in lines[start + 1 :]:
+        if found := re.fullmatch(r"  (\D.*?) +([\d.]+) s +\d+ %", line):
+            shown[found[1]] = float(found[2])
+    assert set(shown) == {
+        "network, round 1",
+        "network, round 2",
+        "guidance",
+        "capture",
+        "sampler",
+        "decode",
+        "wait",
+        "everything else",
+    }
+    total = float(lines[start].split()[1])
+    assert sum(shown.values()) == pytest.approx(total, abs=0.01 * len(shown))
+    assert re.search(r"on another thread: encode [\d.]+ s, write [\d.]+ s", told.out)
+    # One row more was asked for to count its operations.
+    assert f"network: {told.evaluations - 1} rows of " in told.out
+    assert told.evaluations - 1 == plain.evaluations

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from sag_dit.cli import typed
-from sag_dit.cli.app import launch
+from sag_dit.cli.app import launch, leaving_when_told
 from sag_dit.cli.composing import FOLDER, checked_config, config_folder
 from sag_dit.cli.keys import COMMANDS
 from sag_dit.cli.keys.key import keys_of, to_dict
@@ -82,7 +84,8 @@ REFUSED: dict[str, tuple[str, ...]] = {
         *("model.hidden_size=0", "model.depth=-1", "model.num_heads=nan", "patch_size=0"),
         *("resolution=-8", "num_classes=0", "model.class_dropout_prob=nan", "kind=x"),
         *("model.class_dropout_prob=-1", "model.class_dropout_prob=2", "optimizer.lr=inf"),
-        *("optimizer.lr=nan", "optimizer.lr=-1", "optimizer.weight_decay=inf", "preview.steps=0"),
+        *("optimizer.weight_decay=inf", "optimizer.weight_decay=1e39"),
+        *("optimizer.lr=nan", "optimizer.lr=-1", "optimizer.lr=1e38", "preview.steps=0"),
         *("+lora.alpha=inf", "+lora.rank=100000", "process.num_timesteps=1e8", "ema.decay=1"),
         *("+optimiser.lr=3", "every_n_steps.log=0", "preview.classes=[0.5]", "data.batch_size=0"),
         *("process=null", "sampler=ddim", "data=null", "size=null", "schedule=[cosine]"),
@@ -194,6 +197,38 @@ def test_habits_of_other_programs_get_a_hint(
     hint: str,
 ) -> None:
     assert hint in error_of(capsys, monkeypatch, name, *line.split(" "))
+
+
+def test_an_error_of_the_system_is_told_in_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        launch("sample", lambda _: (tmp_path / "file" / "folder").mkdir(), ["ckpt=digits"])
+    assert stop.value.code == 1
+    told = capsys.readouterr().err
+    assert f"error: {tmp_path}/file/folder cannot be used (Not a directory)" in told
+    assert "Errno" not in told
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_told_to_stop_while_it_starts_leaves_in_words(
+    number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    before = signal.getsignal(number)
+
+    def told_to_stop(_: str, arguments: Sequence[str]) -> Sequence[str]:
+        signal.raise_signal(number)
+        return arguments
+
+    # Within another, as `evaluate.py` has it, it is told once.
+    with pytest.raises(SystemExit) as stop, leaving_when_told():
+        launch("sample", never, ["ckpt=digits"], prepare=told_to_stop)
+    assert stop.value.code == 128 + number
+    assert capsys.readouterr().err.count("stopped: ") == 1
+    assert signal.getsignal(number) is before
 
 
 def composed(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> list[Any]:
@@ -325,10 +360,13 @@ def test_every_key_of_the_configuration_is_declared(name: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_refusal_imports_nothing_heavy(name: str) -> None:
+    wrong, told = "out=/", "out=/: expected a folder of its own"
+    if name == "studio":  # It writes nothing.
+        wrong, told = "steps=0", "steps=0: expected"
     code = f"""
 import json, sys
 from sag_dit.cli.{name} import main
-sys.argv = ["{name}.py", "out=/", "data.root=x"][: 3 if "{name}" == "encode" else 2]
+sys.argv = ["{name}.py", {wrong!r}, "data.root=x"][: 3 if "{name}" == "encode" else 2]
 try:
     main()
 except SystemExit as stop:
@@ -339,4 +377,25 @@ except SystemExit as stop:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout) == [1, []]
-    assert "out=/: expected a folder of its own" in done.stderr
+    assert told in done.stderr
+
+
+def test_a_finished_command_imports_nothing_heavy_but_torch(tmp_path: Path) -> None:
+    """Loading a DiT, telling its cost and finding its images need neither Lightning nor timm."""
+    code = f"""
+import json, sys
+from sag_dit.cli.sample import main
+sys.argv = ["sample.py", "ckpt=digits", "num_images=1", "steps=2", "out={tmp_path}/a",
+    "sag_scale=1", "seg_scale=1", "trainer.accelerator=cpu"]
+main()
+heavy = ["lightning", "timm", "torchvision", "diffusers", "torchmetrics", "wandb", "torch._dynamo"]
+print(json.dumps([each for each in heavy if each in sys.modules]))
+"""
+    said = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        said.append(json.loads(done.stdout.splitlines()[-1]))
+    assert "lightning" in said[0]
+    assert said[1] == []

@@ -15,6 +15,7 @@ from sag_dit.cli.signatures import names_taken
 from sag_dit.methods import methods
 from tests.cli.conftest import ROOT
 
+OTHERS = {"torch.optim.AdamW", "lightning.pytorch.loggers.CSVLogger"}
 TARGETS = {
     str(found["_target_"])
     for file in config_folder().rglob("*.yaml")
@@ -23,7 +24,9 @@ TARGETS = {
 } | {f"sag_dit.guidance.{each.name}" for each in methods()}
 
 
-@pytest.mark.parametrize("target", sorted(TARGETS | {"torch.optim.AdamW"}))
+@pytest.mark.parametrize(
+    "target", sorted(TARGETS | {"torch.optim.AdamW", "lightning.pytorch.loggers.CSVLogger"})
+)
 def test_files_tell_what_a_target_takes(target: str) -> None:
     read = names_taken(target)
     taken = inspect.signature(resolve_name(target)).parameters.values()

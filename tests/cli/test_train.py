@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,9 @@ def test_a_run_does_not_go_on_with_other_data_unless_told_to(
     assert {**contents(folder), "config.yaml": ""} == {**before, "config.yaml": ""}
     if change is another_class:  # which the model does not have
         assert "changed_data" not in refused.err
+        assert train_on("max_steps=4", "changed_data=true").err == refused.err
+        shutil.rmtree(photos / "birds")
+        assert run_folder(train_on("max_steps=4")) == folder
         return
     assert "changed_data=true" in refused.err
     on_purpose = train_on("max_steps=4", "changed_data=true")

@@ -189,12 +189,13 @@ def test_too_little_room_is_refused_before_the_first_step(
 ) -> None:
     monkeypatch.setattr(resume.shutil, "disk_usage", lambda folder: type("", (), {"free": 9}))
     outcome = train()
-    assert_refused(outcome, "0.00 GB are free", "make room")
+    assert_refused(outcome, "0.0 MB are free", "make room")
 
 
 def test_a_run_that_diverged_at_its_end_exports_nothing(train: Command, tmp_path: Path) -> None:
-    arguments = ("out=run", "every_n_steps.checkpoint=1", "optimizer.lr=1e30")
-    done = train(*arguments, "max_steps=1", "optimizer.weight_decay=1e10")
+    # Without an epsilon Adam divides by nothing where a gradient is 0.
+    arguments = ("out=run", "every_n_steps.checkpoint=1", "+optimizer.eps=0")
+    done = train(*arguments, "max_steps=1")
     assert_refused(done, "run: weights that are NaN or infinite", "train anew, with a smaller")
     assert not (tmp_path / "run" / "model.safetensors").exists()
     assert newest(tmp_path / "run").is_file()

@@ -237,3 +237,14 @@ def test_sharded_and_copied_models_train_to_the_same_weights(tmp_path: Path) -> 
     finish(tmp_path / "fsdp", *ranked, "trainer=fsdp")
     copied = load_file(tmp_path / "ddp" / "model.safetensors")
     assert_bit_equal(load_file(tmp_path / "fsdp" / "model.safetensors"), copied)
+
+
+@pytest.mark.slow
+def test_three_ranks_that_stop_go_on_to_the_same_weights(tmp_path: Path) -> None:
+    """With three ranks it matters in which order gradients are added; with two it does not."""
+    ranked = ("trainer.devices=3", "trainer.accelerator=cpu", "data.batch_size=12")
+    finish(tmp_path / "whole", *ranked, "max_steps=8")
+    finish(tmp_path / "stopped", *ranked, "max_steps=4")
+    finish(tmp_path / "stopped", *ranked, "max_steps=8")
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    assert_bit_equal(load_file(tmp_path / "stopped" / "model.safetensors"), whole)

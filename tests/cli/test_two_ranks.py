@@ -34,6 +34,18 @@ def results(contents: Contents, folder: Path) -> dict[str, str]:
     return {name: sha for name, sha in contents(folder).items() if name != "config.yaml"}
 
 
+def killed_with(process: Any, images: Path, count: int) -> None:
+    """Kill a command and its ranks once so many images are written."""
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if images.exists() and len(list(images.glob("*.png"))) >= count:
+            break
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    out, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, out + err
+
+
 @pytest.mark.slow
 def test_killed_half_way_and_repeated_is_the_same_set(
     sample: Command,
@@ -50,15 +62,7 @@ def test_killed_half_way_and_repeated_is_the_same_set(
     command = (*arguments, *TWO_RANKS, "out=two")
     images = tmp_path / "two" / "images"
 
-    process = start(*command)
-    deadline = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
-        if images.exists() and len(list(images.glob("*.png"))) >= 10:
-            break
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    out, err = process.communicate()
-    assert process.returncode == -signal.SIGKILL, out + err
+    killed_with(start(*command), images, 10)
     written = load_all(images)
     assert 10 <= len(written) < 32
     drawn_at = {name: (images / name).stat().st_mtime_ns for name in written}
@@ -74,6 +78,40 @@ def test_killed_half_way_and_repeated_is_the_same_set(
         name: sha for name, sha in results(contents, tmp_path / "two").items() if "tmp" not in name
     }
     assert two == results(contents, single)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "search",
+    [
+        ("search=best_of", "search.num=3"),
+        ("search=fk", "search.particles=2", "search.every=3", "sampler=ddpm"),
+    ],
+    ids=["best_of", "fk"],
+)
+def test_a_search_that_two_ranks_made_and_a_kill_ended_chooses_the_same(
+    search: tuple[str, ...],
+    in_process: Command,
+    start: Command,
+    in_other_process: Command,
+    contents: Contents,
+    tmp_path: Path,
+) -> None:
+    arguments = (
+        *(*search, "ckpt=digits", "steps=20", "batch_size=4", "num_images=24", "npz=true"),
+        *("guidance=default", "sag_scale=0.5", "gallery.num=2"),
+    )
+    command = (*arguments, *TWO_RANKS, "out=two")
+    images = tmp_path / "two" / "images"
+    killed_with(start(*command), images, 8)
+    again = in_other_process(*command)
+    assert again.code == 0, again.err
+    single = in_process("sample", *arguments, "out=one").folder()
+    two = {
+        name: sha for name, sha in results(contents, tmp_path / "two").items() if "tmp" not in name
+    }
+    assert two == results(contents, single)
+    assert '"lineage": [[0, ' in (single / "manifest.jsonl").read_text()
 
 
 FAULTY = """

@@ -76,7 +76,7 @@ def test_commands_compose_and_hydra_makes_no_folder_of_its_own(name: str) -> Non
 
 def test_defaults_of_sample() -> None:
     config = compose("sample")
-    assert (config.ckpt, config.sag_scale, config.cfg_scale) == ("digits", 1.0, 1.0)
+    assert (config.ckpt, config.sag_scale, config.cfg_scale) == ("emoji", 1.0, 1.0)
     assert config.out is None  # so that the folder is named by what determines pixels
 
 

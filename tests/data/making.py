@@ -111,4 +111,5 @@ def trainer(rank: int = 0, world: int = 1, total_batch_idx: int = -1) -> Any:
         world_size=world,
         num_devices=world,
         fit_loop=SimpleNamespace(total_batch_idx=total_batch_idx),
+        overfit_batches=0,
     )

@@ -28,7 +28,7 @@ def test_going_on_at_a_step_gives_the_batches_from_there(
     sizes: tuple[int, int], seed: int, first: int
 ) -> None:
     whole = take(first + 3, *sizes, seed)
-    assert take(3, *sizes, seed, first=first) == whole[first:]
+    assert take(3, *sizes, seed, first=lambda: first) == whole[first:]
 
 
 @settings(max_examples=60)

@@ -148,6 +148,7 @@ def test_tiff_may_count_from_white(tmp_path: Path) -> None:
         (np.full((9, 9), np.nan, np.float32), "from nan to nan"),
         (np.full((9, 9), 70_000, np.int32), "70000: expected 0 to 65535"),
         (np.full((9, 9), -1, np.int32), "from -1 to -1"),
+        (GREY_8.astype(np.int32), "from 0 to 255 in 32 bits, and nothing tells which is white"),
     ],
 )
 def test_values_without_a_scale_are_refused(
@@ -155,6 +156,13 @@ def test_values_without_a_scale_are_refused(
 ) -> None:
     path = saved(Image.fromarray(pixels), tmp_path / "a.tiff")
     with pytest.raises(UnreadableImageError, match=message):
+        read_crop(path, 8)
+
+
+def test_shorts_with_a_sign_have_no_scale(tmp_path: Path) -> None:
+    image = Image.fromarray(GREY_8.astype(np.uint16) * 128)
+    path = saved(image, tmp_path / "a.tiff", tiffinfo={339: 2})
+    with pytest.raises(UnreadableImageError, match="to 32640 in 16 bits with a sign"):
         read_crop(path, 8)
 
 

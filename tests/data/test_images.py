@@ -22,6 +22,7 @@ from sag_dit.data.crop import UnreadableImageError, read_crop
 from sag_dit.data.images import Crops, ImageFolderData, find_images
 from sag_dit.data.training_batches import Batch
 from sag_dit.denoiser import ClassConditional
+from sag_dit.evaluation.images import open_images
 from sag_dit.process import DDPM
 from tests.conftest import MakeDiT
 from tests.data.making import image_folder, picture, same, save_vae, trainer, truncate
@@ -136,9 +137,13 @@ def test_report_of_very_many_images_looks_at_some(
                 for name in "ab"
                 for place in "01"
             ],
-            r"every class folder \(train, val\) holds the same folders \(a, b\); .*=/.*/train$",
+            r"class folders train, val hold the same folders \(a, b\); .*=/.*/train$",
         ),
-        (["train/a/0.png", "train/b/0.png"], r"every class folder \(train\) holds"),
+        (
+            ["test/0.png", *(f"{part}/{name}/0.png" for part in ("train", "val") for name in "ab")],
+            r"class folders train, val hold the same folders \(a, b\); .*=/.*/train$",
+        ),
+        (["train/a/0.png", "train/b/0.png"], r"class folders train hold"),
         (["a/0.png", "a/1.png", "b/0.png"], "1 classes have a single image: b"),
         (["cat_0.png", "cat_1.png", "dog_0.png", "dog_1.png"], "as if of 2: cat, dog; if so"),
         (["cat (1).png", "cat (2).png", "dog (10).png", "dog (2).png"], "as if of 2: cat, dog"),
@@ -164,6 +169,35 @@ def test_report_warns_of_what_looks_like_other_classes(
 )
 def test_report_does_not_warn_of_what_is_usual(names: list[str], tmp_path: Path) -> None:
     assert "warning" not in files_of(tmp_path, *names).report()
+
+
+def test_links_that_lead_back_are_left_out_by_name(tmp_path: Path) -> None:
+    root = image_folder(tmp_path, ("a", "b"))
+    count = len(find_images(root))
+    # Each of the links to the root holds all of them again, two of them 2^40 times.
+    for link, target in (("a/self", "."), ("a/up", ".."), ("b/root", root)):
+        (root / link).symlink_to(target)
+    (root / "b" / "elsewhere").symlink_to(root / "a")
+    found = find_images(root)
+    assert len(found) == count + sum(name.startswith("a/") for name in found.names)
+    left = found.left_out["link to a folder that it lies in"]
+    assert {"a/self/", "a/up/", "b/root/"} <= set(left)
+
+
+def test_names_that_are_no_utf8_are_told_in_what_can_be_printed(tmp_path: Path) -> None:
+    root = image_folder(tmp_path, ("a", "b"))
+    odd = root / "a" / "caf\udce9\x1b[31m.png"
+    Image.new("RGBA", (20, 20)).save(odd)
+    data = ImageFolderData(root, 16, 1, workers=0, background="white")
+    report = data.report()
+    assert r"the first is a/caf\udce9\x1b[31m.png" in report
+    assert report.encode()  # as printing does
+    assert data.fingerprint()["images"] == len(data.files)
+    assert open_images(root, size=16).digest()
+    # A run could not hold it as the name of a class.
+    odd.parent.rename(root / "caf\udce9")
+    with pytest.raises(ValueError, match=r"class folder b'caf\\xe9' has a name that is not UTF-8"):
+        find_images(root)
 
 
 @pytest.mark.parametrize("background", ["white", None])
@@ -365,3 +399,28 @@ def test_data_is_checked_against_the_model(tmp_path: Path, make_dit: MakeDiT) ->
         check(8, 3, latent=False, in_channels=1, num_classes=2)
     with pytest.raises(ValueError, match="the data has 2 classes and the model 10"):
         check(16, 3, latent=True)
+
+
+@pytest.mark.parametrize("ending", ["tiff", "webp", "png"])
+def test_of_several_pages_the_first_is_read_and_told(ending: str, tmp_path: Path) -> None:
+    first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / f"a.{ending}", save_all=True, append_images=[second], lossless=True)
+    first.save(tmp_path / "b.png")
+    data = ImageFolderData(tmp_path, size=8, batch_size=2, workers=0)
+    said = f"  note: 1 hold several pages or frames, of which the first is read: a.{ending}"
+    assert said in data.remarks()
+    image, _ = data.dataset[0]
+    assert image[:, 4, 4].tolist() == [255, 0, 0]
+    reference = open_images(tmp_path)
+    reference.digest()
+    assert said.removeprefix("  note: ") in reference.notes
+
+
+def test_images_of_unusual_endings_are_named(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for ending in ("jif", "mpo", "j2k", "dds", "pfm", "icns", "qoi", "CR2"):
+        (tmp_path / f"b.{ending}").touch()
+    (tmp_path / "notes.txt").touch()
+    left_out = find_images(tmp_path).left_out
+    assert sum(map(len, left_out.values())) == 8
+    assert left_out[".mpo is not read"] == ["b.mpo"]

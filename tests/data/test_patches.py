@@ -124,7 +124,7 @@ def test_a_resumed_run_goes_on_with_the_batches_it_would_have_had() -> None:
         total_batch_idx = 1  # two batches are done
 
     class Trainer:
-        fit_loop, world_size, global_rank = Loop(), 1, 0
+        fit_loop, world_size, global_rank, overfit_batches = Loop(), 1, 0, 0
 
     data = Patches(8, seed=5)
     data.trainer = Trainer()  # type: ignore[assignment]
@@ -158,7 +158,7 @@ def no_photographs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("no_photographs")
 def test_missing_photographs_name_the_remedy(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(HELD_OUT_QUARTERS, "moon", (file, "upper right"))
-    with pytest.raises(ValueError, match=rf"{file}.*pip install sag_dit\[eval\]"):
+    with pytest.raises(ValueError, match=rf"{file}.*pip install -e '\.\[eval\]'"):
         Patches()
 
 

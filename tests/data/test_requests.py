@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sag_dit.data.requests import PendingRequests, make_requests, read_requests
+from sag_dit.data.requests import make_requests, read_requests
 from sag_dit.sampling import Chosen, Request
+from sag_dit.training.pending import PendingRequests
 
 NAMES = ("tench", "goldfish", "great white shark")
 

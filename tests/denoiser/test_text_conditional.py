@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sag_dit.api import LoadedModel
 from sag_dit.checkpoints import hub, is_text, load, load_text
 from sag_dit.checkpoints.formats import read_scheduler
 from sag_dit.denoiser.text_conditional import Inputs, PackedText, TokenGrid
@@ -152,6 +153,19 @@ def test_a_prompts_image_does_not_depend_on_other_prompts(saved: Saved) -> None:
     alone = sample(one, ["a corgi"], **settings)
     assert torch.equal(sample(many, ["a corgi", "b"], **settings)[:1], alone)
     assert one.config == many.config
+
+
+def test_other_prompts_need_no_other_weights(saved: Saved) -> None:
+    first = LoadedModel.of(load_text(saved("pixart")[1], ["a corgi"], size=SIZE))
+    second = first.prompted("a tabby")
+    assert second.denoiser.network is first.denoiser.network
+    drawn = [model.sample(0, steps=2, batch_size=1) for model in (first, second)]
+    assert [out.labels for out in drawn] == [("a corgi",), ("a tabby",)]
+    assert not torch.equal(drawn[0].tensor, drawn[1].tensor)
+    again = second.prompted(["a corgi"]).sample(0, steps=2, batch_size=1)
+    assert torch.equal(again.tensor, drawn[0].tensor)
+    with pytest.raises(ValueError, match="expected a text model"):
+        LoadedModel.of(load("digits")).prompted("a corgi")
 
 
 @pytest.mark.parametrize("family", ["sd", "sd3"])

@@ -172,7 +172,7 @@ def expected_of(config: Any) -> Expected:
 def test_evaluate_has_the_keys_of_sample() -> None:
     """So that whatever determines pixels there can be set here."""
     sample, evaluate = (to_dict(compose(command)) for command in ("sample", "evaluate"))
-    assert set(sample) - {"npz", "maps", "attention", "verify"} <= set(evaluate)
+    assert set(sample) - {"npz", "maps", "attention", "verify", "grid"} <= set(evaluate)
     scales = {key for key in sample if key.endswith("_scale")} - {"sag_scale"}
     assert scales
     assert {key: sample[key] for key in scales} == {key: evaluate[key] for key in scales}

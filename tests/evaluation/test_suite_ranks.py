@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,15 +11,20 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from sag_dit.evaluation.suite import Suite
+from sag_dit.evaluation.ratios import FeatureSpace
+from sag_dit.evaluation.suite import METRICS, Suite
 from tests.evaluation.making import Tiny, pixels, reference_of
 
 COUNT = 90
 
 
 def measure(images: range, batch: int) -> dict[str, object]:
-    extractor = Tiny()
-    suite = Suite(extractor, reference_of(extractor), split_size=40)
+    extractor, other = Tiny(), Tiny(seed=1)
+    space = FeatureSpace.of(other, reference_of(other), reference_of(other, seed=2))
+    reference = dataclasses.replace(reference_of(extractor), spaces=[space])
+    verifiers = {"bright": lambda shown, condition: shown.mean((1, 2, 3))}
+    names = (*METRICS, *verifiers)
+    suite = Suite(extractor, reference, names, verifiers=verifiers, split_size=40)
     every = pixels(COUNT, 1)
     for start in range(images.start, images.stop, batch):
         chosen = torch.arange(start, min(start + batch, images.stop))
@@ -57,7 +63,8 @@ def test_ranks_agree_with_one_process(world: int, tmp_path: Path) -> None:
     for rank in range(world):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["metrics"] == pytest.approx(alone["metrics"], rel=1e-9)
-        assert found["metrics"]["recall"] == alone["metrics"]["recall"]  # type: ignore[index]
+        for name in ("recall", "coverage", "kd"):  # of images in one order, bit for bit
+            assert found["metrics"][name] == alone["metrics"][name]  # type: ignore[index]
         assert found["warnings"] == alone["warnings"]
         assert found["count"] == alone["count"] == COUNT
         assert found["later"] == world

@@ -50,7 +50,7 @@ def test_compiled_blocks_give_the_same_images(device: str, stated: Stated) -> No
     counters = torch._dynamo.utils.counters
     counters.clear()
     eager, compiled = random_model(device), random_model(device)
-    compiled.denoiser.network.compile_blocks()
+    compiled.denoiser.compile_blocks()
     expected = last_x(eager, requests(4), INTERVALS)
 
     start = time.perf_counter()
@@ -72,9 +72,9 @@ def test_compiled_blocks_give_the_same_images(device: str, stated: Stated) -> No
     graphs = counters["stats"]["unique_graphs"]
     last_x(compiled, requests(3), replace(INTERVALS, batch_size=3))
     last_x(compiled, requests(5), replace(INTERVALS, batch_size=5))
-    stated("compiled: recompilations for batches of 4 and 8 rows", graphs - 1, 1)
+    stated("compiled: recompilations for batches of 4 and 8 rows", graphs - 1, 0)
     more = counters["stats"]["unique_graphs"] - graphs
-    stated("compiled: further recompilations for batches of 3, 6, 5 and 10 rows", more, 1)
+    stated("compiled: further recompilations for batches of 3, 6, 5 and 10 rows", more, 0)
 
 
 def test_capture_adds_little_memory(device: str, stated: Stated) -> None:

@@ -10,33 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from sag_dit.cli.keys import COMMANDS
-from sag_dit.cli.keys.key import keys_of
 from tests.gpu.conftest import Stated
 
 pytestmark = pytest.mark.gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 120.0
-
-COMPILED = """
-import sys
-from pathlib import Path
-
-from PIL import Image
-
-import sag_dit
-from sag_dit import CFG, SAG
-
-device, out = sys.argv[1:]
-model = sag_dit.load("digits")
-model.denoiser.to(device).network.compile_blocks()
-(image,) = sag_dit.sample(model, [3], guidance=[SAG(0.3), CFG(1.5)])
-folder = Path(out, "images")
-folder.mkdir(parents=True)
-Image.fromarray(image[0].numpy()).save(folder / "000000.png")
-"""
-"""What ``sample.py`` does, for as long as it has no key for compiled blocks."""
 
 
 def seconds_to_first_image(command: list[str], out: Path, **environment: str) -> float:
@@ -85,14 +64,10 @@ def test_from_the_command_to_the_first_image(device: str, stated: Stated, tmp_pa
 def test_with_compilation_in_it(device: str, stated: Stated, tmp_path: Path) -> None:
     """Nothing of an earlier compilation is at hand."""
     out = tmp_path / "run"
-    has_key = "compile" in keys_of(COMMANDS["sample"])
-    command = (
-        [*sample(device, out), "compile=true"] if has_key else ["-c", COMPILED, device, str(out)]
-    )
     caches = {
         name: str(tmp_path / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     }
+    command = [*sample(device, out), "compile=true"]
     seconds = seconds_to_first_image(command, out, **caches)
     assert list((tmp_path / "TORCHINDUCTOR_CACHE_DIR").rglob("*.py")), "nothing was compiled"
-    how = "sample.py" if has_key else "sag_dit.sample"
-    stated(f"from the command to the first image, compiled, {how}: seconds", seconds, LONGEST)
+    stated("from the command to the first image, compiled: seconds", seconds, LONGEST)

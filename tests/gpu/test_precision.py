@@ -17,12 +17,12 @@ from torch import Tensor
 
 import sag_dit
 from sag_dit.codec import VAECodec, to_pixels
-from sag_dit.data.requests import PendingRequests
 from sag_dit.evaluation.features import exact
 from sag_dit.guidance import CFG, SAG
 from sag_dit.sampler import SampleStep
 from sag_dit.sampling import Settings
 from sag_dit.training.module import DiffusionModule
+from sag_dit.training.pending import PendingRequests
 from sag_dit.training.predicting import Predictor
 from tests.gpu.conftest import Stated
 from tests.gpu.making import differences, requests, train_digits

@@ -10,10 +10,21 @@ from torch import Tensor, nn
 
 from benchmarks.methods import classes, setting
 from sag_dit.denoiser import ClassConditional
-from sag_dit.guidance import CFG, SAG, SEG, ClassifierGuidance, GuidedDenoiser, Term
+from sag_dit.guidance import (
+    CFG,
+    PAG,
+    SAG,
+    SEG,
+    SWG,
+    ClassifierGuidance,
+    GuidedDenoiser,
+    Rewriting,
+    Term,
+)
 from sag_dit.models import DiT
 from sag_dit.noise import NoiseSource
 from sag_dit.process import DDPM, Flow, Prediction, Process, Step
+from tests.guidance.reference import step_at
 from tests.small import filled
 
 NOISE = NoiseSource([0, 0, 7], [4, 5, 6])
@@ -68,7 +79,7 @@ def every(model: str) -> dict[str, Term]:
     terms = {
         kind.title: setting(kind, 7.0 if "classifier" in kind.needs else 0.7, **objects)
         for kind in classes()
-        if flow or "flow" not in kind.needs
+        if (flow or "flow" not in kind.needs) and not kind.needs & {"text", "cross"}
     }
     terms |= {
         "CFG, rescaled": CFG(1.7, rescale=0.7),
@@ -79,6 +90,9 @@ def every(model: str) -> dict[str, Term]:
         "SAG, square": SAG(0.7, mask="square"),
         "SAG, global": SAG(0.7, mask="global"),
         "SEG, finite": SEG(0.7, blur_sigma=0.8),
+        "M-SWG": SWG(0.7, masked=True),
+        "PAG, soft": PAG(0.7, softness=0.5),
+        "PAG, heads": PAG(0.7, heads=[1]),
     }
     if not flow:
         terms["classifier, mean"] = ClassifierGuidance(7.0, classifier=Classifier(), form="mean")
@@ -100,6 +114,11 @@ def switched_off(term: Term) -> Term:
     return replace(term, **dict.fromkeys(term.strengths, term.neutral))  # type: ignore[arg-type]
 
 
+def edits_base(term: Term) -> bool:
+    """Whether a term has the base itself asked otherwise, for all terms beside it too."""
+    return isinstance(term, Rewriting)
+
+
 def guided(
     model: ClassConditional,
     terms: list[Term],
@@ -108,10 +127,16 @@ def guided(
     max_rows: int | None = None,
     order: list[int] | None = None,
 ) -> Prediction:
-    """The guided prediction of one step; ``order`` permutes the images with all that is theirs."""
+    """The guided prediction of one step; ``order`` permutes the images with all that is theirs.
+
+    Terms that act by what they remember have seen the step before.
+    """
     x, y = batch()
     noise = NOISE
     if order is not None:
         x, y = x[order], y[order]
         noise = NoiseSource([NOISE.seeds[i] for i in order], [NOISE.indices[i] for i in order])
-    return GuidedDenoiser(model, terms, noise=noise, max_rows=max_rows)(x, step, y)
+    asking = GuidedDenoiser(model, terms, noise=noise, max_rows=max_rows)
+    if step.index and any(term.remembers and term.active(step) for term in terms):
+        asking(1.1 * x, step_at(model.process, step.index - 1, step.count), y)
+    return asking(x, step, y)

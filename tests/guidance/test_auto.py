@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sag_dit import checkpoints
-from sag_dit.cli.values import with_models
+from sag_dit.api import with_models
 from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import CFG, SAG, Autoguidance, GuidedDenoiser
 from sag_dit.identity import weights

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -13,11 +14,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sag_dit.denoiser import ClassConditional
-from sag_dit.guidance import CFG, SAG, BlurGuidance, GuidedDenoiser, Question, Term, cost_of
+from sag_dit.guidance import (
+    CFG,
+    SAG,
+    Autoguidance,
+    BlurGuidance,
+    ClassifierGuidance,
+    Cost,
+    GuidedDenoiser,
+    Question,
+    Term,
+    cost_of,
+)
+from sag_dit.guidance.cost import Batches
 from sag_dit.guidance.term import Asking
+from sag_dit.models import DiT
 from sag_dit.process import DDPM
-from sag_dit.sampler import DDIM
+from sag_dit.sampler import DDIM, Ancestral
+from sag_dit.sampler.ddpm import Variance
 from tests.closeness import assert_near
+from tests.guidance.every import MODELS, WORSE, Classifier
 from tests.guidance.reference import counted, step_at
 
 Batch = tuple[Tensor, Tensor]
@@ -193,3 +209,49 @@ class Curious(Term):
 def test_a_method_may_look_at_the_condition(denoiser: ClassConditional) -> None:
     cost = cost_of(denoiser, [Curious(2.0)], DDIM(), 3)
     assert (cost.rounds, cost.rows, cost.others) == ((1, 1, 1), (2, 2, 2), (0, 0, 0))
+
+
+@pytest.mark.parametrize("variance", ["auto", "learned"])
+def test_a_sampler_may_ask_for_the_variance_that_a_network_learned(
+    denoiser: ClassConditional, make_dit: Callable[..., DiT], variance: Variance
+) -> None:
+    assert cost_of(denoiser, [SAG(1.0)], Ancestral(variance), 3).rounds == (2, 2, 2)
+    none = ClassConditional(make_dit(learn_sigma=False), DDPM())
+    if variance == "learned":
+        with pytest.raises(ValueError, match="predicts no variance"):
+            cost_of(none, [], Ancestral(variance), 3)
+
+
+def test_a_worse_model_counts_by_its_size_and_a_classifier_apart() -> None:
+    model, worse = MODELS["eps"], WORSE["eps"]
+    sizes = [sum(each.numel() for each in own.parameters()) for own in (worse, model)]
+    cost = cost_of(model, [Autoguidance(2.0, worse=worse)], DDIM(), 4)
+    assert cost.relative == pytest.approx(1 + sizes[0] / sizes[1])
+    assert 1.2 < cost.relative < 1.9 and cost.others == (1, 1, 1, 1)
+    assert "another" not in str(cost)
+
+    other = cost_of(model, [CFG(2.0), ClassifierGuidance(1.0, classifier=Classifier())], DDIM(), 4)
+    assert other.relative == 2
+    assert str(other).endswith("for each image instead of 4 and 4 of another network")
+
+
+@pytest.mark.parametrize(
+    ("count", "ranks", "full"),
+    [(16, 1, None), (1, 1, 16), (17, 1, 32), (300, 1, None), (16, 2, 32), (33, 3, 48)],
+)
+def test_padding_is_told_where_it_matters(count: int, ranks: int, full: int | None) -> None:
+    told = Batches(count, 16, ranks).padding()
+    if full is None:
+        assert told == ""
+    else:
+        assert re.match(rf"{count} images? costs? as much as {full}: ", told)
+        assert "batch_size=1 costs less" in told
+
+
+def test_twins_are_told_by_what_they_cost() -> None:
+    """Two of three batches have unguided twins, of one pass an evaluation, beside two passes."""
+    run, plain = Cost((1,), (2,), (0,)), Cost((1,), (1,), (0,))
+    told = Batches(12, 4).twins(5, run, [plain])
+    assert told == "the 5 twins of the gallery add 33 % to that; gallery.num=0 leaves them out"
+    # The second twin of each, at the cost of the run itself.
+    assert "the 10 twins of the gallery add 100 %" in Batches(12, 4).twins(5, run, [plain, run])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_s
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from torch import Tensor
 
+from benchmarks.methods import classes, setting
 from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import APG, CFG, ICG, CFGZero, GuidedDenoiser, Term
 from sag_dit.process import DDPM, Flow, Prediction, Step
@@ -157,8 +159,12 @@ def test_cfg_zero_that_zeroes_nothing_takes_a_schedule() -> None:
 
 
 def test_cfg_zero_is_for_flows_and_icg_for_classes() -> None:
-    with pytest.raises(ValueError, match=r"CFG-Zero\* guides flow models.*DDPM"):
-        GuidedDenoiser(MODELS["eps"], [CFGZero(2.0)])
+    of_flows = [kind for kind in classes() if "flow" in kind.needs]
+    assert CFGZero in of_flows
+    for kind in of_flows:
+        told = re.escape(f"{kind.title} guides flow models") + ".*DDPM"
+        with pytest.raises(ValueError, match=told):
+            GuidedDenoiser(MODELS["eps"], [setting(kind, 1.0)])
     single = ClassConditional(small_dit(num_classes=1, class_dropout_prob=0.0), DDPM())
     with pytest.raises(ValueError, match="two or more classes; set icg_scale=1"):
         GuidedDenoiser(single, [ICG(2.0)])

@@ -48,6 +48,18 @@ def identity(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.eye(query.shape[2]) @ value
 
 
+def soft_identity(softness: float, heads: list[int]) -> Attention:
+    """SoftPAG from its map: (1 - u) A + u I in the chosen heads."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        maps = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(dim=-1)
+        for head in heads:
+            maps[:, head] = (1 - softness) * maps[:, head] + softness * torch.eye(maps.shape[-1])
+        return maps @ value
+
+    return attention
+
+
 def mean_query(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return plain(query.mean(dim=2, keepdim=True) + 0 * query, key, value)
 
@@ -90,6 +102,16 @@ CASES: list[tuple[Term, DiT]] = [
     (PAG(0.7), with_attention(NETWORK, [0], identity)),  # type: ignore[arg-type]
     (PAG(0.7, layers=[0, "blocks.1"]), with_attention(NETWORK, [0, 1], identity)),  # type: ignore[arg-type]
     (PAG(0.7, layers=-1), with_attention(NETWORK, [1], identity)),  # type: ignore[arg-type]
+    (PAG(0.7, softness=0.3), with_attention(NETWORK, [0], soft_identity(0.3, [0, 1]))),  # type: ignore[arg-type]
+    (PAG(0.7, heads=[1]), with_attention(NETWORK, [0], soft_identity(1.0, [1]))),  # type: ignore[arg-type]
+    (
+        PAG(0.7, layers=[0, 1], heads=[[1], [0]], softness=0.6),
+        with_attention(
+            with_attention(NETWORK, [0], soft_identity(0.6, [1])),  # type: ignore[arg-type]
+            [1],
+            soft_identity(0.6, [0]),
+        ),
+    ),
     (SEG(0.7), with_attention(NETWORK, [0], mean_query)),  # type: ignore[arg-type]
     (SEG(0.7, blur_sigma=0.8), with_attention(NETWORK, [0], blurred_queries(0.8))),  # type: ignore[arg-type]
     (SEG(0.7, blur_sigma=3.0), with_attention(NETWORK, [0], blurred_queries(3.0))),  # type: ignore[arg-type]
@@ -157,6 +179,19 @@ def test_pag_leaves_the_image_its_text(tokens_at: slice) -> None:
         logits[:, i, j] = -torch.inf
     found = edited(IdentityAttention("attn", layer.span))
     torch.testing.assert_close(found, logits.softmax(dim=-1) @ value)
+
+
+@pytest.mark.parametrize("heads", [None, (1,)])
+def test_soft_pag_mixes_the_maps_of_its_heads_beside_text(heads: tuple[int, ...] | None) -> None:
+    query, key, value = (x[1] for x in tokens())
+    logits = query @ key.mT / 2
+    image = torch.arange(9) >= 3
+    apart = (image[:, None] & image) & ~torch.eye(9, dtype=torch.bool)
+    hard, maps = logits.masked_fill(apart, -torch.inf).softmax(dim=-1), logits.softmax(dim=-1)
+    for head in heads or (0, 1):
+        maps[head] = 0.75 * maps[head] + 0.25 * hard[head]
+    found = edited(IdentityAttention("attn", (3, None), softness=0.25, heads=heads))
+    torch.testing.assert_close(found, maps @ value)
 
 
 @pytest.mark.parametrize("sigma", [0.8, math.inf])
@@ -243,6 +278,12 @@ def test_tsg_perturbs_the_time_embedding_of_the_first_blocks(process: DDPM | Flo
         (lambda: TSG(2.0, noise=0.0), "noise=0.0"),
         (lambda: TSG(2.0, depth=0), "depth=0"),
         (lambda: PAG(1.0, branch="both"), "branch='both'"),
+        (lambda: PAG(1.0, softness=0.0), "softness=0.0: expected more than 0"),
+        (lambda: PAG(1.0, softness=1.5), "softness=1.5"),
+        (lambda: PAG(1.0, heads=[]), r"heads=\[\]: expected numbers of heads"),
+        (lambda: PAG(1.0, heads=[[0], []]), "expected numbers of heads"),
+        (lambda: PAG(1.0, heads=[-1]), r"heads=\[-1\]"),
+        (lambda: PAG(1.0, heads="0, 3"), "heads='0, 3'"),  # type: ignore[arg-type]
     ],
 )
 def test_settings_that_mean_nothing_are_refused(make: Callable[[], Term], message: str) -> None:
@@ -255,6 +296,8 @@ def test_settings_that_mean_nothing_are_refused(make: Callable[[], Term], messag
     [
         (PAG(1.0, layers=[2]), "layer 2: expected 0 to 1"),
         (SLG(1.0, layers=["blocks.7"]), "'blocks.7' does not exist"),
+        (PAG(1.0, heads=[0, 2]), "head 2 of layer 'blocks.0.attn': expected 0 to 1"),
+        (PAG(1.0, heads=[[0], [1]]), "a list for each of the 1 layers"),
     ],
 )
 def test_layers_that_the_model_lacks_are_refused_before_anything_is_evaluated(

@@ -16,7 +16,6 @@ from sag_dit.guidance import (
     PAG,
     SAG,
     SEG,
-    Autoguidance,
     BlurGuidance,
     GuidedDenoiser,
     Question,
@@ -27,7 +26,7 @@ from sag_dit.guidance.term import Asking
 from sag_dit.process import Flow, Step
 from sag_dit.sampler import DDIM, HeunFlow
 from sag_dit.sampler.diffusers import DiffusersSampler
-from tests.guidance.every import MODELS, WORSE, batch, every, guided
+from tests.guidance.every import MODELS, batch, every, guided
 from tests.guidance.reference import step_at
 
 # --- intervals ------------------------------------------------------------------------------------
@@ -179,6 +178,7 @@ def test_every_option_is_part_of_the_identity() -> None:
         "quantile": 0.5,
         "mask": "random",
         "heads": 1,
+        "every": 2,
     }
     assert others.keys() == {each.name for each in fields(term)}
     seen = [json.dumps(replace(term, **{k: v}).identity(denoiser)) for k, v in others.items()]  # type: ignore[arg-type]
@@ -199,21 +199,17 @@ def test_names_and_numbers_of_a_layer_are_one_layer() -> None:
 # --- cost -----------------------------------------------------------------------------------------
 
 
+PASSES = "passes of the network for each image instead of 8"
+
+
 @pytest.mark.parametrize(
     ("terms", "told"),
     [
-        ([], "1 round, 1 row per image and step"),
-        ([CFG(2.0)], "1 round, 2 rows per image and step"),
-        ([CFG(2.0), SAG(1.0)], "2 rounds, 3 rows per image and step"),
-        ([CFG(2.0), BlurGuidance(1.0), PAG(1.0)], "2 rounds, 4 rows per image and step"),
-        (
-            [SAG(1.0, interval=(0.0, 0.25))],
-            "1.25 (at most 2) rounds, 1.25 (at most 2) rows per image and step",
-        ),
-        (
-            [Autoguidance(2.0, worse=WORSE["eps"])],
-            "1 round, 1 row and 1 of further networks per image and step",
-        ),
+        ([], "8 passes of the network for each image"),
+        ([CFG(2.0)], f"2 x unguided, 16 {PASSES}"),
+        ([CFG(2.0), SAG(1.0)], f"3 x unguided, 24 {PASSES}"),
+        ([CFG(2.0), BlurGuidance(1.0), PAG(1.0)], f"4 x unguided, 32 {PASSES}"),
+        ([SAG(1.0, interval=(0.0, 0.25))], f"1.25 x unguided, 10 {PASSES}"),
     ],
 )
 def test_cost_is_told_in_one_line(terms: list[Term], told: str) -> None:

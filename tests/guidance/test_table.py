@@ -65,8 +65,9 @@ def test_a_cell_of_a_pipeline_is_what_the_tests_of_every_method_run() -> None:
 @pytest.mark.parametrize("backbone", [name for name in methods.NETWORKS if name[:3] == "DiT"])
 def test_a_dash_of_a_dit_is_a_refusal(backbone: str) -> None:
     missing = methods.METHODS.keys() - methods.NETWORKS[backbone].keys()
-    assert missing == (set() if "flow" in backbone else set(methods.OF_FLOWS))
-    if missing:
+    flows = set() if "flow" in backbone else set(methods.OF_FLOWS)
+    assert missing == flows | {*methods.OF_TEXT}
+    if flows:
         with pytest.raises(ValueError, match="guides flow models"):
             GuidedDenoiser(MODELS[backbone.removeprefix("DiT, ")], [CFGZero(2.0)])
 
@@ -80,7 +81,9 @@ def test_the_index_says_what_the_classes_say() -> None:
     """It reads them without importing them."""
     kinds = {getattr(guidance, name) for name in guidance.__all__}
     terms = {each for each in kinds if isinstance(each, type) and issubclass(each, guidance.Term)}
-    assert terms - set(methods.classes()) == {Term, guidance.BranchTerm, guidance.Perturbed}
+    assert terms - set(methods.classes()) == {
+        *(Term, guidance.BranchTerm, guidance.Perturbed, guidance.Rewriting)
+    }
     for each in index.methods():
         kind = getattr(guidance, each.name)
         assert (each.key, each.module) == (kind.key, kind.__module__)

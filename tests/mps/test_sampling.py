@@ -85,6 +85,8 @@ def check(mps: torch.device, denoiser: ClassConditional, term: Term) -> None:
         own = moved(denoiser, device)
         # A copy, since what a term brings goes to the device too.
         asked = GuidedDenoiser(own, copy.deepcopy(terms), noise=NOISE)
+        if term.remembers:
+            asked(1.1 * x.to(device), step_at(denoiser.process, 3), y.to(device))
         return asked(x.to(device), step, y.to(device)).v
 
     expected = guided("cpu", term)

@@ -46,12 +46,17 @@ def trained(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> d
     return load_file(folder / "model.safetensors")
 
 
+# Under the usual epsilon Adam turns rounding of a gradient near nothing into a whole step.
+STEADY = ("+optimizer.eps=1", "optimizer.lr=0.3")
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective(
     mps: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    expected = trained(tmp_path / "a", monkeypatch, *OBJECTIVES[name], "trainer.accelerator=cpu")
-    found = trained(tmp_path / "b", monkeypatch, *OBJECTIVES[name], "trainer.accelerator=mps")
+    options = (*OBJECTIVES[name], *STEADY)
+    expected = trained(tmp_path / "a", monkeypatch, *options, "trainer.accelerator=cpu")
+    found = trained(tmp_path / "b", monkeypatch, *options, "trainer.accelerator=mps")
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-5)  # some moved by 0.1

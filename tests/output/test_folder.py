@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,6 +151,28 @@ def test_broken_views_are_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.npz cannot be read"):
         read_views(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("save", "changed"),
+    [
+        (np.savez, {"count": None}),
+        (np.savez, {"t": np.array(["a", "b"])}),
+        (np.savez, {"saliency": np.zeros(2)}),
+        (np.savez, {"index": np.zeros(3)}),
+        (np.savez_compressed, {"mask": np.zeros((2, 1000, 1000), bool)}),
+    ],
+)
+def test_arrays_that_are_no_views_are_named(
+    save: Callable[..., None], changed: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "a.npz"
+    write_views(file, views())
+    with np.load(file) as whole:
+        arrays = {name: whole[name] for name in whole.files}
+    save(file, **{n: each for n, each in {**arrays, **changed}.items() if each is not None})
+    with pytest.raises(ValueError, match=r"a\.npz cannot be read .* delete it and repeat"):
+        read_views(file)
 
 
 def test_claiming_twice_with_equal_settings_is_allowed(folder: SampleFolder) -> None:

@@ -9,15 +9,16 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from sag_dit.output.gallery import CELL, Pair, heat_colours, write_gallery
+from sag_dit.output.gallery import CELL, About, Pair, heat_colours, lead, write_gallery
 from sag_dit.traces import StepView
 
 AWKWARD = "</script><script>alert('x')</script>, <b>\"été\" & 日本\n\u2028</b> {{data}}"
@@ -87,8 +88,8 @@ def test_pixels_come_back_exactly(tmp_path: Path, size: tuple[int, int, int]) ->
     data = read(write_gallery(tmp_path, entries, {"steps": 10}, "Digits"))
     assert len(data["entries"]) == 3
     for entry, shown in zip(entries, data["entries"], strict=True):
-        np.testing.assert_array_equal(decode(shown["guided"]), entry.guided)
-        np.testing.assert_array_equal(decode(shown["unguided"]), entry.unguided)
+        np.testing.assert_array_equal(decode(shown["images"]["guided"]), entry.guided)
+        np.testing.assert_array_equal(decode(shown["images"]["unguided"]), entry.unguided)
         assert (shown["height"], shown["width"]) == size[:2]
         assert (shown["index"], shown["seed"]) == (entry.index, str(entry.seed))
 
@@ -99,7 +100,7 @@ def test_views_come_back(tmp_path: Path) -> None:
     data = read(write_gallery(tmp_path, [entry], {}, "t"))
     assert data["entries"][0]["seed"] == str(2**63)
     (shown,) = data["entries"][0]["views"]
-    assert (shown["step"], shown["count"], shown["t"]) == (5, 10, "500")
+    assert (shown["step"], shown["count"], shown["t"]) == (4, 10, "500")
     mask = np.array([bit == "1" for bit in shown["mask"]]).reshape(3, 5)
     np.testing.assert_array_equal(mask, seen.mask)
     np.testing.assert_array_equal(decode(shown["heat"]), heat_colours(seen.saliency / data["top"]))
@@ -153,8 +154,6 @@ def test_settings_are_flat_and_readable(tmp_path: Path) -> None:
         ["guidance", "none"],
         ["prompt", "a long prompt, far beyond a short line"],
     ]
-    assert data["short"][0] == "sampler.name ddim"
-    assert not any("prompt" in item for item in data["short"])
 
 
 def test_one_colour_scale_for_all_steps(tmp_path: Path) -> None:
@@ -214,16 +213,90 @@ def find(sheet: np.ndarray, picture: np.ndarray) -> tuple[int, int]:
 
 
 def test_grid_names_class_and_sides(tmp_path: Path) -> None:
-    def drawn(label: str, title: str, settings: dict[str, object]) -> np.ndarray:
-        write_gallery(tmp_path, [pair(0, label=label)], settings, title)
+    def drawn(label: str, title: str, words: str) -> np.ndarray:
+        write_gallery(tmp_path, [pair(0, label=label)], {}, title, About(words))
         return np.asarray(Image.open(tmp_path / "grid.png"))
 
-    plain = drawn("", "", {})
-    assert (drawn("three", "", {}) != plain).any()
-    assert (drawn("", "Digits", {}) != plain).any()
-    assert drawn("", "", {"steps": 10}).shape[0] > plain.shape[0]
-    long = drawn("a very long name " * 40, "a long title " * 40, {f"k{i}": i for i in range(99)})
+    plain = drawn("", "", "")
+    assert drawn("three", "", "").shape[0] > plain.shape[0]
+    assert drawn("", "Digits", "").shape[0] > plain.shape[0]
+    assert drawn("", "", "SAG 0.5, layer 3").shape[0] > plain.shape[0]
+    long = drawn("a very long name " * 40, "a long title " * 40, "x" * 999)
     assert long.shape[1] == plain.shape[1]
+
+
+def test_no_text_of_the_grid_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+    ends: list[float] = []
+    draw = ImageDraw.ImageDraw.text
+
+    def noting(self: Any, at: tuple[float, float], text: str, **how: Any) -> None:
+        texts.append(text)
+        left, top, right, bottom = self.textbbox(at, text, how["font"], anchor=how.get("anchor"))
+        ends.append(max(-left, -top, right - self.im.size[0], bottom - self.im.size[1]))
+        draw(self, at, text, **how)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noting)
+    label, words = "tench, Tinca tinca and " * 9, "SAG 0.5 in the second half, layer 5, " * 20
+    second = replace(pair(3, label=label), spared=image(5, 8, 8, 1))
+    about = About(words, spared="all but a method with a long name")
+    write_gallery(tmp_path, [second, replace(second, label="W" * 300)], {}, "Digits " * 50, about)
+    told = "".join("".join(texts).split())
+    for text in (label, words, "W" * 300, "Digits " * 50, about.spared, "unguided", "#3"):
+        assert "".join(text.split()) in told
+    assert "…" not in told and max(ends) <= 0
+
+
+def test_grid_without_labels_holds_the_images_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", None)  # Any text would fail.
+    entries = [replace(pair(index), spared=image(50 + index, 8, 8, 1)) for index in range(3)]
+    write_gallery(tmp_path, entries, {}, "Digits", About("SAG 1"), labels=False)
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
+    for entry in entries:
+        places = [
+            find(sheet, np.broadcast_to(each, (8, 8, 3)).repeat(16, axis=0).repeat(16, axis=1))
+            for each in entry.images.values()
+        ]
+        assert len(places) == 3 and places == sorted(places) and len({y for y, _ in places}) == 1
+
+
+def test_second_twin_is_on_the_page(tmp_path: Path) -> None:
+    entry = replace(pair(0), spared=image(5, 8, 8, 1))
+    page = write_gallery(tmp_path, [entry, pair(1)], {}, "t", About(spared="all but SAG"))
+    data = read(page)
+    first, second = data["entries"]
+    assert data["spared"] == "all but SAG"
+    assert list(first["images"]) == ["unguided", "spared", "guided"]
+    np.testing.assert_array_equal(decode(first["images"]["spared"]), entry.spared)
+    for name in ("unguided", "spared"):
+        change = np.abs(entry.guided.astype(int) - entry.images[name])
+        assert first["changes"][name] == {"mean": change.mean(), "most": change.max()}
+    assert list(second["images"]) == ["unguided", "guided"]
+
+
+def test_lead_says_what_guidance_did_and_what_to_look_at(tmp_path: Path) -> None:
+    grey = np.full((8, 8, 1), 100, np.uint8)
+    about = About(moves="SAG moved each image", look="edges")
+
+    def told(*changes: int, spared: int | None = None) -> str:
+        second = None if spared is None else grey + np.uint8(spared)
+        pairs = [
+            Pair(i, 0, "", grey + np.uint8(c), grey, (), second) for i, c in enumerate(changes)
+        ]
+        return lead(pairs, replace(about, spared="all but SAG"))
+
+    assert told(10, 30, 20) == (
+        "SAG moved each image; it changed a pixel by 20 of 255 on average: look at #1, the most "
+        "changed, for edges."
+    )
+    assert "by 1 of 255 on average, too little to see without the difference view:" in told(1, 1)
+    assert told(0, 0) == "SAG moved each image; it changed no pixel of these images."
+    assert "SAG changed a pixel by 5 of 255 on average, from the middle" in told(25, spared=20)
+    assert lead([pair(0)], About()).startswith("These images were drawn without guidance")
+    page = write_gallery(tmp_path, [pair(7)], {}, "t", about).read_text(encoding="utf-8")
+    assert "SAG moved each image; it changed" in page and "look at #7, the most" in page
 
 
 def test_without_views(tmp_path: Path) -> None:
@@ -248,6 +321,12 @@ def test_no_entries(tmp_path: Path) -> None:
 def test_images_of_another_form(guided: np.ndarray, unguided: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Pair(7, 0, "", guided, unguided)
+
+
+def test_a_second_twin_of_another_shape() -> None:
+    fits, other = image(0, 8, 8, 1), image(1, 8, 9, 1)
+    with pytest.raises(ValueError, match=r"spared \(8, 9, 1\) image 7 differ in shape"):
+        Pair(7, 0, "", fits, fits, (), other)
 
 
 def test_views_of_another_form() -> None:

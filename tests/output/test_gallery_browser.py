@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
+import html
 import io
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sag_dit.output.gallery import Pair, write_gallery
+from sag_dit.output.gallery import About, Pair, write_gallery
 from sag_dit.traces import StepView
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install playwright"
 )
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 LABEL = "</script><script>document.title = 'taken'</script> <b>\"quoted\", it's</b> 日本"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[playwright.Browser]:
-    with playwright.sync_playwright() as driver:
-        program = next(filter(None, map(shutil.which, NAMES)), driver.chromium.executable_path)
-        if not Path(program).exists():
-            pytest.skip("no Chromium: install one, or run `playwright install chromium`")
-        opened = driver.chromium.launch(
-            executable_path=program,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-        )
-        yield opened
-        opened.close()
 
 
 def entry(index: int, steps: int, size: tuple[int, int, int] = (8, 8, 1)) -> Pair:
@@ -44,6 +30,16 @@ def entry(index: int, steps: int, size: tuple[int, int, int] = (8, 8, 1)) -> Pai
         views.append(StepView(10 * step, 30, 900.0 - step, saliency, saliency > 1, 1.0))
     guided, unguided = rng.integers(0, 256, (2, *size), dtype=np.uint8)
     return Pair(index, index, LABEL, guided, unguided, tuple(views))
+
+
+def faint(index: int, label: str = "", changes: tuple[int, ...] = (1, 2)) -> Pair:
+    """A grey pair without views that differs in its first pixels, and its second twin less."""
+    rng = np.random.default_rng(index)
+    unguided = rng.integers(60, 120, (8, 8, 1), dtype=np.uint8)
+    guided, spared = unguided.copy(), unguided.copy()
+    guided[0, : len(changes), 0] += np.array(changes, np.uint8)
+    spared[0, 0, 0] += changes[0]
+    return Pair(index, index, label, guided, unguided, (), spared)
 
 
 class Opened:
@@ -145,7 +141,7 @@ def test_slider_moves_every_card(opened: Opened) -> None:
     before = [opened.look(f".card:nth-child({k}) .guided .shot") for k in (1, 2, 3)]
     page.locator("#slider").focus()
     page.keyboard.press("ArrowRight")
-    assert page.locator("#reading").inner_text() == "21 of 30, t = 898"
+    assert page.locator("#reading").inner_text() == "20 (0 to 29), t = 898"
     after = [opened.look(f".card:nth-child({k}) .guided .shot") for k in (1, 2, 3)]
     assert all(a != b for a, b in zip(before, after, strict=True))
 
@@ -160,7 +156,8 @@ def test_overlays(opened: Opened) -> None:
     pair = entry(0, 3)
     change = np.abs(pair.guided.astype(int) - pair.unguided)[:, :, 0]
     np.testing.assert_allclose(centres(looks["none"]), pair.guided[:, :, 0], atol=2)
-    np.testing.assert_allclose(centres(looks["difference"]), np.minimum(255, 4 * change), atol=6)
+    scaled = change * 255 / change.max()
+    np.testing.assert_allclose(centres(looks["difference"]), scaled, atol=6)
     page.check("input[value=none]")
     assert opened.look(GUIDED) == looks["none"]
 
@@ -214,6 +211,7 @@ def test_pair_can_be_enlarged_and_linked_to(opened: Opened) -> None:
     page.keyboard.press("Escape")
     # The page answers to the change of its address, a moment after the key.
     playwright.expect(page.locator(".card:visible")).to_have_count(3)
+    playwright.expect(page.locator(".card:nth-child(1) .open")).to_be_focused()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -230,4 +228,173 @@ def test_phone_without_saliency(browser: playwright.Browser, tmp_path: Path, sch
     view.page.hover(GUIDED)
     assert view.page.locator(".card").first.get_attribute("data-show") == "none"
     assert view.complaints == []
+    view.context.close()
+
+
+@pytest.fixture
+def look(browser: playwright.Browser, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
+    """Open a page of pairs; it may complain of nothing."""
+    views: list[Opened] = []
+
+    def opening(entries: list[Pair], about: About | None = None, **options: object) -> Opened:
+        page = write_gallery(tmp_path, entries, {"a": 1}, "t", about)
+        views.append(Opened(browser, page, **options))
+        return views[-1]
+
+    yield opening
+    assert [view.complaints for view in views] == [[] for _ in views]
+    for view in views:
+        view.context.close()
+
+
+WIDE = {"viewport": {"width": 1280, "height": 900}}
+SECOND = About(moves="CFG and SAG moved each image", look="edges", spared="all but SAG")
+
+
+def test_difference_is_scaled_by_its_own_maximum_and_says_so(look: Callable[..., Opened]) -> None:
+    pairs = [faint(0), faint(1, changes=(5, 20, 10)), replace(faint(2), guided=faint(2).unguided)]
+    view = look([replace(each, spared=None) for each in pairs], **WIDE)
+    view.page.check("input[value=difference]")
+    captions = view.page.locator(".guided figcaption").all_inner_texts()
+    for number, pair in enumerate(pairs[:2], start=1):
+        change = pair.change()[:, :, 0]
+        shown = centres(view.look(f".card:nth-child({number}) .guided .shot"))
+        np.testing.assert_allclose(shown, change * 255 / change.max(), atol=6)
+        assert captions[number - 1].endswith(f"white is its maximum, {change.max()} of 255")
+    assert captions[2] == "difference to unguided: none"
+
+
+def test_three_columns_and_a_choice_of_the_twin(look: Callable[..., Opened]) -> None:
+    pair = faint(3, changes=(40, 90))
+    view = look([pair], SECOND, **WIDE)
+    page = view.page
+    assert page.locator("figcaption").all_inner_texts() == ["unguided", "all but SAG", "all"]
+    seen = [centres(view.look(f".{name} .shot")) for name in ("unguided", "spared", "guided")]
+    for shown, image in zip(seen, pair.images.values(), strict=True):
+        np.testing.assert_allclose(shown, image[:, :, 0], atol=2)
+    page.click(".flip")
+    np.testing.assert_allclose(centres(view.look(".guided .shot")), seen[1], atol=2)
+    page.select_option("#twins select", "unguided")
+    np.testing.assert_allclose(centres(view.look(".guided .shot")), seen[0], atol=2)
+    assert page.locator(".guided figcaption").inner_text() == "unguided"
+    page.click(".flip")
+    page.check("input[value=difference]")
+    change = pair.change()[:, :, 0] * 255 / 90
+    np.testing.assert_allclose(centres(view.look(".guided .shot")), change, atol=6)
+
+
+def test_enlarged_pairs_are_gone_through_by_keys_and_buttons(look: Callable[..., Opened]) -> None:
+    view = look([faint(index, "ab"[index % 2]) for index in range(5)], SECOND, **WIDE)
+    page, shown = view.page, view.page.locator(".card .id")
+
+    def expect(index: int) -> None:
+        # A list: one text would fail at once while there are still several cards, as there are
+        # until the page answers to the change of its address, a moment after the key.
+        playwright.expect(shown).to_have_text([f"#{index}  ·  seed {index}"])
+
+    playwright.expect(shown).to_have_count(5)
+    page.keyboard.press("n")
+    expect(0)
+    assert page.locator("#previous").is_disabled()
+    for key, index in (("n", 1), ("n", 2), ("p", 1)):
+        page.keyboard.press(key)
+        expect(index)
+    page.click("#next")
+    expect(2)
+    page.keyboard.press("Escape")
+    playwright.expect(shown).to_have_count(5)
+    # Within a class alone, if one is chosen.
+    page.select_option("#classes select", label="b")
+    playwright.expect(shown).to_have_count(2)
+    page.keyboard.press("n")
+    expect(1)
+    page.keyboard.press("n")
+    expect(3)
+    assert page.locator("#next").is_disabled() and page.locator("#place").inner_text() == "2 of 2"
+    page.go_back()
+    playwright.expect(shown).to_have_count(2)
+    page.evaluate("location.hash = '#4'")  # Of the other class.
+    expect(4)
+
+
+def test_more_than_a_hundred_pairs_have_pages(look: Callable[..., Opened]) -> None:
+    view = look([faint(index, str(index % 3)) for index in range(230)], SECOND, **WIDE)
+    page, shown = view.page, view.page.locator(".card")
+    back, on = page.locator("#pages button").all()
+    assert shown.count() == 100 and page.locator("#pages span").inner_text() == "1 to 100 of 230"
+    assert back.is_disabled()
+    on.click()
+    on.click()
+    assert shown.count() == 30 and on.is_disabled()
+    assert page.locator(".id").first.inner_text().startswith("#200")
+    page.select_option("#classes select", label="1")
+    assert shown.count() == 77 and page.locator("#pages").is_hidden()
+    page.select_option("#classes select", label="all 3")
+    page.evaluate("location.hash = '#150'")
+    playwright.expect(shown).to_have_count(1)
+    page.keyboard.press("Escape")
+    playwright.expect(shown).to_have_count(100)
+    assert page.locator("#pages span").inner_text() == "101 to 200 of 230"
+
+
+def test_command_and_python_are_copied(look: Callable[..., Opened]) -> None:
+    about = replace(SECOND, command="python sample.py 'a=[1]'", python="import sag_dit\n# <b>")
+    view = look([faint(0)], about, **WIDE)
+    view.page.click("summary")
+    for name, text in (("command", about.command), ("python", about.python)):
+        assert view.page.locator(f"#{name} pre").inner_text() == text
+        view.page.click(f"#{name} button")
+        assert view.page.evaluate("getSelection().toString()") == text
+        playwright.expect(view.page.locator(f"#{name} button")).to_have_text("Copied")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark"), (400, "light")])
+def test_legend_is_on_one_line_and_keys_are_listed(
+    look: Callable[..., Opened], width: int, scheme: str
+) -> None:
+    pairs = [replace(entry(index, 3), spared=entry(index, 0).unguided) for index in range(2)]
+    options = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
+    page = look(pairs, SECOND, **options).page
+    tops = page.locator(".legend > *").evaluate_all(
+        "nodes => nodes.map((node) => { const r = node.getBoundingClientRect();"
+        " return [(r.top + r.bottom) / 2, r.left, r.right]; })"
+    )
+    middles, lefts, rights = zip(*tops, strict=True)
+    assert len(tops) == 4 and max(middles) - min(middles) < 2
+    assert min(lefts) >= 0 and max(rights) <= width
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.locator("footer kbd").all_inner_texts() == [*"F←→14NP", "Esc"]
+
+
+def test_views_are_chosen_by_number(look: Callable[..., Opened]) -> None:
+    page = look([entry(0, 3)], **WIDE).page
+    for key, mode in (("2", "saliency"), ("4", "difference"), ("1", "none"), ("3", "mask")):
+        page.keyboard.press(key)
+        assert page.locator("[name=mode]:checked").get_attribute("value") == mode
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#reading").inner_text().startswith("20 ")
+
+
+def test_the_most_changed_pair_is_a_link(look: Callable[..., Opened]) -> None:
+    view = look([faint(0), faint(1, changes=(120, 90)), faint(2)], SECOND, **WIDE)
+    view.page.click("#lead a")
+    playwright.expect(view.page.locator(".card .id")).to_have_text(["#1  ·  seed 1"])
+
+
+def test_pairs_are_enlarged_within_a_notebook(browser: playwright.Browser, tmp_path: Path) -> None:
+    page = write_gallery(tmp_path, [faint(index) for index in range(4)], {"a": 1}, "t", SECOND)
+    notebook = tmp_path / "notebook.html"
+    within = html.escape(page.read_text(encoding="utf-8"))
+    notebook.write_text(f'<iframe srcdoc="{within}" width=1000 height=600></iframe>', "utf-8")
+    view = Opened(browser, notebook, **WIDE)
+    inner = view.page.frame_locator("iframe")
+    inner.locator(".open").nth(1).click()
+    for button, index in (("#next", 2), ("#next", 3), ("#previous", 2)):
+        inner.locator(button).click()
+        playwright.expect(inner.locator(".card .id")).to_have_text([f"#{index}  ·  seed {index}"])
+    inner.locator("#all").click()
+    playwright.expect(inner.locator(".card")).to_have_count(4)
+    inner.locator("#lead a").click()
+    playwright.expect(inner.locator(".card")).to_have_count(1)
+    assert view.page.url == notebook.as_uri() and view.complaints == []
     view.context.close()

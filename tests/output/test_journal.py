@@ -11,7 +11,7 @@ import torch
 
 from sag_dit.output import folder as output
 from sag_dit.output.folder import SampleFolder, write_manifest
-from sag_dit.output.journal import FileState, Journal
+from sag_dit.output.journal import FileState, Journal, Searched
 from sag_dit.sampling import Drawn, Request
 
 NAMES = ("cat", "dog")
@@ -160,6 +160,20 @@ def test_a_line_that_a_crash_has_cut_is_passed_over(tmp_path: Path) -> None:
     assert journal.read() == {0: FileState(10, "a" * 64)}
     part.write_bytes(b"\xff\x00[1]\n{}\n" + part.read_bytes())
     assert journal.read() == {0: FileState(10, "a" * 64)}
+
+
+def test_what_a_search_chose_is_kept_unless_it_makes_no_sense(tmp_path: Path) -> None:
+    journal, chosen = Journal(tmp_path), Searched(-0.5, [[0, 2], [7, 0]])
+    journal.note({0: FileState(10, "a" * 64, chosen), 1: FileState(11, "b" * 64)})
+    (part,) = (tmp_path / "journal").iterdir()
+    assert "search" not in part.read_text().splitlines()[1]
+    assert journal.read()[0].search == chosen
+    journal.merge()
+    assert journal.read() == {0: FileState(10, "a" * 64, chosen), 1: FileState(11, "b" * 64)}
+    text = (tmp_path / "journal.jsonl").read_text()
+    for odd in ("[]", "[[0]]", "[[0, -1]]", "7"):
+        (tmp_path / "journal.jsonl").write_text(text.replace("[[0, 2], [7, 0]]", odd))
+        assert journal.read() == {1: FileState(11, "b" * 64)}
 
 
 def test_the_length_grows_with_every_image(folder: SampleFolder) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pytest import MonkeyPatch
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from sag_dit.denoiser import Denoiser
 from sag_dit.guidance import SAG, Question
 from sag_dit.models import DiT
+from sag_dit.models.dit.layers import SelfAttention
 from sag_dit.models.dit.network import TimestepEmbedder
 from sag_dit.process import Prediction
 from sag_dit.process.ddpm import BETAS, Posterior
@@ -85,9 +85,8 @@ def exact_gelu(module: nn.Module) -> None:
 
 
 def half_the_heads(module: nn.Module) -> None:
-    if isinstance(module, Attention):
+    if isinstance(module, SelfAttention):
         module.num_heads //= 2
-        module.head_dim *= 2
 
 
 def whole_times(embed: Any) -> Any:
@@ -99,10 +98,10 @@ def rows_first(positions: Any) -> Any:
 
 
 def transposed_patches(unpatchify: Any) -> Any:
-    def wrong(self: DiT, x: Tensor) -> Any:
+    def wrong(self: DiT, x: Tensor, grid: tuple[int, int]) -> Any:
         size = self.patch_size
         patches = x.unflatten(-1, (size, size, self.out_channels))
-        return unpatchify(self, patches.transpose(2, 3).flatten(2))
+        return unpatchify(self, patches.transpose(2, 3).flatten(2), grid)
 
     return wrong
 
@@ -146,7 +145,7 @@ def small_for_large(_: object) -> Any:
 def only_x_0_clamped(_: object) -> Any:
     def wrong(self: Prediction, x_0_range: tuple[float, float] | None) -> Any:
         x_0 = self.x_0 if x_0_range is None else self.x_0.clamp(*x_0_range)
-        return SimpleNamespace(x_0=x_0, eps=self.eps)
+        return SimpleNamespace(x_0=x_0, eps=self.eps, x_t=self.x_t)
 
     return wrong
 
@@ -178,8 +177,8 @@ class NarrowBlur(SAG):
 
 
 def edge_padding(blur: Any) -> Any:
-    def wrong(x: Tensor, kernel: list[int], sigma: list[float]) -> Any:
-        border = kernel[0] // 2
+    def wrong(x: Tensor, kernel: int, sigma: float) -> Any:
+        border = kernel // 2
         wide = F.pad(x, (border,) * 4, mode="replicate")
         return blur(wide, kernel, sigma)[..., border:-border, border:-border]
 

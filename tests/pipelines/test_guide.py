@@ -203,3 +203,10 @@ def test_unknown_pipelines_and_layouts_are_refused_by_name() -> None:
         guided(odd, "sd", SAG(0.5))
     with pytest.raises(ValueError, match=r"\[SAG.*expected a term"):
         guided(tiny.sd(), "sd", [SAG(0.5)])  # type: ignore[arg-type]
+
+
+def test_a_guide_without_with_says_how_it_is_used() -> None:
+    with pytest.raises(TypeError, match="write with"):
+        guide(object(), SAG(0.75))("a corgi")
+    with pytest.warns(UserWarning, match="without `with` guides nothing"):
+        guide(object(), SAG(0.75))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sag_dit.guidance import PAG, SAG
+from sag_dit.guidance import PAG, SAG, SWG
 from sag_dit.pipelines import guide
 from tests.pipelines import tiny
 
@@ -79,3 +79,10 @@ def test_pictures_are_changed_and_filled(case: str) -> None:
     assert changed.isfinite().all()
     assert float((changed - plain).abs().mean()) > 1e-2 * float(plain.abs().mean())
     assert torch.equal(draw(), plain)
+
+
+def test_crops_of_an_image_with_a_mask_are_refused() -> None:
+    build, call = CASES["sd, 9 channels"]
+    pipe = build()
+    with guide(pipe, SWG(0.5)), pytest.raises(ValueError, match="guide without SWG"):
+        pipe("a corgi", num_inference_steps=2, output_type="latent", **call)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import html.parser
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
-from sag_dit.study import Comparison
+from sag_dit.guidance import CFG
+from sag_dit.study import Comparison, compare
+from sag_dit.study.comparison import clear_changes
 from sag_dit.study.results import Metric, Record, Result, combine, compared
+from sag_dit.study.variance import difference
+from tests.study.models import small_model
 
 METRICS = {"fid": Metric("FD", higher=False), "is": Metric("IS", higher=True)}
 PLAIN = {0: (10.0, 2.0), 1: (12.0, 2.5), 2: (11.0, 2.25)}
@@ -116,3 +121,38 @@ def test_names_are_no_markup(name: str) -> None:
     text = str(Comparison(results, metrics, f"of {name}"))
     assert text.count(f"{name} too") == 2 and f"\nof {name}\n" in text
     assert f"against {name} at" in text and "[FD] ↓" in text and "IS[/] ↑" in text
+
+
+def test_several_trainings_are_paired_and_told_apart() -> None:
+    models = [small_model(seed) for seed in range(3)]
+    found = compare(
+        models, {"plain": [], "CFG": [CFG(2.0)]}, seeds=2, num_images=10, steps=2, batch_size=10,
+        metrics=["fid"], progress=False,
+    )  # fmt: skip
+    plain, guided = found
+    assert plain.trainings == guided.trainings == 3
+    assert plain.facts["model"] == ["small-0", "small-1", "small-2"]
+    # One model alone has the same numbers.
+    alone = compare(
+        models[1], {"plain": []}, seeds=2, num_images=10, steps=2, batch_size=10, metrics=["fid"],
+        progress=False,
+    )["plain"]  # fmt: skip
+    assert plain.runs("fid")[1] == alone.runs("fid")[0]
+    told = difference(guided.runs("fid"), plain.runs("fid"))
+    assert told is not None and guided.change["fid"] == (told.mean, told.error)
+    assert ("fid" in clear_changes(guided)) == told.survives
+    text = str(found)
+    assert "over 3 trainings of 2 seeds each" in text
+    assert "against plain at the same weights and seeds" in text
+    parts = found.components("fid")["plain"]
+    assert f"FD {parts.training:.3g} and {parts.sampling:.3g}" in text
+
+
+def test_models_that_are_no_trainings_of_one_are_refused() -> None:
+    one = small_model(0)
+    with pytest.raises(ValueError, match="same weights"):
+        compare([one, one], {"plain": []})
+    with pytest.raises(ValueError, match="class_names differ"):
+        compare([one, replace(small_model(1), class_names=("a",) * 10)], {"plain": []})
+    with pytest.raises(ValueError, match="expected a model"):
+        compare([], {"plain": []})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,22 +14,7 @@ from sag_dit.study.results import Metric, Result
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install playwright"
 )
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 METRICS = {"fid": Metric("FID", higher=False), "is": Metric("IS", higher=True)}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[playwright.Browser]:
-    with playwright.sync_playwright() as driver:
-        program = next(filter(None, map(shutil.which, NAMES)), driver.chromium.executable_path)
-        if not Path(program).exists():
-            pytest.skip("no Chromium: install one, or run `playwright install chromium`")
-        opened = driver.chromium.launch(
-            executable_path=program,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-        )
-        yield opened
-        opened.close()
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 360)])
@@ -84,3 +67,43 @@ def test_the_page(browser: playwright.Browser, tmp_path: Path, scheme: str, widt
     assert places[3] - places[2] == pytest.approx(2 * (places[1] - places[0]), abs=1)
     assert complaints == []
     context.close()
+
+
+@pytest.mark.parametrize(
+    ("values", "errors", "bold"),
+    [
+        ((3.0, 3.5, 5.0), (0.2, 0.2, 0.2), ["A"]),
+        ((3.0, 3.5, 5.0), (0.4, 0.2, 0.2), []),
+        ((3.0, 3.5, 5.0), (0.2, 0.4, 0.2), []),
+        ((3.0, 3.5, 3.0), (None, None, None), []),
+        ((3.0, 3.5, 3.1), (None, None, None), ["A"]),
+        ((3.0, None, 5.0), (0.9, None, 0.9), ["A"]),
+    ],
+)
+def test_what_lies_within_errors_is_not_bold(
+    browser: playwright.Browser,
+    tmp_path: Path,
+    values: tuple[float | None, ...],
+    errors: tuple[float | None, ...],
+    bold: list[str],
+) -> None:
+    # The second metric is the mirror image of the first, so that more of it is better.
+    rows = [
+        Result(
+            name,
+            {},
+            {} if value is None else {"fid": value, "is": 10 - value},
+            {} if error is None else {"fid": error, "is": error},
+        )
+        for name, value, error in zip("ABC", values, errors, strict=True)
+    ]
+    file = write_curves(
+        tmp_path, rows, METRICS, [], title="t", lead="l", spread="± s.", notes=[], settings={},
+        images=[[]] * 3, remarks=[[]] * 3,
+    )  # fmt: skip
+    page = browser.new_page()
+    page.goto(file.as_uri())
+    found = page.locator("tr:has(td.best) th").all_inner_texts()
+    assert found == bold and page.locator("td.best").count() == 2 * len(bold)
+    assert page.locator("#spread").inner_text().startswith("± s. Bold is better than all others")
+    page.close()

@@ -20,6 +20,9 @@ from sag_dit.process import DDPM
 from sag_dit.training.module import DiffusionModule
 
 ADAM = partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.0)
+# Adam moves a weight by its rate whatever the size of its gradient. Where that is rounding alone,
+# another rounding turns the step round. Under a large epsilon rounding stays as small as it is.
+STEADY_ADAM = partial(ADAM, lr=0.3, eps=1.0)
 
 
 def fresh_model(seed: int = 0, **options: Any) -> Model:

@@ -80,6 +80,18 @@ def test_a_trainer_that_is_told_to_stop_ends_a_step(tmp_path: Path, batch: int) 
     assert saved(out) == [2, 4]
 
 
+@pytest.mark.filterwarnings("ignore:.*is passed over")
+def test_checkpoints_that_cannot_be_read_push_none_out(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(out, 5, At(3, ask_to_stop))
+    train(out, 5)
+    for each in (out / "checkpoints").glob("step-*.ckpt"):
+        each.write_bytes(b"cut short")
+    train(out, 5, At(2, ask_to_stop))
+    assert saved(out) == [2, 3, 5], "the one that was just saved is the only one there is"
+    assert_goes_on(out, 5)
+
+
 def test_max_time_ends_with_a_checkpoint_and_counts_anew(tmp_path: Path) -> None:
     out, limit = tmp_path / "run", {"max_time": {"hours": 1}}
 

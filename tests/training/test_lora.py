@@ -116,5 +116,5 @@ def test_values_out_of_range(options: dict[str, Any], message: str) -> None:
 
 def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs peft.*pip install sag_dit\[lora\]"):
+    with pytest.raises(ValueError, match=r"needs peft.*pip install -e '\.\[lora\]'"):
         LoRA(rank=2)

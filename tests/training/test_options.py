@@ -23,7 +23,15 @@ from sag_dit.training.module import DiffusionModule
 from sag_dit.training.objective import MSE
 from sag_dit.training.objective import Losses as ObjectiveLosses
 from sag_dit.training.resume import LastCheckpoints, newest_checkpoint
-from tests.training.making import ADAM, Losses, assert_same, fresh_model, make_trainer, state
+from tests.training.making import (
+    ADAM,
+    STEADY_ADAM,
+    Losses,
+    assert_same,
+    fresh_model,
+    make_trainer,
+    state,
+)
 
 Fit = Callable[..., tuple[DiffusionModule, list[float]]]
 
@@ -56,8 +64,8 @@ def assert_close(left: DiffusionModule, right: DiffusionModule, tolerance: float
 
 
 def test_bf16_keeps_weights_average_and_moments_in_float32(fit: Fit) -> None:
-    plain, losses = fit()
-    mixed, coarse = fit(precision="bf16-mixed")
+    plain, losses = fit(optimizer=STEADY_ADAM)
+    mixed, coarse = fit(precision="bf16-mixed", optimizer=STEADY_ADAM)
     assert coarse != losses
     assert coarse == pytest.approx(losses, rel=0.02)
     assert {tensor.dtype for tensor in mixed.state_dict().values() if tensor.ndim} == {
@@ -65,7 +73,7 @@ def test_bf16_keeps_weights_average_and_moments_in_float32(fit: Fit) -> None:
     }
     moments = mixed.optimizers().optimizer.state_dict()["state"]  # type: ignore[union-attr]
     assert {each["exp_avg"].dtype for each in moments.values()} == {torch.float32}
-    assert_close(mixed, plain, 0.02)
+    assert_close(mixed, plain, 0.005)  # the furthest weight has moved by 0.09
 
 
 class Seen(Callback):
@@ -78,7 +86,7 @@ class Seen(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
+        self.norms.append(float(pl_module.last_norm))  # type: ignore[arg-type]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             self.scales.append(scaler.get_scale())
@@ -186,8 +194,8 @@ def test_recomputed_blocks_change_no_bit(fit: Fit, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_fused_optimiser_changes_rounding_only(fit: Fit) -> None:
-    apart, losses = fit(5)
-    fused, same_losses = fit(5, optimizer=partial(ADAM, fused=True))
+    apart, losses = fit(5, optimizer=STEADY_ADAM)
+    fused, same_losses = fit(5, optimizer=partial(STEADY_ADAM, fused=True))
     assert fused.optimizers().optimizer.defaults["fused"]  # type: ignore[union-attr]
     assert same_losses == pytest.approx(losses, rel=1e-5)
     assert_close(fused, apart, 1e-5)
@@ -202,8 +210,10 @@ def test_a_fused_optimiser_clips_under_mixed_precision(fit: Fit) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own
 def test_compiled_blocks_change_rounding_only(fit: Fit) -> None:
-    eager, losses = fit()
-    compiled, same_losses = fit(prepare=lambda module: module.denoiser.network.compile_blocks())
+    eager, losses = fit(optimizer=STEADY_ADAM)
+    compiled, same_losses = fit(
+        optimizer=STEADY_ADAM, prepare=lambda module: module.denoiser.network.compile_blocks()
+    )
     assert all(block._compiled_call_impl for block in compiled.denoiser.network.blocks)
     assert same_losses == pytest.approx(losses, rel=1e-5)
     assert_close(compiled, eager, 1e-5)

@@ -7,15 +7,20 @@ from dataclasses import dataclass, make_dataclass
 from typing import Any, ClassVar, Literal
 
 from sag_dit.cli.keys.key import Closed, Open, Parts, key
+from sag_dit.evaluation.kinds import metric_names
 from sag_dit.methods import methods
 
+BUDGET = r"(\d[\d_]*\.?\d*(?:e\d+)?) ?(s|sec|min|h|passes)"
+"""How a budget is written: a number and its unit."""
 OUT = {"text": True, "folder": True, "determines": "nothing"}
 OUT_WORDS = "output outdir output_dir"
 SEED: Mapping[str, Any] = {"least": 0, "most": 2**64 - 1}
 SIZE: Mapping[str, Any] = {"least": 1, "most": 65_536}
+NAMED = f"{', '.join(metric_names())}, or module.NAME"
 METRICS: Mapping[str, Any] = {
+    "told": f"list of {NAMED}; null: the usual ones",
     "blank": True,
-    "expected": "a list, such as metrics=[fid], or null for all that the features allow",
+    "expected": "a list, such as metrics=[fid], or null for the usual ones",
 }
 CKPT: Mapping[str, Any] = {
     "told": "published name, run folder, file or diffusers folder",
@@ -23,6 +28,11 @@ CKPT: Mapping[str, Any] = {
     "expected": "a model to load, such as ckpt=digits",
     "words": "checkpoint model_path weights model",
     "determines": "model",
+}
+DEVICE: Mapping[str, Any] = {
+    "told": "device to compute on",
+    "pattern": r"(auto|cpu|cuda|mps|xpu)(:\d+)?",
+    "expected": "auto, cpu, cuda, cuda:1 or mps",
 }
 Classes = int | str | list[int | str] | None
 
@@ -47,6 +57,16 @@ class GuidanceKeys:
 
     auto: Open | None = key("autoguidance", keys=AutoKeys)
     classifier: Open | None = key("classifier guidance", keys=ClassifierKeys)
+
+
+@dataclass
+class SearchKeys:
+    """Keys of a search that hold free text."""
+
+    verifier: str | Open | None = key(
+        "what scores images: classifier, or a function or module MODULE.NAME of your own",
+        expected="classifier, or the name of a function or module, such as MODULE.NAME",
+    )
 
 
 @dataclass
@@ -83,7 +103,8 @@ class Attention(Closed):
     """Which attention to keep and show."""
 
     layers: list[str | int] = key(
-        "names of self-attention layers, [auto] or [all]", expected="a list of layers, or [all]"
+        "names of self-attention layers; [auto]: that of SAG, else the middle; or [all]",
+        expected="a list of layers, or [all]",
     )
     show: int | list[int] = key(
         "number of steps, evenly spread, or a list of steps",
@@ -149,6 +170,29 @@ class Draws(LoadsModel):
     sampler: Open = key("sampler", words="scheduler")
 
 
+@dataclass(kw_only=True)
+class Decoding(Closed):
+    """How the autoencoder turns latents into images; a model of pixels has none."""
+
+    batch_size: int = key("latents decoded at once", least=1, most=65_536)
+    precision: Literal["32-true", "bf16-true"] = key("32-true: float32; bf16-true: bfloat16")
+    channels_last: bool = key("true: channels last in memory, which tensor cores read faster")
+
+
+@dataclass(kw_only=True)
+class Caching(Closed):
+    """What the network's blocks put out, used again at later steps; see docs/guidance.md."""
+
+    every: int = key("run the blocks at every so many steps; 1: at all", least=1, later=1)
+    order: int = key(
+        "between them: 0 takes their outputs over (FORA), 1 to 4 continue them as a Taylor series "
+        "(TaylorSeer)",
+        least=0,
+        most=4,
+        later=0,
+    )
+
+
 def _strength(name: str, neutral: float, **known: Any) -> Any:
     return key(f"strength of {name}; {neutral:g} is off", **known)
 
@@ -190,11 +234,27 @@ class Guides(Scales, Draws):  # type: ignore[misc, valid-type]
     max_rows: int | None = key(
         "most rows that the network computes at once; null: no limit", least=1
     )
+    compile: bool = key(
+        "true: compile every block of the network", determines="model", published=True
+    )
+    matmul: Literal["highest", "high", "medium"] = key(
+        "precision of float32 matrix products: highest, high (TF32) or medium (bfloat16)",
+        published=True,
+    )
+    decoding: Decoding = key("from latents to images", determines="model", published=True)
+    share_prefixes: bool = key(
+        "true: rows that differ from a block of the network on share the blocks before it",
+        later=False,
+    )
+    cache: Caching = key("of the blocks' outputs, across steps")
     guidance: Parts = key("settings of each method", keys=GuidanceKeys)
     trainer: Open = key(
         "devices and precision, as Lightning's Trainer takes them", keys=TrainerKeys
     )
     logger: Open | None = key("logger that gets the gallery too", determines="nothing")
+    profile: bool | None = key(
+        "true: tell at the end where the time went", determines="nothing", absent=True, added=True
+    )
     experiment: None = key("published settings of a paper", absent=True)
 
 
@@ -208,7 +268,26 @@ class SampleGallery(Closed):
 
 
 @dataclass(kw_only=True)
-class Sample(Guides):
+class SampleGrid(Closed):
+    """The picture of the gallery's images, ``grid.png``."""
+
+    labels: bool = key("true: with settings, classes and numbers; false: the images alone")
+
+
+@dataclass(kw_only=True)
+class Searches(Guides):
+    """Keys of the commands that draw whole sets, in which images may be searched for."""
+
+    search: Open | None = key(
+        "draws each image several times and keeps one: none, best_of or fk",
+        keys=SearchKeys,
+        later=None,
+        published=True,
+    )
+
+
+@dataclass(kw_only=True)
+class Sample(Searches):
     """Draw a set of images, on one device or many, and show them beside their unguided twins."""
 
     examples: ClassVar[tuple[str, ...]] = (
@@ -221,6 +300,13 @@ class Sample(Guides):
     )
     expected: Any = key("published numbers that evaluate.py compares with", absent=True)
     num_images: int = key("number of images", least=1, words="n num_samples count")
+    batch_size: int | Literal["auto"] | None = key(  # type: ignore[assignment]
+        "images computed at once; null: as the model recommends; auto: as many as fit, found once",
+        least=1,
+        most=65_536,
+        words="bs",
+        expected="a whole number, 1 to 65,536, auto or null",
+    )
     out: str | None = key(
         "folder of the images; null: outputs/sample/NAME-HASH", **OUT, words=OUT_WORDS
     )
@@ -230,6 +316,7 @@ class Sample(Guides):
     )
     npz: bool = key("true: also write samples.npz for the ADM evaluator", determines="nothing")
     gallery: SampleGallery = key("the page", determines="nothing")
+    grid: SampleGrid = key("its picture, grid.png", determines="nothing")
     maps: bool = key("true: keep the attention of the gallery's images", determines="nothing")
     attention: Attention = key("what maps=true keeps", determines="nothing")
 
@@ -262,6 +349,21 @@ class FeatureKeys:
 
 
 @dataclass(kw_only=True)
+class FDrKeys(Closed):
+    """The metric fdr: FD by several networks, each over the FD of a real split."""
+
+    features: list[str] | None = key(
+        "feature networks, such as [inception,dinov2]",
+        expected="a list of feature networks, such as [inception,dinov2]",
+    )
+    split: str | None = key(
+        "real images that the reference does not hold: npz or folder; null: the other half of "
+        "the model's own",
+        text=True,
+    )
+
+
+@dataclass(kw_only=True)
 class Published(Closed):
     """Numbers that somebody has published."""
 
@@ -272,7 +374,7 @@ class Published(Closed):
 
 
 @dataclass(kw_only=True)
-class Evaluate(Guides):
+class Evaluate(Searches):
     """Measure FID and other metrics of images on disk, or of images that a model draws."""
 
     examples: ClassVar[tuple[str, ...]] = (
@@ -282,7 +384,9 @@ class Evaluate(Guides):
     habits: ClassVar[Mapping[str, str]] = {
         "resume": "repeat the command: what is measured is not measured again"
     }
-    ckpt: str | None = key(**CKPT)  # type: ignore[assignment]
+    ckpt: str | list[str] | None = key(  # type: ignore[assignment]
+        **{**CKPT, "told": "a model, or [several trainings of one]; as elsewhere"}
+    )
     samples: str | list[str] | None = key(
         "images on disk: a folder, an npz, or [several]",
         text=True,
@@ -300,8 +404,11 @@ class Evaluate(Guides):
         "images to compare with: npz or folder; null: the model's own", text=True
     )
     background: str = key("colour behind transparent parts of images on disk", text=True)
-    metrics: list[str] | None = key(
-        "list of fid, sfid, is, precision, recall, or module.NAME; null: all", **METRICS
+    metrics: list[str] | None = key(**METRICS)
+    fdr: FDrKeys = key("what the metric fdr compares", later={"features": None, "split": None})
+    verifiers: Parts | None = key(
+        "NAME._target_: a function or class that scores (images, condition); NAME is then a metric",
+        later=None,
     )
     against: str | None = key("row that the others are compared with; null: the first", text=True)
     confidence: ConfidenceKeys = key("how ± is told")
@@ -392,7 +499,7 @@ class DataKeys:
 class OptimizerKeys:
     """Arguments of the optimiser."""
 
-    lr: float = key("learning rate", least=0, words="learning_rate")
+    lr: float = key("learning rate", least=0, most=10**6, words="learning_rate")
     betas: list[float] = key(
         "decay rates of the averages of gradients and of their squares",
         least=0,
@@ -400,7 +507,7 @@ class OptimizerKeys:
         length=2,
     )
     fused: bool | None = key("true: update all parameters in one kernel; null: if the device can")
-    weight_decay: float = key("weight decay", least=0, words="wd")
+    weight_decay: float = key("weight decay", least=0, most=10**6, words="wd")
 
 
 @dataclass(kw_only=True)
@@ -423,6 +530,34 @@ class TrainTrainerKeys(TrainerKeys):
     accumulate_grad_batches: int = key("batches that make one optimiser step", least=1)
     gradient_clip_val: float | None = key("greatest norm of the gradients; null: no limit", least=0)
     enable_progress_bar: bool = key("true: show a progress bar", determines="nothing")
+    limit_train_batches: int = key(
+        "training batches of what Lightning calls an epoch", least=1, absent=True, added=True
+    )
+    overfit_batches: int = key(
+        "train on the first so many batches alone, again and again",
+        least=0,
+        absent=True,
+        added=True,
+    )
+    enable_model_summary: bool = key(
+        "true: print the layers and how many parameters they have",
+        determines="nothing",
+        absent=True,
+        added=True,
+    )
+    num_sanity_val_steps: int = key(
+        "validation batches before the first step; -1: all",
+        least=-1,
+        determines="nothing",
+        absent=True,
+        added=True,
+    )
+    logger: list[Open] | Open | None = key(
+        "further loggers beside logger, a mapping with _target_ or a list of them",
+        determines="nothing",
+        absent=True,
+        added=True,
+    )
 
 
 @dataclass(kw_only=True)
@@ -475,9 +610,7 @@ class Track(Closed):
     num_images: int = key("number of images drawn", least=2, expected="2 or more")
     steps: int = key("number of denoising steps", least=1)
     seed: int = key("seed of the noise", **SEED)
-    metrics: list[str] | None = key(
-        "list of fid, sfid, is, precision, recall, or module.NAME; null: all", **METRICS
-    )
+    metrics: list[str] | None = key(**METRICS)
     features: str | Open | None = key("feature network, or auto")
     reference: str | None = key(
         "images to compare with: npz or folder; null: the model's own", text=True
@@ -632,20 +765,111 @@ class AttentionSheet(Draws):
         "python attention.py ckpt=digits attention.show=3",
     )
     attention: Attention = key("what is shown")
-    device: str = key(
-        "device to compute on",
-        pattern=r"(auto|cpu|cuda|mps|xpu)(:\d+)?",
-        expected="auto, cpu, cuda, cuda:1 or mps",
-    )
+    device: str = key(**DEVICE)
     out: str | None = key("folder of the sheet; null: outputs/attention/NAME", **OUT)
+
+
+@dataclass(kw_only=True)
+class Studio(Closed):
+    """Open a page in the browser on which sliders draw, beside unguided twins."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "python studio.py",
+        "python studio.py ckpt=outputs/train/RUN port=null",
+    )
+    ckpt: str = key(**CKPT)
+    prompt: str | None = key("prompt of a text model, at first", text=True, blank=True)
+    folder: str | list[str] = key(
+        "folder, or [several], whose checkpoints, runs and results can be opened",
+        text=True,
+        expected="a folder, such as folder=outputs, or a list of folders",
+    )
+    steps: int = key("number of denoising steps, at first", least=1, most=1000)
+    images: int = key("images drawn at once, at first", least=1, most=8)
+    device: str = key(**DEVICE)
+    upload: float = key("gigabytes that an uploaded checkpoint may have", least=0.001)
+    host: str = key("address to listen at; 0.0.0.0 lets other machines in", text=True)
+    port: int | None = key("port to listen at; null: a free one", least=1, most=65_535)
+
+
+@dataclass(kw_only=True)
+class Tune(Guides):
+    """Find the methods and settings of guidance that serve a model best, for a stated budget."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "python tune.py ckpt=digits budget=10min",
+        "python tune.py ckpt=digits methods=[cfg,pag] max_cost=1.5 budget=200000passes",
+    )
+    habits: ClassVar[Mapping[str, str]] = {
+        "resume": "repeat the command: what is measured is not measured again",
+        "n_trials": "budget says how long is searched, such as budget=10min",
+    }
+    budget: str = key(
+        "time or passes of the network that all may take, such as 10min, 2h or 200000passes",
+        pattern=BUDGET,
+        expected="a time or passes, such as 10min, 2h or 200000passes",
+        words="time timeout",
+        determines="nothing",
+    )
+    methods: list[str] | None = key(
+        "methods that are tried; null: those of cfg, sag and pag that the model can be drawn with",
+        expected="a list of methods, such as methods=[cfg,sag], or null",
+    )
+    max_cost: float | None = key(
+        "most passes that a candidate may take, as a multiple of unguided; null: no limit", least=1
+    )
+    steps: int | list[int] = key(  # type: ignore[assignment]
+        "number of denoising steps, or a list of numbers to try",
+        least=1,
+        words="num_inference_steps num_steps",
+    )
+    num_images: int = key(
+        "images that every candidate is drawn with; the best get three times as many, and so on",
+        least=10,
+        words="n num_samples count",
+    )
+    rungs: int = key(
+        "how often the best third goes on with three times the images", least=1, most=6
+    )
+    seeds: int = key(
+        "number of further seeds that the result is confirmed with", least=2, most=10_000
+    )
+    quality: str = key(f"metric that is made better: {NAMED}")
+    reference: str | None = key(
+        "images to search with: npz or folder; null: the model's own, such as digits:tune",
+        text=True,
+    )
+    report: str | None = key(
+        "other images, to confirm with; null: the model's own, such as digits:report", text=True
+    )
+    background: str = key("colour behind transparent parts of these images", text=True)
+    features: Open | None = key("feature network", keys=FeatureKeys)
+    name: str | None = key(
+        "name of the preset that is written; null: MODEL_tuned",
+        pattern=r"[\w-]+",
+        expected="a name of letters, digits, - and _",
+        determines="nothing",
+    )
+    workers: int = key(
+        "processes that share the study: start the same command so often",
+        least=1,
+        most=1024,
+        determines="nothing",
+    )
+    out: str | None = key(
+        "folder of the study; null: outputs/tune/NAME-HASH", **OUT, words=OUT_WORDS
+    )
+    gallery: EvaluateGallery = key("the page", determines="nothing")
 
 
 COMMANDS: Mapping[str, type[Closed]] = {
     "sample": Sample,
     "evaluate": Evaluate,
+    "tune": Tune,
     "train": Train,
     "encode": Encode,
     "export": Export,
     "attention": AttentionSheet,
+    "studio": Studio,
 }
 """The schema of each command."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sag_dit.models.dit.network import POSITION_TOLERANCE, sincos_positions
 from sag_dit.models.family import Layout, Source, State
+from sag_dit.models.unfilled import unfilled
 from sag_dit.process import DDPM
 
 PIPELINE_NULL = 1000
@@ -200,7 +201,7 @@ class DiffusersFolder(Layout):
 
         config, process = source.config["model"], source.config["process"]
         # The transformer, without memory or initial values: both come with the state.
-        with torch.device("meta"):
+        with unfilled():
             transformer = DiTTransformer2DModel(
                 num_attention_heads=config["num_heads"],
                 attention_head_dim=config["hidden_size"] // config["num_heads"],

@@ -1,4 +1,4 @@
-"""DiT: the diffusion transformer of Peebles & Xie 2023 (arXiv 2212.09748), on timm's blocks.
+"""DiT: the diffusion transformer of Peebles & Xie 2023 (arXiv 2212.09748).
 
 The arithmetic and the state-dict keys are those of facebookresearch/DiT, so that published files
 load strictly. Rectangular grids are allowed: the grid is stored, never a square root.
@@ -7,17 +7,20 @@ load strictly. Rectangular grids are allowed: the grid is stored, never a square
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Sequence
+from itertools import repeat
 from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
-from timm.layers import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sag_dit.attention import AttentionLayer
 from sag_dit.bounds import Bounds, Count, Share
+from sag_dit.models.dit.layers import Mlp, PatchEmbed, SelfAttention
+from sag_dit.models.network import Fork, Outputs
 from sag_dit.tensors import Images, Labels
 
 POSITION_TOLERANCE = 0.01
@@ -138,6 +141,13 @@ def modulate(
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
+def noted(outputs: list[Tensor] | None, output: Tensor) -> Tensor:
+    """Return an output of a part of a block, and put it into the list, if there is one."""
+    if outputs is not None:
+        outputs.append(output)
+    return output
+
+
 class DiTBlock(nn.Module):
     """Self-attention and MLP, each modulated and gated by the condition (adaLN-Zero).
 
@@ -150,23 +160,37 @@ class DiTBlock(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.attn = SelfAttention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(
-            hidden_size,
-            int(hidden_size * mlp_ratio),
-            act_layer=partial(nn.GELU, approximate="tanh"),  # type: ignore[arg-type]
-        )
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b d"]) -> Float[Tensor, "b n d"]:
-        """Transform the tokens x under the condition c."""
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        c: Float[Tensor, "b d"],
+        outputs: list[Tensor] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Transform the tokens x under the condition c.
+
+        ``outputs`` are those of attention and MLP: an empty list is filled, a full one used.
+        """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, 1)
-        # addcmul: one pass over the tokens where a product and a sum would take two.
-        attended = self.attn(modulate(self.norm1(x), shift_a, scale_a))
-        x = torch.addcmul(x, gate_a[:, None], attended)
+        if outputs:
+            attended, mixed = outputs
+            x = torch.addcmul(x, gate_a[:, None], attended)
+            return torch.addcmul(x, gate_m[:, None], mixed)
+        # addcmul: one pass over the tokens where a product and a sum would take two. No name holds
+        # on to what attention gives, since it would take memory beside the MLP's own.
+        x = torch.addcmul(
+            x,
+            gate_a[:, None],
+            noted(outputs, self.attn(modulate(self.norm1(x), shift_a, scale_a))),
+        )
         return torch.addcmul(
-            x, gate_m[:, None], self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+            x,
+            gate_m[:, None],
+            noted(outputs, self.mlp(modulate(self.norm2(x), shift_m, scale_m))),
         )
 
 
@@ -209,6 +233,8 @@ class DiT(nn.Module):
 
     key = "dit"
     former = ("sag_dit.models.dit.DiT",)
+    any_size = True
+    """Images of another size have its positions, resized."""
 
     def __init__(
         self,
@@ -246,7 +272,7 @@ class DiT(nn.Module):
         """Whether the backward pass computes each block anew instead of keeping its activations."""
 
         # Parameters, under the published names.
-        self.x_embedder = PatchEmbed((height, width), patch_size, in_channels, hidden_size)
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         # A parameter, not a buffer, because the published files hold it as one.
@@ -295,6 +321,11 @@ class DiT(nn.Module):
         return self.num_classes if self.y_embedder.dropout_prob > 0 else None
 
     @property
+    def class_embedder(self) -> str:
+        """The module that embeds the classes."""
+        return "y_embedder"
+
+    @property
     def time_inputs(self) -> tuple[str, ...]:
         """The modules of the blocks that the embedding of the time enters."""
         return tuple(f"blocks.{i}.adaLN_modulation" for i in range(len(self.blocks)))
@@ -318,26 +349,54 @@ class DiT(nn.Module):
                 # The patch embedding is a convolution, initialised as the linear layer it is.
                 nn.init.xavier_uniform_(parameter.flatten(1))
 
-    def unpatchify(self, x: Float[Tensor, "b n p"]) -> Images:
-        """Lay the patches' values out as images (b, out_channels, h, w)."""
-        (rows, columns), size = self.grid, self.patch_size
+    def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 n d"]:
+        """Return the positions of a grid: its own, or those resized (bicubic) to another one.
+
+        Source: HHU-MMBS/swg_bmvc2025_official, edm2/diffusion/models.py.
+        """
+        if grid == self.grid:
+            return self.pos_embed
+        own = self.pos_embed.float().unflatten(1, self.grid).permute(0, 3, 1, 2)
+        resized = F.interpolate(own, grid, mode="bicubic", align_corners=False)
+        return resized.flatten(2).transpose(1, 2).to(self.pos_embed)
+
+    def unpatchify(self, x: Float[Tensor, "b n p"], grid: tuple[int, int] | None = None) -> Images:
+        """Lay the patches' values out as images (b, out_channels, h, w), by default of its size."""
+        (rows, columns), size = grid or self.grid, self.patch_size
         x = x.reshape(-1, rows, columns, size, size, self.out_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(
             -1, self.out_channels, rows * size, columns * size
         )
 
-    def forward(self, x: Images, t: Float[Tensor, "b"] | Int[Tensor, "b"], y: Labels) -> Images:
-        """Denoise images or latents x at times t for classes y (``num_classes`` is the null)."""
+    def forward(
+        self,
+        x: Images,
+        t: Float[Tensor, "b"] | Int[Tensor, "b"],
+        y: Labels,
+        forks: Sequence[Fork] = (),
+        outputs: Outputs | None = None,
+    ) -> Images:
+        """Denoise images or latents x at times t for classes y (``num_classes`` is the null).
+
+        ``forks`` are further rows, which share the blocks before theirs with a row of the batch.
+        ``outputs`` are those of the blocks, to be kept or to be used. An x of another size is seen
+        as a whole image too, see :meth:`positions`.
+        """
+        grid = (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
         # The patch embedding is a transposed view, whose strides every later operation would keep.
-        tokens = (self.x_embedder(x) + self.pos_embed).contiguous()
+        tokens = (self.x_embedder(x) + self.positions(grid)).contiguous()
         condition = self.t_embedder(t) + self.y_embedder(y)
         recompute = self.checkpoint_blocks and torch.is_grad_enabled()
-        for block in self.blocks:
+        given = repeat(()) if outputs is None else ((each,) for each in outputs)
+        for i, (block, kept) in enumerate(zip(self.blocks, given, strict=False)):
+            for fork in forks:
+                if fork.block == i:
+                    tokens, condition = fork.joined(tokens), fork.joined(condition)
             if recompute:
                 tokens = checkpoint(block, tokens, condition, use_reentrant=False)
             else:
-                tokens = block(tokens, condition)
-        return self.unpatchify(self.final_layer(tokens, condition))
+                tokens = block(tokens, condition, *kept)
+        return self.unpatchify(self.final_layer(tokens, condition), grid)
 
     def compile_blocks(self) -> None:
         """Compile every block by itself, in place; parameter names stay as they are."""

@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sag_dit.catalogue import Kind, entries
@@ -26,6 +25,7 @@ from sag_dit.models.family import (
     register,
 )
 from sag_dit.models.unet.parts import Part, decoder_parts, encoder_parts
+from sag_dit.models.unfilled import unfilled
 
 if TYPE_CHECKING:
     # Their library takes seconds to import.
@@ -349,7 +349,7 @@ def read_classifier(file: WeightsFile) -> tuple[State, Classifier]:
         )
     converted = convert(file.state, file.path, file.stated, classifier=True)
     try:
-        with torch.device("meta"):
+        with unfilled():
             return converted.state, _classifier_config()(**converted.model)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file.path}: {error}") from None

@@ -69,6 +69,8 @@ class UNet(UNet2DModel):  # type: ignore[misc]  # diffusers' classes are untyped
 
     key = "unet"
     former = ("sag_dit.models.unet.UNet",)
+    any_size = True
+    """It is made of convolutions, and its attention knows no positions."""
 
     def __init__(
         self,
@@ -175,6 +177,11 @@ class UNet(UNet2DModel):  # type: ignore[misc]  # diffusers' classes are untyped
     def blocks(self) -> nn.ModuleList:
         """Its blocks in the order of their evaluation, to shard or compile each by itself."""
         return nn.ModuleList([*self.down_blocks, self.mid_block, *self.up_blocks])
+
+    @property
+    def class_embedder(self) -> str:
+        """The module that embeds the classes."""
+        return "class_embedding"
 
     @property
     def null_label(self) -> int | None:

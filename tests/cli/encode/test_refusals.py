@@ -76,7 +76,7 @@ def test_too_little_room_is_told_at_once(command: Encode, monkeypatch: pytest.Mo
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     result = command()
     assert result.code == 1 and result.encoded == 0
-    assert "0.0 GB are needed and 0.0 GB are free; make room" in result.err
+    assert "MB are needed and 0.0 MB are free; make room" in result.err
 
 
 def test_latents_that_half_precision_cannot_hold_are_told(command: Encode, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ Evaluate = Callable[..., Any]
     ("arguments", "told"),
     [
         ([], "expected one of samples=FOLDER"),
-        (["ckpt=digits", "features=incepton"], "expected one of auto, digits"),
+        (["ckpt=digits", "features=incepton"], "expected one of auto, clip, digits"),
         (["ckpt=digits", "sag_scael=1"], "Did you mean sag_scale"),
         (["-m", "ckpt=digits"], "-m: no key has several values"),
         (["-m", "ckpt=digits", "trainer.devices=1,2"], "the trainer cannot differ"),

@@ -27,6 +27,7 @@ from sag_dit.evaluation.classifier import bundled_classifier
 from sag_dit.evaluation.reference import load_reference
 from sag_dit.evaluation.suite import Suite
 from sag_dit.guidance import CFG
+from sag_dit.studio.opening import open_folder
 from sag_dit.study import measurement, setup
 from tests.cli.offline import records, staged_tables
 
@@ -125,10 +126,11 @@ def test_the_table_of_a_model(draw: Evaluate) -> None:
     assert all(list(result["spread"]) == METRICS for result in results)
     assert len({json.dumps(result["metrics"]) for result in results}) == 5
     assert [line for line in outcome.out.splitlines() if line.startswith("cost")] == [
-        "cost of unguided: 1 round, 1 row per image and step",
-        "cost of CFG 1.5: 1 round, 2 rows per image and step",
-        "cost of SAG 1, blur 1: 2 rounds, 2 rows per image and step",
-        "cost of CFG 1.5 + SAG 1: 2 rounds, 3 rows per image and step",
+        "cost of unguided: 2 passes of the network for each image",
+        "cost of CFG 1.5, SAG 1, blur 1: 2 x unguided, 4 passes of the network for each image "
+        "instead of 2",
+        "cost of CFG 1.5 + SAG 1: 3 x unguided, 6 passes of the network for each image instead "
+        "of 2",
     ]
 
     # One row by hand, without the command, Lightning or a rank.
@@ -153,12 +155,13 @@ def test_the_table_of_a_model(draw: Evaluate) -> None:
 
 
 def test_every_number_has_its_facts_beside_it(draw: Evaluate) -> None:
-    outcome = draw("cfg_scale=1.5", "confidence.repeats=0")
+    outcome = draw("cfg_scale=1.5", "confidence.repeats=0", "sampler=ddim", "sampler.eta=0.5")
     (result,) = outcome.results
     facts = result["facts"]
     weights = Path(sag_dit.__file__).parent / "checkpoints" / "digits" / "model.safetensors"
     assert facts["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert (facts["count"], facts["steps"], facts["sampler"]) == (30, 2, "DDIM")
+    assert facts["sampler_options"] == {"eta": 0.5} == open_folder(outcome.folder).options
     assert facts["sample_labels"] == {"classes": 10, "fewest": 3, "most": 3}
     assert facts["guidance"] == "CFG 1.5"
     cost = {"steps": 2, "rounds_per_step": 1.0, "rows_per_step": 2.0}
@@ -202,7 +205,7 @@ def test_numbers_go_to_weights_and_biases(draw: Evaluate, tmp_path: Path) -> Non
 def test_what_is_measured_is_not_measured_again(draw: Evaluate) -> None:
     once = draw("cfg_scale=2.0")
     assert once.evaluations == 2 * 30 * 2
-    assert "cost: 1 round, 2 rows per image and step\n" in once.out
+    assert "cost: 2 x unguided, " in once.out
     # A record of a version that told fewer facts serves as well.
     (file,) = Path("outputs/evaluate/finished").glob("*.json")
     record = json.loads(file.read_text())
@@ -297,3 +300,15 @@ def test_seeds_give_mean_and_spread(draw: Evaluate) -> None:
         assert result["spread"][name] == pytest.approx(np.std(values, ddof=1))
     (alone,) = draw("cfg_scale=1.5", "seed=6", "confidence.repeats=10").results
     assert alone["metrics"] == second["metrics"]
+
+
+@pytest.mark.parametrize("several", [(), ("-m", "cfg_scale=1,2")], ids=["one", "several"])
+@pytest.mark.usefixtures("logged_out")
+def test_nobody_logged_in_is_told_before_any_image(
+    draw: Evaluate, several: tuple[str, ...], tmp_path: Path
+) -> None:
+    outcome = draw(*several, "logger=wandb", f"out={tmp_path / 'o'}")
+    assert (outcome.code, outcome.out, outcome.evaluations) == (1, "", 0)
+    assert outcome.err.startswith("error: logger=wandb: ") and outcome.err.count("\n") == 1
+    assert "`wandb login`" in outcome.err and "logger.offline=true" in outcome.err
+    assert not (tmp_path / "o").exists()

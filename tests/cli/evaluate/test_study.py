@@ -71,7 +71,7 @@ def test_settings_may_differ_in_more_than_guidance(small: Callable[..., Any]) ->
         ({"seeds": 0}, "seeds=0: expected a whole number, 1 or more"),
         ({"repeats": 1}, "repeats=1: expected 0, or 2 or more"),
         ({"metrics": ["fd"]}, "metrics=fd: expected fid"),
-        ({"features": "digit"}, "features=digit: expected one of digits, dinov2"),
+        ({"features": "digit"}, "features=digit: expected one of clip, digits, dinov2"),
         ({"reference": "no.npz"}, "reference=no.npz: no such file or folder"),
         ({"steps": 2000}, "steps=2000"),
         ({"num_images": 3}, "precision and recall look at k=3 neighbours"),

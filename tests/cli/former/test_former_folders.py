@@ -64,7 +64,9 @@ def places(in_process: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def named(arguments: Sequence[str], places: dict[str, str]) -> list[str]:
-    return [each.format(**places) for each in arguments]
+    """Those that name no model drew the digits, which was the default then."""
+    filled = [each.format(**places) for each in arguments]
+    return filled if any(each.startswith("ckpt=") for each in filled) else ["ckpt=digits", *filled]
 
 
 def state(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -109,7 +111,7 @@ def test_a_folder_of_images_is_completed(
 
 def test_what_a_folder_holds_is_told_by_keys(in_process: Command, places: dict[str, str]) -> None:
     folder = Path(places["perturbed"])
-    written = in_process("sample", *DRAWN["perturbed"], "num_images=2")
+    written = in_process("sample", *named(DRAWN["perturbed"], places), "num_images=2")
     assert (written.code, written.evaluations) == (0, 0)
     settings = yaml.safe_load((folder / "config.yaml").read_text())["settings"]
     assert {name: term["term"] for name, term in settings["guidance"].items()} == {

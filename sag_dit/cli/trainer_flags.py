@@ -1,0 +1,82 @@
+"""Arguments of Lightning's Trainer that a command cannot follow: each is refused, with the reason.
+
+All others are handed to the Trainer, so that nothing that a user states is ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any
+
+from sag_dit.bounds import shown
+
+STEPS = "training counts steps, and max_steps says how many"
+NO_SUCH_LOOP = "train.py trains and validates, and has no such loop; leave it out"
+OF_TRAINING: Mapping[str, str] = {
+    "max_epochs": STEPS,
+    "min_epochs": STEPS,
+    "max_steps": "set max_steps instead",
+    "default_root_dir": "set out instead",
+    "log_every_n_steps": "set every_n_steps.log instead",
+    "val_check_interval": "set every_n_steps.validation instead",
+    "check_val_every_n_epoch": "set every_n_steps.validation instead",
+    "limit_test_batches": NO_SUCH_LOOP,
+    "limit_predict_batches": NO_SUCH_LOOP,
+    "reload_dataloaders_every_n_epochs": "batches follow from seed and step; leave it out",
+    "use_distributed_sampler": "each rank reads its own part of a batch anyway; leave it out",
+    "enable_autolog_hparams": "settings are logged by whatever logs; logger=null logs nothing",
+    "enable_checkpointing": "a run goes on from its last two checkpoints; "
+    "every_n_steps.checkpoint says how often they are saved",
+    "barebones": "a run logs, validates and saves checkpoints; leave it out",
+}
+"""Why a training run does not take an argument, and what to do instead."""
+
+DRAWS = (
+    *("accelerator", "strategy", "devices", "num_nodes", "precision", "plugins", "callbacks"),
+    *("profiler", "deterministic", "benchmark", "barebones"),
+)
+"""What the Trainer of a command that draws takes; the rest is for training."""
+
+OF_DRAWING: Mapping[str, str] = {
+    "limit_predict_batches": "num_images says how many images are drawn",
+    "fast_dev_run": "num_images=1 steps=2 draws little",
+    "logger": "set logger instead",
+    "default_root_dir": "set out instead",
+}
+"""What to do instead of some of the rest."""
+
+
+def check_training(stated: Mapping[str, Any]) -> None:
+    """Refuse arguments of the Trainer that a training run cannot follow.
+
+    Raises:
+        ValueError: such an argument is set; the message says what to do instead.
+
+    Example:
+        >>> check_training({"devices": 1, "profiler": "simple"})
+    """
+    for name in OF_TRAINING.keys() & stated.keys():
+        if stated[name] is not None:
+            raise ValueError(f"trainer.{name}={shown(stated[name])}: {OF_TRAINING[name]}")
+
+
+def check_drawing(stated: Mapping[str, Any]) -> None:
+    """Refuse arguments of the Trainer that only mean something in training.
+
+    Raises:
+        ValueError: such an argument is set.
+
+    Example:
+        >>> check_drawing({"devices": 1, "profiler": "simple"})
+    """
+    others = [name for name in stated if name not in DRAWS and stated[name] is not None]
+    if all(name.startswith("_") for name in others):
+        return  # As it mostly is; Lightning takes seconds to import.
+    from lightning.pytorch import Trainer
+
+    for name in others:
+        # A Trainer of the user's own may take more than Lightning's.
+        if name in signature(Trainer).parameters:
+            told = OF_DRAWING.get(name, "that is for training; leave it out")
+            raise ValueError(f"trainer.{name}={shown(stated[name])}: {told}")

@@ -1,0 +1,156 @@
+"""Every argument of Lightning's Trainer acts, or is refused with the reason."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from inspect import signature
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from sag_dit.cli.composing import compose
+from sag_dit.cli.trainer_flags import DRAWS, OF_DRAWING, OF_TRAINING, check_drawing, check_training
+from sag_dit.data.digits import Digits
+from sag_dit.training.module import DiffusionModule
+from tests.training.making import ADAM, assert_same, fresh_model, make_trainer, state
+
+Command = Callable[..., Any]
+
+SMALL = (
+    "experiment=digits",
+    "model.hidden_size=24",
+    "model.depth=1",
+    "model.num_heads=2",
+    "data.batch_size=8",
+    "every_n_steps.log=1",
+    "max_steps=2",
+)
+
+
+class Tells(Callback):
+    """Prints how many batches it has seen; stands for a callback of a user's."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.seen = name, 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seen += 1
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        print(f"{self.name} saw {self.seen}")
+
+
+class Labels(Callback):
+    """Keeps the labels of every batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, *_: Any) -> None:
+        self.seen.append(batch[1].tolist())
+
+
+def test_the_tables_name_arguments_of_the_trainer() -> None:
+    taken = signature(Trainer).parameters.keys()
+    assert {*OF_TRAINING, *OF_DRAWING, *DRAWS} <= taken
+    assert not {*OF_DRAWING} & {*DRAWS}
+
+
+@pytest.mark.parametrize("name", sorted(OF_TRAINING))
+def test_training_refuses_with_the_reason(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^trainer\.{name}=3: \w+"):
+        check_training({"devices": 1, name: 3})
+    check_training({name: None})
+
+
+@pytest.mark.parametrize("name", sorted(signature(Trainer).parameters.keys() - {*DRAWS}))
+def test_drawing_refuses_what_only_training_follows(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^trainer\.{name}=3: \w+"):
+        check_drawing({"devices": 1, name: 3})
+    check_drawing({name: None})
+
+
+def test_a_trainer_of_ones_own_may_take_more() -> None:
+    check_drawing({"_target_": "mine.Trainer", "pause": 3})
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "train"])
+def test_no_experiment_states_what_is_refused(command: str) -> None:
+    arguments = ["experiment=digits"] if command == "train" else []
+    stated = compose(command, arguments).trainer
+    (check_training if command == "train" else check_drawing)(stated)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "told"),
+    [
+        ("train", ("experiment=digits", "+trainer.max_epochs=3"), "training counts steps"),
+        ("train", ("experiment=digits", "+trainer.limit_train_batches=0.5"), "1 or more"),
+        ("train", ("experiment=digits", "+trainer.overfit_batches=0.1"), "whole number"),
+        ("sample", ("ckpt=digits", "+trainer.limit_predict_batches=1"), "num_images says how"),
+        ("sample", ("ckpt=digits", "+trainer.overfit_batches=1"), "is for training"),
+    ],
+)
+def test_refusals_come_in_one_sentence(
+    in_process: Command, command: str, arguments: tuple[str, ...], told: str
+) -> None:
+    outcome = in_process(command, *arguments)
+    assert outcome.code == 1 and told in outcome.err
+    assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1
+    assert not Path("outputs").exists()
+
+
+def test_what_a_user_adds_joins_what_a_run_needs(
+    in_process: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = f"{{_target_: lightning.pytorch.loggers.CSVLogger, save_dir: {tmp_path}/second}}"
+    outcome = in_process(
+        "train",
+        *SMALL,
+        "out=run",
+        f"+trainer.callbacks=[{{_target_: {__name__}.Tells, name: it}}]",
+        "+trainer.profiler=simple",
+        "+trainer.enable_model_summary=true",
+        f"+trainer.logger=[{logger}]",
+    )
+    assert outcome.code == 0, outcome.err
+    assert "it saw 2" in outcome.out
+    assert "run_training_batch" in caplog.text, "the profiler's report"
+    assert "Trainable params" in outcome.out, "the summary of the layers"
+    own, second = tmp_path / "run" / "logs", tmp_path / "second"
+    for file in (own / "metrics.csv", next(second.rglob("metrics.csv"))):
+        rows = [*csv.DictReader(StringIO(file.read_text()))]
+        assert sum(bool(row["train/loss"]) for row in rows) == 2
+    assert [*(tmp_path / "run" / "checkpoints").glob("step-00000002.ckpt")]
+
+
+def test_a_dev_run_leaves_nothing(in_process: Command, tmp_path: Path) -> None:
+    outcome = in_process("train", *SMALL, "out=run", "+trainer.fast_dev_run=true")
+    assert outcome.code == 0, outcome.err
+    assert "fast_dev_run: 1 steps ran and validated; nothing is kept" in outcome.out
+    assert not (tmp_path / "run").exists()
+
+
+def trained(folder: Path, **options: Any) -> tuple[DiffusionModule, list[list[int]]]:
+    """Train the small model for five steps; also return the labels of each batch."""
+    module, labels = DiffusionModule(fresh_model(), optimizer=ADAM, seed=0), Labels()
+    data = Digits(batch_size=4, seed=0)
+    make_trainer(folder, 5, [labels], **options).fit(module, datamodule=data)
+    return module, labels.seen
+
+
+def test_training_goes_on_through_the_data_after_a_short_epoch(tmp_path: Path) -> None:
+    whole, labels = trained(tmp_path / "whole")
+    parts, same = trained(tmp_path / "parts", limit_train_batches=2)
+    assert same == labels
+    assert_same(state(parts), state(whole))
+
+
+def test_overfitting_repeats_the_first_batches(tmp_path: Path) -> None:
+    _, labels = trained(tmp_path / "whole")
+    _, same = trained(tmp_path / "few", overfit_batches=2)
+    assert same == [labels[i % 2] for i in range(5)]
