@@ -36,8 +36,9 @@ class Cache:
     and d_k the difference of the last two d_(k-1) over the steps between them. Orders above 0
     compute the first two steps. ``every`` 1 is off.
 
-    A method whose first active step lies between has that step computed too, and so has one that
-    asks what was not asked before: of another condition, or with an edit that holds tensors.
+    A method whose first active step lies between has that step computed too, with an order above 0
+    also the step after it. So has a question that was not asked before: of another condition, or
+    with an edit that holds tensors.
     Attention is read where it is computed, and taken over in between. The evaluations of a step
     keep apart.
 
@@ -69,9 +70,9 @@ class Cache:
         return self.every == 1
 
     @property
-    def first(self) -> int:
-        """How many steps are computed before the first one that is not."""
-        return 2 if self.order else 1
+    def beat(self) -> int:
+        """The step from which every so many are computed; those before it are computed as well."""
+        return 1 if self.order and not self.off else 0
 
     def check(self, model: Denoiser, share_prefixes: bool = False) -> None:
         """Refuse a model whose blocks cannot be cached, and shared prefixes beside.
@@ -121,17 +122,18 @@ class KeptOutputs:
 class Slot:
     """One evaluation of the sampler's steps: which step was computed last, and what it left.
 
-    ``asking`` are the terms that asked at that step, and ``count`` is how many steps were computed
-    so far. ``before`` is what the one before it left.
+    ``asking`` are the terms that asked at that step, ``ready`` those of them that can be continued:
+    with an order above 0 they asked at the computed step before as well. ``before`` is what that
+    one left.
 
     Example::
 
-        slot = Slot(step.number, asking={0, 1})
+        slot = Slot(step.number, asking={0, 1}, ready={0})
     """
 
     number: int
     asking: Set[int]
-    count: int = 1
+    ready: Set[int]
     entries: dict[LastingName, KeptOutputs] = field(default_factory=dict)
     before: dict[LastingName, KeptOutputs] = field(default_factory=dict)
 
@@ -199,20 +201,20 @@ class Kept:
         """Decide whether this evaluation is continued, by its first questions and who asks."""
         step, how = self._question.step, self._how
         slot = self.slots.get(self._evaluation)
-        # How far the step is behind the last computed one; None at the beginning of a run.
-        age = None if slot is None else step.number - slot.number
-        if slot is None or age is None or not 0 < age <= how.every:
-            self.slots[self._evaluation] = Slot(step.number, asking)
+        # The beginning of a run.
+        if slot is None or not 0 < step.number - slot.number <= how.every:
+            ready = set() if how.order else asking
+            self.slots[self._evaluation] = Slot(step.number, asking, ready)
             return
         self._continued = (
-            age < how.every
-            and slot.count >= how.first
-            and asking <= slot.asking
+            (step.number - how.beat) % how.every != 0
+            and asking <= slot.ready
             and all(self._entry(branch) is not None for branch in first)
         )
         if not self._continued:
             before = slot.entries if how.order else {}
-            slot = Slot(step.number, asking, slot.count + 1, before=before)
+            ready = asking & slot.asking if how.order else asking
+            slot = Slot(step.number, asking, ready, before=before)
             self.slots[self._evaluation] = slot
 
     @property

@@ -163,6 +163,7 @@ class GuidedDenoiser:
         cache = cache or Cache()
         cache.check(model, share_prefixes)
         self._kept = None if cache.off else Kept(cache)
+        self._beat = cache.beat
         self._noise = noise
         self._max_rows = max_rows
         self._share = share_prefixes
@@ -305,9 +306,13 @@ class GuidedDenoiser:
             self._kept.slots = _exchanged(self._kept.slots, rows, "cache")
 
     def _asks(self, i: int, step: Step) -> bool:
-        """Whether a term asks at this step, since nothing is held or it is held long enough."""
-        held = self._held.get(i)
-        return held is None or not 0 < step.number - held.number < self.terms[i].every
+        """Whether a term asks at this step: on the common beat, or as it holds nothing recent."""
+        held, every = self._held.get(i), self.terms[i].every
+        return (
+            held is None
+            or not 0 < step.number - held.number < every
+            or (step.number - self._beat) % every == 0
+        )
 
     def _evaluate(self, branches: Sequence[Branch], step: Step) -> dict[Key, Prediction]:
         """Answer distinct branches, batch by batch."""

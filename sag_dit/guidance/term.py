@@ -315,9 +315,10 @@ class Term(ABC):
     1 over a run. A term that is off, outside its interval or multiplied by 0 never starts and costs
     nothing; one that ``remembers`` is told of every step nevertheless, unless it is off.
 
-    ``every`` makes it cheaper: it asks the network at its first active step and at every so many
-    steps of the sampler from there on. Between them it contributes what it did last, in v, times
-    the schedule of the step at hand. All evaluations of one step ask, or none does.
+    ``every`` makes it cheaper: it asks the network at its first active step, and then at the
+    sampler's steps 0, every, 2 every, ... Terms that start at different steps so ask together.
+    Between them it contributes what it did last, in v, times the schedule of the step at hand. All
+    evaluations of one step ask, or none does.
 
     Source: Kynkaanniemi et al. 2024 (intervals); Wang et al. 2024, arXiv 2404.13040 (schedules).
 

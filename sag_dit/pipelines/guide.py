@@ -117,10 +117,15 @@ def uncached(network: nn.Module, name: str) -> nn.Module:
         ValueError: it caches what its layers compute.
     """
     wrapped = getattr(network, "_orig_mod", network)
-    if getattr(wrapped, "is_cache_enabled", False):
+    caching = getattr(wrapped, "is_cache_enabled", False)
+    # A cache of diffusers is hooks in the layers that keep state, put in by enable_cache or not.
+    registries = (getattr(module, "_diffusers_hook", None) for module in wrapped.modules())
+    hooks = [hook for each in registries if each is not None for hook in each.hooks.values()]
+    if caching or any(hook._is_stateful for hook in hooks):
+        remedy = f"call {name}.disable_cache()" if caching else "load the pipeline without it"
         raise ValueError(
             f"{type(wrapped).__name__} caches what its layers compute from call to call, which "
-            f"guidance's further calls would spoil; call {name}.disable_cache()"
+            f"guidance's further calls would spoil; {remedy}"
         )
     return network
 
@@ -314,6 +319,8 @@ class _GuidedPipeline:
         bound = inspect.signature(self.pipe.__call__).bind(*args, **kwargs)
         bound.apply_defaults()
         check_scheduler(self.pipe.scheduler)
+        # A cache may have been put in since.
+        network_of(self.family, self.pipe)
         if any(term.renoises and not term.off for term in self.terms):
             check_renoising(self.pipe.scheduler, bound.arguments)
         own_cfg, terms = self.family.own_cfg, self.terms

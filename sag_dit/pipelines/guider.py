@@ -149,11 +149,11 @@ class TermsGuidance(BaseGuidance):  # type: ignore[misc]
         """Have the network's next call answered here."""
         super().prepare_models(denoiser)
         self._hook.close()
-        network = uncached(denoiser, "the network")
-        inner = getattr(network, "_orig_mod", network)
+        inner = getattr(denoiser, "_orig_mod", denoiser)
         layout = layout_of(inner)
         if self._run is None or self._run.network is not inner:
             check_scheduler(self.scheduler)
+            uncached(denoiser, "the network")
             terms = self.terms if self._enabled else ()
             parts = SimpleNamespace(scheduler=self.scheduler)
             self._run = Run(parts, inner, layout, "cond first", terms, self.max_rows, self.seed)
@@ -161,12 +161,12 @@ class TermsGuidance(BaseGuidance):  # type: ignore[misc]
 
         def answer(*args: Any, **kwargs: Any) -> Any:
             try:
-                return self._answered(network, Call.of(signature, inner, layout, args, kwargs))
+                return self._answered(denoiser, Call.of(signature, inner, layout, args, kwargs))
             except BaseException:
                 self._hook.close()
                 raise
 
-        self._hook.enter_context(called(network, answer))
+        self._hook.enter_context(called(denoiser, answer))
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
         """Leave the network as it was."""

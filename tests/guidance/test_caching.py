@@ -154,7 +154,9 @@ def test_taylorseer_agrees_with_its_authors_code(cache: Cache) -> None:
         x = torch.sin(torch.arange(16, dtype=torch.float64) * 0.9 + 0.3 * i).reshape(1, 1, 4, 4)
         levels = [model.process.level(900 - 100 * each) for each in (i, i + 1)]
         eps = guided(x, Step(i, 9, *levels), label).eps
-        assert_near(eps.flatten()[::5], torch.tensor(expected, dtype=torch.float64), 1e-6)
+        # The embedding of the time is float32 in both: at t = 900 its phase rounds by 3e-5, and how
+        # depends on the processor.
+        assert_near(eps.flatten()[::5], torch.tensor(expected, dtype=torch.float64), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -348,11 +350,22 @@ RUNS: dict[str, tuple[list[Term], Cache, list[float]]] = {
     # SAG's second image is a branch as well, and its mask is that of the last computed step.
     "CFG and SAG": ([CFG(2.0), SAG(0.5)], Cache(2), [3, 0] * 5),
     "PAG, SEG, SLG": ([PAG(0.5), SEG(0.5), SLG(0.5)], Cache(3), [4, 0, 0] * 3 + [4]),
-    # Where a method begins, the step is computed, and the next ones count from there.
+    # Where a method begins, the step is computed.
     "an interval": (
         [SAG(0.5, interval=(0.5, 1))],
         Cache(2),
-        [1, 0, 1, 0, 1, 2, 0, 2, 0, 2],
+        [1, 0, 1, 0, 1, 2, 2, 0, 2, 0],
+    ),
+    # With an order above 0, what it asks is continued once it was computed twice.
+    "an interval, order 1": (
+        [SAG(0.5, interval=(0.3, 1))],
+        Cache(3, 1),
+        [1, 1, 0, 2, 2, 0, 0, 2, 0, 0],
+    ),
+    "an interval on the beat, order 1": (
+        [SAG(0.5, interval=(0.4, 1))],
+        Cache(3, 1),
+        [1, 1, 0, 0, 2, 2, 0, 2, 0, 0],
     ),
     "an interval that ends": (
         [CFG(2.0, interval=(0, 0.3))],
@@ -363,9 +376,15 @@ RUNS: dict[str, tuple[list[Term], Cache, list[float]]] = {
     "every 2 beside": (
         [SAG(0.5, interval=(0.5, 1), every=2)],
         Cache(2),
-        [1, 0, 1, 0, 1, 2, 0, 2, 0, 2],
+        [1, 0, 1, 0, 1, 2, 2, 0, 2, 0],
     ),
-    "every 3 beside": ([PAG(0.5, every=3)], Cache(2), [2, 0, 1, 2, 0, 1, 2, 0, 1, 2]),
+    "every 2 beside, order 1": (
+        [CFG(2.0, every=2), SAG(0.5, interval=(0.5, 1), every=2)],
+        Cache(2, 1),
+        [2, 2, 0, 2, 0, 3, 0, 3, 0, 3],
+    ),
+    "every 4 beside": ([CFG(2.0, every=4)], Cache(2), [2, 0, 1, 0, 2, 0, 1, 0, 2, 0]),
+    "every 3 beside": ([PAG(0.5, every=3)], Cache(2), [2, 0, 1, 2, 1, 0, 2, 0, 1, 2]),
     # New tensors at each step are new questions.
     "TPG": ([TPG(0.5)], Cache(2), [2] * 10),
     "TPG, every 2": ([TPG(0.5, every=2)], Cache(2), [2, 0] * 5),

@@ -66,12 +66,15 @@ def contributions(term: Term, sampler: Sampler, model: str, steps: int = STEPS) 
         ({"every": 2}, [1, 1, 3, 3, 5, 5, 7, 7, 9, 9]),
         ({"every": 3}, [1, 1, 1, 4, 4, 4, 7, 7, 7, 10]),
         ({"every": 99}, [1] * 10),
-        # The first active step asks, whatever its number.
-        ({"every": 2, "interval": (0.3, 0.8)}, [0, 0, 0, 4, 4, 6, 6, 8, 0, 0]),
+        # The first active step asks, whatever its number, and then those on the common beat.
+        ({"every": 2, "interval": (0.4, 0.8)}, [0, 0, 0, 0, 5, 5, 7, 7, 0, 0]),
+        ({"every": 2, "interval": (0.3, 0.8)}, [0, 0, 0, 4, 5, 5, 7, 7, 0, 0]),
+        ({"every": 3, "interval": (0.1, 1.0)}, [0, 2, 2, 4, 4, 4, 7, 7, 7, 10]),
+        ({"every": 4, "interval": (0.5, 0.8)}, [0, 0, 0, 0, 0, 6, 6, 6, 0, 0]),
         # The weight is that of the step at hand, not of the one that asked.
         (
             {"every": 5, "schedule": "linear"},
-            [0, 2 * 0.2, 2 * 0.4, 2 * 0.6, 2 * 0.8, 2, 7 * 1.2, 7 * 1.4, 7 * 1.6, 7 * 1.8],
+            [0, 2 * 0.2, 2 * 0.4, 2 * 0.6, 2 * 0.8, 6, 6 * 1.2, 6 * 1.4, 6 * 1.6, 6 * 1.8],
         ),
     ],
 )
@@ -130,6 +133,26 @@ def test_the_cost_counts_what_is_asked() -> None:
     assert sum(alone.rows) == 80
     assert sum(cost.rows) == 80 + 10
     assert cost.rounds[20:24] == (2, 1, 2, 1)
+
+
+@pytest.mark.parametrize("steps", [20, 21, 25, 30, 50, 250])
+def test_terms_that_start_at_different_steps_ask_together(steps: int) -> None:
+    """Held beside each other they cost less than CFG alone, whatever the number of steps."""
+    terms = [CFG(1.5, every=2), SAG(3.0, interval=(0.5, 1.0), every=2)]
+    cost = cost_of(MODELS["eps"], terms, DDIM(), steps)
+    # Where SAG starts between two, it asks there once more, with the null row that it degrades.
+    assert 1.75 * steps - 1 <= cost.passes <= 1.75 * steps + 2.25
+    assert cost.rows[-2:] in ((3, 1), (1, 3))
+
+
+def test_a_term_that_was_away_for_long_asks_when_it_is_back() -> None:
+    """Though its step is not on the beat."""
+
+    def there(progress: float) -> float:
+        return float(progress < 0.25 or progress >= 0.65)
+
+    seen = contributions(Index(every=3, schedule=there), DDIM(), "eps")
+    assert seen == pytest.approx([1, 1, 1, 0, 0, 0, 0, 8, 8, 10], abs=0.01)
 
 
 def test_a_trace_shows_what_guidance_used_where_it_was_held() -> None:

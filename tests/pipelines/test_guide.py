@@ -205,6 +205,27 @@ def test_unknown_pipelines_and_layouts_are_refused_by_name() -> None:
         guided(tiny.sd(), "sd", [SAG(0.5)])  # type: ignore[arg-type]
 
 
+def test_diffusers_own_caches_are_refused() -> None:
+    """Put in by the network's method or into its layers, before the guide or within it."""
+    config = diffusers.FirstBlockCacheConfig(threshold=0.1)
+    with pytest.raises(ValueError, match=r"FluxTransformer2DModel caches.*disable_cache\(\)"):
+        pipe = tiny.flux()
+        pipe.transformer.enable_cache(config)
+        guided(pipe, "flux", SAG(0.5))
+    with pytest.raises(ValueError, match=r"FluxTransformer2DModel caches.*load the pipeline"):
+        pipe = tiny.flux()
+        diffusers.hooks.apply_first_block_cache(pipe.transformer, config)
+        guided(pipe, "flux", SAG(0.5))
+    pipe = tiny.flux()
+    with guide(pipe, SAG(0.5)):
+        first = draw(pipe, "flux")
+        pipe.transformer.enable_cache(config)
+        with pytest.raises(ValueError, match="FluxTransformer2DModel caches"):
+            draw(pipe, "flux")
+        pipe.transformer.disable_cache()
+        assert torch.equal(draw(pipe, "flux"), first)
+
+
 def test_a_guide_without_with_says_how_it_is_used() -> None:
     with pytest.raises(TypeError, match="write with"):
         guide(object(), SAG(0.75))("a corgi")

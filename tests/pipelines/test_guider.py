@@ -175,6 +175,17 @@ def test_a_null_prompt_that_is_missing_or_another_scheduler_is_refused() -> None
     assert traces(plain) == before
 
 
+def test_diffusers_own_caches_are_refused() -> None:
+    pipe = tiny.sd3()
+    guider = sag_dit.as_guider(SAG(0.5), scheduler=pipe.scheduler)
+    diffusers.hooks.apply_first_block_cache(
+        pipe.transformer, diffusers.FirstBlockCacheConfig(threshold=0.1)
+    )
+    guider.set_state(0, 3, torch.tensor(1))
+    with pytest.raises(ValueError, match="SD3Transformer2DModel caches what its layers compute"):
+        guider.prepare_models(pipe.transformer)
+
+
 def test_a_controlnet_s_residuals_are_refused() -> None:
     network = network_of(both("sdxl")[0])
     guider = sag_dit.as_guider(SAG(0.5), scheduler=both("sdxl")[0].scheduler)
