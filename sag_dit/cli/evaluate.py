@@ -57,7 +57,8 @@ def run_evaluate(config: Evaluate, choices: Sequence[Choice] | None = None) -> N
     quiet_lightning()
     import torch
 
-    from sag_dit.cli.measurements import make_measurements
+    from sag_dit.cli.matching import matched_rows
+    from sag_dit.cli.measurements import Loaded, make_measurements
     from sag_dit.cli.stopping import LeaveWhenTold, ending_together
     from sag_dit.profiling import profiling
     from sag_dit.study.comparison import Comparison
@@ -72,7 +73,12 @@ def run_evaluate(config: Evaluate, choices: Sequence[Choice] | None = None) -> N
     finished = Path(config.finished)
     predictor = Predictor(partial(make, config.trainer, "trainer"), finished, [LeaveWhenTold()])
     trainer = predictor.trainer
-    measurements = make_measurements(rows, trainer.strategy.root_device)
+    device = trainer.strategy.root_device
+    loaded = Loaded(device)
+    measurements = make_measurements(rows, device, loaded)
+    if config.matched:
+        rows += matched_rows(rows, measurements, config, write=trainer.is_global_zero)
+        measurements = make_measurements(rows, device, loaded)
     base_name(measurements, config.against)
     # Known before any rank writes, so that all ranks measure the same.
     known = {each.identity: read_record(finished, each.identity) for each in measurements}
@@ -81,12 +87,11 @@ def run_evaluate(config: Evaluate, choices: Sequence[Choice] | None = None) -> N
     to_draw = {place: each for place, each in images.items() if isinstance(each, ToDraw)}
     if trainer.is_global_zero:
         told = [speed_told(rows[place].config, each.model) for place, each in to_draw.items()]
-        told += [emulated(rows[place].config, trainer.strategy.root_device) for place in to_draw]
+        told += [emulated(rows[place].config, device) for place in to_draw]
         lines = costs([measurements[place] for place in pending], trainer.world_size)
         for line in (*lines, *dict.fromkeys(told)):
             if line:
                 print(line)
-    device = trainer.strategy.root_device
     asked = profiling(partial(settle, device)) if config.profile else nullcontext()
     with ending_together(trainer), asked as profile:
         for number, place in enumerate(pending, start=1):

@@ -180,6 +180,9 @@ def name_rows(
     """
     names = []
     for row, terms in zip(rows, guidance, strict=True):
+        if row.title:
+            names.append(row.title)
+            continue
         parts = [] if terms is None else [guidance_text(terms) or "unguided"]
         parts += [
             f"{key} {text_of(value)}"

@@ -14,7 +14,7 @@ from sag_dit.cli.sweep import Choice, Value
 from sag_dit.cli.typed import keys_and_flags
 from sag_dit.cli.values import MEASURED, make_terms
 
-SHARED = ("samples", "seeds", "against", "confidence", "compare", "trainer")
+SHARED = ("samples", "seeds", "against", "confidence", "compare", "matched", "trainer")
 """What is said of all rows at once, beside the keys that determine nothing."""
 
 
@@ -23,7 +23,8 @@ class Configured:
     """A set of images to measure: its name, what distinguishes it in a sweep, its configuration.
 
     ``source`` is a set of images on disk; None where they are drawn. Rows of one ``place`` differ
-    in their training and their seed alone.
+    in their training and their seed alone. ``title`` is what the table calls them, where that does
+    not follow from what they are.
 
     Example::
 
@@ -36,6 +37,7 @@ class Configured:
     axes: Mapping[str, Value]
     config: Evaluate
     source: str | None = None
+    title: str = ""
 
 
 def make_rows(config: Evaluate, choices: Sequence[Choice] | None) -> list[Configured]:
@@ -56,6 +58,7 @@ def make_rows(config: Evaluate, choices: Sequence[Choice] | None) -> list[Config
             "and ckpt=MODEL, to measure while drawing, such as ckpt=digits"
             + (f"; there is no {gone[0]}" if gone else "")
         )
+    _check_matched(config, choices is not None)
     if choices is not None:
         rows = _swept(choices)
     elif config.samples is not None:
@@ -68,6 +71,21 @@ def make_rows(config: Evaluate, choices: Sequence[Choice] | None) -> list[Config
     else:
         rows = [Configured("", 0, {}, config)]
     return _seeded(_trained(rows), config)
+
+
+def _check_matched(config: Evaluate, swept: bool) -> None:
+    """Refuse matches where there is nothing to match, or no place for them."""
+    if config.matched:
+        told = f"matched={config.matched}"
+        if config.samples is not None:
+            raise ValueError(f"{told}: images on disk have no guidance to match; leave it out")
+        if swept:
+            raise ValueError(
+                f"{told} beside -m: a sweep is a curve, which matches are no points of; compare "
+                f"settings by +compare.NAME={{...}} instead"
+            )
+        if config.expected is not None:
+            raise ValueError(f"{told}: a published row is compared with its paper; leave it out")
 
 
 def _swept(choices: Sequence[Choice]) -> list[Configured]:

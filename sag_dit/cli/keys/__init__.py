@@ -411,6 +411,12 @@ class Evaluate(Searches):
         later=None,
     )
     against: str | None = key("row that the others are compared with; null: the first", text=True)
+    matched: int = key(
+        "below each setting CFG of the same effect, measured on so many images; 0: none",
+        least=0,
+        most=1_000_000,
+        later=0,
+    )
     confidence: ConfidenceKeys = key("how ± is told")
     keep: bool = key(
         "true: keep drawn images, in the folder that sample.py would use", determines="nothing"
