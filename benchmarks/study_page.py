@@ -308,6 +308,7 @@ def write(study: Path, page: Path, images: Path) -> list[Findings]:
         return f"{match[1]}\n{parts[match[2]]().strip()}\n\n{match[3]}"
 
     text = BLOCK.sub(filled, page.read_text(encoding="utf-8"))
+    images.mkdir(parents=True, exist_ok=True)
     with atomic(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
     for found in all_of:
