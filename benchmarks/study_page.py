@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from sag_dit.files import atomic
@@ -33,6 +34,8 @@ AGAINST = {
     "size": "CFG of the same size",
 }
 """How the columns of changes are called."""
+FAR = 2.5
+"""Rows of so many times the unguided FD lie beyond the figures' axes."""
 SHORT = {"unguided": "to unguided", "along": "to CFG of the same w"}
 """The changes that figures show."""
 
@@ -224,7 +227,9 @@ def draw(found: Findings, file: Path) -> None:
     figure = Figure(figsize=(15, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
-    # Both fronts: what nothing is better than, joined; the others grey.
+    # Both fronts: what nothing is better than, joined; the others grey, but for those far away.
+    most = FAR * overall(found.runs(UNGUIDED))[0]
+    far = [name for name in names if overall(found.runs(name))[0] > most]
     for axes, second, title in (
         (panels[0], "price", "passes of the network a step"),
         (panels[1], "recall", "recall"),
@@ -233,8 +238,11 @@ def draw(found: Findings, file: Path) -> None:
             axes.set_axis_off()
             continue
         on_front = found.front(second).rows if found.whole() else ()
-        line = []
+        line: list[tuple[float, float]] = []
+        labelled: list[tuple[float, float, str, bool]] = []
         for name in names:
+            if name in far:
+                continue
             y, dy = overall(found.runs(name))
             runs = found.prices(name) if second == "price" else found.runs(name, second)
             x, dx = overall(runs)
@@ -245,12 +253,15 @@ def draw(found: Findings, file: Path) -> None:
                 color=COLOURS[1] if lit else "0.6", markersize=5 if lit else 3.5, capsize=2,
                 linewidth=0.8, zorder=3 if lit else 2,
             )  # fmt: skip
-            if lit or name == "CFG":
-                axes.annotate(
-                    name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=7.5, zorder=4
-                )
+            if lit or name in ("CFG", UNGUIDED):
+                labelled.append((x, y, name, lit))
+        _label(axes, labelled)
         axes.plot(*zip(*sorted(line), strict=True), color=COLOURS[1], linewidth=1) if line else None
         axes.set(xlabel=title, ylabel="FD, lower is better", title=f"FD against {second}")
+        axes.margins(y=0.15)
+        if far:
+            told = f"beyond {most:.2g}: {', '.join(far)}"
+            axes.set_title("\n".join(wrap(f"FD against {second}; {told}", 60)), fontsize=9)
         axes.grid(alpha=0.3)
     # Changes with 95 % intervals; a filled mark survives retraining.
     axes = panels[2]
@@ -270,7 +281,8 @@ def draw(found: Findings, file: Path) -> None:
     axes.axvline(0, color="0.4", linewidth=0.8)
     axes.set_yticks(range(len(shown)), shown, fontsize=7.5)
     axes.invert_yaxis()
-    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xscale("symlog", linthresh=0.1)
+    axes.margins(x=0.08)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
     axes.set(title="change of FD, 95 % interval; filled: survives", xlabel="change of FD")
     axes.grid(alpha=0.3, axis="x")
@@ -281,6 +293,18 @@ def draw(found: Findings, file: Path) -> None:
     )
     with atomic(file) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def _label(axes: Any, points: Sequence[tuple[float, float, str, bool]]) -> None:
+    """Name points by numbers, which a box tells, since names of near ones would overlap."""
+    for number, (x, y, name, lit) in enumerate(sorted(points), start=1):
+        axes.annotate(
+            f"{number}", (x, y), xytext=(0, -13) if lit else (-8, -3), textcoords="offset points",
+            ha="center", fontsize=7.5, zorder=4, color=COLOURS[1] if lit else "0.3",
+        )  # fmt: skip
+        axes.plot([], [], " ", label=f"{number}  {name}")
+    if points:
+        axes.legend(fontsize=7.5, handlelength=0, handletextpad=0, loc="best")
 
 
 def _finite(value: float) -> float | None:
