@@ -32,6 +32,7 @@ from sag_dit.training.optimizers import (
     MakeOptimizer,
     averages_itself,
     check_alone,
+    check_sharded,
     copy_average,
     in_proportion,
     parameters_of,
@@ -202,7 +203,11 @@ class DiffusionModule(LightningModule):
         """Return the optimiser of the trainable parameters, and its schedule stepped every step."""
         if self._make_optimizer is None:
             raise ValueError("optimizer=None: expected an optimiser to train with")
-        optimizer = self._make_optimizer(parameters_of(self.groups()))
+        groups = self.groups()
+        if self._is_sharded and self.device_mesh is not None:
+            mesh = self.device_mesh["data_parallel"]
+            check_sharded(self._make_optimizer, [settings for settings, _ in groups], mesh)
+        optimizer = self._make_optimizer(parameters_of(groups))
         if self._averages_itself:
             optimizer.train()  # type: ignore[attr-defined]
         # Gradients are looked at and clipped before the step: they are unscaled then, not in a

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib.util import find_spec
 from inspect import signature
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -156,17 +159,13 @@ def stand_in(make: MakeOptimizer) -> Optimizer:
         ValueError: it cannot be made, or cannot train a network here; the reason is told.
     """
     try:
+        _refuse_missing_of_timm(make)
         made = make([Parameter(torch.zeros(2, 2))])
-    except ImportError as error:
-        missing(error.name or "", "optimizer")
-        raise ValueError(f"optimizer: {error}") from error
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"optimizer: {error}") from error
+    except (ImportError, TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"optimizer: {str(error).removeprefix('optimizer: ')}") from error
     name = type(made).__name__
     if not isinstance(made, Optimizer):
-        raise ValueError(
-            f"optimizer: makes a {name}; expected a subclass of torch.optim.Optimizer"
-        )
+        raise ValueError(f"optimizer: makes a {name}; expected a subclass of torch.optim.Optimizer")
     _refuse_unused(make, made)
     if isinstance(made, torch.optim.SparseAdam):
         raise ValueError(
@@ -181,24 +180,78 @@ def stand_in(make: MakeOptimizer) -> Optimizer:
     return made
 
 
+def _of_timm(make: MakeOptimizer) -> bool:
+    function = getattr(make, "func", make)
+    return getattr(function, "__module__", "") == "timm.optim._optim_factory"
+
+
+def _refuse_missing_of_timm(make: MakeOptimizer) -> None:
+    """Refuse a name that timm does not know, or whose package is not installed.
+
+    Raises:
+        ValueError: the reason and the remedy.
+    """
+    name = getattr(make, "keywords", {}).get("opt")
+    if not _of_timm(make) or not isinstance(name, str):
+        return
+    from timm.optim import get_optimizer_info, list_optimizers
+
+    bare = name.lower().rpartition("_")[2]
+    if bare not in list_optimizers():
+        close = get_close_matches(bare, list_optimizers(), n=3)
+        hint = (
+            f"did you mean {' or '.join(close)}?" if close else "see timm.optim.list_optimizers()"
+        )
+        raise ValueError(f"optimizer.opt={name}: timm has no such optimiser; {hint}")
+    kind = get_optimizer_info(bare).opt_class
+    if isinstance(kind, str):
+        missing(kind)
+
+
 def _refuse_unused(make: MakeOptimizer, made: Optimizer) -> None:
-    """Refuse arguments of timm's factory that it drops without a word.
+    """Refuse arguments that timm's factory would drop without a word.
 
     Raises:
         ValueError: such an argument.
     """
-    function = getattr(make, "func", None)
-    if getattr(function, "__module__", "") != "timm.optim._optim_factory":
+    if not _of_timm(make):
         return
     inner = getattr(made, "_base_optimizer", made)
-    takes = {*made.defaults, *inner.defaults, *signature(type(inner)).parameters}
+    takes = {*inner.defaults, *signature(type(inner)).parameters, "opt", "foreach"}
     for name, value in getattr(make, "keywords", {}).items():
-        if name not in takes and name not in ("opt", "foreach") and value is not None:
-            groups = "; see param_groups" if name in signature(function).parameters else ""  # type: ignore[arg-type]
-            raise ValueError(
-                f"optimizer.{name}={shown(value)}: {type(inner).__name__} makes no use of it"
-                f"{groups}; leave it out"
-            )
+        if name not in takes and value is not None:
+            told = f"optimizer.{name}={shown(value)}: {type(inner).__name__} makes no use of it"
+            raise ValueError(f"{told}; leave it out, and set groups by param_groups")
+
+
+def check_sharded(
+    make: MakeOptimizer, settings: Sequence[Mapping[str, Any]], mesh: DeviceMesh
+) -> None:
+    """Take a step with a sharded tensor for each group, which not every optimiser can.
+
+    Raises:
+        ValueError: it cannot; the reason and the remedy are told.
+    """
+    rows = 2 * mesh.size()
+    groups: list[dict[str, Any]] = []
+    for each in settings:
+        whole = torch.ones(rows, 2, device=mesh.device_type)
+        parameter = Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+        parameter.grad = torch.ones_like(parameter)
+        groups.append({"params": [parameter], **each})
+    try:
+        optimizer = make(groups)
+        if averages_itself(optimizer):
+            optimizer.train()  # type: ignore[attr-defined]
+        optimizer.step()
+        if averages_itself(optimizer):
+            optimizer.eval()  # type: ignore[attr-defined]
+    except Exception as error:  # Whatever an optimiser meets in a tensor that is not whole.
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"optimizer: it cannot train weights that are split over ranks ({reason}); expected "
+            f"trainer=ddp, or another such as optimizer=adamw"
+        ) from error
 
 
 def averages_itself(optimizer: Optimizer) -> bool:
@@ -218,14 +271,15 @@ def copy_average(optimizer: Optimizer, weights: nn.Module, average: nn.Module) -
     The weights come back bit by bit: ``train()`` alone would round them, so that a run would depend
     on how often it is looked at.
     """
-    trained, copies = (
-        [parameter.data for parameter in each.parameters()] for each in (weights, average)
-    )
-    before = [each.clone() for each in trained]
+    pairs = [*zip(weights.parameters(), average.parameters(), strict=True)]
+    before = [weight.clone() for weight, _ in pairs]
     optimizer.eval()  # type: ignore[attr-defined]
-    torch._foreach_copy_(copies, trained)
+    # One by one, since torch cannot copy a list of sharded tensors.
+    for weight, copied in pairs:
+        copied.copy_(weight)
     optimizer.train()  # type: ignore[attr-defined]
-    torch._foreach_copy_(trained, before)
+    for (weight, _), kept in zip(pairs, before, strict=True):
+        weight.copy_(kept)
 
 
 @contextmanager

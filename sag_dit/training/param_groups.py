@@ -246,9 +246,11 @@ def grouped(
 
 
 def _hint(rule: Rule, defaults: Mapping[str, Any]) -> str:
-    return ": optimizer.weight_decay is 0" if rule is no_decay and not defaults.get(
-        "weight_decay"
-    ) else ""
+    return (
+        ": optimizer.weight_decay is 0"
+        if rule is no_decay and not defaults.get("weight_decay")
+        else ""
+    )
 
 
 def _told(entry: Any) -> Any:

@@ -504,7 +504,7 @@ class OptimizerKeys:
         "decay rates of the averages of gradients and of their squares",
         least=0,
         below=1,
-        length=2,
+        length=(2, 3),
     )
     fused: bool | None = key("true: update all parameters in one kernel; null: if the device can")
     weight_decay: float = key("weight decay", least=0, most=10**6, words="wd")
