@@ -171,7 +171,7 @@ def make_optimizer(config: Train) -> MakeOptimizer:
 
 
 def check_optimizer(config: Train) -> None:
-    """Refuse an optimiser that cannot be made or used, and rules that are none, before data is read.
+    """Refuse an optimiser that cannot be made or used, and rules that are none, before all else.
 
     Raises:
         ValueError: the reason is told.

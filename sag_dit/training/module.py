@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -14,7 +14,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -131,7 +130,7 @@ class DiffusionModule(LightningModule):
         # Registered by itself: the parameters that Lightning moves, wraps and saves.
         self.denoiser = model.denoiser
         self.averaged: AveragedModel | None = None
-        # What the optimiser is asked for before there is one: its settings, and whether it averages.
+        # Tells the settings of the optimiser, and whether it averages, before there is one.
         self._like = None if optimizer is None else stand_in(optimizer)
         self._averages_itself = self._like is not None and averages_itself(self._like)
         if self._like is not None:
