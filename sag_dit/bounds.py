@@ -35,7 +35,7 @@ class Bounds:
         below: a number that the value has to stay below.
         expected: what an error says was expected; empty: words made from type and bounds.
         pattern: a regular expression that a text has to match as a whole.
-        length: how many values a list has.
+        length: how many values a list has, or the numbers of them that it may have.
         refused: single numbers that are not allowed.
         folder: the text is a folder, and the root folder ``/`` is refused.
         exact: a whole number must not be written as a float, such as 3.0.
@@ -53,7 +53,7 @@ class Bounds:
     below: float | None = None
     expected: str = ""
     pattern: str = ""
-    length: int | None = None
+    length: int | tuple[int, ...] | None = None
     refused: tuple[Any, ...] = ()
     folder: bool = False
     exact: bool = False
@@ -130,7 +130,8 @@ def _fit_list(value: Any, kind: Any, told: Bounds) -> tuple[bool, Any]:
     origin, inner = get_origin(kind), get_args(kind)
     if not isinstance(value, (list, tuple)) or not (value or told.blank):
         return False, value
-    counted = told.length is None or len(value) == told.length
+    lengths = (told.length,) if isinstance(told.length, int) else told.length
+    counted = lengths is None or len(value) in lengths
     if origin is not tuple or inner[-1] is Ellipsis:
         inner = inner[:1] * len(value)
     found = [fit(*each, told) for each in zip(value, inner, strict=False)]
@@ -180,7 +181,8 @@ def _wanted(kind: Any, told: Bounds) -> str:
         several = {int: "whole numbers", float: "numbers", str: "names"}
         first = get_args(inner[0])[0] if get_origin(inner[0]) is Annotated else inner[0]
         fixed = len(inner) if origin is tuple and inner[-1] is not Ellipsis else told.length
-        count = "" if fixed is None else f"{fixed} "
+        several_counts = fixed if isinstance(fixed, tuple) else (fixed,)
+        count = "" if fixed is None else f"{' or '.join(map(str, several_counts))} "
         # Of an annotation, what can be written.
         plain = [each for each in parts(first) if each in several or not told.lenient]
         what = " or ".join(several.get(each, "mappings") for each in plain)

@@ -17,7 +17,7 @@ from sag_dit.cli.rows import Configured
 from sag_dit.cli.sample import Plan, make_plan
 from sag_dit.cli.schema import determining
 from sag_dit.cli.typed import choices
-from sag_dit.cli.values import MEASURED, as_verifier
+from sag_dit.cli.values import MEASURED, as_callable
 from sag_dit.evaluation.features import FeatureExtractor
 from sag_dit.evaluation.images import ImageSet, open_images
 from sag_dit.evaluation.scores import Verifier
@@ -166,7 +166,7 @@ def make_verifiers(
         key = repr(node)
         if key not in made:
             where = f"verifiers.{name}"
-            made[key] = make(as_verifier(node, where), where)
+            made[key] = make(as_callable(node, where), where)
         found[name] = made[key]
     return found
 

@@ -20,7 +20,7 @@ from sag_dit.cli.run_identity import (
     run_folder,
 )
 from sag_dit.cli.trainer_flags import check_training
-from sag_dit.cli.values import check_logger, make_terms
+from sag_dit.cli.values import as_callable, check_logger, make_terms
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sag_dit.data.training_batches import StepData
     from sag_dit.training.finetune import LoRA
     from sag_dit.training.module import DiffusionModule
+    from sag_dit.training.optimizers import MakeOptimizer
 
 
 def make_model(config: Train, data: StepData) -> Model:
@@ -154,9 +155,50 @@ def adapt_model(config: Train, base: Model, data: StepData) -> tuple[Model, str]
     return replace(adapted.model, lora=lora.description), adaptation_report(base, adapted, layers)
 
 
+def make_optimizer(config: Train) -> MakeOptimizer:
+    """Return what makes the optimiser of parameters.
+
+    Raises:
+        ValueError: its package is missing, or it takes no such argument.
+    """
+    from torch.optim import Optimizer
+
+    from sag_dit.training.optimizers import missing
+
+    missing(str(config.optimizer.get("_target_")))
+    made: MakeOptimizer = make({**config.optimizer, "_partial_": True}, "optimizer", Optimizer)
+    return made
+
+
+def check_optimizer(config: Train) -> None:
+    """Refuse an optimiser that cannot be made or used, and rules that are none, before all else.
+
+    Raises:
+        ValueError: the reason is told.
+    """
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from sag_dit.training.optimizers import check_alone, stand_in
+    from sag_dit.training.param_groups import rules_of
+
+    schedule = config.schedule
+    made = make(schedule, "schedule", LRScheduler) if schedule else None
+    check_alone(stand_in(make_optimizer(config)), made, config.ema.decay)
+    rules_of(make_rules(config))
+
+
+def make_rules(config: Train) -> list[Any]:
+    """Return the entries of ``param_groups``; those with ``_target_`` are made."""
+    rules = []
+    for place, entry in enumerate(config.param_groups or []):
+        where = f"param_groups[{place}]"
+        named = isinstance(entry, Mapping) and "_target_" in entry
+        rules.append(make(as_callable(entry, where), where) if named else entry)
+    return rules
+
+
 def make_module(config: Train, model: Model) -> DiffusionModule:
     """Build what trains the model."""
-    from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
     from sag_dit.training.finetune import default_objective
@@ -171,7 +213,8 @@ def make_module(config: Train, model: Model) -> DiffusionModule:
     return DiffusionModule(
         model,
         objective=make(wanted, "objective", Objective) if wanted else default_objective(denoiser),
-        optimizer=make(config.optimizer, "optimizer", Optimizer),
+        optimizer=make_optimizer(config),
+        param_groups=make_rules(config),
         schedule=make(schedule, "schedule", LRScheduler) if schedule else None,
         ema_decay=config.ema.decay,
         ema_warmup=config.ema.warmup,
@@ -293,6 +336,7 @@ def run_train(config: Train) -> None:
     check_training(config.trainer)
     for where, each in loggers_of(config).items():
         check_logger(each, where)
+    check_optimizer(config)
     base = None
     if config.ckpt:
         base, config = load_base(config)
@@ -330,7 +374,7 @@ def run_train(config: Train) -> None:
         if finished:
             told = f"finished at step {step}: nothing is left to train; a larger max_steps goes on"
         elif trainer.is_global_zero:
-            told = "\n".join(filter(None, (told, data.report())))
+            told = "\n".join(filter(None, (told, data.report(), module.groups_report())))
         if told and trainer.is_global_zero:
             print(told)
         if not finished:

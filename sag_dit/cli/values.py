@@ -132,8 +132,8 @@ def make_terms(guidance: Mapping[str, Any], where: str = "guidance") -> dict[str
     return terms
 
 
-def as_verifier(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return what makes a verifier: of a class an object, of a function the function itself.
+def as_callable(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return what makes a thing to call: of a class an object, of a function the function itself.
 
     Raises:
         ValueError: there is no such thing, or it takes no such argument.
@@ -164,7 +164,7 @@ def make_search(values: Mapping[str, Any] | None) -> Search | None:
             )
         verifier = {"_target_": verifier}
     if isinstance(verifier, Mapping):
-        verifier = as_verifier(verifier, where)
+        verifier = as_callable(verifier, where)
     given = {} if verifier is None else {"verifier": verifier}
     made: Search = make({**values, **given}, "search", Search)
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -14,7 +14,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -28,6 +27,17 @@ from sag_dit.tensors import Images, Labels
 from sag_dit.traces import Maps
 from sag_dit.training.fitting import out_of_memory, too_large
 from sag_dit.training.objective import MSE, Losses, Objective
+from sag_dit.training.optimizers import (
+    MakeOptimizer,
+    averages_itself,
+    check_alone,
+    check_sharded,
+    copy_average,
+    in_proportion,
+    parameters_of,
+    stand_in,
+)
+from sag_dit.training.param_groups import Group, grouped, report, trained_parameters
 
 TRAINING = 3
 """Purpose of the random streams of training steps, see :func:`sag_dit.noise.generator`."""
@@ -76,6 +86,11 @@ class DiffusionModule(LightningModule):
     that the average of a short run does not hold on to the first weights. Validation and drawing
     use the average. Since it is a module, it is sharded, saved and restored like the denoiser.
 
+    ``param_groups`` are rules by which parameters get other settings of the optimiser than the
+    rest, see :mod:`sag_dit.training.param_groups`. An optimiser that averages the weights itself,
+    as the schedule-free ones do, takes the place of ``schedule`` and ``ema_decay``: ``averaged``
+    then holds its average.
+
     A step whose gradients are not finite is skipped on all ranks; after ``max_skipped`` in a row
     training stops.
 
@@ -96,7 +111,8 @@ class DiffusionModule(LightningModule):
         model: Model,
         *,
         objective: Objective | None = None,
-        optimizer: Callable[[Iterable[Parameter]], Optimizer] | None = None,
+        optimizer: MakeOptimizer | None = None,
+        param_groups: Sequence[Any] = (),
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
@@ -114,9 +130,17 @@ class DiffusionModule(LightningModule):
         # Registered by itself: the parameters that Lightning moves, wraps and saves.
         self.denoiser = model.denoiser
         self.averaged: AveragedModel | None = None
+        # Tells the settings of the optimiser, and whether it averages, before there is one.
+        self._like = None if optimizer is None else stand_in(optimizer)
+        self._averages_itself = self._like is not None and averages_itself(self._like)
+        if self._like is not None:
+            check_alone(self._like, schedule, ema_decay)
         if ema_decay is not None:
             average: Any = warming_average if ema_warmup else get_ema_multi_avg_fn
             self.averaged = AveragedModel(self.denoiser, multi_avg_fn=average(ema_decay))
+            self.averaged.requires_grad_(False)
+        elif self._averages_itself:
+            self.averaged = AveragedModel(self.denoiser)
             self.averaged.requires_grad_(False)
         self.objective = objective or MSE()
         self.objective.check(self.denoiser)
@@ -129,6 +153,9 @@ class DiffusionModule(LightningModule):
         self._skipped_in_a_row = 0
         self._max_skipped = max_skipped
         self._make_optimizer = optimizer
+        self._param_groups = tuple(param_groups)
+        if self._like is not None:
+            self.groups()
         self._make_schedule = schedule
         self._is_sharded = False
         self.last_losses: Losses | None = None
@@ -175,15 +202,39 @@ class DiffusionModule(LightningModule):
         """Return the optimiser of the trainable parameters, and its schedule stepped every step."""
         if self._make_optimizer is None:
             raise ValueError("optimizer=None: expected an optimiser to train with")
-        trained = [p for p in self.denoiser.parameters() if p.requires_grad]
-        optimizer = self._make_optimizer(trained)
+        groups = self.groups()
+        if self._is_sharded and self.device_mesh is not None:
+            mesh = self.device_mesh["data_parallel"]
+            check_sharded(self._make_optimizer, [settings for settings, _ in groups], mesh)
+        optimizer = self._make_optimizer(parameters_of(groups))
+        if self._averages_itself:
+            optimizer.train()  # type: ignore[attr-defined]
         # Gradients are looked at and clipped before the step: they are unscaled then, not in a
         # fused step, which Lightning would leave it to.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         if self._make_schedule is None:
             return optimizer
-        schedule = {"scheduler": self._make_schedule(optimizer), "interval": "step"}
+        with in_proportion(optimizer):
+            schedule = {"scheduler": self._make_schedule(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def groups(self) -> list[Group]:
+        """Return the groups of the trainable parameters, with the settings that are their own.
+
+        Raises:
+            ValueError: no optimiser, a setting that it does not have, or a rule that changes
+                nothing.
+        """
+        if self._like is None:
+            raise ValueError("optimizer=None: expected an optimiser to train with")
+        own = getattr(self._like, "group_rule", None)
+        trained = trained_parameters(self.denoiser)
+        return grouped(trained, self._param_groups, self._like.defaults, own)
+
+    def groups_report(self) -> str:
+        """Return the groups in words where there are several, else nothing."""
+        groups = self.groups() if self._like is not None else []
+        return report(groups, self._like.defaults) if self._like and len(groups) > 1 else ""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what rebuilds the denoiser beside its weights, as plain values."""
@@ -265,7 +316,12 @@ class DiffusionModule(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, and let the average follow; an average does not move in a skipped step."""
         super().optimizer_step(*args, **kwargs)
-        if self.averaged is not None and self._skipped_in_a_row == 0:
+        if self.averaged is None or self._skipped_in_a_row > 0:
+            return
+        if self._averages_itself:
+            own: Any = self.optimizers(use_pl_optimizer=False)
+            copy_average(own, self.denoiser, self.averaged.module)
+        else:
             self.averaged.update_parameters(self.denoiser)
 
     def validation_step(self, batch: tuple[Images, Labels], batch_idx: int) -> None:

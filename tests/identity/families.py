@@ -23,6 +23,7 @@ from sag_dit.sampler.diffusers import DiffusersSampler
 from sag_dit.sampling import Pixels
 from sag_dit.study.measurement import Confidence, Protocol
 from sag_dit.training.objective import Objective
+from sag_dit.training.optimizers import Muon
 
 
 def subclasses(base: type) -> Iterator[type]:
@@ -37,6 +38,7 @@ FAMILIES: dict[str, list[type]] = {
     "guidance": list(subclasses(Term)),
     "sampler": list(subclasses(Sampler)),
     "objective": list(subclasses(Objective)),
+    "optimizer": [Muon],
     "process": list(PROCESSES.values()),
     "denoiser": [ClassConditional],
     "network": [DiT, UNet, Classifier],

@@ -136,7 +136,7 @@ def test_a_key_of_training_is_left_out_of_the_identity_at_its_default(
 ) -> None:
     before = run_identity.identity(config)
     folder = run_identity.run_folder(config)
-    came_later = {"ema.start": 0, "lora.dora": False}
+    came_later = {**run_identity.later_keys("train"), "ema.start": 0, "lora.dora": False}
     monkeypatch.setattr(run_identity, "later_keys", lambda command: came_later)
     monkeypatch.setattr(Digits, "later", {"invert": False}, raising=False)
     for arguments, same in (

@@ -510,10 +510,11 @@ class OptimizerKeys:
         "decay rates of the averages of gradients and of their squares",
         least=0,
         below=1,
-        length=2,
+        length=(2, 3),
     )
     fused: bool | None = key("true: update all parameters in one kernel; null: if the device can")
     weight_decay: float = key("weight decay", least=0, most=10**6, words="wd")
+    opt: str = key("of optimizer=timm, its name, such as lamb", absent=True)
 
 
 @dataclass(kw_only=True)
@@ -697,6 +698,12 @@ class Train(Closed):
     data: Open = key("images", keys=DataKeys)
     objective: Open | None = key("the loss")
     optimizer: Open = key("the optimiser", keys=OptimizerKeys)
+    param_groups: list[Any] | None = key(
+        "rules for parameters by name: no_decay, {layer_decay: 0.8}, {match: PATTERN, lr: 1e-4}",
+        blank=True,
+        later=[],
+        words="parameter_groups",
+    )
     schedule: Open | None = key("schedule of the learning rate")
     ema: Average = key("average of the weights")
     lora: Adapters | None = key("adapters", absent=True)
