@@ -55,7 +55,9 @@ def run_export(config: Export) -> None:
     if config.out is not None:
         check_out(config.out)
     model = load(str(config.ckpt), ema=config.ema, vae=config.vae, num_heads=config.num_heads)
-    out = Path(config.out or f"outputs/export/{model.name}-{layout}")
+    # Each further average of a run is an export of its own.
+    further = "" if isinstance(config.ema, bool) else f"-{config.ema}"
+    out = Path(config.out or f"outputs/export/{model.name}{further}-{layout}")
     data = training_data(str(config.ckpt))
     done = export(model, out, layout, data=data, ema=config.ema)
     for note in done.notes:

@@ -159,6 +159,7 @@ def make_module(config: Train, model: Model) -> DiffusionModule:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
+    from sag_dit.training.averaging import Further
     from sag_dit.training.finetune import default_objective
     from sag_dit.training.module import DiffusionModule
     from sag_dit.training.objective import Objective
@@ -175,6 +176,7 @@ def make_module(config: Train, model: Model) -> DiffusionModule:
         schedule=make(schedule, "schedule", LRScheduler) if schedule else None,
         ema_decay=config.ema.decay,
         ema_warmup=config.ema.warmup,
+        further=Further(config.ema.further.decays, config.ema.further.sigma_rel),
         max_skipped=config.max_skipped,
         seed=config.seed,
     )
@@ -209,10 +211,11 @@ def make_trainer(config: Train, out: Path) -> Trainer:
     from lightning.pytorch import Trainer
 
     from sag_dit.api import with_models
+    from sag_dit.training.averaging import Snapshots
     from sag_dit.training.callbacks import LossByLevel, Previews, Progress, Speed
     from sag_dit.training.resume import AtomicCheckpointIO, LastCheckpoints, best_checkpoint
 
-    every, preview = config.every_n_steps, config.preview
+    every, keep, preview = config.every_n_steps, config.keep, config.preview
     classes: Any = preview.classes or None
     callbacks: list[Callback] = [
         Speed(every.log),
@@ -227,8 +230,9 @@ def make_trainer(config: Train, out: Path) -> Trainer:
         ),
         *([Progress()] if config.trainer.get("enable_progress_bar", True) else []),
         # Last, so that what they save is what the others have seen.
-        best_checkpoint(out),
-        LastCheckpoints(out, every.checkpoint),
+        Snapshots(out, every.snapshot, keep.snapshots),
+        *([best_checkpoint(out, most=keep.best)] if keep.best else []),
+        LastCheckpoints(out, every.checkpoint, keep.last, config.every_n_minutes.checkpoint),
     ]
     stated = {name: value for name, value in config.trainer.items() if name != "logger"}
     trainer: Trainer = make(

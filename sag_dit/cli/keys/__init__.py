@@ -126,8 +126,13 @@ class LoadsModel(Closed):
     """Keys of the commands that load a model."""
 
     ckpt: str = key(**CKPT)
-    ema: bool = key(
-        "true: averaged weights; false: raw ones, if there are both",
+    ema: bool | float = key(
+        "true: averaged weights; false: raw ones, if there are both; or another average of a run: "
+        "a decay of it, or any sigma_rel below 0.2887",
+        least=0,
+        below=1,
+        refused=(0,),
+        expected="true, false, a decay such as 0.9999, or a sigma_rel such as 0.05",
         determines="model",
         published=True,
     )
@@ -511,6 +516,21 @@ class OptimizerKeys:
 
 
 @dataclass(kw_only=True)
+class FurtherAverages(Closed):
+    """Averages of the weights beside the main one."""
+
+    decays: list[float] = key(
+        "decays of further averages, such as [0.999,0.9999]", least=0.2887, below=1, blank=True
+    )
+    sigma_rel: list[float] = key(
+        "widths of power-function averages, such as [0.05,0.1], of which any width is made later",
+        least=0.001,
+        below=0.2886,
+        blank=True,
+    )
+
+
+@dataclass(kw_only=True)
 class Average(Closed):
     """The average of the weights, which images are drawn with."""
 
@@ -520,6 +540,10 @@ class Average(Closed):
         later=False,
         unnamed=True,
         absent=True,
+    )
+    further: FurtherAverages = key(
+        "averages beside it; sample.py and export.py name them by ema=NUMBER",
+        later={"decays": [], "sigma_rel": []},
     )
 
 
@@ -565,9 +589,37 @@ class Every(Closed):
     """How often a checkpoint, a validation, previews and log entries are made."""
 
     checkpoint: int = key("steps between checkpoints", least=1)
+    snapshot: int = key("steps between snapshots of the averages over ema.further.sigma_rel", least=1)
     validation: int = key("steps between validations", least=1)
     preview: int = key("steps between previews", least=1)
     log: int = key("steps between log entries", least=1)
+
+
+@dataclass(kw_only=True)
+class EveryMinutes(Closed):
+    """How often by the clock."""
+
+    checkpoint: float | None = key(
+        "minutes after which a checkpoint is saved between those by steps; null: never",
+        least=0.01,
+        words="checkpoint_minutes train_time_interval",
+    )
+
+
+@dataclass(kw_only=True)
+class Keep(Closed):
+    """How much of a run stays on the disk."""
+
+    last: int = key("newest checkpoints that are kept to go on from", least=1, most=10_000)
+    best: int = key(
+        "checkpoints of the lowest validation loss that are kept; 0: none",
+        least=0,
+        most=10_000,
+        words="save_top_k",
+    )
+    snapshots: int = key(
+        "snapshots of each average over ema.further.sigma_rel that are kept", least=2, most=100_000
+    )
 
 
 @dataclass(kw_only=True)
@@ -696,6 +748,8 @@ class Train(Closed):
     lora: Adapters | None = key("adapters", absent=True)
     trainer: Open = key("Lightning's Trainer", keys=TrainTrainerKeys)
     every_n_steps: Every = key("how often", determines="nothing")
+    every_n_minutes: EveryMinutes = key("how often by the clock", determines="nothing")
+    keep: Keep = key("what stays on the disk", determines="nothing")
     preview: Preview = key("previews", determines="nothing")
     logger: Open | None = key("where numbers go", determines="nothing")
     track: Track | None = key("metrics while training", determines="nothing")
