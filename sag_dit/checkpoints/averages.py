@@ -4,9 +4,9 @@ A power-function average over t updates weighs the weights after update s by
 
     p(s) = (gamma + 1) s^gamma / t^(gamma + 1),   0 <= s <= t,
 
-so that its width grows with the run. It is named by ``sigma_rel``, the standard deviation of p over
-t. Snapshots of two such averages, kept on the way, tell any other one: the combination of them whose
-profile is nearest to the wanted one.
+so that its width grows with the run. It is named by ``sigma_rel``, the standard deviation of p
+divided by t. Snapshots of two such averages, kept on the way, tell any other one: the combination
+of them whose profile is nearest to the wanted one.
 
 Source: Karras et al. 2024 (arXiv 2312.02696), section 3 and appendix C.
 """

@@ -219,7 +219,7 @@ def _of_run(path: Path) -> list[Path]:
 
 
 def _read_average(path: Path, average: float) -> Checkpoint:
-    """Read a further average of a run, or make one of what its newest checkpoint and snapshots hold.
+    """Read a further average of a run, or make one of its newest checkpoint and snapshots.
 
     Raises:
         ValueError: it is no run or checkpoint of ours, or has no such average.

@@ -190,6 +190,12 @@ class DiffusionModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what rebuilds the denoiser beside its weights, as plain values."""
         checkpoint["hyper_parameters"] = self.model.description
+        if self._trainer is not None and self._trainer.optimizers:
+            # Which parameter each state of the optimiser is of, so that other groups can take it.
+            names = {id(each): name for name, each in self.named_parameters()}
+            groups = self._trainer.optimizers[0].param_groups
+            held = [names.get(id(each)) for group in groups for each in group["params"]]
+            checkpoint["optimizer_parameters"] = held if all(held) else None
 
     def losses(self, denoiser: Denoiser, batch: tuple[Images, Labels]) -> Losses:
         """Return the objective's losses of a batch of pixels or of x_0."""

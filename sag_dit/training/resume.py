@@ -84,7 +84,7 @@ def best_checkpoint(
     every_n_steps: int | None = None,
     most: int = 1,
 ) -> ModelCheckpoint:
-    """Return a callback that keeps the ``most`` best checkpoints by what is logged as ``monitor``."""
+    """Return a callback that keeps the ``most`` best checkpoints by what ``monitor`` logs."""
     return ModelCheckpoint(
         dirpath=out / FOLDER,
         filename=f"{name}-{{step:08d}}",
@@ -102,8 +102,9 @@ class LastCheckpoints(Checkpoint):
 
     It keeps two unless told otherwise, because a crash of the machine may truncate the newest. With
     ``every_n_minutes`` one is also saved when so much time has passed since the last, by the clock
-    of rank 0. A checkpoint stands at the end of a step, never between accumulated gradients. If the step is followed by validation, the
-    checkpoint is written after that, since a run that goes on from it does not validate again.
+    of rank 0. A checkpoint stands at the end of a step, never between accumulated gradients. If the
+    step is followed by validation, the checkpoint is written after that, since a run that goes on
+    from it does not validate again.
 
     Orderly ends are the last step, a Trainer that is told to stop, as by ``max_time``, a loader
     that fails, Ctrl-C and SIGTERM. On a signal the handler only sets a flag, because the step may
@@ -244,7 +245,7 @@ class LastCheckpoints(Checkpoint):
             return
         self._due = False
         self._saved_at = time.monotonic()
-        file = self._folder / f"step-{trainer.global_step:08d}.ckpt"
+        file = step_checkpoint(self._folder.parent, trainer.global_step)
         with writing(file):
             try:
                 trainer.save_checkpoint(file)
@@ -252,7 +253,7 @@ class LastCheckpoints(Checkpoint):
                 # Of a sharded one every rank writes a part; the first reason is told.
                 raise next(iter(error.failures.values()))[0] from error
         # One of a later step could not be read when the run went on, so that it counts for none.
-        for old in [each for each in _newest_first(self._folder) if each <= file][self._keep :]:
+        for old in [each for each in steps_of(self._folder) if each <= file][self._keep :]:
             trainer.strategy.remove_checkpoint(old)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -261,7 +262,13 @@ class LastCheckpoints(Checkpoint):
             signal.signal(number, handler)
 
 
-def _newest_first(folder: Path) -> list[Path]:
+def step_checkpoint(out: Path, step: int) -> Path:
+    """Return the checkpoint of a run's step."""
+    return out / FOLDER / f"step-{step:08d}.ckpt"
+
+
+def steps_of(folder: Path) -> list[Path]:
+    """Return the checkpoints of steps in a folder, newest first."""
     return sorted(folder.glob("step-*.ckpt"), reverse=True)
 
 
@@ -321,7 +328,7 @@ def newest_checkpoint(out: Path, module: LightningModule) -> tuple[Path | None, 
     Raises:
         ValueError: it is not one of this module.
     """
-    for checkpoint in _newest_first(out / FOLDER):
+    for checkpoint in steps_of(out / FOLDER):
         state = _read(checkpoint)
         if state is not None:
             _check_fits(checkpoint, state.get("state_dict"), module)

@@ -589,7 +589,7 @@ class Every(Closed):
     """How often a checkpoint, a validation, previews and log entries are made."""
 
     checkpoint: int = key("steps between checkpoints", least=1)
-    snapshot: int = key("steps between snapshots of the averages over ema.further.sigma_rel", least=1)
+    snapshot: int = key("steps between snapshots of ema.further.sigma_rel's averages", least=1)
     validation: int = key("steps between validations", least=1)
     preview: int = key("steps between previews", least=1)
     log: int = key("steps between log entries", least=1)
@@ -645,6 +645,20 @@ class Adapters(Closed):
     targets: list[str] | None = key(
         "name patterns of the layers that get adapters", names=True, absent=True
     )
+
+
+@dataclass(kw_only=True)
+class FineTuning(Closed):
+    """What is taken of the checkpoint that ckpt names."""
+
+    weights: Literal["average", "raw"] | float = key(
+        "average, raw, or another average of a run: a decay, or a sigma_rel below 0.2887",
+        least=0,
+        below=1,
+        refused=(0,),
+        expected="average, raw, a decay such as 0.9999, or a sigma_rel such as 0.05",
+    )
+    optimizer: bool = key("true: also the optimiser's state, of a checkpoint of train.py")
 
 
 @dataclass(kw_only=True)
@@ -707,6 +721,25 @@ class Train(Closed):
         "model to fine-tune, with experiment=finetune; null: train from scratch",
         text=True,
         words="checkpoint model_path pretrained",
+    )
+    finetune: FineTuning = key(
+        "what is taken of ckpt", later={"weights": "average", "optimizer": False}
+    )
+    resume_from: str | None = key(
+        "another run, its folder or one checkpoint, to go on from with what is stated here; null: "
+        "none",
+        text=True,
+        words="resume_from_checkpoint ckpt_path init_from",
+        later=None,
+    )
+    resume_optimizer: bool = key(
+        "with resume_from: true: its optimiser's state; false: the optimiser begins anew",
+        later=True,
+    )
+    resume_schedule: Literal["continued", "anew"] = key(
+        "with resume_from: continued: the learning rate's schedule counts the steps of that run; "
+        "anew: it begins here",
+        later="continued",
     )
     vae: str | None = key("autoencoder; null: the one of ckpt, or none, for pixels", text=True)
     num_heads: int | None = key(
