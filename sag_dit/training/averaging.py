@@ -181,21 +181,23 @@ class Snapshots(Callback):
 
     def _thin(self, now: int) -> None:
         there = self._files()
-        # Also those that a run that went on from an earlier step has lost, so that all agree.
-        steps = {step_of(file) for file in there} | {*range(self._every, now + 1, self._every)}
-        kept = kept_steps(steps, now, self._every, self._most)
+        kept = kept_steps(set(map(step_of, there)), now, self._every, self._most)
         for file in there:
             if step_of(file) not in kept:
                 file.unlink()
 
 
-def kept_steps(steps: set[int], now: int, every: int, most: int) -> set[int]:
-    """Return which of the steps of snapshots are kept: all, or evenly spaced ones and the newest.
+def kept_steps(there: set[int], now: int, every: int, most: int) -> set[int]:
+    """Return at which steps snapshots are kept: all, or evenly spaced ones and the newest.
+
+    Those that a run has lost, since it went on from an earlier step, count as well, so that the
+    answer is the same as if it had never been stopped.
 
     Example:
         >>> sorted(kept_steps({1, 2, 3, 4, 5}, now=5, every=1, most=3))
         [2, 4, 5]
     """
+    steps = there | {*range(every, now + 1, every)}
     kept, spacing = steps, every
     while len(kept) > most and spacing < now:
         spacing *= 2
