@@ -42,8 +42,8 @@ WIDEST = 12**-0.5
 FOLDER = "averages"
 """Where a run keeps its snapshots."""
 SNAPSHOTS = "step-*-sigma_rel-*.safetensors"
-METADATA_KEY = "average"
-"""Where a snapshot's file says of what average it is, and when it was taken."""
+SAID = "average"
+"""Where the config in a snapshot's file says of what average it is, and when it was taken."""
 FURTHER = "further."
 """Where a DiffusionModule keeps its further averages."""
 MODULE = ".module."
@@ -66,7 +66,9 @@ def exponent(sigma_rel: ArrayLike) -> Floats:
     """
     widths = np.asarray(sigma_rel, dtype=np.float64)
     if not ((widths > 0) & (widths < WIDEST)).all():
-        raise ValueError(f"sigma_rel={sigma_rel}: expected more than 0 and less than {WIDEST:.4f}")
+        raise ValueError(
+            f"sigma_rel={widths.tolist()}: expected more than 0 and less than {WIDEST:.4f}"
+        )
     cubics = ([1, 7, 16 - each, 12 - each] for each in widths.ravel() ** -2)
     roots = [np.roots(cubic).real.max() for cubic in cubics]
     return np.reshape(roots, widths.shape)
@@ -136,7 +138,7 @@ def combination(
         True
     """
     t, gammas = np.asarray(times, dtype=np.float64), exponent(sigma_rels)
-    wanted_t, wanted_gamma = np.float64(time), exponent(sigma_rel)
+    wanted_t, wanted_gamma = np.asarray(time, dtype=np.float64), exponent(sigma_rel)
     among = overlap(t[:, None], gammas[:, None], t[None], gammas[None])
     towards = overlap(t, gammas, wanted_t, wanted_gamma)
     weights = np.linalg.solve(among, towards)
@@ -203,10 +205,12 @@ def snapshots_in(folder: Path) -> list[Snapshot]:
     for file in sorted(folder.glob(SNAPSHOTS)):
         try:
             with safe_open(file, framework="pt", device="cpu") as opened:
-                said = (opened.metadata() or {}).get(METADATA_KEY, "{}")
+                text = (opened.metadata() or {}).get(files.METADATA_KEY, "{}")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: cannot be read ({error}); delete it") from None
-        found.append(Snapshot(file, checked(parse_json(said, str(file)), Taken, str(file))))
+        config = parse_json(text, str(file))
+        said = config.get(SAID) if isinstance(config, Mapping) else None
+        found.append(Snapshot(file, checked(said, Taken, str(file), prefix=f"{SAID}.")))
     return found
 
 
@@ -380,6 +384,7 @@ def told(average: float) -> str:
     return f"decay {average}" if average >= WIDEST else f"power function, sigma_rel {average}"
 
 
-def snapshot_metadata(taken: Taken) -> dict[str, str]:
-    """Return what a snapshot's file says of itself."""
-    return {METADATA_KEY: json.dumps(vars(taken))}
+def snapshot_metadata(taken: Taken, description: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a snapshot's file says of itself: its model's config, and what it is of it."""
+    # In one entry, since safetensors puts several in any order.
+    return {files.METADATA_KEY: json.dumps({**description, SAID: vars(taken)})}

@@ -240,7 +240,8 @@ def _read_average(path: Path, average: float) -> Checkpoint:
         hyper = value.get("hyper_parameters") if isinstance(value, Mapping) else None
         if isinstance(hyper, Mapping) and _is_whole(hyper) and "state_dict" in value:
             stated = _stated_config(checkpoint, hyper, alone=True)
-            state, step = files.tensors(value["state_dict"], checkpoint), value.get("global_step")
+            state = dict(files.tensors(value["state_dict"], checkpoint))
+            step = value.get("global_step")
         elif path.is_file():
             raise ValueError(
                 f"ema={average}: {path} is no checkpoint of a run; expected one, or a run's folder"
@@ -298,7 +299,7 @@ def _read_files(
         said = hyper if isinstance(hyper, Mapping) and _is_whole(hyper) else {}
     stated = _stated_config(path, said, alone)
     if stated.get("lora") is not None and "state_dict" not in value:  # a run's snapshot
-        return _with_adapters(files.tensors(value, path), weights, stated)
+        return _with_adapters(dict(files.tensors(value, path)), weights, stated)
     # A checkpoint of our own runs has a config, and perhaps adapters.
     if said and "state_dict" in value:
         return _read_own_run(path, value, stated, ema)

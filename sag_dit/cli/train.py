@@ -371,7 +371,7 @@ def run_train(config: Train) -> None:
     from sag_dit.cli.tracking import trackers
     from sag_dit.data.training_batches import StepData
     from sag_dit.output.claim import claim
-    from sag_dit.training.resume import exported_step, newest_checkpoint
+    from sag_dit.training.resume import FOLDER, exported_step, newest_checkpoint, steps_of
 
     # The folder follows from what determines the weights, a checkpoint's resolution included.
     check_training(config.trainer)
@@ -396,6 +396,8 @@ def run_train(config: Train) -> None:
     trainer = make_trainer(config, out)
     trainer.callbacks[:0] = trackers(config.track, model, out, trainer.strategy.root_device)  # type: ignore[attr-defined]
     data.rank_batch_size(trainer.world_size)
+    begun = bool(steps_of(out / FOLDER))
+    parent = None if begun else parent_of(config)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         trainer.fit(module, datamodule=data)
         if trainer.is_global_zero:
@@ -403,17 +405,19 @@ def run_train(config: Train) -> None:
         return
     # The folder is claimed, and a run that was begun there goes on.
     settings = to_dict(config)
-    checkpoint, step = newest_checkpoint(out, module)
-    parent = parent_of(config) if checkpoint is None else None
     out.mkdir(parents=True, exist_ok=True)
     check_schedule(settings, out)
     changed = changes(settings, out)
     remedy = f", or begin another run from it: resume_from={out}"
-    claim(out, identity(settings), settings, "a run", remedy * (checkpoint is not None))
+    claim(out, identity(settings), settings, "a run", remedy * begun)
     with alone_in(out):
         if trainer.is_global_zero:
             claim_data(out, data.fingerprint(), on_purpose=config.changed_data)
+        checkpoint, step = newest_checkpoint(out, module)
+        if trainer.is_global_zero:
             note_changes(out, changed, step)
+        if checkpoint is None:  # Also where none of those that there are can be read.
+            parent = parent or parent_of(config)
         if parent is not None:
             adopts = adopting(config, parent, out)
             trainer.callbacks.insert(0, adopts)  # type: ignore[attr-defined]

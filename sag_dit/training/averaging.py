@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sag_dit.checkpoints import files
 from sag_dit.checkpoints.averages import (
     FOLDER,
     SNAPSHOTS,
@@ -175,7 +173,7 @@ class Snapshots(Callback):
 
     def _write(self, state: dict[str, Tensor], taken: Taken, description: Any) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        metadata = {files.METADATA_KEY: json.dumps(description), **snapshot_metadata(taken)}
+        metadata = snapshot_metadata(taken, description)
         with atomic(snapshot_file(self._folder, taken.sigma_rel, taken.step)) as temporary:
             save_file(state, temporary, metadata=metadata)
 

@@ -62,7 +62,7 @@ def test_averages_made_afterwards_are_those_of_edm2(
         for step, weight in tracked(width).items():
             file = averages.snapshot_file(tmp_path, width, step)
             save_file(
-                {"weight": weight}, file, averages.snapshot_metadata(Taken(width, step, step))
+                {"weight": weight}, file, averages.snapshot_metadata(Taken(width, step, step), {})
             )
     held = averages.held_by({}, tmp_path, None)
     assert_close(
@@ -84,7 +84,7 @@ def test_an_average_made_afterwards_is_the_one_that_would_have_been_tracked(
         for step, weight in tracked(width).items():
             file = averages.snapshot_file(tmp_path, width, step)
             save_file(
-                {"weight": weight}, file, averages.snapshot_metadata(Taken(width, step, step))
+                {"weight": weight}, file, averages.snapshot_metadata(Taken(width, step, step), {})
             )
     found = make_average(sigma_rel, averages.held_by({}, tmp_path, None), "test").state["weight"]
     direct = tracked(sigma_rel)[made.STEPS]
