@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from sag_dit.cli.schema import determining
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 SECTIONS = ("Going on with changes", "Checkpoints and averages")
@@ -55,3 +57,11 @@ def test_its_commands_run(title: str, tmp_path: Path) -> None:
             assert "goes on from step 4 of first; what differs:" in done.stdout
             assert "data.batch_size: there 16, now 128" in done.stdout
     assert section(title).count("```bash") >= 2
+
+
+def test_it_lists_all_that_may_change_within_a_run() -> None:
+    text = section(SECTIONS[0]).split("**Within one run**")[1].split("\n\n")[0]
+    told = set(re.findall(r"`([\w.]+)`", text)) - {"config.yaml", "changed"}
+    keys = {key for key in determining("train", "nothing") if key != "out"}
+    heads = {key for key in keys if not any(key.startswith(f"{other}.") for other in keys)}
+    assert told == heads
