@@ -593,7 +593,7 @@ def load(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    ema: bool = True,
+    ema: bool | float = True,
     vae: str | Path | None = None,
     num_heads: int | None = None,
 ) -> LoadedModel:
@@ -612,7 +612,7 @@ def load(
     """
     place = None if device is None else _usable(device)
     model = checkpoints.load(_checkpoint(ckpt), ema=ema, vae=vae, num_heads=num_heads)
-    told = _given(ckpt=ckpt, ema=None if ema else False, vae=vae, num_heads=num_heads)
+    told = _given(ckpt=ckpt, ema=None if ema is True else ema, vae=vae, num_heads=num_heads)
     return replace(LoadedModel.of(model), loaded=told).to(place, dtype)
 
 
@@ -692,7 +692,7 @@ def with_models(terms: Mapping[str, Term]) -> dict[str, Term]:
         if term.off:
             continue
         if isinstance(term, Autoguidance) and term.ckpt is not None:
-            worse = _worse_model(term.ckpt, bool(term.ema))
+            worse = _worse_model(term.ckpt, True if term.ema is None else term.ema)
             # A folder's name tells the worse model by its weights, so that its path is no part.
             made[name] = replace(term, ckpt=None, ema=None, worse=worse)
         elif isinstance(term, ClassifierGuidance) and isinstance(term.classifier, str):
@@ -701,7 +701,7 @@ def with_models(terms: Mapping[str, Term]) -> dict[str, Term]:
 
 
 @cache
-def _worse_model(ckpt: str, ema: bool) -> nn.Module:
+def _worse_model(ckpt: str, ema: bool | float) -> nn.Module:
     """Return a worse model, read once for all rows of a comparison and all jobs of a sweep."""
     return checkpoints.load_denoiser(ckpt, ema=ema)
 

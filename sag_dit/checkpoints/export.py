@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sag_dit.checkpoints.averages import told
 from sag_dit.checkpoints.config import describe
 from sag_dit.checkpoints.files import METADATA_KEY
 from sag_dit.checkpoints.model import Model
@@ -40,7 +41,7 @@ def model_card(
     """Return the text of README.md.
 
     ``has_autoencoder`` tells whether the export holds it; ``usage`` are the lines on how to use
-    the export, ``notes`` what to mind; ``weights`` tells averaged ("ema") from raw ("raw") ones.
+    the export, ``notes`` what to mind; ``weights`` tells in words whether they are averaged.
     """
     # What the table and the config show.
     description = model.description
@@ -61,7 +62,7 @@ def model_card(
         "|---|---|",
         f"| source | {model.name} |",
         f"| sha256 of the source's weights | `{model.sha256 or 'unknown: weights in memory'}` |",
-        f"| weights | {'averaged (EMA)' if weights == 'ema' else 'raw, not averaged'}, float32 |",
+        f"| weights | {weights}, float32 |",
         f"| layout | {layout} |",
         f"| parameters | {parameters:,} |",
         f"| input | {' x '.join(str(size) for size in model.denoiser.latent_shape)} |",
@@ -230,12 +231,12 @@ def check_out(out: str | Path) -> Path:
 
 
 def export(
-    model: Model, out: str | Path, layout: str, data: str | None = None, ema: bool = True
+    model: Model, out: str | Path, layout: str, data: str | None = None, ema: bool | float = True
 ) -> Exported:
     """Write a model in a layout, with its card, as a folder that appears whole or not at all.
 
     ``data`` says in a sentence what the model was trained on; ``ema`` tells the card whether its
-    weights are averaged ones.
+    weights are averaged ones, and how.
 
     Raises:
         ValueError: the layout is unknown or cannot express the model; weights are NaN or infinite;
@@ -256,7 +257,10 @@ def export(
         if chosen.has_autoencoder and isinstance(codec, VAECodec):
             codec.vae.save_pretrained(part / "vae")
             _forget_path(part / "vae" / "config.json")
-        usage, weights = chosen.usage(source), "ema" if ema else "raw"
+        usage = chosen.usage(source)
+        weights = "averaged (EMA)" if ema else "raw, not averaged"
+        if not isinstance(ema, bool):
+            weights = f"averaged ({told(ema)})"
         card = model_card(model, layout, chosen.has_autoencoder, usage, notes, data, weights)
         (part / CARD).write_text(card, encoding="utf-8")
         fresh = _publish(part, folder)

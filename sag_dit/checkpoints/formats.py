@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from sag_dit.bounds import Bounds, Natural, Share, checked
-from sag_dit.checkpoints import files, sets, trainers
+from sag_dit.checkpoints import averages, files, sets, trainers
 from sag_dit.checkpoints.config import REQUIRED
 from sag_dit.denoiser.prompts import ENCODE
 from sag_dit.identity import settings
@@ -167,12 +167,16 @@ class Checkpoint:
         return self.files[0]
 
 
-def read(path: Path, ema: bool) -> Checkpoint:
+def read(path: Path, ema: bool | float) -> Checkpoint:
     """Read a checkpoint of any layout; which one, is read from the files themselves.
+
+    ``ema`` is a number where a further average of one of our runs is asked for.
 
     Raises:
         ValueError: it is damaged, foreign, or lacks the weights that ``ema`` asks for.
     """
+    if not isinstance(ema, bool):
+        return _read_average(path, ema)
     if path.is_dir():
         return _read_folder(path, ema)
     return _read_files((path,), ema)
@@ -188,13 +192,8 @@ def _read_folder(path: Path, ema: bool) -> Checkpoint:
         return _read_transformer(path, vae if vae.is_dir() else None, {})
     exported = path / "model.safetensors"
     candidates = [exported] if ema and exported.is_file() else []
-    candidates += [
-        file
-        for file in (path / "checkpoints").glob("*")
-        if file.suffix in (".ckpt", ".pt") and file.is_file() and not file.name.startswith("best")
-    ]
-    # A run's export is its end, unless the run went on afterwards. Its best checkpoint is asked
-    # for by its own path.
+    candidates += _of_run(path)
+    # A run's export is its end, unless the run went on afterwards.
     newest = max(candidates, key=lambda file: file.stat().st_mtime_ns, default=exported)
     if newest != exported:
         return _read_files((newest,), ema)
@@ -208,6 +207,68 @@ def _read_folder(path: Path, ema: bool) -> Checkpoint:
         f"model.safetensors and config.json (an export), one file of weights, or "
         f"model_index.json (diffusers)"
     )
+
+
+def _of_run(path: Path) -> list[Path]:
+    """Return the checkpoints in a run's folder; its best ones are asked for by their own paths."""
+    return [
+        file
+        for file in (path / "checkpoints").glob("*")
+        if file.suffix in (".ckpt", ".pt") and file.is_file() and not file.name.startswith("best")
+    ]
+
+
+def _read_average(path: Path, average: float) -> Checkpoint:
+    """Read a further average of a run, or make one of its newest checkpoint and snapshots.
+
+    Raises:
+        ValueError: it is no run or checkpoint of ours, or has no such average.
+    """
+    # The newest checkpoint, or the one that was asked for; and the snapshots until then.
+    trainers.refuse_pieces(path)
+    newest = max(_of_run(path), key=lambda file: file.stat().st_mtime_ns, default=None)
+    checkpoint = path if path.is_file() else newest
+    if checkpoint is None and average >= averages.WIDEST:
+        for pieces in sorted((path / "checkpoints").glob("*"), reverse=True):
+            trainers.refuse_pieces(pieces)
+    run = path if path.is_dir() else path.parent.parent
+    state: State = {}
+    stated: Mapping[str, Any] = {}
+    step = None
+    if checkpoint is not None:
+        value = files.read_torch(checkpoint) if files.container(checkpoint) == "zip" else {}
+        hyper = value.get("hyper_parameters") if isinstance(value, Mapping) else None
+        if isinstance(hyper, Mapping) and _is_whole(hyper) and "state_dict" in value:
+            stated = _stated_config(checkpoint, hyper, alone=True)
+            state = dict(files.tensors(value["state_dict"], checkpoint))
+            step = value.get("global_step")
+        elif path.is_file():
+            raise ValueError(
+                f"ema={average}: {path} is no checkpoint of a run; expected one, or a run's folder"
+            )
+    held = averages.held_by(state, run / averages.FOLDER, step)
+    made = averages.make_average(average, held, str(path))
+    # Without a checkpoint the snapshots say what network they are of.
+    if not stated:
+        stated = files.read_safetensors(made.files[-1])[1]
+    read_from = (checkpoint,) if state and checkpoint is not None else ()
+    return _with_adapters(made.state, (*read_from, *made.files), stated)
+
+
+def _with_adapters(
+    network: State, weights: tuple[Path, ...], stated: Mapping[str, Any]
+) -> Checkpoint:
+    """Return the checkpoint of a network beside whose weights adapters may have been trained.
+
+    Raises:
+        ValueError: what is said of the adapters does not fit them.
+    """
+    if stated.get("lora") is not None:
+        try:
+            network = merged(network, stated["lora"])
+        except ValueError as error:
+            raise ValueError(f"{weights[0]}: {error}") from None
+    return Checkpoint(network, weights, stated, stated.get("vae"))
 
 
 def _read_files(
@@ -237,6 +298,8 @@ def _read_files(
         hyper = value.get("hyper_parameters")
         said = hyper if isinstance(hyper, Mapping) and _is_whole(hyper) else {}
     stated = _stated_config(path, said, alone)
+    if stated.get("lora") is not None and "state_dict" not in value:  # a run's snapshot
+        return _with_adapters(dict(files.tensors(value, path)), weights, stated)
     # A checkpoint of our own runs has a config, and perhaps adapters.
     if said and "state_dict" in value:
         return _read_own_run(path, value, stated, ema)
@@ -361,13 +424,7 @@ def _read_own_run(
     elif not ema:
         state = value.get("current_model_state", state)
     # Adapters may have been trained beside the weights.
-    network = files.unwrapped(files.tensors(state, path))
-    if stated.get("lora") is not None:
-        try:
-            network = merged(network, stated["lora"])
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    return Checkpoint(network, (path,), stated, stated.get("vae"))
+    return _with_adapters(files.unwrapped(files.tensors(state, path)), (path,), stated)
 
 
 @dataclass(frozen=True)

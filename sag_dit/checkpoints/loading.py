@@ -29,13 +29,15 @@ SHOWN_KEYS = 3
 def load(
     ckpt: str | Path,
     *,
-    ema: bool = True,
+    ema: bool | float = True,
     vae: str | Path | None = None,
     num_heads: int | None = None,
 ) -> Model:
     """Load a published name, a file or folder of any supported layout, or a hub repository.
 
-    ``ema`` chooses averaged or raw weights. ``vae`` overrides the autoencoder of a latent model: a
+    ``ema`` chooses averaged or raw weights, or as a number another average of one of our runs: a
+    decay, or below 0.2887 the sigma_rel of a power-function average, see
+    :mod:`sag_dit.checkpoints.averages`. ``vae`` overrides the autoencoder of a latent model: a
     folder, ``ema``, ``mse`` or a hub repository. ``num_heads`` overrides what the checkpoint says
     or what is assumed of it.
 
@@ -58,13 +60,19 @@ def load(
         found.name,
         codec=codec,
         sha256=files.sha256(checkpoint.files),
-        weights="ema" if ema else "raw",
+        weights=_weights(ema),
         defaults=config.get("defaults"),
         vae=source,
     )
 
 
-def load_denoiser(ckpt: str | Path, *, ema: bool = True) -> ClassConditional:
+def _weights(ema: bool | float) -> str:
+    if isinstance(ema, bool):
+        return "ema" if ema else "raw"
+    return f"ema {ema}"
+
+
+def load_denoiser(ckpt: str | Path, *, ema: bool | float = True) -> ClassConditional:
     """Load a model without its autoencoder, to be asked beside another one.
 
     Raises:

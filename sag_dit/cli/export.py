@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -15,7 +17,8 @@ from sag_dit.cli.keys import Export
 def training_data(ckpt: str) -> str | None:
     """Return what a checkpoint was trained on, as Markdown; None where nothing tells.
 
-    A run's config.yaml tells, and the names of published models do.
+    A run's config.yaml tells, also from which other run it went on, and the names of published
+    models do.
     """
     from sag_dit import catalogue
     from sag_dit.checkpoints import zoo
@@ -30,7 +33,8 @@ def training_data(ckpt: str) -> str | None:
     inside = path.is_file() and path.parent.name == "checkpoints"
     run = path.parent.parent if inside else path if path.is_dir() else path.parent
     try:
-        data = recorded(run)["config"]["data"]
+        record = recorded(run)
+        data = record["config"]["data"]
     except (ValueError, LookupError):
         return None
     if not isinstance(data, dict):
@@ -38,7 +42,17 @@ def training_data(ckpt: str) -> str | None:
     text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True).strip()
     # A longer fence than any that stands in the text, which may be anybody's.
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 0)
-    return f"As the run's config.yaml says:\n\n{fence}yaml\n{text}\n{fence}"
+    said = f"As the run's config.yaml says:\n\n{fence}yaml\n{text}\n{fence}"
+    return "\n\n".join([said, *_lineage(record.get("parent"))])
+
+
+def _lineage(parent: Any) -> Iterator[str]:
+    """Yield a sentence for each run that a run went on from, the latest first."""
+    while isinstance(parent, Mapping):
+        folder = str(parent.get("folder")).replace("`", "'")
+        identity = str(parent.get("identity"))[:8]
+        yield f"The run went on from step {parent.get('step')} of `{folder}` (identity {identity})."
+        parent = parent.get("parent")
 
 
 def run_export(config: Export) -> None:
@@ -55,7 +69,9 @@ def run_export(config: Export) -> None:
     if config.out is not None:
         check_out(config.out)
     model = load(str(config.ckpt), ema=config.ema, vae=config.vae, num_heads=config.num_heads)
-    out = Path(config.out or f"outputs/export/{model.name}-{layout}")
+    # Each further average of a run is an export of its own.
+    further = "" if isinstance(config.ema, bool) else f"-{config.ema}"
+    out = Path(config.out or f"outputs/export/{model.name}{further}-{layout}")
     data = training_data(str(config.ckpt))
     done = export(model, out, layout, data=data, ema=config.ema)
     for note in done.notes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sag_dit.bounds import shown
 from sag_dit.cli.keys import Draws, Text
 from sag_dit.cli.keys.key import to_dict
 
@@ -28,8 +29,8 @@ def load_model(config: Draws, requests: str | None = None) -> Model:
         return load(config.ckpt, ema=config.ema, vae=config.vae, num_heads=config.num_heads)
     if config.num_heads is not None:
         raise ValueError(f"num_heads={config.num_heads}: a text model's folder tells; leave it out")
-    if not config.ema:
-        raise ValueError("ema=false: a text model's folder holds one set of weights")
+    if config.ema is not True:
+        raise ValueError(f"ema={shown(config.ema)}: a text model's folder holds one set of weights")
     return load_text(
         config.ckpt,
         [prompt] if prompt is not None else prompts_in(requests or ""),

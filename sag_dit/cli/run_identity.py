@@ -10,7 +10,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from sag_dit.bounds import Natural
+from sag_dit.bounds import Natural, shown
 from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import is_open, keys_of, mapping_of, selected, walk
 from sag_dit.cli.schema import determining, later_keys
@@ -239,3 +239,61 @@ def check_schedule(config: Mapping[str, Any], out: Path) -> None:
                 f"max_steps={before} (schedule.{key}), so that it cannot go on to another; repeat "
                 f"max_steps={before}, or choose another out"
             )
+
+
+def changes(config: Mapping[str, Any], out: Path) -> dict[str, list[Any]]:
+    """Return what of a run that goes on is other than at its last start: key -> before and now.
+
+    These are keys that do not determine its weights; others are refused.
+    """
+    there = recorded_config(out).get("config", {})
+    found = {}
+    for key in _changeable():
+        group, _, name = key.rpartition(".")
+        before, now = (selected(each, group) if group else each for each in (there, config))
+        # A key that is newer than the run says nothing of it.
+        if not isinstance(before, Mapping) or not isinstance(now, Mapping) or name not in before:
+            continue
+        old, new = before[name], now.get(name)
+        if not isinstance(new, Mapping) and plain(old) != plain(new):
+            found[key] = [plain(old), plain(new)]
+    return found
+
+
+def _changeable() -> list[str]:
+    """Return the keys that may change while a run goes on; its folder's name is told anyway."""
+    return [key for key in determining("train", "nothing") if key != "out"]
+
+
+def note_changes(out: Path, changed: Mapping[str, list[Any]], step: int) -> None:
+    """Record in a run's folder what is other from a step on, and tell it."""
+    if not changed:
+        return
+    before = recorded_config(out).get("changed") or []
+    claim.note(out, changed=[*before, {"step": step, "keys": dict(changed)}])
+    told = [f"{key}={shown(new)} (was {shown(old)})" for key, (old, new) in changed.items()]
+    print(f"changed from step {step:,} on: {', '.join(told)}")
+
+
+def begin_from(out: Path, parent: Path, step: int) -> None:
+    """Record in a run's folder the run that it goes on from, and that run's own parent."""
+    there = recorded_config(parent)
+    lineage = {"parent": there["parent"]} if there.get("parent") else {}
+    settings = there.get("settings", {})
+    found = {"folder": str(parent), "step": step, "identity": digest(settings)}
+    claim.note(out, parent={**found, **lineage})
+
+
+def told_differences(out: Path, parent: Path, step: int) -> str:
+    """Return in words from what a run goes on, and in what it differs from that."""
+    lines = [f"goes on from step {step:,} of {parent}; what differs:"]
+    own, theirs = recorded_config(out).get("settings", {}), recorded_config(parent)
+    resuming = [key for key, _, _ in walk(Train) if key.startswith("resume_")]
+    here = {key: value for key, value in own.items() if key not in resuming}
+    before = {k: v for k, v in theirs.get("settings", {}).items() if k not in resuming}
+    found = claim.differing(before, here) if theirs else ["nothing is known of its settings"]
+    data = [each / DATA for each in (parent, out)]
+    if all(file.exists() for file in data):
+        old, new = map(_read_fingerprint, data)
+        found += [f"data: {change}" for change in _data_changes(old, new) if old != new]
+    return "\n".join([*lines, *(f"  {each}" for each in found or ["nothing"])])

@@ -324,7 +324,7 @@ def recipe_of(config: Sample, plan: Plan) -> Recipe:
     text, precision, decoding = config.text, network_precision(config), config.decoding
     size = None if text.size is None else tuple(text.size)
     loading = {
-        "ema": None if config.ema else False,
+        "ema": None if config.ema is True else config.ema,
         "vae": config.vae,
         "num_heads": config.num_heads,
         "negative_prompt": text.negative or None,

@@ -13,11 +13,15 @@ from sag_dit.cli.composing import fitted, make, placed
 from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import keys_of, mapping_of, to_dict
 from sag_dit.cli.run_identity import (
+    begin_from,
+    changes,
     check_schedule,
     claim_data,
     go_on_as_begun,
     identity,
+    note_changes,
     run_folder,
+    told_differences,
 )
 from sag_dit.cli.trainer_flags import check_training
 from sag_dit.cli.values import as_callable, check_logger, make_terms
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from sag_dit.checkpoints import Model
     from sag_dit.data.training_batches import StepData
     from sag_dit.training.finetune import LoRA
+    from sag_dit.training.going_on import Adopts, Parent
     from sag_dit.training.module import DiffusionModule
     from sag_dit.training.optimizers import MakeOptimizer
 
@@ -50,6 +55,8 @@ def make_model(config: Train, data: StepData) -> Model:
         )
     if config.lora is not None or config.freeze:
         raise ValueError("lora and freeze are for a model that ckpt names: leave them out")
+    if config.finetune.weights != "average" or config.finetune.optimizer:
+        raise ValueError("finetune.weights and .optimizer are for a model that ckpt names")
     if config.model is None or config.resolution is None or config.patch_size is None:
         raise ValueError(
             "a fresh model needs model, resolution and patch_size: expected none of them null; "
@@ -108,7 +115,9 @@ def load_base(config: Train) -> tuple[Model, Train]:
             f"experiment=finetune, which leaves these to the checkpoint and the data"
         )
     lora_settings(config)  # Before a checkpoint is downloaded.
-    base = load(str(config.ckpt), vae=config.vae, num_heads=config.num_heads)
+    weights = config.finetune.weights
+    ema = weights == "average" if isinstance(weights, str) else weights
+    base = load(str(config.ckpt), ema=ema, vae=config.vae, num_heads=config.num_heads)
     check_finite(base.class_conditional.network.state_dict(), f"ckpt={config.ckpt}")
     side = config.resolution or resolution_of(base)
     data = {**config.data, "size": side} if "size" in config.data else config.data
@@ -201,6 +210,7 @@ def make_module(config: Train, model: Model) -> DiffusionModule:
     """Build what trains the model."""
     from torch.optim.lr_scheduler import LRScheduler
 
+    from sag_dit.training.averaging import Further
     from sag_dit.training.finetune import default_objective
     from sag_dit.training.module import DiffusionModule
     from sag_dit.training.objective import Objective
@@ -218,8 +228,58 @@ def make_module(config: Train, model: Model) -> DiffusionModule:
         schedule=make(schedule, "schedule", LRScheduler) if schedule else None,
         ema_decay=config.ema.decay,
         ema_warmup=config.ema.warmup,
+        further=Further(config.ema.further.decays, config.ema.further.sigma_rel),
         max_skipped=config.max_skipped,
         seed=config.seed,
+    )
+
+
+def parent_of(config: Train) -> Parent | None:
+    """Return the checkpoint whose optimiser's state, and perhaps weights and step, are taken over.
+
+    Raises:
+        ValueError: there is none, or it is not before the end of this run.
+    """
+    from sag_dit.checkpoints.zoo import locate
+    from sag_dit.training.going_on import find_parent
+
+    if config.resume_from is None:
+        if not config.finetune.optimizer:
+            return None
+        return find_parent(locate(str(config.ckpt)).path, "finetune.optimizer=true")
+    where = f"resume_from={config.resume_from}"
+    path = Path(config.resume_from).expanduser()
+    if config.finetune.optimizer:
+        raise ValueError(f"{where}: takes the optimiser's state itself; leave finetune.optimizer")
+    places = (path.resolve(), *path.resolve().parents)
+    if config.out is not None and Path(config.out).resolve() in places:
+        raise ValueError(
+            f"{where}: that is the run in out={config.out} itself, which goes on by its own "
+            f"command; leave resume_from out, or choose another out"
+        )
+    parent = find_parent(path, where)
+    if parent.step >= config.max_steps:
+        raise ValueError(
+            f"max_steps={config.max_steps}: expected more than {parent.step}, the step of {where}, "
+            f"since steps are counted on"
+        )
+    return parent
+
+
+def adopting(config: Train, parent: Parent, out: Path) -> Adopts:
+    """Return what writes the first checkpoint of a run that takes over another one's state."""
+    from sag_dit.training.going_on import Adopts
+
+    if config.resume_from is None:
+        where = "finetune.optimizer=true"
+        return Adopts(parent, out, step=0, past=0, weights=False, where=where)
+    return Adopts(
+        parent,
+        out,
+        step=parent.step,
+        past=parent.step if config.resume_schedule == "continued" else 0,
+        optimizer=config.resume_optimizer,
+        where=f"resume_from={config.resume_from}",
     )
 
 
@@ -252,10 +312,11 @@ def make_trainer(config: Train, out: Path) -> Trainer:
     from lightning.pytorch import Trainer
 
     from sag_dit.api import with_models
+    from sag_dit.training.averaging import Snapshots
     from sag_dit.training.callbacks import LossByLevel, Previews, Progress, Speed
     from sag_dit.training.resume import AtomicCheckpointIO, LastCheckpoints, best_checkpoint
 
-    every, preview = config.every_n_steps, config.preview
+    every, keep, preview = config.every_n_steps, config.keep, config.preview
     classes: Any = preview.classes or None
     callbacks: list[Callback] = [
         Speed(every.log),
@@ -270,8 +331,9 @@ def make_trainer(config: Train, out: Path) -> Trainer:
         ),
         *([Progress()] if config.trainer.get("enable_progress_bar", True) else []),
         # Last, so that what they save is what the others have seen.
-        best_checkpoint(out),
-        LastCheckpoints(out, every.checkpoint),
+        Snapshots(out, every.snapshot, keep.snapshots),
+        *([best_checkpoint(out, most=keep.best)] if keep.best else []),
+        LastCheckpoints(out, every.checkpoint, keep.last, config.every_n_minutes.checkpoint),
     ]
     stated = {name: value for name, value in config.trainer.items() if name != "logger"}
     trainer: Trainer = make(
@@ -318,8 +380,30 @@ def go_on_training(
         )
 
 
+def disk_report(config: Train, module: DiffusionModule) -> str:
+    """Return in a line how much of the disk a run takes at most, where that is more than usual."""
+    sizes = {id(each): each.numel() * each.element_size() for each in module.state_dict().values()}
+    trained = [p for p in module.parameters() if p.requires_grad]
+    # What Adam holds: two numbers for each that is trained.
+    checkpoint = sum(sizes.values()) + 2 * sum(p.numel() * p.element_size() for p in trained)
+    keep, widths = config.keep, config.ema.further.sigma_rel
+    network = sum(p.numel() * p.element_size() for p in module.denoiser.parameters())
+    number = min(keep.snapshots, -(-config.max_steps // config.every_n_steps.snapshot))
+    # While a checkpoint is written, the one that it replaces is there as well.
+    total = (keep.last + keep.best + 1) * checkpoint + number * len(widths) * network
+    snapshots = f", {number} snapshots of {len(widths)} averages" if widths else ""
+    return (
+        f"disk: at most {total / 1e6:,.1f} MB for {keep.last} last and {keep.best} best "
+        f"checkpoints of {checkpoint / 1e6:,.1f} MB{snapshots}"
+    )
+
+
 def run_train(config: Train) -> None:
     """Train, and export the weights that are to be sampled with."""
+    if config.resume_from is None and not (
+        config.resume_optimizer and config.resume_schedule == "continued"
+    ):
+        raise ValueError("resume_optimizer and resume_schedule are for resume_from: set it too")
     if config.ckpt is None and config.model is None:
         raise ValueError(
             "ckpt is not set: expected what to fine-tune, such as ckpt=DiT-XL-2 or a run's folder"
@@ -330,7 +414,7 @@ def run_train(config: Train) -> None:
     from sag_dit.cli.tracking import trackers
     from sag_dit.data.training_batches import StepData
     from sag_dit.output.claim import claim
-    from sag_dit.training.resume import exported_step, newest_checkpoint
+    from sag_dit.training.resume import FOLDER, exported_step, newest_checkpoint, steps_of
 
     # The folder follows from what determines the weights, a checkpoint's resolution included.
     check_training(config.trainer)
@@ -356,6 +440,8 @@ def run_train(config: Train) -> None:
     trainer = make_trainer(config, out)
     trainer.callbacks[:0] = trackers(config.track, model, out, trainer.strategy.root_device)  # type: ignore[attr-defined]
     data.rank_batch_size(trainer.world_size)
+    begun = bool(steps_of(out / FOLDER))
+    parent = None if begun else parent_of(config)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         trainer.fit(module, datamodule=data)
         if trainer.is_global_zero:
@@ -365,16 +451,30 @@ def run_train(config: Train) -> None:
     settings = to_dict(config)
     out.mkdir(parents=True, exist_ok=True)
     check_schedule(settings, out)
-    claim(out, identity(settings), settings, "a run")
+    changed = changes(settings, out)
+    remedy = f", or begin another run from it: resume_from={out}"
+    claim(out, identity(settings), settings, "a run", remedy * begun)
     with alone_in(out):
         if trainer.is_global_zero:
             claim_data(out, data.fingerprint(), on_purpose=config.changed_data)
         checkpoint, step = newest_checkpoint(out, module)
+        if trainer.is_global_zero:
+            note_changes(out, changed, step)
+        if checkpoint is None:  # Also where none of those that there are can be read.
+            parent = parent or parent_of(config)
+        if parent is not None:
+            adopts = adopting(config, parent, out)
+            trainer.callbacks.insert(0, adopts)  # type: ignore[attr-defined]
+            checkpoint, step = adopts.file, adopts.step
         finished = step >= config.max_steps and exported_step(out) == step
         if finished:
             told = f"finished at step {step}: nothing is left to train; a larger max_steps goes on"
         elif trainer.is_global_zero:
-            told = "\n".join(filter(None, (told, data.report(), module.groups_report())))
+            lines = [told, data.report(), module.groups_report(), disk_report(config, module)]
+            if parent is not None and config.resume_from is not None:
+                begin_from(out, parent.folder, parent.step)
+                lines.append(told_differences(out, parent.folder, parent.step))
+            told = "\n".join(filter(None, lines))
         if told and trainer.is_global_zero:
             print(told)
         if not finished:

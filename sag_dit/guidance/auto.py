@@ -52,8 +52,8 @@ class Autoguidance(BranchTerm):
     _: KW_ONLY
     ckpt: str | None = None
     """A smaller model, or an earlier checkpoint of the same run."""
-    ema: bool | None = True
-    """Its averaged weights, or else its raw ones."""
+    ema: bool | float | None = True
+    """Its averaged weights, or else its raw ones; or a further average of a run, by its number."""
     worse: nn.Module | None = None
     """The worse model itself, in Python."""
 
@@ -65,7 +65,7 @@ class Autoguidance(BranchTerm):
                 "model or an earlier checkpoint, or give worse a denoiser; not both"
             )
         if self.ckpt is not None and self.ema is None:
-            raise ValueError(f"ema={self.ema}: expected true or false")
+            raise ValueError(f"ema={self.ema}: expected true, false or a number")
 
     def worse_than(self, model: Denoiser) -> Denoiser:
         """Return the worse model, to be asked as the model is."""

@@ -16,16 +16,29 @@ from sag_dit.identity import agree, written
 from sag_dit.untrusted import read_yaml
 
 CONFIG = "config.yaml"
+BESIDE = ("parent", "changed")
+"""What a folder may tell beside its settings: the run it goes on from, and what has changed since
+it began."""
 
 
 @dataclass(frozen=True)
 class _Claimed:
     settings: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    parent: Mapping[str, Any] | None = None
+    changed: list[Any] | None = None
 
 
-def claim(folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], what: str) -> None:
+def claim(
+    folder: Path,
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
+    what: str,
+    remedy: str = "",
+) -> None:
     """Make a folder belong to ``settings``, or find that it does.
+
+    ``remedy`` is what else can be done where it does not.
 
     ``settings``, an identity, determines the results; ``config`` is the whole configuration; both
     are written, unless the folder is this one and cannot be written to. A folder whose settings
@@ -36,19 +49,35 @@ def claim(folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], 
     """
     file = folder / CONFIG
     if file.exists():
-        differences = _differences(recorded(folder).get("settings", {}), settings)
+        differences = differing(recorded(folder).get("settings", {}), settings)
         if differences:
             raise ValueError(
                 f"out={folder} holds {what} of other settings:\n  "
                 + "\n  ".join(differences)
-                + "\nChoose another out, leave out unset, or repeat the former settings"
+                + f"\nChoose another out, leave out unset, or repeat the former settings{remedy}"
             )
         if not os.access(folder, os.W_OK):
             return
+    before = recorded(folder)
+    beside = {name: before[name] for name in BESIDE if before.get(name)}
+    _write(file, {"settings": written(settings), "config": dict(config), **beside})
+
+
+def note(folder: Path, **beside: Any) -> None:
+    """Write down what stands beside a folder's settings, one of :data:`BESIDE`.
+
+    Example::
+
+        note(Path("outputs/train/RUN"), changed=[{"step": 100, "keys": {"max_steps": [100, 200]}}])
+    """
+    there = {name: value for name, value in recorded(folder).items() if value}
+    _write(folder / CONFIG, there | written(beside))
+
+
+def _write(file: Path, record: Mapping[str, Any]) -> None:
     with atomic(file) as temporary:
-        record = {"settings": written(settings), "config": dict(config)}
         temporary.write_text(
-            yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8"
+            yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True), encoding="utf-8"
         )
 
 
@@ -73,7 +102,13 @@ def _by_path(values: object, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return in which values two sets of settings differ, a text for each.
+
+    Example:
+        >>> differing({"data": {"size": 8}}, {"data": {"size": 16}})
+        ['data.size: there 8, now 16']
+    """
     old, new = _by_path(before), _by_path(now)
     return [
         f"{key}: there {old.get(key, 'not set')}, now {new.get(key, 'not set')}"

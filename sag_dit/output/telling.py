@@ -496,8 +496,9 @@ def _options(thing: Any, options: dict[str, Any], imports: dict[str, set[str]]) 
     # The command line names models; Python gives them.
     if isinstance(thing, Autoguidance) and thing.ckpt is not None:
         imports.setdefault("sag_dit.checkpoints", set()).add("load_denoiser")
-        raw = "" if options.pop("ema", True) else ", ema=False"
-        worse = f"worse=load_denoiser({_code(options.pop('ckpt'))}{raw})"
+        ema = options.pop("ema", True)
+        other = "" if ema is True else f", ema={ema}"
+        worse = f"worse=load_denoiser({_code(options.pop('ckpt'))}{other})"
         return [worse, *_options(None, options, imports)]
     if isinstance(thing, ClassifierGuidance) and isinstance(thing.classifier, str):
         imports.setdefault("sag_dit.checkpoints", set()).add("load_classifier")

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -19,12 +19,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sag_dit.checkpoints import Model
+from sag_dit.checkpoints.averages import place
 from sag_dit.codec import VAECodec
 from sag_dit.denoiser import ClassConditional, Denoiser
 from sag_dit.noise import generator
 from sag_dit.sampling import Drawn, Request, Settings, Watch, draw_batch
 from sag_dit.tensors import Images, Labels
 from sag_dit.traces import Maps
+from sag_dit.training.averaging import Further, warming_average
 from sag_dit.training.fitting import out_of_memory, too_large
 from sag_dit.training.objective import MSE, Losses, Objective
 from sag_dit.training.optimizers import (
@@ -41,22 +43,6 @@ from sag_dit.training.param_groups import Group, grouped, report, trained_parame
 
 TRAINING = 3
 """Purpose of the random streams of training steps, see :func:`sag_dit.noise.generator`."""
-
-
-def warming_average(decay: float) -> Callable[[Any, Any, Tensor | int], None]:
-    """Return an update of averaged weights whose decay grows: min(decay, (1 + n) / (10 + n)).
-
-    n counts the updates before. The first decays by 2/11, the hundredth by 101/110.
-
-    Source: TensorFlow's ExponentialMovingAverage with ``num_updates``.
-    """
-
-    @torch.no_grad()
-    def update(averaged: Any, current: Any, number: Tensor | int) -> None:
-        n = float(number)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return update
 
 
 @contextmanager
@@ -85,6 +71,8 @@ class DiffusionModule(LightningModule):
     published. With ``ema_warmup`` update n decays by only min(ema_decay, (1 + n) / (10 + n)), so
     that the average of a short run does not hold on to the first weights. Validation and drawing
     use the average. Since it is a module, it is sharded, saved and restored like the denoiser.
+    ``further`` are averages beside it, which nothing here uses; ``ema_warmup`` holds for their
+    decays too.
 
     ``param_groups`` are rules by which parameters get other settings of the optimiser than the
     rest, see :mod:`sag_dit.training.param_groups`. An optimiser that averages the weights itself,
@@ -116,6 +104,7 @@ class DiffusionModule(LightningModule):
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
+        further: Further | None = None,
         max_skipped: int = 10,
         settings: Settings | None = None,
         gallery: int = 0,
@@ -142,6 +131,13 @@ class DiffusionModule(LightningModule):
         elif self._averages_itself:
             self.averaged = AveragedModel(self.denoiser)
             self.averaged.requires_grad_(False)
+        self._further = further or Further()
+        if self._averages_itself and self._further.all:
+            raise ValueError(
+                f"ema.further={self._further.all}: the optimiser averages the weights itself, and "
+                f"further averages would be of the points where it takes gradients; leave them out"
+            )
+        self.further = nn.ModuleDict(self._further.averages_of(self.denoiser, ema_warmup))
         self.objective = objective or MSE()
         self.objective.check(self.denoiser)
         self.settings = settings or Settings.of(model)
@@ -168,6 +164,17 @@ class DiffusionModule(LightningModule):
             return self.denoiser
         return cast(Denoiser, self.averaged.module)
 
+    @property
+    def averages(self) -> list[AveragedModel]:
+        """All averages, the main one first."""
+        main = [] if self.averaged is None else [self.averaged]
+        return main + [cast(AveragedModel, each) for each in self.further.values()]
+
+    def power_averages(self) -> Iterator[tuple[float, AveragedModel]]:
+        """Yield the power-function averages with their sigma_rel."""
+        for sigma_rel in map(float, self._further.sigma_rel):
+            yield sigma_rel, cast(AveragedModel, self.further[place(sigma_rel)])
+
     @contextmanager
     def model_to_draw_with(self) -> Iterator[Model]:
         """Lend the model with the averaged weights where there are any, ready to draw.
@@ -184,12 +191,12 @@ class DiffusionModule(LightningModule):
             denoiser.train(was_training)
 
     def configure_model(self) -> None:
-        """Shard denoiser and average block by block where the strategy shards models (FSDP2)."""
+        """Shard denoiser and averages block by block where the strategy shards models (FSDP2)."""
         mesh = self.device_mesh
         if mesh is None or self._is_sharded:
             return
         self._is_sharded = True
-        for denoiser in {self.denoiser, self.evaluated}:
+        for denoiser in (self.denoiser, *(cast(Denoiser, each.module) for each in self.averages)):
             if isinstance(denoiser, ClassConditional):
                 for block in denoiser.network.blocks.children():
                     fully_shard(block, mesh=mesh["data_parallel"])
@@ -239,6 +246,12 @@ class DiffusionModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what rebuilds the denoiser beside its weights, as plain values."""
         checkpoint["hyper_parameters"] = self.model.description
+        if self._trainer is not None and self._trainer.optimizers:
+            # Which parameter each state of the optimiser is of, so that other groups can take it.
+            names = {id(each): name for name, each in self.named_parameters()}
+            groups = self._trainer.optimizers[0].param_groups
+            held = [names.get(id(each)) for group in groups for each in group["params"]]
+            checkpoint["optimizer_parameters"] = held if all(held) else None
 
     def losses(self, denoiser: Denoiser, batch: tuple[Images, Labels]) -> Losses:
         """Return the objective's losses of a batch of pixels or of x_0."""
@@ -314,15 +327,16 @@ class DiffusionModule(LightningModule):
             )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, and let the average follow; an average does not move in a skipped step."""
+        """Step, and let the averages follow; an average does not move in a skipped step."""
         super().optimizer_step(*args, **kwargs)
-        if self.averaged is None or self._skipped_in_a_row > 0:
+        if self._skipped_in_a_row > 0:
             return
-        if self._averages_itself:
+        if self._averages_itself and self.averaged is not None:
             own: Any = self.optimizers(use_pl_optimizer=False)
             copy_average(own, self.denoiser, self.averaged.module)
-        else:
-            self.averaged.update_parameters(self.denoiser)
+            return
+        for average in self.averages:
+            average.update_parameters(self.denoiser)
 
     def validation_step(self, batch: tuple[Images, Labels], batch_idx: int) -> None:
         """Log the loss on held-out images, at the same times and noise at every validation."""

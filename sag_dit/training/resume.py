@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,19 +18,18 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from sag_dit.checkpoints import build, write_safetensors
 from sag_dit.checkpoints.export import Own, check_finite, not_finite
 from sag_dit.checkpoints.formats import merged
 from sag_dit.files import atomic, writing
+from sag_dit.training.averaging import whole_weights
 from sag_dit.training.module import DiffusionModule
 from sag_dit.untrusted import read_json
 
 FOLDER = "checkpoints"
 FINISHED = "finished.json"
 """Tells which step a run's weights were exported at: with the newest checkpoint's, all is done."""
-KEPT = 2
 TOLD_TO_STOP = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -82,26 +82,29 @@ def best_checkpoint(
     name: str = "best",
     mode: str = "min",
     every_n_steps: int | None = None,
+    most: int = 1,
 ) -> ModelCheckpoint:
-    """Return a callback that keeps the checkpoint that is best by what is logged as ``monitor``."""
+    """Return a callback that keeps the ``most`` best checkpoints by what ``monitor`` logs."""
     return ModelCheckpoint(
         dirpath=out / FOLDER,
         filename=f"{name}-{{step:08d}}",
         auto_insert_metric_name=False,
         monitor=monitor,
         mode=mode,
-        save_top_k=1,
+        save_top_k=most,
         every_n_train_steps=every_n_steps,
         enable_version_counter=False,
     )
 
 
 class LastCheckpoints(Checkpoint):
-    """Keeps the last two checkpoints, saves at every orderly end, and stops all ranks together.
+    """Keeps the last checkpoints, saves at every orderly end, and stops all ranks together.
 
-    It keeps two, because a crash of the machine may truncate the newest. A checkpoint stands at the
-    end of a step, never between accumulated gradients. If the step is followed by validation, the
-    checkpoint is written after that, since a run that goes on from it does not validate again.
+    It keeps two unless told otherwise, because a crash of the machine may truncate the newest. With
+    ``every_n_minutes`` one is also saved when so much time has passed since the last, by the clock
+    of rank 0. A checkpoint stands at the end of a step, never between accumulated gradients. If the
+    step is followed by validation, the checkpoint is written after that, since a run that goes on
+    from it does not validate again.
 
     Orderly ends are the last step, a Trainer that is told to stop, as by ``max_time``, a loader
     that fails, Ctrl-C and SIGTERM. On a signal the handler only sets a flag, because the step may
@@ -117,8 +120,15 @@ class LastCheckpoints(Checkpoint):
         trainer = Trainer(callbacks=[LastCheckpoints(out, every_n_steps=1000)])
     """
 
-    def __init__(self, out: Path, every_n_steps: int) -> None:
-        self._folder, self._every = out / FOLDER, every_n_steps
+    def __init__(
+        self,
+        out: Path,
+        every_n_steps: int,
+        keep: int = 2,
+        every_n_minutes: float | None = None,
+    ) -> None:
+        self._folder, self._every, self._keep = out / FOLDER, every_n_steps, keep
+        self._minutes, self._saved_at = every_n_minutes, time.monotonic()
         self._signal = 0
         self._ending = self._due = self._tells = False
         self._stop: BaseException | None = None
@@ -134,7 +144,11 @@ class LastCheckpoints(Checkpoint):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._saved_at = time.monotonic()
         self._tells = trainer.is_global_zero
+        for best in trainer.checkpoint_callbacks:
+            if isinstance(best, ModelCheckpoint):
+                self._forget(best, trainer)
         if trainer.is_global_zero:
             for left in self._folder.glob(".*.tmp"):  # by a process that was killed while saving
                 left.unlink()
@@ -146,6 +160,17 @@ class LastCheckpoints(Checkpoint):
                 f"{self._folder}: {free / 1e6:,.1f} MB are free, and the weights of one checkpoint "
                 f"are {need / 1e6:,.1f} MB; make room, or set out= to another disk"
             )
+
+    @staticmethod
+    def _forget(best: ModelCheckpoint, trainer: Trainer) -> None:
+        """Delete the worst of the best checkpoints, where the run kept more of them before."""
+        kept, most = best.best_k_models, best.save_top_k
+        worst_first = sorted(kept, key=lambda path: float(kept[path]), reverse=best.mode == "min")
+        for path in worst_first[:-most]:
+            del kept[path]
+            trainer.strategy.remove_checkpoint(path)
+            best.kth_best_model_path = worst_first[-most]
+            best.kth_value = kept[worst_first[-most]]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == self._signal == signal.SIGINT:
@@ -182,10 +207,18 @@ class LastCheckpoints(Checkpoint):
         self._stop = self._agreed(trainer, failed)
         is_last = self._ending or 0 < trainer.max_steps <= step
         self._due = self._stop is not None or is_last or step % self._every == 0
+        self._due = self._due or self._is_time(trainer)
         if trainer.fit_loop._data_fetcher is None or not loop._should_check_val_fx(
             trainer.fit_loop._data_fetcher
         ):
             self._save(trainer)
+
+    def _is_time(self, trainer: Trainer) -> bool:
+        """Whether so many minutes have passed, as rank 0 says."""
+        if self._minutes is None:
+            return False
+        passed = trainer.is_global_zero and time.monotonic() - self._saved_at >= 60 * self._minutes
+        return bool(trainer.strategy.reduce_boolean_decision(passed, all=False))
 
     def _agreed(self, trainer: Trainer, failed: Exception | None) -> BaseException | None:
         """Return what all ranks raise once they have saved, None if no rank has a reason to."""
@@ -211,7 +244,8 @@ class LastCheckpoints(Checkpoint):
         if not self._due or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._due = False
-        file = self._folder / f"step-{trainer.global_step:08d}.ckpt"
+        self._saved_at = time.monotonic()
+        file = step_checkpoint(self._folder.parent, trainer.global_step)
         with writing(file):
             try:
                 trainer.save_checkpoint(file)
@@ -219,7 +253,7 @@ class LastCheckpoints(Checkpoint):
                 # Of a sharded one every rank writes a part; the first reason is told.
                 raise next(iter(error.failures.values()))[0] from error
         # One of a later step could not be read when the run went on, so that it counts for none.
-        for old in [each for each in _newest_first(self._folder) if each <= file][KEPT:]:
+        for old in [each for each in steps_of(self._folder) if each <= file][self._keep :]:
             trainer.strategy.remove_checkpoint(old)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -228,7 +262,13 @@ class LastCheckpoints(Checkpoint):
             signal.signal(number, handler)
 
 
-def _newest_first(folder: Path) -> list[Path]:
+def step_checkpoint(out: Path, step: int) -> Path:
+    """Return the checkpoint of a run's step."""
+    return out / FOLDER / f"step-{step:08d}.ckpt"
+
+
+def steps_of(folder: Path) -> list[Path]:
+    """Return the checkpoints of steps in a folder, newest first."""
     return sorted(folder.glob("step-*.ckpt"), reverse=True)
 
 
@@ -240,11 +280,7 @@ def export_run(trainer: Trainer, module: DiffusionModule, out: Path) -> None:
     Raises:
         ValueError: weights are NaN or infinite; the newest checkpoint whose are not is named.
     """
-    state = {}
-    for name, tensor in module.evaluated.network.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if trainer.is_global_zero:
-            state[name] = whole.detach().cpu().clone()
+    state = whole_weights(trainer, module.evaluated)
     if not trainer.is_global_zero:
         return
     description = module.model.description
@@ -292,7 +328,7 @@ def newest_checkpoint(out: Path, module: LightningModule) -> tuple[Path | None, 
     Raises:
         ValueError: it is not one of this module.
     """
-    for checkpoint in _newest_first(out / FOLDER):
+    for checkpoint in steps_of(out / FOLDER):
         state = _read(checkpoint)
         if state is not None:
             _check_fits(checkpoint, state.get("state_dict"), module)

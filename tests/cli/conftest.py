@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sag_dit.cli import encode as encode_command
+from sag_dit.cli import export as export_command
 from sag_dit.cli import sample as sample_command
 from sag_dit.cli import train as train_command
 from sag_dit.cli.app import launch
@@ -128,6 +129,7 @@ def in_process(
             "sample": sample_command.run_sample,
             "train": train_command.run_train,
             "encode": encode_command.run_encode,
+            "export": export_command.run_export,
         }
         try:
             launch(name, commands[name], arguments)

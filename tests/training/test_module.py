@@ -23,7 +23,8 @@ from sag_dit.guidance import SAG
 from sag_dit.models import DiT
 from sag_dit.process import DDPM
 from sag_dit.sampling import Request, Settings
-from sag_dit.training.module import DiffusionModule, warming_average
+from sag_dit.training.averaging import warming_average
+from sag_dit.training.module import DiffusionModule
 from tests.training import making
 from tests.training.making import ADAM, Losses, assert_same, fresh_model, state
 

@@ -126,8 +126,13 @@ class LoadsModel(Closed):
     """Keys of the commands that load a model."""
 
     ckpt: str = key(**CKPT)
-    ema: bool = key(
-        "true: averaged weights; false: raw ones, if there are both",
+    ema: bool | float = key(
+        "true: averaged weights; false: raw ones, if there are both; or another average of a run: "
+        "a decay of it, or any sigma_rel below 0.2887",
+        least=0,
+        below=1,
+        refused=(0,),
+        expected="true, false, a decay such as 0.9999, or a sigma_rel such as 0.05",
         determines="model",
         published=True,
     )
@@ -518,6 +523,21 @@ class OptimizerKeys:
 
 
 @dataclass(kw_only=True)
+class FurtherAverages(Closed):
+    """Averages of the weights beside the main one."""
+
+    decays: list[float] = key(
+        "decays of further averages, such as [0.999,0.9999]", least=0.2887, below=1, blank=True
+    )
+    sigma_rel: list[float] = key(
+        "widths of power-function averages, such as [0.05,0.1], of which any width is made later",
+        least=0.001,
+        below=0.2886,
+        blank=True,
+    )
+
+
+@dataclass(kw_only=True)
 class Average(Closed):
     """The average of the weights, which images are drawn with."""
 
@@ -527,6 +547,10 @@ class Average(Closed):
         later=False,
         unnamed=True,
         absent=True,
+    )
+    further: FurtherAverages = key(
+        "averages beside it; sample.py and export.py name them by ema=NUMBER",
+        later={"decays": [], "sigma_rel": []},
     )
 
 
@@ -572,9 +596,37 @@ class Every(Closed):
     """How often a checkpoint, a validation, previews and log entries are made."""
 
     checkpoint: int = key("steps between checkpoints", least=1)
+    snapshot: int = key("steps between snapshots of ema.further.sigma_rel's averages", least=1)
     validation: int = key("steps between validations", least=1)
     preview: int = key("steps between previews", least=1)
     log: int = key("steps between log entries", least=1)
+
+
+@dataclass(kw_only=True)
+class EveryMinutes(Closed):
+    """How often by the clock."""
+
+    checkpoint: float | None = key(
+        "minutes after which a checkpoint is saved between those by steps; null: never",
+        least=0.01,
+        words="checkpoint_minutes train_time_interval",
+    )
+
+
+@dataclass(kw_only=True)
+class Keep(Closed):
+    """How much of a run stays on the disk."""
+
+    last: int = key("newest checkpoints that are kept to go on from", least=1, most=10_000)
+    best: int = key(
+        "checkpoints of the lowest validation loss that are kept; 0: none",
+        least=0,
+        most=10_000,
+        words="save_top_k",
+    )
+    snapshots: int = key(
+        "snapshots of each average over ema.further.sigma_rel that are kept", least=2, most=100_000
+    )
 
 
 @dataclass(kw_only=True)
@@ -600,6 +652,20 @@ class Adapters(Closed):
     targets: list[str] | None = key(
         "name patterns of the layers that get adapters", names=True, absent=True
     )
+
+
+@dataclass(kw_only=True)
+class FineTuning(Closed):
+    """What is taken of the checkpoint that ckpt names."""
+
+    weights: Literal["average", "raw"] | float = key(
+        "average, raw, or another average of a run: a decay, or a sigma_rel below 0.2887",
+        least=0,
+        below=1,
+        refused=(0,),
+        expected="average, raw, a decay such as 0.9999, or a sigma_rel such as 0.05",
+    )
+    optimizer: bool = key("true: also the optimiser's state, of a checkpoint of train.py")
 
 
 @dataclass(kw_only=True)
@@ -663,6 +729,25 @@ class Train(Closed):
         text=True,
         words="checkpoint model_path pretrained",
     )
+    finetune: FineTuning = key(
+        "what is taken of ckpt", later={"weights": "average", "optimizer": False}
+    )
+    resume_from: str | None = key(
+        "another run, its folder or one checkpoint, to go on from with what is stated here; null: "
+        "none",
+        text=True,
+        words="resume_from_checkpoint ckpt_path init_from",
+        later=None,
+    )
+    resume_optimizer: bool = key(
+        "with resume_from: true: its optimiser's state; false: the optimiser begins anew",
+        later=True,
+    )
+    resume_schedule: Literal["continued", "anew"] = key(
+        "with resume_from: continued: the learning rate's schedule counts the steps of that run; "
+        "anew: it begins here",
+        later="continued",
+    )
     vae: str | None = key("autoencoder; null: the one of ckpt, or none, for pixels", text=True)
     num_heads: int | None = key(
         "attention heads, if ckpt does not say; without ckpt set model.num_heads",
@@ -709,6 +794,8 @@ class Train(Closed):
     lora: Adapters | None = key("adapters", absent=True)
     trainer: Open = key("Lightning's Trainer", keys=TrainTrainerKeys)
     every_n_steps: Every = key("how often", determines="nothing")
+    every_n_minutes: EveryMinutes = key("how often by the clock", determines="nothing")
+    keep: Keep = key("what stays on the disk", determines="nothing")
     preview: Preview = key("previews", determines="nothing")
     logger: Open | None = key("where numbers go", determines="nothing")
     track: Track | None = key("metrics while training", determines="nothing")

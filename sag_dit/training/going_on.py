@@ -1,0 +1,327 @@
+"""Going on from another run under other settings: its weights, averages, optimiser and step.
+
+What is taken over is written as the first checkpoint of the new run. From then on it is a run like
+any other, which needs the other one no more and goes on after a stop from its own checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sag_dit.checkpoints import averages, files, trainers
+from sag_dit.files import atomic
+from sag_dit.training.module import DiffusionModule
+from sag_dit.training.resume import FOLDER, step_checkpoint, steps_of
+
+SHOWN = 3
+AVERAGED = "averaged"
+BOOKKEEPING = {"params", "param_names", "initial_lr"}
+"""What stands in an optimiser's groups beside its options."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A checkpoint of another run.
+
+    Attributes:
+        checkpoint: the file.
+        folder: of the run.
+        step: of the checkpoint.
+        state: what is in it, mapped from the disk.
+
+    Example::
+
+        parent = find_parent("outputs/train/RUN", "resume_from=outputs/train/RUN")
+        print(parent.step)
+    """
+
+    checkpoint: Path
+    folder: Path
+    step: int
+    state: Mapping[str, Any]
+
+
+def find_parent(path: Path, where: str) -> Parent:
+    """Return a run's newest checkpoint that can be read, or the one that ``path`` is.
+
+    ``where`` is the key that names it, for the message.
+
+    Raises:
+        ValueError: there is none, or it is no checkpoint of a run.
+    """
+    # A sharded one is told what to do with, as when it is drawn from.
+    found = [path] if path.is_file() else steps_of(path / FOLDER)
+    trainers.refuse_pieces(path)
+    unread: Exception | None = None
+    for file in found:
+        trainers.refuse_pieces(file)
+        try:
+            state = files.read_torch(file)
+        except ValueError as error:
+            unread = error
+            continue
+        # What it has to be, to be gone on from.
+        if not isinstance(state, Mapping) or not isinstance(state.get("global_step"), int):
+            raise ValueError(f"{where}: {file} is no checkpoint of a run; expected one of train.py")
+        return Parent(file, file.parent.parent, int(state["global_step"]), state)
+    told = f"{unread}" if unread else f"{path} holds no checkpoints/step-*.ckpt"
+    raise ValueError(f"{where}: {told}; expected the folder of a run, or one of its checkpoints")
+
+
+class Adopts(Callback):
+    """Writes a parent's checkpoint as the first one of a new run; rank 0 does, the others wait.
+
+    ``step`` is where the new run begins. With ``weights`` the parent's weights and averages are
+    taken, else they are the module's own. With ``optimizer`` its state is taken; ``past`` are the
+    steps that the schedule of the learning rate takes to be over.
+
+    Raises:
+        ValueError: the parent is of another network, or its optimiser's state does not fit.
+
+    Example::
+
+        adopts = Adopts(parent, out, step=parent.step, past=parent.step)
+        trainer = Trainer(callbacks=[adopts])
+        trainer.fit(module, data, ckpt_path=adopts.file)
+    """
+
+    def __init__(
+        self,
+        parent: Parent,
+        out: Path,
+        *,
+        step: int,
+        past: int,
+        weights: bool = True,
+        optimizer: bool = True,
+        where: str = "resume_from",
+    ) -> None:
+        self._parent, self._out, self.step, self._past = parent, out, step, past
+        self._weights, self._optimizer, self._where = weights, optimizer, where
+        self.file = step_checkpoint(out, step)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it before Lightning reads it."""
+        if stage == "fit" and trainer.is_global_zero and isinstance(pl_module, DiffusionModule):
+            for line in self._adopt(trainer, pl_module):
+                print(f"  {line}")
+        trainer.strategy.barrier("adopted")
+
+    def _adopt(self, trainer: Trainer, module: DiffusionModule) -> Iterator[str]:
+        """Write the checkpoint and yield what was taken over, in words."""
+        # Weights and averages; of power-function averages also their snapshots.
+        state: Mapping[str, Tensor] = module.state_dict()
+        if self._weights:
+            told, state = _adopted_weights(self._parent, module, self._where)
+            yield from told
+            _link_snapshots(self._parent, self._out, averages.averages_in(state))
+        # The optimiser's state, under the options that it has now.
+        configured = module.configure_optimizers()
+        several = isinstance(configured, Mapping)
+        optimizer: Optimizer = configured["optimizer"] if several else configured
+        schedule = configured["lr_scheduler"]["scheduler"] if several else None
+        if schedule is not None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                for _ in range(self._past):
+                    schedule.step()
+        held, told_of = _adopted_optimizer(
+            self._parent, module, optimizer, self._where, take=self._optimizer
+        )
+        yield told_of
+        # As Lightning would have saved it.
+        checkpoint = {
+            "epoch": 0,
+            "global_step": self.step,
+            "pytorch-lightning_version": self._parent.state["pytorch-lightning_version"],
+            "state_dict": dict(state),
+            "loops": _loops_at(trainer, self.step, schedule is not None),
+            "callbacks": {},
+            "optimizer_states": [held],
+            "lr_schedulers": [] if schedule is None else [schedule.state_dict()],
+        }
+        module.on_save_checkpoint(checkpoint)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(self.file) as temporary, temporary.open("wb") as stream:
+            torch.save(checkpoint, stream)
+
+
+def _adopted_weights(
+    parent: Parent, module: DiffusionModule, where: str
+) -> tuple[list[str], dict[str, Tensor]]:
+    """Return the state of a module with all that a parent has of it, and what is not the parent's.
+
+    Raises:
+        ValueError: the parent's network is another one.
+    """
+    plain = files.without_wrappers
+    there = {plain(name): value for name, value in parent.state["state_dict"].items()}
+    own = dict(module.state_dict())
+
+    def fits(name: str) -> bool:
+        found = there.get(plain(name))
+        return found is not None and found.shape == own[name].shape
+
+    # The network itself has to fit.
+    network = [name for name in own if name.startswith("denoiser.")]
+    odd = [name for name in network if not fits(name)]
+    odd += [n for n in there if n.startswith("denoiser.") and n not in map(plain, network)]
+    if odd:
+        found = (each.get(odd[0]) for each in (there, own))
+        sizes = ["missing" if each is None else tuple(each.shape) for each in found]
+        raise ValueError(
+            f"{where}: {parent.checkpoint} is of another network: {len(odd)} tensors differ, the "
+            f"first is {odd[0]}, there {sizes[0]} and here {sizes[1]}; repeat the run's settings "
+            f"of the network, or fit it to others by experiment=finetune ckpt={parent.folder}"
+        )
+    state = {name: there[plain(name)] for name in network}
+    # Each average as a whole, or from the weights as they are; the first update copies them.
+    lines, begun = [], []
+    starts = [AVERAGED] if module.averaged is not None else []
+    starts += [f"{averages.FURTHER}{name}" for name in module.further]
+    for start in starts:
+        names = [name for name in own if name.startswith(f"{start}.")]
+        if all(map(fits, names)):
+            state |= {name: there[plain(name)] for name in names}
+            continue
+        begun.append(start)
+        inside = f"{start}{averages.MODULE}"
+        for name in names:
+            raw = name.replace(inside, "denoiser.")
+            state[name] = state[raw] if name.startswith(inside) else torch.zeros_like(own[name])
+    taken = [each for each in starts if each not in begun]
+    for which, what in ((taken, "averages taken over"), (begun, "averages that begin here")):
+        lines += [f"{what}: {', '.join(map(_average, which))}"] if which else []
+    # Whatever else is trained or averaged.
+    rest = [name for name in own if name not in state]
+    fresh = [name for name in rest if not fits(name)]
+    state |= {name: there[plain(name)] if fits(name) else own[name] for name in rest}
+    left = [n for n in there if n not in map(plain, state)]
+    for names, what in ((fresh, "not in the run, and so fresh"), (left, "of the run, left out")):
+        groups = dict.fromkeys(".".join(name.split(".")[:2]) for name in names)
+        lines += [f"{what}: {_some([*groups])}"] if names else []
+    return lines, state
+
+
+def _average(start: str) -> str:
+    return "ema" if start == AVERAGED else start.rpartition(".")[2].replace("_", ".")
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)}"
+
+
+def _adopted_optimizer(
+    parent: Parent, module: DiffusionModule, optimizer: Optimizer, where: str, *, take: bool
+) -> tuple[dict[str, Any], str]:
+    """Return an optimiser's state with the parent's moments, by the parameters' names, and a line.
+
+    The options, such as the rate, are the optimiser's own.
+
+    Raises:
+        ValueError: the parent's is of another optimiser, or of none of the parameters.
+    """
+    names = {id(each): name for name, each in module.named_parameters()}
+    shapes = {name: each.shape for name, each in module.named_parameters()}
+    groups = [
+        {**group, "params": [names[id(each)] for each in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    trained = [name for group in groups for name in group["params"]]
+    if not take:
+        return {"state": {}, "param_groups": groups}, "optimiser: begins anew"
+    there = _optimizer_there(parent)
+    if there is None or _options(there["param_groups"]) != _options(groups):
+        raise ValueError(
+            f"{where}: the optimiser's state in {parent.checkpoint} is of another optimiser than "
+            f"{type(optimizer).__name__}; expected the same, or that it begins anew: "
+            f"{_anew(where)}"
+        )
+    # Which parameter each state is of: recorded, or in their order.
+    indices = [each for group in there["param_groups"] for each in group["params"]]
+    recorded = parent.state.get("optimizer_parameters")
+    known = recorded if isinstance(recorded, list) else trained
+    if all(isinstance(each, str) for each in indices):
+        known = indices
+    pairs = dict(zip(map(files.without_wrappers, known), indices, strict=False))
+    tensors = parent.state.get("state_dict", {})
+    before = {files.without_wrappers(name): value.shape for name, value in tensors.items()}
+    moments = {}
+    for name in trained:
+        plain = files.without_wrappers(name)
+        state = there["state"].get(pairs.get(plain))
+        if state is not None and before.get(plain) == shapes[name]:
+            moments[name] = state
+    unfit = recorded is None and known is trained and len(known) != len(indices)
+    if unfit or not moments:
+        raise ValueError(
+            f"{where}: the optimiser's state in {parent.checkpoint} is of other parameters "
+            f"({len(indices)}, here {len(trained)}); expected that it begins anew: {_anew(where)}"
+        )
+    anew = len(trained) - len(moments)
+    rest = f", {anew} begin anew" if anew else ""
+    told = f"optimiser: the state of {len(moments)} parameters taken over{rest}"
+    return {"state": moments, "param_groups": groups}, told
+
+
+def _anew(where: str) -> str:
+    return "finetune.optimizer=false" if where.startswith("finetune") else "resume_optimizer=false"
+
+
+def _optimizer_there(parent: Parent) -> Mapping[str, Any] | None:
+    """Return the optimiser's state in a checkpoint, also in one that was joined from pieces."""
+    states = parent.state.get("optimizer_states") or [parent.state.get("optimizer_0")]
+    found = states[0]
+    whole = isinstance(found, Mapping) and {"state", "param_groups"} <= found.keys()
+    return found if whole else None
+
+
+def _options(groups: Sequence[Mapping[str, Any]]) -> set[str]:
+    return {name for group in groups for name in group} - BOOKKEEPING
+
+
+def _loops_at(trainer: Trainer, step: int, scheduled: bool) -> dict[str, Any]:
+    """Return the progress of Lightning's loops after so many steps of this trainer's batches."""
+    loops: dict[str, Any] = trainer._checkpoint_connector._get_loops_state_dict()
+    if step == 0:
+        return loops
+    fit, batches = loops["fit_loop"], step * trainer.accumulate_grad_batches
+    progress = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    steps = [progress["step"], progress["zero_grad"]]
+    if scheduled:
+        steps.append(fit["epoch_loop.scheduler_progress"])
+    for each, number in (*((s, step) for s in steps), (fit["epoch_loop.batch_progress"], batches)):
+        for counted in (each["total"], each["current"]):
+            counted |= dict.fromkeys(counted, number)
+    for counted in (fit["epoch_progress"]["total"], fit["epoch_progress"]["current"]):
+        counted |= {"ready": 1, "started": 1}
+    # Lightning counts this one up when it goes on.
+    fit["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1
+    return loops
+
+
+def _link_snapshots(parent: Parent, out: Path, kept: Mapping[float, str]) -> None:
+    """Give the new run the snapshots that its averages go on from, without a copy if it can."""
+    there = averages.snapshots_in(parent.folder / averages.FOLDER)
+    for snapshot in there:
+        if snapshot.taken.step > parent.step or snapshot.taken.sigma_rel not in kept:
+            continue
+        target = out / averages.FOLDER / snapshot.file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(snapshot.file, target)
+        except OSError:  # Another disk, or one that knows no links.
+            with atomic(target) as temporary:
+                shutil.copyfile(snapshot.file, temporary)
