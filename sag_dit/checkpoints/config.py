@@ -3,7 +3,8 @@
 Its keys, as in the config.json beside exported weights:
 
     model        the arguments of a network, and the family of one that is neither a DiT nor a UNet:
-                 {"family": "mine", ...}; input_size is a number or [height, width]
+                 {"family": "mine", ...}, or the class of one without a family:
+                 {"_target_": "my_net.Mine", ...}; input_size is a number or [height, width]
     process      {"schedule": "linear" or "cosine", "num_timesteps": 1000} is a DDPM,
                  {"time_scale": 1.0, "shift": 1.0} a Flow
     kind         "eps", "v", "x_0" or "score"
@@ -23,7 +24,7 @@ from typing import Any, get_args
 from sag_dit.bounds import Count, checked
 from sag_dit.denoiser import ClassConditional
 from sag_dit.identity import settings, without_later
-from sag_dit.models.family import check_keys, families, family_of
+from sag_dit.models.family import check_keys, family_for, family_of
 from sag_dit.process import DDPM, Flow, Process
 from sag_dit.process.base import OutputKind
 
@@ -77,7 +78,7 @@ def describe(denoiser: ClassConditional) -> dict[str, Any]:
         )
     # What came later is told where it is not the default, so that runs of a model keep their names.
     return {
-        "model": without_later(families()[network.key].arguments(network), type(network)),
+        "model": without_later(family_for(network).arguments(network), type(network)),
         "process": settings(process),
         "kind": denoiser.kind,
         "x_0_range": None if denoiser.x_0_range is None else list(denoiser.x_0_range),

@@ -23,7 +23,7 @@ from sag_dit.checkpoints.model import Model
 from sag_dit.codec import VAECodec
 from sag_dit.denoiser import ClassConditional
 from sag_dit.files import atomic
-from sag_dit.models.family import Family, Layout, Source, families
+from sag_dit.models.family import Family, Layout, Source, families, family_for
 
 SHOWN_CLASSES = 20
 
@@ -55,7 +55,7 @@ def model_card(
     lines = [
         f"# Model card: {model.name}",
         "",
-        f"A class-conditional {families()[network.key].title}, exported by sag_dit.",
+        f"A class-conditional {family_for(network).title}, exported by sag_dit.",
         "",
         "| | |",
         "|---|---|",
@@ -248,7 +248,7 @@ def export(
     check_finite(denoiser.network.state_dict(), model.name)
     settings = codec.settings if isinstance(codec, VAECodec) else {}
     source = Source(denoiser.network, denoiser.process, model.description, settings)
-    chosen = fitting(families()[denoiser.network.key], layout, source)
+    chosen = fitting(family_for(denoiser.network), layout, source)
     notes = chosen.notes(source)
     # Written beside its place and renamed, so that it is there as a whole or not at all.
     with _staged(folder, chosen.size(source)) as part:

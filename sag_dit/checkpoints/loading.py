@@ -15,7 +15,7 @@ from sag_dit.checkpoints.config import Defaults, build, build_process
 from sag_dit.checkpoints.model import Model, from_denoiser
 from sag_dit.codec import Codec, IdentityCodec, VAECodec
 from sag_dit.denoiser import ClassConditional
-from sag_dit.models.family import WeightsFile, families, family_of
+from sag_dit.models.family import WeightsFile, family_for, family_of
 from sag_dit.models.unet.adapter import CLASSIFIER_SOURCE, read_classifier
 from sag_dit.models.unfilled import unfilled
 
@@ -91,7 +91,7 @@ def filled(config: Mapping[str, Any], checkpoint: formats.Checkpoint) -> ClassCo
             denoiser = build(config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
-    source = families()[denoiser.network.key].source
+    source = family_for(denoiser.network).source
     fill(denoiser.network, checkpoint.state, checkpoint.path, source)
     return denoiser.eval()
 

@@ -25,6 +25,7 @@ from sag_dit.cli.composing import (
     config_folder,
     drop_strangers,
     for_hydra,
+    import_own,
     unresolved,
 )
 from sag_dit.cli.help import help_text
@@ -275,6 +276,7 @@ def launch(
             }
             values = checked_config(config_name, config, typed)
             check_added(config_name, values, keys)
+            import_own(getattr(values, "imports", None) or ())
             with own_log():
                 run(values)
         except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:

@@ -34,6 +34,13 @@ DEVICE: Mapping[str, Any] = {
     "pattern": r"(auto|cpu|cuda|mps|xpu)(:\d+)?",
     "expected": "auto, cpu, cuda, cuda:1 or mps",
 }
+IMPORTS: Mapping[str, Any] = {
+    "told": "modules of your own that hold the classes a checkpoint names, such as [my_net]",
+    "expected": "a module or a list of modules, such as imports=[my_net]",
+    "determines": "nothing",
+    "absent": True,
+    "added": True,
+}
 Classes = int | str | list[int | str] | None
 
 
@@ -144,6 +151,7 @@ class LoadsModel(Closed):
         absent=True,
         added=True,
     )
+    imports: str | list[str] | None = key(**IMPORTS)
 
 
 @dataclass(kw_only=True)
@@ -663,6 +671,7 @@ class Train(Closed):
         absent=True,
         added=True,
     )
+    imports: str | list[str] | None = key(**IMPORTS)
     resolution: int | None = key("pixels along each side of an image", **SIZE, words="image_size")
     patch_size: int | None = key("pixels along each side of a patch", **SIZE, by_checkpoint=True)
     num_classes: int | None = key(
