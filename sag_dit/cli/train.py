@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sag_dit.data.training_batches import StepData
     from sag_dit.training.finetune import LoRA
     from sag_dit.training.module import DiffusionModule
+    from sag_dit.training.objective import Objective
 
 
 def make_model(config: Train, data: StepData) -> Model:
@@ -81,7 +82,7 @@ def make_model(config: Train, data: StepData) -> Model:
     denoiser, name = build(description), str(config.name)
     if TARGET in settings and denoiser.latent_shape != (channels, side, side):
         raise ValueError(
-            f"model.{TARGET}={settings[TARGET]}: a network of x_t {denoiser.latent_shape}: expected "
+            f"model.{TARGET}={settings[TARGET]}: its x_t is {denoiser.latent_shape}: expected "
             f"{(channels, side, side)}, that of the data at resolution={config.resolution}"
         )
     defaults = to_dict(config.sampling)
@@ -199,6 +200,24 @@ def make_module(config: Train, model: Model) -> DiffusionModule:
         max_skipped=config.max_skipped,
         seed=config.seed,
     )
+
+
+def check_pixels(objective: Objective, data: StepData, config: Train) -> None:
+    """Refuse an objective that sees pixels without data that has them, and the reverse.
+
+    Raises:
+        ValueError: one is stated without the other.
+    """
+    from sag_dit.training.objective.base import no_pixels
+
+    if objective.sees_pixels and not data.gives_pixels:
+        raise no_pixels(objective)
+    images = config.data.get("images")
+    if images is not None and not objective.sees_pixels:
+        raise ValueError(
+            f"data.images={images}: {type(objective).__name__} does not see pixels: expected null, "
+            f"or an objective whose losses take pixels"
+        )
 
 
 def loggers_of(config: Train) -> dict[str, Mapping[str, Any]]:
@@ -330,6 +349,7 @@ def run_train(config: Train) -> None:
         model, told = adapt_model(config, base, data)
     data.check(model)
     module = make_module(config, model)
+    check_pixels(module.objective, data, config)
     trainer = make_trainer(config, out)
     trainer.callbacks[:0] = trackers(config.track, model, out, trainer.strategy.root_device)  # type: ignore[attr-defined]
     data.rank_batch_size(trainer.world_size)

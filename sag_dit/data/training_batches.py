@@ -325,6 +325,11 @@ class StepData(LightningDataModule, ABC):
         """The images of an epoch."""
         return np.flatnonzero(~self.held_out_images)
 
+    @property
+    def gives_pixels(self) -> bool:
+        """Whether batches hold the images themselves, for objectives that see pixels."""
+        return self.vae is None
+
     def fingerprint(self) -> dict[str, Any] | None:
         """Return what tells that the data has changed: ``images``, ``classes``, ``sha256``.
 

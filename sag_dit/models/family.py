@@ -382,7 +382,7 @@ def _own_family(network: type[Any]) -> Family:
 
 
 def family_for(network: Network) -> Family:
-    """Return the family of a network: the registered one of its class, else one of that class alone.
+    """Return a network's family: the registered one of its class, or one of that class alone.
 
     Example:
         >>> from sag_dit.models import DiT

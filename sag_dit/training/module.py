@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
@@ -24,7 +24,6 @@ from sag_dit.codec import VAECodec
 from sag_dit.denoiser import ClassConditional, Denoiser
 from sag_dit.noise import generator
 from sag_dit.sampling import Drawn, Request, Settings, Watch, draw_batch
-from sag_dit.tensors import Images, Labels
 from sag_dit.traces import Maps
 from sag_dit.training.fitting import out_of_memory, too_large
 from sag_dit.training.objective import MSE, Losses, Objective
@@ -63,11 +62,33 @@ def at_least_float32() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def _called(objective: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of an objective that are called, the outermost ones.
+
+    Raises:
+        ValueError: a parameter is in none of them, and so could not be sharded.
+    """
+    own = [name for name, _ in objective.named_parameters(recurse=False)]
+    if own:
+        raise ValueError(
+            f"trainer=fsdp: {type(objective).__name__}.{own[0]} is in no module that is called: "
+            f"expected each parameter of an objective in a module of its own, or trainer=ddp"
+        )
+    for part in objective.children():
+        if isinstance(part, (nn.ModuleList, nn.ModuleDict)):
+            yield from _called(part)
+        else:
+            yield part
+
+
 class DiffusionModule(LightningModule):
     """Trains a model's denoiser on (images, labels), and draws requests with it.
 
-    Images are uint8, or x_0 itself if they were encoded before. ``objective`` says what is
-    minimised. All randomness of a training step (times, noise, label dropout) is a pure function
+    Images are uint8, or x_0 itself if they were encoded before, perhaps with the images behind the
+    labels. ``objective`` says what is minimised; modules of its own are trained, saved and sharded
+    beside the denoiser, and are no part of what is drawn with or exported.
+
+    All randomness of a training step (times, noise, label dropout) is a pure function
     of (seed, batch index, rank).
 
     With ``ema_decay`` the exponential moving average of the weights is a module of its own,
@@ -120,6 +141,13 @@ class DiffusionModule(LightningModule):
             self.averaged.requires_grad_(False)
         self.objective = objective or MSE()
         self.objective.check(self.denoiser)
+        self.averaged_objective: AveragedModel | None = None
+        own = self._trained(self.objective)
+        if self.averaged is not None and own and self.objective.averaged:
+            self.averaged_objective = AveragedModel(
+                cast(nn.Module, self.objective), multi_avg_fn=self.averaged.multi_avg_fn
+            )
+            self.averaged_objective.requires_grad_(False)
         self.settings = settings or Settings.of(model)
         self.gallery = gallery
         self.maps = maps
@@ -140,6 +168,17 @@ class DiffusionModule(LightningModule):
         if self.averaged is None:
             return self.denoiser
         return cast(Denoiser, self.averaged.module)
+
+    @staticmethod
+    def _trained(*parts: Any) -> list[Parameter]:
+        """Return the parameters that are trained, of the parts that have any."""
+        modules = (each for each in parts if isinstance(each, nn.Module))
+        return [p for each in modules for p in each.parameters() if p.requires_grad]
+
+    @property
+    def trained(self) -> list[Parameter]:
+        """The parameters that are trained: the denoiser's, then the objective's own."""
+        return self._trained(self.denoiser, self.objective)
 
     @contextmanager
     def model_to_draw_with(self) -> Iterator[Model]:
@@ -170,13 +209,18 @@ class DiffusionModule(LightningModule):
             # Resharded after each forward: after one without a backward, as in validation, the
             # average would be left whole, and could not follow the sharded weights.
             fully_shard(denoiser.network, mesh=mesh["data_parallel"], reshard_after_forward=True)
+        # An objective's modules each by itself, since it is they that are called.
+        averaged = self.averaged_objective and self.averaged_objective.module
+        for objective in (self.objective, averaged):
+            if isinstance(objective, nn.Module):
+                for part in _called(objective):
+                    fully_shard(part, mesh=mesh["data_parallel"], reshard_after_forward=True)
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser of the trainable parameters, and its schedule stepped every step."""
         if self._make_optimizer is None:
             raise ValueError("optimizer=None: expected an optimiser to train with")
-        trained = [p for p in self.denoiser.parameters() if p.requires_grad]
-        optimizer = self._make_optimizer(trained)
+        optimizer = self._make_optimizer(self.trained)
         # Gradients are looked at and clipped before the step: they are unscaled then, not in a
         # fused step, which Lightning would leave it to.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
@@ -189,18 +233,25 @@ class DiffusionModule(LightningModule):
         """Store what rebuilds the denoiser beside its weights, as plain values."""
         checkpoint["hyper_parameters"] = self.model.description
 
-    def losses(self, denoiser: Denoiser, batch: tuple[Images, Labels]) -> Losses:
-        """Return the objective's losses of a batch of pixels or of x_0."""
-        images, labels = batch
-        if images.is_floating_point():
-            return self.objective(denoiser, images, labels)
+    def losses(
+        self, denoiser: Denoiser, batch: Sequence[Tensor], objective: Objective | None = None
+    ) -> Losses:
+        """Return an objective's losses of a batch: pixels, or x_0 perhaps with pixels behind."""
+        images, labels, *rest = batch
+        objective = objective or self.objective
+        # Objectives older than pixels, and those that see none, are called as ever.
+        encoded = images.is_floating_point()
+        seen = (rest[0] if rest else None) if encoded else images
+        told = {"pixels": seen} if objective.sees_pixels else {}
+        if encoded:
+            return objective(denoiser, images, labels, **told)
         codec = self.model.codec
         shape = (len(images), *denoiser.latent_shape)
         noise = torch.randn(shape, device=images.device) if isinstance(codec, VAECodec) else None
         x_0 = codec.encode(images, noise)
-        return self.objective(denoiser, x_0, labels)
+        return objective(denoiser, x_0, labels, **told)
 
-    def training_step(self, batch: tuple[Images, Labels], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         self._seed(self.trainer.fit_loop.total_batch_idx)
         losses = self.losses(self.denoiser, batch)
@@ -243,7 +294,7 @@ class DiffusionModule(LightningModule):
         Gradients are the same on all ranks, or parts of one (sharded), so that the norm is common
         to them and they decide alike. Without a gradient an optimiser leaves a parameter alone.
         """
-        gradients = [p.grad for p in self.denoiser.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.trained if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.last_norm = norm
@@ -253,7 +304,7 @@ class DiffusionModule(LightningModule):
         self.skipped += 1
         self._skipped_in_a_row += 1
         self.log("train/skipped", float(self.skipped), prog_bar=True)
-        for parameter in self.denoiser.parameters():
+        for parameter in self.trained:
             parameter.grad = None
         if self._skipped_in_a_row >= self._max_skipped:
             raise ValueError(
@@ -267,11 +318,15 @@ class DiffusionModule(LightningModule):
         super().optimizer_step(*args, **kwargs)
         if self.averaged is not None and self._skipped_in_a_row == 0:
             self.averaged.update_parameters(self.denoiser)
+        if self.averaged_objective is not None and self._skipped_in_a_row == 0:
+            self.averaged_objective.update_parameters(cast(nn.Module, self.objective))
 
-    def validation_step(self, batch: tuple[Images, Labels], batch_idx: int) -> None:
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Log the loss on held-out images, at the same times and noise at every validation."""
         self._seed(2**62 + batch_idx)
-        loss = self.losses(self.evaluated, batch).per_image.mean()
+        averaged = self.averaged_objective
+        objective = None if averaged is None else cast(Objective, averaged.module)
+        loss = self.losses(self.evaluated, batch, objective).per_image.mean()
         self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch[1]))
 
     def on_predict_start(self) -> None:

@@ -497,6 +497,11 @@ class DataKeys:
         later=None,
         unnamed=True,
     )
+    images: str | None = key(
+        "folder that latents were encoded from, for an objective that sees pixels",
+        text=True,
+        later=None,
+    )
     batch_size: int = key("images in a batch, over all devices", least=1, most=2**20, words="bs")
     workers: int | None = key(
         "reader processes; null: chosen automatically", least=0, most=1024, determines="nothing"

@@ -76,7 +76,7 @@ class Objective(ABC):
         super().__init_subclass__(**options)
         if cls.__call__ is nn.Module.__call__:
             raise TypeError(
-                f"{cls.__name__}: expected class {cls.__name__}(Objective, nn.Module), in this order"
+                f"class {cls.__name__}: expected Objective before nn.Module among its bases"
             )
 
     @property
