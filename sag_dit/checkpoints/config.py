@@ -10,7 +10,8 @@ Its keys, as in the config.json beside exported weights:
     kind         "eps", "v", "x_0" or "score"
     x_0_range    [-1, 1] for pixels, null for latents
     class_names  one name per class
-    vae          the autoencoder of a latent model: a folder or a hub repository (optional)
+    vae          the autoencoder of a latent model: a folder or a hub repository, or the class of
+                 one of the user's own, {"_target_": "my_vae.Mine", ...} (optional)
     defaults     what to sample with, {"batch_size": 16} for example (optional)
     lora         {"rank": 8, "alpha": 8.0} where adapters stand beside the weights (optional)
 """
@@ -44,7 +45,7 @@ class _Config:
     kind: OutputKind
     x_0_range: tuple[float, float] | None
     class_names: tuple[str, ...] = ()
-    vae: str | None = None
+    vae: str | Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ class Checkpoint:
     state: State
     files: tuple[Path, ...]
     stated: Mapping[str, Any] = field(default_factory=dict)
-    vae: str | Path | None = None
+    vae: str | Path | Mapping[str, Any] | None = None
 
     @property
     def path(self) -> Path:
@@ -328,7 +328,7 @@ def _as_ours(
     return Checkpoint(state, weights, stated, _stated_vae(stated, weights[0]))
 
 
-def _stated_vae(stated: Mapping[str, Any], path: Path) -> str | Path | None:
+def _stated_vae(stated: Mapping[str, Any], path: Path) -> str | Path | Mapping[str, Any] | None:
     """Return the autoencoder that a config names, which may be a folder beside the weights."""
     vae = stated.get("vae")
     if vae and isinstance(vae, str) and (path.parent / vae).is_dir():

@@ -44,7 +44,7 @@ class Model:
     config: Mapping[str, Any]
     class_names: tuple[str, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    vae: str | None = None
+    vae: str | Mapping[str, Any] | None = None
     lora: Mapping[str, Any] | None = None
 
     @property
@@ -94,7 +94,7 @@ def from_denoiser(
     sha256: str = "",
     weights: str = "ema",
     defaults: Mapping[str, Any] | None = None,
-    vae: str | None = None,
+    vae: str | Mapping[str, Any] | None = None,
 ) -> Model:
     """Make a model of a denoiser in memory.
 

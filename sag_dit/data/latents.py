@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sag_dit.checkpoints import Model
-from sag_dit.codec import Pixels, VAECodec, hash_tensors
+from sag_dit.codec import Pixels, VAECodec, encoder_of, hash_tensors
 from sag_dit.data.images import Crops, find_images, listing_sha256
 from sag_dit.data.shards import REMEDY, Index, Rows, map_shard, read_index, verify
 from sag_dit.data.training_batches import (
@@ -40,10 +40,7 @@ Moments = Float[Tensor, "b 2 c h w"]
 
 def encoder_sha256(codec: VAECodec) -> str:
     """Return a hash of the weights that encode; decoders may differ between autoencoders."""
-    parts = {"encoder": codec.vae.encoder}
-    if codec.vae.quant_conv is not None:
-        parts["quant_conv"] = codec.vae.quant_conv
-    return hash_tensors(torch.nn.ModuleDict(parts))
+    return hash_tensors(encoder_of(codec))
 
 
 class Latents(Dataset[tuple[Moments, Labels, int]]):

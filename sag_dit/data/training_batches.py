@@ -286,7 +286,7 @@ class StepData(LightningDataModule, ABC):
 
     class_names: tuple[str, ...]
     channels: int
-    vae: str | None = None
+    vae: str | dict[str, Any] | None = None
 
     def __init__(self, *, batch_size: int, seed: int, flip: bool, workers: int | None) -> None:
         super().__init__()

@@ -138,8 +138,8 @@ class LoadsModel(Closed):
         determines="model",
         published=True,
     )
-    vae: str | None = key(
-        "autoencoder: a folder or hub name; null: the model's own",
+    vae: str | Open | None = key(
+        "autoencoder: a folder or hub name, or a class by vae._target_; null: the model's own",
         text=True,
         determines="model",
         published=True,
@@ -669,7 +669,10 @@ class Train(Closed):
         text=True,
         words="checkpoint model_path pretrained",
     )
-    vae: str | None = key("autoencoder; null: the one of ckpt, or none, for pixels", text=True)
+    vae: str | Open | None = key(
+        "autoencoder, or a class by vae._target_; null: the one of ckpt, or none, for pixels",
+        text=True,
+    )
     num_heads: int | None = key(
         "attention heads, if ckpt does not say; without ckpt set model.num_heads",
         least=1,
@@ -739,7 +742,9 @@ class Encode(Closed):
         "python encode.py data.root=photos/ data.size=512 vae=mse",
     )
     data: EncodeData = key("the images")
-    vae: str | None = key("autoencoder: a folder or hub name", text=True)
+    vae: str | Open | None = key(
+        "autoencoder: a folder or hub name, or a class by vae._target_", text=True
+    )
     out: str | None = key("folder of the latents; null: outputs/latents/NAME-HASH", **OUT)
     flip: bool = key("true: encode mirror images as well")
     dtype: Literal["float16", "float32"] = key("type of the stored numbers")
