@@ -349,7 +349,12 @@ class _Own(Family):
         return {TARGET: _path(self.of), **network.arguments}
 
     def build(self, model: Mapping[str, Any]) -> Network:
-        network = super().build(model)
+        try:
+            network = super().build(model)
+        except TypeError as error:
+            raise ValueError(
+                f"model.{TARGET}={_path(self.of)}: cannot be built ({error})"
+            ) from error
         recorded = {TARGET, FAMILY, *getattr(network, "arguments", model)}
         lost = [name for name in model if name not in recorded]
         if lost:
