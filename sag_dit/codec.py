@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self, TypeAlias
+from typing import Annotated, Any, NamedTuple, Self, TypeAlias
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from sag_dit.bounds import Bounds, Count, checked
+from sag_dit.identity import name_of
 from sag_dit.models.unfilled import unfilled
 from sag_dit.tensors import Images
 from sag_dit.untrusted import read_json
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 Pixels: TypeAlias = UInt8[Tensor, "b c h w"]
 
@@ -107,20 +105,50 @@ class IdentityCodec(Codec):
         return {"name": "identity"}
 
 
+class _Kind(NamedTuple):
+    """What a diffusers autoencoder of images means where its config does not say it."""
+
+    widths: str
+    """The argument with a number for each level of its encoder."""
+    levels: tuple[int, ...]
+    latent_channels: int
+    scaling_factor: float
+
+
+AUTOENCODERS = {
+    # A scaling factor of the time before configs had one.
+    "AutoencoderKL": _Kind("block_out_channels", (64,), 4, 0.18215),
+    "AsymmetricAutoencoderKL": _Kind("down_block_out_channels", (64,), 4, 0.18215),
+    "VQModel": _Kind("block_out_channels", (64,), 3, 0.18215),
+    "AutoencoderDC": _Kind("encoder_block_out_channels", (128, 256, 512, 512, 1024, 1024), 32, 1.0),
+    "AutoencoderTiny": _Kind("encoder_block_out_channels", (64, 64, 64, 64), 4, 1.0),
+}
+"""diffusers' autoencoders of images whose config states what their latents are scaled by."""
+STATISTICS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+"""What an autoencoder states of its latents."""
+STATISTICS_FILE = "latents_stats.pt"
+"""Holds the mean and std of each channel, as LightningDiT leaves them beside VA-VAE."""
+
+
 class VAECodec(Codec):
-    """For latent models: diffusers' ``AutoencoderKL`` with the scaling its own config states.
+    """For latent models: an autoencoder with the statistics that it states itself.
 
     x_0 = (z - shift) scale, with scale = scaling_factor / std and shift = shift_factor + mean. Most
-    configs state a scaling_factor only; the others are then 0 (shift, mean) and 1 (std).
+    configs state a scaling_factor only; the others are then 0 (shift, mean) and 1 (std). Where a
+    file ``latents_stats.pt`` lies beside the config, x_0 = (z - mean) / std of that file alone.
 
-    ``vae`` is the module, or a folder of diffusers' layout. The config of a folder is read at once,
-    its weights only at first use, and diffusers is imported then. Always ``slice_size`` images are
-    coded at a time, and a shorter slice is padded: so memory is bounded, and the pixels of an image
-    do not depend on how many others are in its batch. ``sha256`` is the hash of the weights that
+    ``vae`` is a folder of diffusers' layout, or a module: one of diffusers', or any that has
+    ``encode`` (images in [-1, 1] to z, or to its mean and std), ``decode`` (z to images),
+    ``factor`` and ``latent_channels``, and perhaps these statistics as attributes. The config of a
+    folder is read at once, its weights only at first use, and diffusers is imported then. Always
+    ``slice_size`` images are coded at a time, and a shorter slice is padded: so memory is bounded,
+    and the pixels of an image do not depend on how many others are in its batch. ``sha256`` is the
+    hash of the weights that
     ``config()`` tells; without it they are hashed.
 
     Raises:
-        ValueError: ``slice_size`` is below 1, or the folder holds no AutoencoderKL.
+        ValueError: ``slice_size`` is below 1, the folder holds no autoencoder of images, or the
+            module lacks a member.
 
     Example:
         >>> from diffusers import AutoencoderKL
@@ -130,7 +158,7 @@ class VAECodec(Codec):
     """
 
     def __init__(
-        self, vae: AutoencoderKL | Path, slice_size: int = 1, sha256: str | None = None
+        self, vae: nn.Module | Path, slice_size: int = 1, sha256: str | None = None
     ) -> None:
         if slice_size < 1:
             raise ValueError(f"slice_size={slice_size}: expected 1 or more images at a time")
@@ -138,27 +166,28 @@ class VAECodec(Codec):
         self.dtype, self.channels_last = torch.float32, False
         self._sha256 = sha256
         self._device: torch.device | str = "cpu"
-        self._module: AutoencoderKL | None = None
+        self._module: nn.Module | None = None
         self._folder: Path | None = None
         if isinstance(vae, Path):
             self._folder = vae
             settings = read_vae_config(vae)
+            self.kind = str(settings["_class_name"])
         else:
             self._module = vae.eval()
-            self._device = next(vae.parameters()).device
-            settings = vae.config
-        self.settings: dict[str, Any] = {
-            name: settings.get(name)
-            for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-        }
-        if self.settings["scaling_factor"] is None:
-            # Configs older than this setting mean the value all of them had.
-            self.settings["scaling_factor"] = 0.18215
-        self.latent_channels = int(settings.get("latent_channels") or 4)
-        self.factor = 2 ** (len(settings["block_out_channels"]) - 1)
+            self._device = next((each.device for each in vae.parameters()), "cpu")
+            self.kind = name_of(type(vae))
+            if type(vae).__name__ in AUTOENCODERS and isinstance(vae.config, Mapping):
+                self.kind = type(vae).__name__
+                settings = stated_by(self.kind, vae.config)
+            else:
+                settings = stated_by_module(vae)
+        self.settings: dict[str, Any] = {name: settings.get(name) for name in STATISTICS}
+        self.latent_channels = int(settings["latent_channels"])
+        self.in_channels = int(settings["in_channels"])
+        self.factor = int(settings["factor"])
 
     @property
-    def vae(self) -> AutoencoderKL:
+    def vae(self) -> Any:
         """The autoencoder, built when it is first asked for."""
         if self._module is None:
             if self._folder is None:
@@ -166,7 +195,7 @@ class VAECodec(Codec):
             self._module = self._arranged(build_vae(self._folder).to(self._device))
         return self._module
 
-    def _arranged(self, module: AutoencoderKL) -> AutoencoderKL:
+    def _arranged(self, module: nn.Module) -> nn.Module:
         """Return a module in this codec's arithmetic, in place."""
         layout = torch.channels_last if self.channels_last else torch.preserve_format
         # By torch's own method: diffusers' warns of parts that stay float32, though it has none.
@@ -230,7 +259,8 @@ class VAECodec(Codec):
 
         def pixels(part: Tensor) -> Tensor:
             scale, shift = self._scale_and_shift(part)
-            sample: Tensor = self.vae.decode(self._given(part / scale + shift)).sample
+            decoded = self.vae.decode(self._given(part / scale + shift))
+            sample: Tensor = decoded if isinstance(decoded, Tensor) else decoded.sample
             return to_pixels(sample.contiguous())
 
         return self._sliced(pixels, x.float())
@@ -239,10 +269,17 @@ class VAECodec(Codec):
         """Return mean and standard deviation of the posterior of z, before scaling."""
 
         def moments(part: Tensor) -> Tensor:
-            posterior = self.vae.encode(self._given(from_pixels(part))).latent_dist
-            return torch.cat([posterior.mean, posterior.std], dim=1).float().contiguous()
+            mean, std = _distribution(self.vae.encode(self._given(from_pixels(part))))
+            return torch.cat([mean, std], dim=1).float().contiguous()
 
         mean, std = self._sliced(moments, images).chunk(2, dim=1)
+        sides = tuple(side // self.factor for side in images.shape[2:])
+        if tuple(mean.shape[1:]) != (self.latent_channels, *sides):
+            raise ValueError(
+                f"vae={self.kind}: its latents of {tuple(images.shape[2:])} pixels are "
+                f"{tuple(mean.shape[1:])}: expected {(self.latent_channels, *sides)}, by its "
+                f"{self.latent_channels} channels and its factor {self.factor}"
+            )
         return mean, std
 
     def posterior(self, images: Pixels) -> tuple[Images, Images]:
@@ -263,7 +300,7 @@ class VAECodec(Codec):
         if self._sha256 is None:
             self._sha256 = hash_tensors(self.vae)
         told: dict[str, Any] = {
-            "name": "AutoencoderKL",
+            "name": self.kind,
             **{name: value for name, value in self.settings.items() if value is not None},
             "slice_size": self.slice_size,
             "sha256": self._sha256,
@@ -283,13 +320,92 @@ class VAECodec(Codec):
         return self
 
 
+def _distribution(encoded: Any) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of what an encoder put out; one point has the std 0."""
+    if isinstance(encoded, tuple) and not hasattr(encoded, "_fields"):
+        mean, std = encoded
+        return mean, std
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mean, encoded.latent_dist.std
+    point = encoded
+    if not isinstance(encoded, Tensor):
+        point = encoded.latent if hasattr(encoded, "latent") else encoded.latents
+    return point, torch.zeros_like(point)
+
+
+def stated_by(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the config of a diffusers autoencoder says of its latents, all of it filled in.
+
+    That is its statistics, and ``factor``, ``latent_channels`` and ``in_channels``.
+    """
+    known = AUTOENCODERS[kind]
+    found = {name: config.get(name) for name in STATISTICS}
+    if found["scaling_factor"] is None:
+        found["scaling_factor"] = known.scaling_factor
+    # Those of the codebook, if it has another number.
+    channels = config.get("vq_embed_dim") if kind == "VQModel" else None
+    return found | {
+        "factor": 2 ** (len(config.get(known.widths) or known.levels) - 1),
+        "latent_channels": channels or config.get("latent_channels") or known.latent_channels,
+        "in_channels": config.get("in_channels", 3),
+    }
+
+
+MEMBERS = ("encode", "decode", "factor", "latent_channels")
+"""What an autoencoder of one's own has to have."""
+
+
+def stated_by_module(vae: nn.Module) -> dict[str, Any]:
+    """Return what an autoencoder of one's own says of its latents, see :func:`stated_by`.
+
+    Raises:
+        ValueError: it lacks a member, or has statistics of another number of channels.
+    """
+    lacking = [name for name in MEMBERS if not hasattr(vae, name)]
+    if lacking:
+        raise ValueError(
+            f"vae={type(vae).__name__}: lacks {', '.join(lacking)}; expected a module with encode "
+            f"(images in [-1, 1] to latents), decode, factor (pixels per latent cell along each "
+            f"side) and latent_channels, or one of diffusers' {', '.join(AUTOENCODERS)}"
+        )
+    found = {name: getattr(vae, name, None) for name in STATISTICS}
+    for name, value in found.items():
+        if isinstance(value, (Tensor, list, tuple)):
+            found[name] = torch.as_tensor(value).detach().cpu().double().flatten().tolist()
+            if len(found[name]) != vae.latent_channels:
+                raise ValueError(
+                    f"vae={type(vae).__name__}: {name} has {len(found[name])} numbers: expected "
+                    f"one for each of its {vae.latent_channels} channels"
+                )
+    if found["scaling_factor"] is None:
+        found["scaling_factor"] = 1.0
+    return found | {
+        "factor": vae.factor,
+        "latent_channels": vae.latent_channels,
+        "in_channels": getattr(vae, "in_channels", 3),
+    }
+
+
+Counts: TypeAlias = tuple[Count, ...]
+Layers: TypeAlias = Annotated[int, Bounds(least=0, most=64)]
+
+
 @dataclass(frozen=True)
 class _VAEConfig:
-    """What is asked of the config.json of an AutoencoderKL."""
+    """What is asked of the config.json of an autoencoder."""
 
-    block_out_channels: tuple[Count, ...] = (64,)
-    layers_per_block: Annotated[int, Bounds(least=1, most=64)] = 1
+    block_out_channels: Counts | None = None
+    down_block_out_channels: Counts | None = None
+    encoder_block_out_channels: Counts | None = None
+    decoder_block_out_channels: Counts | None = None
+    layers_per_block: Layers | None = None
+    encoder_layers_per_block: tuple[Layers, ...] | None = None
+    decoder_layers_per_block: tuple[Layers, ...] | None = None
+    num_encoder_blocks: tuple[Layers, ...] | None = None
+    num_decoder_blocks: tuple[Layers, ...] | None = None
+    in_channels: Count = 3
     latent_channels: Count | None = None
+    vq_embed_dim: Count | None = None
     scaling_factor: float | None = None
     shift_factor: float | None = None
     latents_mean: Sequence[float] | None = None
@@ -297,7 +413,9 @@ class _VAEConfig:
 
 
 def read_vae_config(folder: Path) -> dict[str, Any]:
-    """Read the config.json of an AutoencoderKL's folder.
+    """Read the config.json of a folder of one of diffusers' autoencoders of images.
+
+    What it leaves out is filled in, see :func:`stated_by`; a file of statistics comes first.
 
     Raises:
         ValueError: there is none, or it describes something else.
@@ -307,20 +425,57 @@ def read_vae_config(folder: Path) -> dict[str, Any]:
         config = read_json(path)
     except ValueError as error:
         raise ValueError(
-            f"vae={folder}: expected a folder with the config.json and the weights of diffusers' "
-            f"AutoencoderKL; {path.name} could not be read ({error})"
+            f"vae={folder}: expected a folder with the config.json and the weights of one of "
+            f"diffusers' autoencoders, such as AutoencoderKL; {path.name} could not be read "
+            f"({error})"
         ) from None
-    name = config.get("_class_name")
-    if name != "AutoencoderKL":
-        raise ValueError(f"vae={folder}: expected an AutoencoderKL, and its config says {name!r}")
-    stated = checked(config, _VAEConfig, f"vae={folder}: {path.name}", open=True)
-    if not 1 <= len(stated.block_out_channels) <= 16:
+    kind = config.get("_class_name")
+    if kind not in AUTOENCODERS:
         raise ValueError(
-            f"vae={folder}: {path.name}: block_out_channels={stated.block_out_channels}: expected "
-            f"1 to 16 numbers"
+            f"vae={folder}: expected an {', '.join(AUTOENCODERS)}, and its config says {kind!r}; "
+            f"another one can be named by vae._target_=MODULE.CLASS"
         )
-    # Values that the file leaves out are those of the class.
-    return {"block_out_channels": (64,), **config}
+    stated = checked(config, _VAEConfig, f"vae={folder}: {path.name}", open=True)
+    for name, each in vars(stated).items():
+        if isinstance(each, tuple) and "latents" not in name and not 1 <= len(each) <= 16:
+            raise ValueError(f"vae={folder}: {path.name}: {name}={each}: expected 1 to 16 numbers")
+    found = {**config, **stated_by(kind, config)}
+    statistics = folder / STATISTICS_FILE
+    if statistics.is_file():
+        found |= read_statistics(statistics, found["latent_channels"])
+    for name in ("latents_mean", "latents_std"):
+        if found[name] is not None and len(found[name]) != found["latent_channels"]:
+            raise ValueError(
+                f"vae={folder}: {path.name}: {name} has {len(found[name])} numbers: expected one "
+                f"for each of its {found['latent_channels']} channels"
+            )
+    return found
+
+
+def read_statistics(file: Path, channels: int) -> dict[str, Any]:
+    """Read a file of ``mean`` and ``std``, each of one number a channel, and nothing else.
+
+    Raises:
+        ValueError: it cannot be read or holds something else; nothing is unpickled.
+    """
+    try:
+        values = torch.load(file, map_location="cpu", weights_only=True)
+        mean, std = (values[name].double().flatten() for name in ("mean", "std"))
+        fits = len(mean) == len(std) == channels and bool((std > 0).all())
+        if not (fits and mean.isfinite().all() and std.isfinite().all()):
+            raise ValueError(f"it has {len(mean)} means and {len(std)} stds")
+    except Exception as error:  # torch raises almost any type on a damaged file
+        told = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
+        raise ValueError(
+            f"{file}: expected tensors mean and std with one finite number for each of "
+            f"{channels} channels, std above 0 ({told})"
+        ) from None
+    return {
+        "scaling_factor": 1.0,
+        "shift_factor": None,
+        "latents_mean": mean.tolist(),
+        "latents_std": std.tolist(),
+    }
 
 
 def refuse_larger(build: Callable[[], torch.nn.Module], files: Iterable[Path]) -> None:
@@ -340,22 +495,23 @@ def refuse_larger(build: Callable[[], torch.nn.Module], files: Iterable[Path]) -
         )
 
 
-def build_vae(folder: Path) -> AutoencoderKL:
-    """Build the AutoencoderKL of a local folder in float32, on the CPU, in eval mode.
+def build_vae(folder: Path) -> Any:
+    """Build the autoencoder of a local folder in float32, on the CPU, in eval mode.
 
     Raises:
         ValueError: the weights are missing, damaged or do not fit the config.
     """
-    from diffusers import AutoencoderKL
+    import diffusers
 
     # model.safetensors or model.fp16.bin: full precision before variants, then safetensors.
     names = [path.name.split(".") for path in folder.glob(WEIGHTS)]
     variants = [(name[1:-1], name[-1]) for name in names if name[-1] in ("safetensors", "bin")]
     variant, end = min(variants, key=lambda v: (v[0], v[1] != "safetensors"), default=([], "bin"))
-    config = read_vae_config(folder)
+    kind = getattr(diffusers, str(read_vae_config(folder)["_class_name"]))
+    config = read_json(folder / "config.json")
     try:
-        refuse_larger(lambda: AutoencoderKL.from_config(config), folder.glob(WEIGHTS))
-        vae, report = AutoencoderKL.from_pretrained(
+        refuse_larger(lambda: kind.from_config(config), folder.glob(WEIGHTS))
+        vae, report = kind.from_pretrained(
             folder,
             variant=".".join(variant) or None,
             use_safetensors=end == "safetensors",
@@ -377,6 +533,18 @@ def build_vae(folder: Path) -> AutoencoderKL:
             f"that belong to its config.json"
         )
     return vae.eval().requires_grad_(False)
+
+
+def encoder_of(codec: VAECodec) -> nn.Module:
+    """Return the modules that encode; decoders may differ between autoencoders of one kind."""
+    vae = codec.vae
+    if codec.kind not in AUTOENCODERS:
+        whole: nn.Module = vae
+        return whole
+    parts = {"encoder": vae.encoder}
+    if getattr(vae, "quant_conv", None) is not None:
+        parts["quant_conv"] = vae.quant_conv
+    return nn.ModuleDict(parts)
 
 
 def hash_tensors(module: torch.nn.Module) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,6 +31,36 @@ DEPTH = 64
 """How deep mappings and lists may lie within each other."""
 DIGITS = 4_000
 """The most characters of a number."""
+
+
+TARGET = "_target_"
+"""What names a class of the user's own, in a command line and in a file that was written by one."""
+
+
+def own_class(name: object, where: str) -> type[Any]:
+    """Return the class that a file names by its module and name, if that module is imported.
+
+    A file imports nothing: code runs because its user names it, never because a file does.
+
+    Raises:
+        ValueError: the module is not imported, or has no such class; the remedy is told.
+    """
+    module, _, last = name.rpartition(".") if isinstance(name, str) else ("", "", "")
+    if not module:
+        raise ValueError(f"{where}={name!r:.60}: expected the name of a class, such as my_net.Mine")
+    if module not in sys.modules:
+        raise ValueError(
+            f"{where}={name}: a file names this class, and code is imported only where you name "
+            f"it; if you trust it, say imports=[{module}] at the command line, started where "
+            f"{module.partition('.')[0]} can be imported, or import {module} in Python"
+        )
+    found = getattr(sys.modules[module], last, None)
+    if not isinstance(found, type):
+        raise ValueError(
+            f"{where}={name}: {module} has no class {last}; expected the class that "
+            f"the file was made with"
+        )
+    return found
 
 
 def read_text(file: Path, most: int = SIZE) -> str:

@@ -3,13 +3,15 @@
 Its keys, as in the config.json beside exported weights:
 
     model        the arguments of a network, and the family of one that is neither a DiT nor a UNet:
-                 {"family": "mine", ...}; input_size is a number or [height, width]
+                 {"family": "mine", ...}, or the class of one without a family:
+                 {"_target_": "my_net.Mine", ...}; input_size is a number or [height, width]
     process      {"schedule": "linear" or "cosine", "num_timesteps": 1000} is a DDPM,
                  {"time_scale": 1.0, "shift": 1.0} a Flow
     kind         "eps", "v", "x_0" or "score"
     x_0_range    [-1, 1] for pixels, null for latents
     class_names  one name per class
-    vae          the autoencoder of a latent model: a folder or a hub repository (optional)
+    vae          the autoencoder of a latent model: a folder or a hub repository, or the class of
+                 one of the user's own, {"_target_": "my_vae.Mine", ...} (optional)
     defaults     what to sample with, {"batch_size": 16} for example (optional)
     lora         {"rank": 8, "alpha": 8.0} where adapters stand beside the weights (optional)
 """
@@ -23,7 +25,7 @@ from typing import Any, get_args
 from sag_dit.bounds import Count, checked
 from sag_dit.denoiser import ClassConditional
 from sag_dit.identity import settings, without_later
-from sag_dit.models.family import check_keys, families, family_of
+from sag_dit.models.family import check_keys, family_for, family_of
 from sag_dit.process import DDPM, Flow, Process
 from sag_dit.process.base import OutputKind
 
@@ -43,7 +45,7 @@ class _Config:
     kind: OutputKind
     x_0_range: tuple[float, float] | None
     class_names: tuple[str, ...] = ()
-    vae: str | None = None
+    vae: str | Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def describe(denoiser: ClassConditional) -> dict[str, Any]:
         )
     # What came later is told where it is not the default, so that runs of a model keep their names.
     return {
-        "model": without_later(families()[network.key].arguments(network), type(network)),
+        "model": without_later(family_for(network).arguments(network), type(network)),
         "process": settings(process),
         "kind": denoiser.kind,
         "x_0_range": None if denoiser.x_0_range is None else list(denoiser.x_0_range),

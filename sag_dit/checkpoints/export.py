@@ -24,7 +24,8 @@ from sag_dit.checkpoints.model import Model
 from sag_dit.codec import VAECodec
 from sag_dit.denoiser import ClassConditional
 from sag_dit.files import atomic
-from sag_dit.models.family import Family, Layout, Source, families
+from sag_dit.models.family import Family, Layout, Source, families, family_for
+from sag_dit.untrusted import TARGET
 
 SHOWN_CLASSES = 20
 
@@ -56,7 +57,7 @@ def model_card(
     lines = [
         f"# Model card: {model.name}",
         "",
-        f"A class-conditional {families()[network.key].title}, exported by sag_dit.",
+        f"A class-conditional {family_for(network).title}, exported by sag_dit.",
         "",
         "| | |",
         "|---|---|",
@@ -100,7 +101,10 @@ def _autoencoder(model: Model, there: bool) -> str:
     if not isinstance(model.codec, VAECodec):
         return "none: a pixel model"
     # What the folder holds, need not be looked for elsewhere.
-    return "in vae/" if there else _cell(model.vae) or "not named by the source"
+    if there:
+        return "in vae/"
+    named = model.vae.get(TARGET) if isinstance(model.vae, Mapping) else model.vae
+    return _cell(named) or "not named by the source"
 
 
 CARD = "README.md"
@@ -247,9 +251,10 @@ def export(
     folder = check_out(out)
     denoiser, codec = model.class_conditional, model.codec
     check_finite(denoiser.network.state_dict(), model.name)
-    settings = codec.settings if isinstance(codec, VAECodec) else {}
+    latent = isinstance(codec, VAECodec)
+    settings = {"_class_name": codec.kind, **codec.settings} if latent else {}
     source = Source(denoiser.network, denoiser.process, model.description, settings)
-    chosen = fitting(families()[denoiser.network.key], layout, source)
+    chosen = fitting(family_for(denoiser.network), layout, source)
     notes = chosen.notes(source)
     # Written beside its place and renamed, so that it is there as a whole or not at all.
     with _staged(folder, chosen.size(source)) as part:

@@ -22,6 +22,7 @@ from sag_dit.models.family import FAMILY, State, WeightsFile, families, family_o
 from sag_dit.process import DDPM, Flow, Process
 from sag_dit.process.base import OutputKind
 from sag_dit.process.ddpm import BETAS
+from sag_dit.untrusted import TARGET
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ class Checkpoint:
     state: State
     files: tuple[Path, ...]
     stated: Mapping[str, Any] = field(default_factory=dict)
-    vae: str | Path | None = None
+    vae: str | Path | Mapping[str, Any] | None = None
 
     @property
     def path(self) -> Path:
@@ -349,7 +350,7 @@ def _network(
         value = {"ema": value.get("state_dict"), "model": value["current_model_state"]}
     # A family from outside is known by its config alone, and its names are left as they are.
     model = stated.get("model")
-    described = isinstance(model, Mapping) and FAMILY in model
+    described = isinstance(model, Mapping) and (FAMILY in model or TARGET in model)
     found = [] if described else sets.sets_in(value)
     if any(each.state for each in found):
         if len(found) == 1 and not found[0].averaged and _is_flat(value, found[0]):
@@ -390,7 +391,7 @@ def _as_ours(
     return Checkpoint(state, weights, stated, _stated_vae(stated, weights[0]))
 
 
-def _stated_vae(stated: Mapping[str, Any], path: Path) -> str | Path | None:
+def _stated_vae(stated: Mapping[str, Any], path: Path) -> str | Path | Mapping[str, Any] | None:
     """Return the autoencoder that a config names, which may be a folder beside the weights."""
     vae = stated.get("vae")
     if vae and isinstance(vae, str) and (path.parent / vae).is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,10 @@ from sag_dit.checkpoints.config import Defaults, build, build_process
 from sag_dit.checkpoints.model import Model, from_denoiser
 from sag_dit.codec import Codec, IdentityCodec, VAECodec
 from sag_dit.denoiser import ClassConditional
-from sag_dit.models.family import WeightsFile, families, family_of
+from sag_dit.models.family import WeightsFile, family_for, family_of
 from sag_dit.models.unet.adapter import CLASSIFIER_SOURCE, read_classifier
 from sag_dit.models.unfilled import unfilled
+from sag_dit.untrusted import TARGET, own_class
 
 if TYPE_CHECKING:
     from sag_dit.models.unet.classifier import Classifier
@@ -30,7 +31,7 @@ def load(
     ckpt: str | Path,
     *,
     ema: bool | float = True,
-    vae: str | Path | None = None,
+    vae: str | Path | Mapping[str, Any] | None = None,
     num_heads: int | None = None,
 ) -> Model:
     """Load a published name, a file or folder of any supported layout, or a hub repository.
@@ -38,7 +39,8 @@ def load(
     ``ema`` chooses averaged or raw weights, or as a number another average of one of our runs: a
     decay, or below 0.2887 the sigma_rel of a power-function average, see
     :mod:`sag_dit.checkpoints.averages`. ``vae`` overrides the autoencoder of a latent model: a
-    folder, ``ema``, ``mse`` or a hub repository. ``num_heads`` overrides what the checkpoint says
+    folder, ``ema``, ``mse`` or a hub repository, or {"_target_": "my_vae.Mine", ...}, a class of
+    your own and its arguments. ``num_heads`` overrides what the checkpoint says
     or what is assumed of it.
 
     Raises:
@@ -99,7 +101,7 @@ def filled(config: Mapping[str, Any], checkpoint: formats.Checkpoint) -> ClassCo
             denoiser = build(config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
-    source = families()[denoiser.network.key].source
+    source = family_for(denoiser.network).source
     fill(denoiser.network, checkpoint.state, checkpoint.path, source)
     return denoiser.eval()
 
@@ -141,7 +143,13 @@ def full_config(
     }
 
 
-def autoencoder(config: Mapping[str, Any], vae: str | Path | None) -> str | None:
+Autoencoder: TypeAlias = str | Mapping[str, Any]
+"""Where one is found: a folder or a repository, or a class of the user's own and its arguments."""
+
+
+def autoencoder(
+    config: Mapping[str, Any], vae: str | Path | Mapping[str, Any] | None
+) -> Autoencoder | None:
     """Return the autoencoder of a model: the given one, else what its channels suggest.
 
     One or three channels are pixels (None), four the latents of Stable Diffusion's autoencoder.
@@ -151,9 +159,7 @@ def autoencoder(config: Mapping[str, Any], vae: str | Path | None) -> str | None
     """
     channels = config["model"]["in_channels"]
     if vae is not None:
-        path = Path(vae).expanduser()
-        # Absolute, because it is stored with what is trained from this model.
-        return str(path.absolute() if path.exists() else vae)
+        return autoencoder_named(vae)
     if channels in (1, 3):
         return None
     if channels != 4:
@@ -164,24 +170,52 @@ def autoencoder(config: Mapping[str, Any], vae: str | Path | None) -> str | None
     return zoo.DEFAULT_VAE
 
 
-def find_codec(vae: str | None) -> Codec:
+def autoencoder_named(vae: str | Path | Mapping[str, Any]) -> str | dict[str, Any]:
+    """Return how what is made with an autoencoder records it: a local one by its whole path."""
+    if isinstance(vae, Mapping):
+        return dict(vae)
+    path = Path(vae).expanduser()
+    return str(path.absolute() if path.exists() else vae)
+
+
+def find_codec(vae: Autoencoder | None, slice_size: int = 1) -> Codec:
     """Find an autoencoder without reading its weights; none means pixels.
 
+    ``slice_size`` images are coded at once.
+
     Raises:
-        ValueError: it is not found or incomplete.
+        ValueError: it is not found or incomplete, or a class that is not imported.
     """
     if vae is None:
         return IdentityCodec()
+    if isinstance(vae, Mapping):
+        return VAECodec(own_autoencoder(vae), slice_size)
     folder = zoo.locate_vae(vae)
     weights = files.weights_files(folder)
     if not weights:
         raise ValueError(
             f"vae={folder}: no weights, or not all of them; expected diffusion_pytorch_model.*"
         )
-    return VAECodec(folder, sha256=files.sha256(weights))
+    return VAECodec(folder, slice_size, sha256=files.sha256(weights))
 
 
-def choose_codec(config: Mapping[str, Any], vae: str | None) -> Codec:
+def own_autoencoder(vae: Mapping[str, Any]) -> nn.Module:
+    """Build an autoencoder of the user's own from the path of its class and its arguments.
+
+    Raises:
+        ValueError: its class is not imported or no torch module, or it refuses an argument.
+    """
+    kind = own_class(vae.get(TARGET), f"vae.{TARGET}")
+    if not issubclass(kind, nn.Module):
+        raise ValueError(f"vae.{TARGET}={vae[TARGET]}: expected a torch module")
+    try:
+        made: nn.Module = kind(**{name: each for name, each in vae.items() if name != TARGET})
+    except (TypeError, ValueError, OSError) as error:
+        raise ValueError(f"vae: {vae[TARGET]} cannot be built ({error})") from error
+    return made.eval().requires_grad_(False)
+
+
+def choose_codec(config: Mapping[str, Any], vae: Autoencoder | None) -> Codec:
     """Find a model's autoencoder and check that it fits, without reading its weights.
 
     Raises:

@@ -10,6 +10,8 @@ from typing import Any
 from sag_dit.checkpoints.config import describe
 from sag_dit.codec import Codec, IdentityCodec
 from sag_dit.denoiser import ClassConditional, Denoiser
+from sag_dit.identity import name_of
+from sag_dit.untrusted import TARGET
 
 BATCH_SIZE = 16
 
@@ -42,7 +44,7 @@ class Model:
     config: Mapping[str, Any]
     class_names: tuple[str, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    vae: str | None = None
+    vae: str | Mapping[str, Any] | None = None
     lora: Mapping[str, Any] | None = None
 
     @property
@@ -92,7 +94,7 @@ def from_denoiser(
     sha256: str = "",
     weights: str = "ema",
     defaults: Mapping[str, Any] | None = None,
-    vae: str | None = None,
+    vae: str | Mapping[str, Any] | None = None,
 ) -> Model:
     """Make a model of a denoiser in memory.
 
@@ -121,6 +123,8 @@ def from_denoiser(
     # What determines its results, which the identity of a run holds.
     config = {**describe(denoiser), "weights": weights, "codec": codec.config()}
     del config["class_names"]  # names determine no pixel
+    if TARGET in config["model"]:
+        config["model"] = {**config["model"], TARGET: name_of(type(denoiser.network))}
     return Model(
         denoiser=denoiser,
         codec=codec,

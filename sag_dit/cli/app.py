@@ -21,10 +21,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from sag_dit.cli.composing import (
+    check_target,
     checked_config,
     config_folder,
     drop_strangers,
     for_hydra,
+    import_own,
     unresolved,
 )
 from sag_dit.cli.help import help_text
@@ -275,6 +277,10 @@ def launch(
             }
             values = checked_config(config_name, config, typed)
             check_added(config_name, values, keys)
+            import_own(getattr(values, "imports", None) or ())
+            if isinstance(getattr(values, "vae", None), Mapping):
+                # Named at the command line, and so imported: what is behind looks it up.
+                check_target(values.vae, "vae")
             with own_log():
                 run(values)
         except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, TypeVar, get_type_hints
@@ -272,6 +273,28 @@ def _made(value: Any, path: str) -> Any:
     return {name: _made(each, f"{path}.{name}") for name, each in value.items()}
 
 
+def import_own(modules: str | Sequence[str]) -> None:
+    """Import the user's modules, so that what checkpoints name of them is found.
+
+    Raises:
+        ValueError: there is no such module, or it cannot be imported.
+    """
+    for name in [modules] if isinstance(modules, str) else modules:
+        try:
+            import_module(name)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"imports={name}: {_no_module(error)}") from error
+        except Exception as error:  # Whatever a module of the user's does while it is imported.
+            raise ValueError(f"imports={name}: {error}") from error
+
+
+def _no_module(error: ModuleNotFoundError) -> str:
+    return (
+        f"there is no module {error.name}; start Python where its file lies, or put that folder "
+        f"on PYTHONPATH"
+    )
+
+
 def check_target(values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any]]:
     """Return what ``_target_`` names, and its arguments among the values.
 
@@ -285,10 +308,7 @@ def check_target(values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, 
     try:
         thing = resolve_name(target)
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{where}._target_={target}: there is no module {error.name}; start Python where its "
-            f"file lies, or put that folder on PYTHONPATH"
-        ) from error
+        raise ValueError(f"{where}._target_={target}: {_no_module(error)}") from error
     except Exception as error:  # Whatever a module of the user's does while it is imported.
         raise ValueError(f"{where}._target_={target}: {error}") from error
     return thing, fitted(values, where, [target])

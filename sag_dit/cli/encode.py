@@ -62,9 +62,9 @@ def plan_encoding(config: Encode) -> EncodingPlan:
     Raises:
         ValueError: a value that cannot be used; the message says what to do.
     """
-    from sag_dit.checkpoints import zoo
+    from sag_dit.checkpoints.loading import autoencoder_named, find_codec
     from sag_dit.checkpoints.model import plain_name
-    from sag_dit.codec import VAECodec, read_vae_config
+    from sag_dit.codec import VAECodec
     from sag_dit.data.encoding import EncodingPlan
     from sag_dit.data.images import Crops, find_images, latent_size, listing_sha256
     from sag_dit.data.latents import encoder_sha256
@@ -77,13 +77,13 @@ def plan_encoding(config: Encode) -> EncodingPlan:
         )
     # The images, and the autoencoder with the crops that it takes.
     files = find_images(config.data.root)
-    vae = zoo.locate_vae(config.vae)
-    codec = VAECodec(vae, slice_size=config.slice_size)
+    codec = find_codec(config.vae, config.slice_size)
+    assert isinstance(codec, VAECodec)  # There is one.
     side = latent_size(config.data.size, codec.factor)
     crops = Crops(
         files,
         config.data.size,
-        channels=read_vae_config(vae).get("in_channels", 3),
+        channels=codec.in_channels,
         upright=config.data.upright,
         background=config.data.background,
         strict=config.data.strict,
@@ -107,10 +107,9 @@ def plan_encoding(config: Encode) -> EncodingPlan:
     folder, identity = _folder_of(config, name, identity)
     crops.background = identity.get("background")
     # The index to be.
-    named = Path(config.vae).expanduser()
     index = Index(
         config=identity,
-        vae=str(named.absolute() if named.exists() else config.vae),
+        vae=autoencoder_named(config.vae),
         class_names=files.class_names,
         shape=(codec.latent_channels, side, side),
         dtype=config.dtype,

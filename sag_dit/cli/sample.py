@@ -332,6 +332,7 @@ def recipe_of(config: Sample, plan: Plan) -> Recipe:
         "guidance": text.guidance,
     }
     beside = {
+        "imports": config.imports,
         "max_rows": config.max_rows,
         "requests": config.requests,
         "trainer.precision": None if precision == "32-true" else precision,

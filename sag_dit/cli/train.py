@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sag_dit.cli.app import alone_in, launch, quiet_lightning
-from sag_dit.cli.composing import fitted, make, placed
+from sag_dit.cli.composing import arguments_of, check_target, fitted, make, placed
 from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import keys_of, mapping_of, to_dict
 from sag_dit.cli.run_identity import (
@@ -25,6 +25,7 @@ from sag_dit.cli.run_identity import (
 )
 from sag_dit.cli.trainer_flags import check_training
 from sag_dit.cli.values import as_callable, check_logger, make_terms
+from sag_dit.untrusted import TARGET
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from sag_dit.training.finetune import LoRA
     from sag_dit.training.going_on import Adopts, Parent
     from sag_dit.training.module import DiffusionModule
+    from sag_dit.training.objective import Objective
     from sag_dit.training.optimizers import MakeOptimizer
 
 
@@ -62,36 +64,56 @@ def make_model(config: Train, data: StepData) -> Model:
             "a fresh model needs model, resolution and patch_size: expected none of them null; "
             "size=S, B, L or XL fills model"
         )
-    hint, told = keys_of(Train)["model"]
-    declared = keys_of(mapping_of(hint, told))
-    # Null is what only the other kind of network takes.
-    stated = {name: value for name, value in config.model.items() if value is not None}
-    own = {name: value for name, value in stated.items() if name not in declared}
-    settings = stated | fitted(own, "model", told.asks())
+    settings, takes = network_settings(config.model)
     vae = config.vae or data.vae
     codec = find_codec(vae)
-    cell = codec.factor * config.patch_size
+    patch = config.patch_size if takes is None or "patch_size" in takes else 1
+    cell = codec.factor * patch
     if config.resolution % cell:
         raise ValueError(
             f"resolution={config.resolution}: expected a multiple of {cell}, the autoencoder's "
-            f"factor {codec.factor} times patch_size={config.patch_size}"
+            f"factor {codec.factor} times patch_size={patch}"
         )
     latent = isinstance(codec, VAECodec)
     channels = codec.latent_channels if isinstance(codec, VAECodec) else data.channels
-    settings.setdefault("input_size", config.resolution // codec.factor)
-    settings.setdefault("in_channels", channels)
-    names = list(data.class_names)
-    settings["num_classes"] = config.num_classes or len(names)
+    side, names = config.resolution // codec.factor, list(data.class_names)
+    num_classes = config.num_classes or len(names)
+    sizes = {"input_size": side, "in_channels": channels, **settings, "num_classes": num_classes}
+    settings |= {name: value for name, value in sizes.items() if takes is None or name in takes}
     description = {
         "model": settings,
         "process": to_dict(config.process),
         "kind": config.kind,
         "x_0_range": None if latent else [-1.0, 1.0],
-        "class_names": names if len(names) == settings["num_classes"] else [],
+        "class_names": names if len(names) == num_classes else [],
     }
     denoiser, name = build(description), str(config.name)
+    if TARGET in settings and denoiser.latent_shape != (channels, side, side):
+        raise ValueError(
+            f"model.{TARGET}={settings[TARGET]}: its x_t is {denoiser.latent_shape}: expected "
+            f"{(channels, side, side)}, that of the data at resolution={config.resolution}"
+        )
     defaults = to_dict(config.sampling)
     return from_denoiser(denoiser, name, codec=codec, defaults=defaults, vae=vae)
+
+
+def network_settings(
+    model: Mapping[str, Any],
+) -> tuple[dict[str, Any], Collection[str] | None]:
+    """Return a network's settings, and the names of its arguments where they are its class's own.
+
+    Raises:
+        ValueError: an argument that it does not take, or no class of that name.
+    """
+    hint, told = keys_of(Train)["model"]
+    declared = keys_of(mapping_of(hint, told))
+    # Null is what only the other kind of network takes.
+    stated = {name: value for name, value in model.items() if value is not None}
+    if TARGET in stated:
+        _, given = check_target(stated, "model")
+        return {TARGET: stated[TARGET], **given}, arguments_of(stated[TARGET])
+    own = {name: value for name, value in stated.items() if name not in declared}
+    return stated | fitted(own, "model", told.asks()), None
 
 
 def load_base(config: Train) -> tuple[Model, Train]:
@@ -141,7 +163,7 @@ def adapt_model(config: Train, base: Model, data: StepData) -> tuple[Model, str]
     Raises:
         ValueError: the data does not fit, or a pattern to freeze or to adapt matches nothing.
     """
-    from sag_dit.models import families
+    from sag_dit.models import family_for
     from sag_dit.training.finetune import (
         adapt,
         adaptation_report,
@@ -159,7 +181,7 @@ def adapt_model(config: Train, base: Model, data: StepData) -> tuple[Model, str]
         return adapted.model, adaptation_report(base, adapted)
     layers = add_adapters(network, lora, frozen)
     # New classes have no rows but those that are learned now.
-    table = families()[network.key].label_table
+    table = family_for(network).label_table
     network.get_parameter(table).requires_grad_(table in adapted.remade and table not in frozen)
     return replace(adapted.model, lora=lora.description), adaptation_report(base, adapted, layers)
 
@@ -281,6 +303,24 @@ def adopting(config: Train, parent: Parent, out: Path) -> Adopts:
         optimizer=config.resume_optimizer,
         where=f"resume_from={config.resume_from}",
     )
+
+
+def check_pixels(objective: Objective, data: StepData, config: Train) -> None:
+    """Refuse an objective that sees pixels without data that has them, and the reverse.
+
+    Raises:
+        ValueError: one is stated without the other.
+    """
+    from sag_dit.training.objective.base import no_pixels
+
+    if objective.sees_pixels and not data.gives_pixels:
+        raise no_pixels(objective)
+    images = config.data.get("images")
+    if images is not None and not objective.sees_pixels:
+        raise ValueError(
+            f"data.images={images}: {type(objective).__name__} does not see pixels: expected null, "
+            f"or an objective whose losses take pixels"
+        )
 
 
 def loggers_of(config: Train) -> dict[str, Mapping[str, Any]]:
@@ -437,6 +477,7 @@ def run_train(config: Train) -> None:
         model, told = adapt_model(config, base, data)
     data.check(model)
     module = make_module(config, model)
+    check_pixels(module.objective, data, config)
     trainer = make_trainer(config, out)
     trainer.callbacks[:0] = trackers(config.track, model, out, trainer.strategy.root_device)  # type: ignore[attr-defined]
     data.rank_batch_size(trainer.world_size)

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sag_dit.checkpoints import Model
-from sag_dit.codec import VAECodec, hash_tensors
+from sag_dit.codec import Pixels, VAECodec, encoder_of, hash_tensors
+from sag_dit.data.images import Crops, find_images, listing_sha256
 from sag_dit.data.shards import REMEDY, Index, Rows, map_shard, read_index, verify
 from sag_dit.data.training_batches import (
     Batch,
@@ -24,6 +25,7 @@ from sag_dit.data.training_batches import (
     as_it_is,
     balanced,
     check_classes,
+    name_hash,
     some,
     validation_batches,
 )
@@ -38,10 +40,7 @@ Moments = Float[Tensor, "b 2 c h w"]
 
 def encoder_sha256(codec: VAECodec) -> str:
     """Return a hash of the weights that encode; decoders may differ between autoencoders."""
-    parts = {"encoder": codec.vae.encoder}
-    if codec.vae.quant_conv is not None:
-        parts["quant_conv"] = codec.vae.quant_conv
-    return hash_tensors(torch.nn.ModuleDict(parts))
+    return hash_tensors(encoder_of(codec))
 
 
 class Latents(Dataset[tuple[Moments, Labels, int]]):
@@ -56,7 +55,7 @@ class Latents(Dataset[tuple[Moments, Labels, int]]):
         moments, label, step = latents[0]
     """
 
-    def __init__(self, folder: Path, index: Index) -> None:
+    def __init__(self, folder: Path, index: Index, images: str | Path | None = None) -> None:
         self.folder, self.index = folder, index
         self._mapped: list[Rows] | None = None
         self._ends = np.cumsum([shard.rows for shard in index.shards])
@@ -69,6 +68,11 @@ class Latents(Dataset[tuple[Moments, Labels, int]]):
                 f"{folder}: an image of class {self.labels[strange][0]}, where there are "
                 f"{len(index.class_names)}; {REMEDY}"
             )
+        self._crops = None if images is None else _encoded_images(folder, index, images)
+        if self._crops is not None:
+            hashes = np.array([*map(name_hash, self._crops.files.names)])
+            order = np.argsort(hashes)
+            self._image = order[np.searchsorted(hashes, self.names, sorter=order)]
 
     @property
     def _shards(self) -> list[Rows]:
@@ -87,10 +91,21 @@ class Latents(Dataset[tuple[Moments, Labels, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
-        moments, labels, step = self.__getitems__(Batch(0, [index], [False]))
+        moments, labels, step, *_ = self.__getitems__(Batch(0, [index], [False]))
         return moments[0], labels[0], step
 
-    def __getitems__(self, batch: Batch) -> tuple[Moments, Labels, int]:
+    def _pixels(self, batch: Batch) -> Pixels:
+        """Return the images that the latents of a batch were encoded from, mirrored as these."""
+        assert self._crops is not None
+        pixels = []
+        for index, mirrored in zip(batch.indices, batch.mirrored, strict=True):
+            crop = self._crops.read(int(self._image[index]))
+            assert crop is not None  # which strict makes an error
+            image = torch.from_numpy(crop)
+            pixels.append(image.flip(-1) if mirrored else image)
+        return torch.stack(pixels)
+
+    def __getitems__(self, batch: Batch) -> tuple[Any, ...]:
         shards = self._shards
         places = np.searchsorted(self._ends, batch.indices, side="right")
         rows = np.asarray(batch.indices) - self._ends[places]  # from the end of each shard
@@ -100,7 +115,30 @@ class Latents(Dataset[tuple[Moments, Labels, int]]):
             zip(places.tolist(), rows.tolist(), batch.mirrored, strict=True)
         ):
             moments[out] = shards[shard].moments[row, 1 if mirrored else 0]
-        return torch.from_numpy(moments), torch.from_numpy(self.labels[batch.indices]), batch.step
+        labels = torch.from_numpy(self.labels[batch.indices])
+        pixels = () if self._crops is None else (self._pixels(batch),)
+        return torch.from_numpy(moments), labels, batch.step, *pixels
+
+
+def _encoded_images(folder: Path, index: Index, images: str | Path) -> Crops:
+    """Return the images that latents were encoded from, cropped as they were then.
+
+    Raises:
+        ValueError: the folder holds other images.
+    """
+    told, files = index.config, find_images(images)
+    if listing_sha256(files) != told.get("images_sha256"):
+        raise ValueError(
+            f"data.images={images}: {len(files):,} images that are not the {told.get('images')} "
+            f"that {folder} was encoded from; expected their folder as it was then"
+        )
+    return Crops(
+        files,
+        told["size"],
+        upright=told["upright"],
+        background=told.get("background"),
+        strict=True,
+    )
 
 
 def sample_posterior(moments: Moments, seed: int, step: int, rank: int) -> Images:
@@ -136,7 +174,9 @@ class LatentData(NamedData):
     device, since drawing takes far longer than copying. ``flip`` takes an image or its mirror image
     with probability 1/2; None does so if mirror images were encoded. ``verify`` compares every
     shard's sha256 before the first step. ``balance`` repeats the images of small classes, see
-    :func:`balanced`. ``validation`` is a second folder, to validate with.
+    :func:`balanced`. ``validation`` is a second folder, to validate with. ``images`` is the folder
+    that was encoded: batches then hold its crops too, as uint8 (b, 3, size, size) behind the
+    labels, for an objective that sees pixels.
 
     Raises:
         ValueError: the folder is incomplete or damaged, or a value is out of its range.
@@ -148,7 +188,7 @@ class LatentData(NamedData):
 
     key = "latents"
     former = ("sag_dit.data.latents.LatentData",)
-    later: ClassVar[Mapping[str, object]] = {"balance": 0.0, "validation": None}
+    later: ClassVar[Mapping[str, object]] = {"balance": 0.0, "validation": None, "images": None}
 
     def __init__(
         self,
@@ -162,6 +202,7 @@ class LatentData(NamedData):
         workers: int | None = 1,
         balance: float = 0.0,
         validation: str | Path | None = None,
+        images: str | Path | None = None,
     ) -> None:
         # What the folder holds, and what to validate with: a share of it, or a second folder.
         folder = Path(root).expanduser()
@@ -171,6 +212,12 @@ class LatentData(NamedData):
                 f"held_out={held_out} and validation={validation}: expected one of them; either a "
                 f"share of the images or a folder of others"
             )
+        if validation is not None and images is not None:
+            raise ValueError(
+                f"validation={validation} and images={images}: the images are those of one folder "
+                f"of latents; expected held_out in the place of validation"
+            )
+        self.images = images
         self._validation = None if validation is None else _second(Path(validation), self.index)
         # Mirror images can be drawn only where they were encoded.
         self.balance = balance
@@ -194,7 +241,12 @@ class LatentData(NamedData):
     @cached_property
     def dataset(self) -> Latents:
         """The latents."""
-        return Latents(self._folder, self.index)
+        return Latents(self._folder, self.index, self.images)
+
+    @property
+    def gives_pixels(self) -> bool:
+        """Whether the images that were encoded are read too."""
+        return self.images is not None
 
     @property
     def labels(self) -> Indices:
@@ -239,11 +291,11 @@ class LatentData(NamedData):
                 verify(self._validation.folder, self._validation.index.shards)
 
     def on_after_batch_transfer(
-        self, batch: tuple[Moments, Labels, int], dataloader_idx: int
-    ) -> tuple[Images, Labels]:
+        self, batch: tuple[Any, ...], dataloader_idx: int
+    ) -> tuple[Images, Labels, *tuple[Pixels, ...]]:
         """Draw x_0, where the batch now is."""
-        moments, labels, step = batch
-        return sample_posterior(moments, self.seed, step, self.rank), labels
+        moments, labels, step, *pixels = batch
+        return sample_posterior(moments, self.seed, step, self.rank), labels, *pixels
 
     def check(self, model: Model) -> None:
         """Check that a model can be trained on these latents; this reads its autoencoder.

@@ -67,7 +67,8 @@ class Index:
 
     Attributes:
         config: what determined the latents.
-        vae: the autoencoder, as it was named, a local one by its absolute path.
+        vae: the autoencoder, as it was named, a local one by its absolute path, one of the user's
+            own by the path of its class, with its arguments.
         class_names: one per class.
         shape: (c, h, w) of x_0.
         dtype: ``float16`` or ``float32``.
@@ -82,7 +83,7 @@ class Index:
     """
 
     config: dict[str, Any]
-    vae: str
+    vae: str | dict[str, Any]
     class_names: tuple[str, ...]
     shape: tuple[Count, Count, Count]
     dtype: Literal["float16", "float32"]

@@ -286,7 +286,7 @@ class StepData(LightningDataModule, ABC):
 
     class_names: tuple[str, ...]
     channels: int
-    vae: str | None = None
+    vae: str | dict[str, Any] | None = None
 
     def __init__(self, *, batch_size: int, seed: int, flip: bool, workers: int | None) -> None:
         super().__init__()
@@ -324,6 +324,11 @@ class StepData(LightningDataModule, ABC):
     def training_images(self) -> Indices:
         """The images of an epoch."""
         return np.flatnonzero(~self.held_out_images)
+
+    @property
+    def gives_pixels(self) -> bool:
+        """Whether batches hold the images themselves, for objectives that see pixels."""
+        return self.vae is None
 
     def fingerprint(self) -> dict[str, Any] | None:
         """Return what tells that the data has changed: ``images``, ``classes``, ``sha256``.

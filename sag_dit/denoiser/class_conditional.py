@@ -53,7 +53,7 @@ class ClassConditional(Denoiser):
         if missing:
             raise ValueError(
                 f"network={type(network).__name__}: lacks {', '.join(missing)}; expected all "
-                f"members of sag_dit.models.Network"
+                f"members of sag_dit.models.Network, most of which sag_dit.models.Backbone brings"
             )
         if kind not in get_args(OutputKind):
             raise ValueError(f"kind={kind!r}: expected one of {', '.join(get_args(OutputKind))}")

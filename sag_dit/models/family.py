@@ -18,11 +18,13 @@ from pkgutil import iter_modules
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, get_origin, get_type_hints
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sag_dit.bounds import fit, parts, wanted
+from sag_dit.identity import plain
 from sag_dit.models.network import Network
 from sag_dit.process import Process
+from sag_dit.untrusted import TARGET, own_class
 
 State = dict[str, Tensor]
 
@@ -210,7 +212,8 @@ class Family(ABC):
         return [
             name
             for name, each in self._parameters().items()
-            if each.default is inspect.Parameter.empty
+            if each.default is each.empty
+            and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
         ]
 
     def build(self, model: Mapping[str, Any]) -> Network:
@@ -219,8 +222,11 @@ class Family(ABC):
         Raises:
             ValueError: an argument is missing or unknown, or a value is impossible.
         """
-        arguments = {name: value for name, value in model.items() if name != FAMILY}
-        check_keys("the config's model", arguments, self.required(), tuple(self._parameters()))
+        arguments = {n: value for n, value in model.items() if n not in (FAMILY, TARGET)}
+        parameters = self._parameters()
+        anything = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        known = None if anything else tuple(parameters)
+        check_keys("the config's model", arguments, self.required(), known)
         network: Network = self.network()(**checked_arguments(self.network(), arguments))
         return network
 
@@ -324,18 +330,92 @@ def families() -> Mapping[str, Family]:
     return dict(sorted(_KNOWN.items()))
 
 
+class _Own(Family):
+    """A network that is known by the path of its class alone, as ``model._target_`` names it."""
+
+    source = "its own class"
+    of: ClassVar[type[Any]]
+
+    def network(self) -> type[Any]:
+        return self.of
+
+    def arguments(self, network: Network) -> dict[str, Any]:
+        for name, value in network.arguments.items():
+            if plain(value) != (list(value) if isinstance(value, tuple) else value):
+                raise ValueError(
+                    f"model.{name}={value!r:.60}: expected a number, a word, or a list or mapping "
+                    f"of them, which a checkpoint can record and {self.title} be built from anew"
+                )
+        return {TARGET: _path(self.of), **network.arguments}
+
+    def build(self, model: Mapping[str, Any]) -> Network:
+        try:
+            network = super().build(model)
+        except TypeError as error:
+            raise ValueError(
+                f"model.{TARGET}={_path(self.of)}: cannot be built ({error})"
+            ) from error
+        recorded = {TARGET, FAMILY, *getattr(network, "arguments", model)}
+        lost = [name for name in model if name not in recorded]
+        if lost:
+            raise ValueError(
+                f"model.{lost[0]}: {self.title} was built with it, and its arguments lack it, "
+                f"from which a checkpoint builds it anew; expected arguments={{{lost[0]!r}: ...}}"
+            )
+        return network
+
+    def infer(
+        self, state: State, path: Path, stated: Mapping[str, Any], num_heads: int | None
+    ) -> dict[str, Any]:
+        return {**stated, **({} if num_heads is None else {"num_heads": num_heads})}
+
+
+def _path(network: type[Any]) -> str:
+    return f"{network.__module__}.{network.__qualname__}"
+
+
+def _own_family(network: type[Any]) -> Family:
+    if not (issubclass(network, nn.Module) and isinstance(getattr(network, "key", None), str)):
+        raise ValueError(
+            f"model.{TARGET}={_path(network)}: expected a torch module that has the members of "
+            f"sag_dit.models.Network, such as a subclass of sag_dit.models.Backbone"
+        )
+    name = network.__name__
+    told = {"key": network.key, "title": name, "noun": f"a {name}", "of": network}
+    made: Family = type(name, (_Own,), told)()
+    return made
+
+
+def family_for(network: Network) -> Family:
+    """Return a network's family: the registered one of its class, or one of that class alone.
+
+    Example:
+        >>> from sag_dit.models import DiT
+        >>> family_for(DiT(input_size=8, hidden_size=32, depth=1, num_heads=2)).noun
+        'a DiT'
+    """
+    # Sharded, a network is of a class that torch has made of its own.
+    mro = type(network).__mro__
+    own = next(each for each in mro if each.__module__.partition(".")[0] != "torch")
+    registered = families().get(network.key)
+    known = registered is not None and registered.network() is own
+    return registered if registered is not None and known else _own_family(own)
+
+
 def family_of(
     model: Mapping[str, Any], state: Mapping[str, Tensor] = MappingProxyType({})
 ) -> Family:
     """Return the family that a config's ``model`` describes, or else names of parameters.
 
     Raises:
-        ValueError: the config names a family that there is not.
+        ValueError: the config names a family that there is not, or a class that is not imported.
 
     Example:
         >>> family_of({"input_size": 32, "depth": 12}).key
         'dit'
     """
+    if TARGET in model:
+        return _own_family(own_class(model[TARGET], f"model.{TARGET}"))
     known = families()
     name = model.get(FAMILY, FIRST)
     if not isinstance(name, str) or name not in known:

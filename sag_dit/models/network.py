@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from inspect import signature
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from inspect import Parameter, signature
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    NamedTuple,
+    Protocol,
+    Self,
+    TypeAlias,
+    runtime_checkable,
+)
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +34,7 @@ class Network(_Module, Protocol):  # type: ignore[misc]
     """A class-conditional backbone: a torch module (x_t, t, y) -> its output, with what follows.
 
     A network need not inherit from this. One that lacks a member is refused by
-    :class:`sag_dit.denoiser.ClassConditional`, which names it.
+    :class:`sag_dit.denoiser.ClassConditional`, which names it. :class:`Backbone` has most of them.
 
     Example:
         >>> from sag_dit.models import DiT
@@ -85,6 +94,98 @@ class Network(_Module, Protocol):  # type: ignore[misc]
 
     def __call__(self, x: Images, t: Tensor, y: Labels) -> Images:
         """Return the output (b, c or 2 c, h, w) for x_t (b, c, h, w), times and labels (b,)."""
+
+
+class Backbone(nn.Module):
+    """A network of one's own: has what :class:`Network` asks for and a simple one does without.
+
+    A subclass sets ``input_size``, ``in_channels`` and ``num_classes``, and has a ``forward``
+    (x_t, t, y) -> its output. All else it states where it has it: ``null_label`` for guidance
+    away from no class, ``layers`` for guidance that reads attention, ``blocks`` to be compiled and
+    sharded one by one. A method that needs what it does not state refuses it by name.
+
+    ``arguments`` are what the constructor was called with, and so have to be plain values.
+    ``key`` is the class's path unless the class states one, with which its file can be moved.
+
+    Example:
+        >>> class Constant(Backbone):
+        ...     def __init__(self, input_size: int, in_channels: int, num_classes: int):
+        ...         super().__init__()
+        ...         self.input_size = (input_size, input_size)
+        ...         self.in_channels, self.num_classes = in_channels, num_classes
+        ...         self.level = nn.Parameter(torch.zeros(in_channels, 1, 1))
+        ...
+        ...     def forward(self, x, t, y):
+        ...         return self.level.expand_as(x)
+        >>> lacking(Constant(8, 3, num_classes=10)), Constant(8, 3, num_classes=10).arguments
+        ([], {'input_size': 8, 'in_channels': 3, 'num_classes': 10})
+    """
+
+    key: ClassVar[str]
+    input_size: tuple[int, int]
+    in_channels: int
+    num_classes: int
+    patch_size: int = 1
+    learn_sigma: bool = False
+    null_label: int | None = None
+    layers: Mapping[str, AttentionLayer]
+    aliases: Mapping[str, str]
+    arguments: Mapping[str, Any]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "key" not in vars(cls):
+            cls.key = f"{cls.__module__}.{cls.__qualname__}"
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Note what the constructor is called with."""
+        made = super().__new__(cls)
+        takes = signature(cls.__init__)
+        try:
+            told = takes.bind_partial(made, *args, **options).arguments
+        except TypeError:  # The constructor says what is wrong with them.
+            told = {}
+        further = (each for each in told if takes.parameters[each].kind is Parameter.VAR_KEYWORD)
+        told |= told.pop(next(further, ""), {})
+        object.__setattr__(made, "arguments", dict([*told.items()][1:]))
+        return made
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        self.layers, self.aliases = {}, {}
+
+    @property
+    def checkpoint_blocks(self) -> bool:
+        """Whether the backward pass computes blocks anew; a subclass that can states an attribute.
+
+        Raises:
+            ValueError: it is asked for.
+        """
+        return False
+
+    @checkpoint_blocks.setter
+    def checkpoint_blocks(self, value: bool) -> None:
+        if value:
+            raise ValueError(
+                f"checkpoint_blocks=true: {type(self).__name__} does not recompute its blocks; "
+                f"expected false, or a class with an attribute checkpoint_blocks that its forward "
+                f"follows"
+            )
+
+    def compile_blocks(self) -> None:
+        """Compile every block by itself, in place.
+
+        Raises:
+            ValueError: there are no blocks.
+        """
+        if not len(self.blocks):
+            raise ValueError(
+                f"compile=true: {type(self).__name__} has no blocks to compile; expected false, "
+                f"or a class that lists them in self.blocks"
+            )
+        for block in self.blocks:
+            block.compile()
 
 
 @runtime_checkable

@@ -32,6 +32,7 @@ from sag_dit.study.results import Record, Value, identity_of, write_record
 from sag_dit.study.setup import NEIGHBOUR, SPLIT_SIZE, Setup
 from sag_dit.training.pending import PendingRequests
 from sag_dit.training.predicting import Predictor
+from sag_dit.untrusted import TARGET
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,10 @@ def _refuse_few(count: int, metrics: Sequence[str]) -> None:
         )
 
 
+def _autoencoder(vae: str | Mapping[str, Any]) -> str:
+    return str(vae[TARGET]) if isinstance(vae, Mapping) else Path(vae_repository(vae)).name
+
+
 def _facts_drawn(plan: ToDraw) -> tuple[dict[str, Any], dict[str, Any], int]:
     labels = [request.label for request in plan.requests]
     counts = Counter(labels).values()
@@ -243,7 +248,7 @@ def _facts_drawn(plan: ToDraw) -> tuple[dict[str, Any], dict[str, Any], int]:
         "count": len(labels),
         "model": plan.model.name,
         "weights_sha256": plan.model.sha256,
-        "vae": None if vae is None else Path(vae_repository(vae)).name,
+        "vae": None if vae is None else _autoencoder(vae),
         "sampler": pixels["sampler"]["name"],
         "sampler_options": {k: each for k, each in pixels["sampler"].items() if k != "name"},
         "steps": pixels["steps"],

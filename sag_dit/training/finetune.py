@@ -18,7 +18,7 @@ from torch import nn
 
 from sag_dit.checkpoints import Model, build, from_denoiser
 from sag_dit.denoiser import ClassConditional
-from sag_dit.models import families
+from sag_dit.models import families, family_for
 from sag_dit.models.unfilled import unfilled
 from sag_dit.training.objective import MSE, FlowMatching, Hybrid, Objective
 
@@ -74,7 +74,7 @@ def adapt(base: Model, name: str, class_names: Sequence[str], resolution: int) -
     """
     # What cannot be fine-tuned is refused before anything is built.
     before, names = base.class_conditional, tuple(class_names)
-    family = families()[before.network.key]
+    family = family_for(before.network)
     if not family.label_table:
         tunable = (each.noun for each in families().values() if each.label_table)
         raise ValueError(
@@ -156,7 +156,7 @@ def adaptation_report(base: Model, adapted: Adapted, adapters: Sequence[str] = (
     """
     network = adapted.model.class_conditional.network
     parameters = dict(network.named_parameters())
-    fixed = families()[network.key].fixed
+    fixed = family_for(network).fixed
     added = {name for name in parameters if ".lora_" in name}
     loaded = set(parameters) - set(adapted.remade) - added
     frozen = [n for n, p in parameters.items() if not p.requires_grad and n not in fixed]

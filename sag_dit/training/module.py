@@ -24,7 +24,6 @@ from sag_dit.codec import VAECodec
 from sag_dit.denoiser import ClassConditional, Denoiser
 from sag_dit.noise import generator
 from sag_dit.sampling import Drawn, Request, Settings, Watch, draw_batch
-from sag_dit.tensors import Images, Labels
 from sag_dit.traces import Maps
 from sag_dit.training.averaging import Further, warming_average
 from sag_dit.training.fitting import out_of_memory, too_large
@@ -34,7 +33,7 @@ from sag_dit.training.optimizers import (
     averages_itself,
     check_alone,
     check_sharded,
-    copy_average,
+    copy_averages,
     in_proportion,
     parameters_of,
     stand_in,
@@ -59,11 +58,33 @@ def at_least_float32() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def _called(objective: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of an objective that are called, the outermost ones.
+
+    Raises:
+        ValueError: a parameter is in none of them, and so could not be sharded.
+    """
+    own = [name for name, _ in objective.named_parameters(recurse=False)]
+    if own:
+        raise ValueError(
+            f"trainer=fsdp: {type(objective).__name__}.{own[0]} is in no module that is called: "
+            f"expected each parameter of an objective in a module of its own, or trainer=ddp"
+        )
+    for part in objective.children():
+        if isinstance(part, (nn.ModuleList, nn.ModuleDict)):
+            yield from _called(part)
+        else:
+            yield part
+
+
 class DiffusionModule(LightningModule):
     """Trains a model's denoiser on (images, labels), and draws requests with it.
 
-    Images are uint8, or x_0 itself if they were encoded before. ``objective`` says what is
-    minimised. All randomness of a training step (times, noise, label dropout) is a pure function
+    Images are uint8, or x_0 itself if they were encoded before, perhaps with the images behind the
+    labels. ``objective`` says what is minimised; modules of its own are trained, saved and sharded
+    beside the denoiser, and are no part of what is drawn with or exported.
+
+    All randomness of a training step (times, noise, label dropout) is a pure function
     of (seed, batch index, rank).
 
     With ``ema_decay`` the exponential moving average of the weights is a module of its own,
@@ -140,6 +161,13 @@ class DiffusionModule(LightningModule):
         self.further = nn.ModuleDict(self._further.averages_of(self.denoiser, ema_warmup))
         self.objective = objective or MSE()
         self.objective.check(self.denoiser)
+        self.averaged_objective: AveragedModel | None = None
+        own = self._trained(self.objective)
+        if self.averaged is not None and own and self.objective.averaged:
+            self.averaged_objective = AveragedModel(
+                cast(nn.Module, self.objective), multi_avg_fn=self.averaged.multi_avg_fn
+            )
+            self.averaged_objective.requires_grad_(False)
         self.settings = settings or Settings.of(model)
         self.gallery = gallery
         self.maps = maps
@@ -174,6 +202,16 @@ class DiffusionModule(LightningModule):
         """Yield the power-function averages with their sigma_rel."""
         for sigma_rel in map(float, self._further.sigma_rel):
             yield sigma_rel, cast(AveragedModel, self.further[place(sigma_rel)])
+    @staticmethod
+    def _trained(*parts: Any) -> list[Parameter]:
+        """Return the parameters that are trained, of the parts that have any."""
+        modules = (each for each in parts if isinstance(each, nn.Module))
+        return [p for each in modules for p in each.parameters() if p.requires_grad]
+
+    @property
+    def trained(self) -> list[Parameter]:
+        """The parameters that are trained: the denoiser's, then the objective's own."""
+        return self._trained(self.denoiser, self.objective)
 
     @contextmanager
     def model_to_draw_with(self) -> Iterator[Model]:
@@ -204,6 +242,12 @@ class DiffusionModule(LightningModule):
             # Resharded after each forward: after one without a backward, as in validation, the
             # average would be left whole, and could not follow the sharded weights.
             fully_shard(denoiser.network, mesh=mesh["data_parallel"], reshard_after_forward=True)
+        # An objective's modules each by itself, since it is they that are called.
+        averaged = self.averaged_objective and self.averaged_objective.module
+        for objective in (self.objective, averaged):
+            if isinstance(objective, nn.Module):
+                for part in _called(objective):
+                    fully_shard(part, mesh=mesh["data_parallel"], reshard_after_forward=True)
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser of the trainable parameters, and its schedule stepped every step."""
@@ -235,7 +279,7 @@ class DiffusionModule(LightningModule):
         if self._like is None:
             raise ValueError("optimizer=None: expected an optimiser to train with")
         own = getattr(self._like, "group_rule", None)
-        trained = trained_parameters(self.denoiser)
+        trained = trained_parameters(self.denoiser, self.objective)
         return grouped(trained, self._param_groups, self._like.defaults, own)
 
     def groups_report(self) -> str:
@@ -253,18 +297,25 @@ class DiffusionModule(LightningModule):
             held = [names.get(id(each)) for group in groups for each in group["params"]]
             checkpoint["optimizer_parameters"] = held if all(held) else None
 
-    def losses(self, denoiser: Denoiser, batch: tuple[Images, Labels]) -> Losses:
-        """Return the objective's losses of a batch of pixels or of x_0."""
-        images, labels = batch
-        if images.is_floating_point():
-            return self.objective(denoiser, images, labels)
+    def losses(
+        self, denoiser: Denoiser, batch: Sequence[Tensor], objective: Objective | None = None
+    ) -> Losses:
+        """Return an objective's losses of a batch: pixels, or x_0 perhaps with pixels behind."""
+        images, labels, *rest = batch
+        objective = objective or self.objective
+        # Objectives older than pixels, and those that see none, are called as ever.
+        encoded = images.is_floating_point()
+        seen = (rest[0] if rest else None) if encoded else images
+        told = {"pixels": seen} if objective.sees_pixels else {}
+        if encoded:
+            return objective(denoiser, images, labels, **told)
         codec = self.model.codec
         shape = (len(images), *denoiser.latent_shape)
         noise = torch.randn(shape, device=images.device) if isinstance(codec, VAECodec) else None
         x_0 = codec.encode(images, noise)
-        return self.objective(denoiser, x_0, labels)
+        return objective(denoiser, x_0, labels, **told)
 
-    def training_step(self, batch: tuple[Images, Labels], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         self._seed(self.trainer.fit_loop.total_batch_idx)
         losses = self.losses(self.denoiser, batch)
@@ -307,7 +358,7 @@ class DiffusionModule(LightningModule):
         Gradients are the same on all ranks, or parts of one (sharded), so that the norm is common
         to them and they decide alike. Without a gradient an optimiser leaves a parameter alone.
         """
-        gradients = [p.grad for p in self.denoiser.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.trained if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.last_norm = norm
@@ -317,7 +368,7 @@ class DiffusionModule(LightningModule):
         self.skipped += 1
         self._skipped_in_a_row += 1
         self.log("train/skipped", float(self.skipped), prog_bar=True)
-        for parameter in self.denoiser.parameters():
+        for parameter in self.trained:
             parameter.grad = None
         if self._skipped_in_a_row >= self._max_skipped:
             raise ValueError(
@@ -331,17 +382,25 @@ class DiffusionModule(LightningModule):
         super().optimizer_step(*args, **kwargs)
         if self._skipped_in_a_row > 0:
             return
+        objectives = cast(nn.Module, self.objective), self.averaged_objective
         if self._averages_itself and self.averaged is not None:
             own: Any = self.optimizers(use_pl_optimizer=False)
-            copy_average(own, self.denoiser, self.averaged.module)
+            pairs = [(cast(nn.Module, self.denoiser), self.averaged.module)]
+            if objectives[1] is not None:
+                pairs.append((objectives[0], objectives[1].module))
+            copy_averages(own, pairs)
             return
         for average in self.averages:
             average.update_parameters(self.denoiser)
+        if objectives[1] is not None:
+            objectives[1].update_parameters(objectives[0])
 
-    def validation_step(self, batch: tuple[Images, Labels], batch_idx: int) -> None:
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Log the loss on held-out images, at the same times and noise at every validation."""
         self._seed(2**62 + batch_idx)
-        loss = self.losses(self.evaluated, batch).per_image.mean()
+        averaged = self.averaged_objective
+        objective = None if averaged is None else cast(Objective, averaged.module)
+        loss = self.losses(self.evaluated, batch, objective).per_image.mean()
         self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch[1]))
 
     def on_predict_start(self) -> None:

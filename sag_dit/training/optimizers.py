@@ -265,20 +265,21 @@ def averages_itself(optimizer: Optimizer) -> bool:
 
 
 @torch.no_grad()
-def copy_average(optimizer: Optimizer, weights: nn.Module, average: nn.Module) -> None:
-    """Copy the average that an optimiser keeps of some weights into a module of the same shape.
+def copy_averages(optimizer: Optimizer, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+    """Copy the averages that an optimiser keeps of modules into others of the same shape.
 
     The weights come back bit by bit: ``train()`` alone would round them, so that a run would depend
     on how often it is looked at.
     """
-    pairs = [*zip(weights.parameters(), average.parameters(), strict=True)]
-    before = [weight.clone() for weight, _ in pairs]
+    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
+    before = [weight.clone() for weight in trained]
     optimizer.eval()  # type: ignore[attr-defined]
     # One by one, since torch cannot copy a list of sharded tensors.
-    for weight, copied in pairs:
-        copied.copy_(weight)
+    for module, average in pairs:
+        for weight, copied in zip(module.parameters(), average.parameters(), strict=True):
+            copied.copy_(weight)
     optimizer.train()  # type: ignore[attr-defined]
-    for (weight, _), kept in zip(pairs, before, strict=True):
+    for weight, kept in zip(trained, before, strict=True):
         weight.copy_(kept)
 
 

@@ -62,15 +62,19 @@ Group: TypeAlias = tuple[Mapping[str, Any], list[Trained]]
 """Settings of a group that are not those of the optimiser, and its parameters."""
 
 
-def trained_parameters(denoiser: Denoiser) -> list[Trained]:
+def trained_parameters(denoiser: Denoiser, objective: object = None) -> list[Trained]:
     """Return the parameters that are trained, in their order.
 
-    What a network registers before its blocks is taken to come before them, the rest behind.
+    What a network registers before its blocks is taken to come before them, the rest behind. Those
+    of an objective that is a module come last, as ``objective.NAME``, behind the last block.
     """
+    own = objective if isinstance(objective, nn.Module) else nn.Module()
     blocks = list(getattr(denoiser.network, "blocks", ()))
     place = {id(p): k for k, block in enumerate(blocks, 1) for p in block.parameters()}
     owners = {
-        id(p): module for module in denoiser.modules() for p in module.parameters(recurse=False)
+        id(p): module
+        for module in (*denoiser.modules(), *own.modules())
+        for p in module.parameters(recurse=False)
     }
     last, behind, found = len(blocks) + 1, False, []
     for name, parameter in denoiser.named_parameters():
@@ -79,7 +83,11 @@ def trained_parameters(denoiser: Denoiser) -> list[Trained]:
         if parameter.requires_grad:
             owner = owners[id(parameter)]
             found.append(Trained(name.removeprefix("network."), parameter, owner, depth, last))
-    return found
+    return found + [
+        Trained(f"objective.{name}", p, owners[id(p)], last, last)
+        for name, p in own.named_parameters()
+        if p.requires_grad
+    ]
 
 
 def no_decay(each: Trained) -> Mapping[str, Any]:

@@ -34,6 +34,13 @@ DEVICE: Mapping[str, Any] = {
     "pattern": r"(auto|cpu|cuda|mps|xpu)(:\d+)?",
     "expected": "auto, cpu, cuda, cuda:1 or mps",
 }
+IMPORTS: Mapping[str, Any] = {
+    "told": "modules of your own that hold the classes a checkpoint names, such as [my_net]",
+    "expected": "a module or a list of modules, such as imports=[my_net]",
+    "determines": "nothing",
+    "absent": True,
+    "added": True,
+}
 Classes = int | str | list[int | str] | None
 
 
@@ -136,8 +143,8 @@ class LoadsModel(Closed):
         determines="model",
         published=True,
     )
-    vae: str | None = key(
-        "autoencoder: a folder or hub name; null: the model's own",
+    vae: str | Open | None = key(
+        "autoencoder: a folder or hub name, or a class by vae._target_; null: the model's own",
         text=True,
         determines="model",
         published=True,
@@ -149,6 +156,7 @@ class LoadsModel(Closed):
         absent=True,
         added=True,
     )
+    imports: str | list[str] | None = key(**IMPORTS)
 
 
 @dataclass(kw_only=True)
@@ -500,6 +508,11 @@ class DataKeys:
         later=None,
         unnamed=True,
     )
+    images: str | None = key(
+        "folder that latents were encoded from, for an objective that sees pixels",
+        text=True,
+        later=None,
+    )
     batch_size: int = key("images in a batch, over all devices", least=1, most=2**20, words="bs")
     workers: int | None = key(
         "reader processes; null: chosen automatically", least=0, most=1024, determines="nothing"
@@ -748,13 +761,17 @@ class Train(Closed):
         "anew: it begins here",
         later="continued",
     )
-    vae: str | None = key("autoencoder; null: the one of ckpt, or none, for pixels", text=True)
+    vae: str | Open | None = key(
+        "autoencoder, or a class by vae._target_; null: the one of ckpt, or none, for pixels",
+        text=True,
+    )
     num_heads: int | None = key(
         "attention heads, if ckpt does not say; without ckpt set model.num_heads",
         least=1,
         absent=True,
         added=True,
     )
+    imports: str | list[str] | None = key(**IMPORTS)
     resolution: int | None = key("pixels along each side of an image", **SIZE, words="image_size")
     patch_size: int | None = key("pixels along each side of a patch", **SIZE, by_checkpoint=True)
     num_classes: int | None = key(
@@ -825,7 +842,9 @@ class Encode(Closed):
         "python encode.py data.root=photos/ data.size=512 vae=mse",
     )
     data: EncodeData = key("the images")
-    vae: str | None = key("autoencoder: a folder or hub name", text=True)
+    vae: str | Open | None = key(
+        "autoencoder: a folder or hub name, or a class by vae._target_", text=True
+    )
     out: str | None = key("folder of the latents; null: outputs/latents/NAME-HASH", **OUT)
     flip: bool = key("true: encode mirror images as well")
     dtype: Literal["float16", "float32"] = key("type of the stored numbers")
@@ -878,6 +897,7 @@ class Studio(Closed):
         "python studio.py ckpt=outputs/train/RUN port=null",
     )
     ckpt: str = key(**CKPT)
+    imports: str | list[str] | None = key(**IMPORTS)
     prompt: str | None = key("prompt of a text model, at first", text=True, blank=True)
     folder: str | list[str] = key(
         "folder, or [several], whose checkpoints, runs and results can be opened",

@@ -16,6 +16,8 @@ from sag_dit.models.family import Layout, Source, State
 from sag_dit.models.unfilled import unfilled
 from sag_dit.process import DDPM
 
+AUTOENCODER = "AutoencoderKL"
+"""What DiTPipeline decodes with."""
 PIPELINE_NULL = 1000
 """The label that DiTPipeline takes for the null class, whatever the model."""
 
@@ -149,6 +151,10 @@ class DiffusersFolder(Layout):
         # Each of these is fixed in DiTPipeline's code.
         reasons = (
             (not settings, "a pixel model, where it decodes latents with an AutoencoderKL"),
+            (
+                settings.get("_class_name", AUTOENCODER) != AUTOENCODER,
+                f"a {settings.get('_class_name')}, where it decodes latents with an {AUTOENCODER}",
+            ),
             (not has_null_row(source), "no null class (its label table has no row for it)"),
             (
                 network.num_classes > PIPELINE_NULL,
@@ -233,7 +239,7 @@ class DiffusersFolder(Layout):
             "id2label": {str(i): name for i, name in enumerate(source.config["class_names"])},
             "scheduler": ["diffusers", "DDIMScheduler"],
             "transformer": ["diffusers", "DiTTransformer2DModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
+            "vae": ["diffusers", AUTOENCODER],
         }
         text = json.dumps(index, indent=2)
         (folder / "model_index.json").write_text(text + "\n", encoding="utf-8")

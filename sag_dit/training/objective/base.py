@@ -1,20 +1,26 @@
 """The contract of objectives: (denoiser, x_0, cond) -> one loss per image, and where it was asked.
 
-An objective draws times and noise from torch's own generator, which whoever trains has seeded.
+An objective draws times and noise from torch's own generator, which whoever trains has seeded. It
+may own modules, such as a projector, and see the pixels that x_0 was made from.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from sag_dit.codec import Pixels
 from sag_dit.denoiser import Denoiser
 from sag_dit.denoiser.base import Condition
+from sag_dit.models.network import takes
 from sag_dit.process import NoiseLevel
 from sag_dit.tensors import Images
 
@@ -43,6 +49,16 @@ class Objective(ABC):
     Written by its :meth:`losses` at a given level and noise; the time is uniform unless
     :meth:`quantiles` says otherwise.
 
+    One whose :meth:`losses` takes ``pixels`` beside the rest is given the uint8 images (b, c, h, w)
+    that x_0 was made from. One that owns modules derives from ``torch.nn.Module`` too, after this
+    class: their parameters are trained by the same optimiser, saved, gone on with and kept equal
+    on all ranks, and are no part of the model that a run exports. Validation asks them as they are
+    at that step, or their moving average where the class says ``averaged = True``. What is asked
+    and never trained, such as an encoder, is held in :class:`Frozen`.
+
+    Raises:
+        TypeError: a subclass names ``torch.nn.Module`` before this class.
+
     Example::
 
         @dataclass(frozen=True)
@@ -52,6 +68,21 @@ class Objective(ABC):
                 error = denoiser(x_t, level, cond).eps - eps
                 return Losses(error.abs().flatten(1).mean(dim=1), level)
     """
+
+    averaged: ClassVar[bool] = False
+    """Whether the objective's own parameters have a moving average like the network's."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__call__ is nn.Module.__call__:
+            raise TypeError(
+                f"class {cls.__name__}: expected Objective before nn.Module among its bases"
+            )
+
+    @property
+    def sees_pixels(self) -> bool:
+        """Whether :meth:`losses` takes ``pixels``."""
+        return takes(self.losses, "pixels")
 
     def check(self, denoiser: Denoiser) -> None:  # noqa: B027 - most objectives train any denoiser
         """Refuse a denoiser that cannot be trained so, before anything is evaluated.
@@ -71,11 +102,91 @@ class Objective(ABC):
     ) -> Losses:
         """Return the losses of x_0 noised with eps to one level per image."""
 
-    def __call__(self, denoiser: Denoiser, x_0: Images, cond: Condition) -> Losses:
-        """Draw times, then noise, and return the losses there."""
-        process = denoiser.process
+    def __call__(
+        self, denoiser: Denoiser, x_0: Images, cond: Condition, pixels: Pixels | None = None
+    ) -> Losses:
+        """Draw times, then noise, and return the losses there.
+
+        Raises:
+            ValueError: the objective sees pixels, and there are none.
+        """
+        process, ask = denoiser.process, self.losses
+        if self.sees_pixels:
+            if pixels is None:
+                raise no_pixels(self)
+            ask = partial(ask, pixels=pixels)
         level = process.level(process.time_at(self.quantiles(x_0.shape[0], x_0.device)))
-        return self.losses(denoiser, x_0, cond, level, torch.randn_like(x_0))
+        return ask(denoiser, x_0, cond, level, torch.randn_like(x_0))
+
+
+def no_pixels(objective: Objective) -> ValueError:
+    """Return the error of an objective that sees pixels where the data has none."""
+    return ValueError(
+        f"objective={type(objective).__name__}: it sees the pixels of each image, and this data "
+        f"has none: expected images, or latents with data.images=FOLDER, the images that were "
+        f"encoded"
+    )
+
+
+class Frozen:
+    """A network that an objective asks and does not train: no part of checkpoints and averages.
+
+    It is in eval mode, its weights frozen, and follows to the device of what it is given.
+
+    Example:
+        >>> encoder = Frozen(nn.Linear(2, 3))
+        >>> encoder(torch.zeros(1, 2)).requires_grad
+        False
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network.eval().requires_grad_(False)
+
+    def __call__(self, given: Tensor) -> Any:
+        """Return what the network makes of a tensor."""
+        self.network.to(given.device)
+        with torch.no_grad():
+            return self.network(given)
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Return itself: what never changes needs no copy."""
+        return self
+
+
+@contextmanager
+def features_of(network: nn.Module, *names: str) -> Iterator[dict[str, Any]]:
+    """Collect what modules of a network put out while it is asked, by their names.
+
+    Gradients pass through them.
+
+    Raises:
+        ValueError: the network has no module of such a name.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> with features_of(network, "0") as features:
+        ...     y = network(torch.zeros(1, 2))
+        >>> features["0"].shape
+        torch.Size([1, 3])
+    """
+    modules, found = dict(network.named_modules()), {}
+    for name in names:
+        if name not in modules:
+            raise ValueError(
+                f"{name!r}: {type(network).__name__} has no module of this name; expected one such "
+                f"as {', '.join([each for each in modules if each][:5])}"
+            )
+    hooks = [
+        modules[name].register_forward_hook(
+            lambda _, given, output, name=name: found.__setitem__(name, output)
+        )
+        for name in names
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def square_error(output: Images, target: Images) -> Float[Tensor, "b"]:
