@@ -340,7 +340,9 @@ def run_train(config: Train) -> None:
     data.check(model)
     module = make_module(config, model)
     trainer = make_trainer(config, out)
-    trainer.callbacks[:0] = trackers(config.track, model, out, trainer.strategy.root_device)  # type: ignore[attr-defined]
+    device, at_previews = trainer.strategy.root_device, config.every_n_steps.preview
+    tracked = trackers(config.track, model, out, device, at_previews)
+    trainer.callbacks[:0] = tracked  # type: ignore[attr-defined]
     data.rank_batch_size(trainer.world_size)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         trainer.fit(module, datamodule=data)

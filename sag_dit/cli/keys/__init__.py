@@ -653,7 +653,9 @@ class Recommended(Closed):
 class Track(Closed):
     """What is measured of images drawn during training."""
 
-    every_n_steps: int = key("steps between measurements", least=1, expected="1 or more")
+    every_n_steps: int | None = key(
+        "steps between measurements; null: at each preview", least=1, expected="1 or more, or null"
+    )
     num_images: int = key("number of images drawn", least=2, expected="2 or more")
     steps: int = key("number of denoising steps", least=1)
     seed: int = key("seed of the noise", **SEED)
