@@ -51,7 +51,7 @@ class Choice:
 
     def in_its_own_folder(self) -> Choice:
         """Return it with a folder of its own within the one that is stated, if one is."""
-        if self.out is None or "out" in self.axes:
+        if self.out is None:
             return self
         kept = [each for each in self.arguments if not each.lstrip("+").startswith("out=")]
         parent = yaml.safe_load(self.out) if self.out[0] in "\"'" else self.out

@@ -301,7 +301,7 @@ class Previews(Callback):
             picture.save(temporary, format="PNG")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("previews", grid, step)
+                logger.experiment.add_image("previews", grid, step - 1)  # as its numbers
             elif isinstance(logger, WandbLogger):
                 rows = [
                     [names[r.label], *_wandb_images(unguided[i], guided[i])]
@@ -310,7 +310,7 @@ class Previews(Callback):
                 columns = ["class", "unguided", "guided"]
                 logger.log_table("previews", columns=columns, data=rows, step=step)
             elif hasattr(logger, "log_image"):
-                logger.log_image("previews", [picture], step=step)
+                logger.log_image("previews", [picture], step=step - 1)
 
 
 def _wandb_images(*images: torch.Tensor) -> list[Any]:

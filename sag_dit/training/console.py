@@ -137,14 +137,14 @@ class Lines(Logger):
         self._said = 0.0
 
     @property
-    def name(self) -> None:
+    def name(self) -> str:
         """It has none, and writes no files."""
-        return None
+        return ""
 
     @property
-    def version(self) -> None:
+    def version(self) -> str:
         """There is one only."""
-        return None
+        return ""
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
         """Write nothing: settings stand in the run's ``config.yaml``."""

@@ -88,8 +88,7 @@ def estimate_memory(module: DiffusionModule, images: int, trainer: Trainer) -> M
 
     Weights, average, gradients and the optimiser's state are counted after one step of it.
     Activations are what the forward pass of ``images`` keeps for the backward pass. What is
-    needed for a moment only is not counted, nor are the activations of an autoencoder that
-    encodes images while training.
+    needed for a moment only is not counted, nor is an autoencoder.
     """
     twin = _without_memory(module)
     half_weights, half = trainer.precision.endswith("16-true"), "16" in str(trainer.precision)
@@ -103,8 +102,6 @@ def estimate_memory(module: DiffusionModule, images: int, trainer: Trainer) -> M
         return int(scale * sum(tensor.nbytes for tensor in tensors))
 
     state, kept = _optimizer_state(twin, trained), _activations(twin, images)
-    codec = module.model.codec
-    frozen = codec.parameters() if isinstance(codec, nn.Module) else ()
     return Memory(
         {
             "weights": of(own),
@@ -112,7 +109,6 @@ def estimate_memory(module: DiffusionModule, images: int, trainer: Trainer) -> M
             "gradients": of(trained),
             "optimiser": None if state is None else of(state),
             f"activations of {images:,} images": None if kept is None else kept // (1 + half),
-            "autoencoder": sum(tensor.nbytes for tensor in frozen),
         }
     )
 
@@ -138,7 +134,6 @@ def _optimizer_state(twin: DiffusionModule, trained: Sequence[nn.Parameter]) -> 
         optimizer: Optimizer = made["optimizer"] if isinstance(made, dict) else made
         for weight in trained:
             weight.grad = torch.empty_like(weight)
-        Optimizer.zero_grad(optimizer, set_to_none=False)
         optimizer.step()
         return [
             each

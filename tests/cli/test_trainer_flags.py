@@ -16,6 +16,7 @@ from sag_dit.cli.composing import compose
 from sag_dit.cli.trainer_flags import DRAWS, OF_DRAWING, OF_TRAINING, check_drawing, check_training
 from sag_dit.data.digits import Digits
 from sag_dit.training.module import DiffusionModule
+from sag_dit.training.resume import LastCheckpoints, newest_checkpoint
 from tests.training.making import ADAM, assert_same, fresh_model, make_trainer, state
 
 Command = Callable[..., Any]
@@ -251,3 +252,24 @@ def test_a_bar_of_ones_own_takes_the_place_of_ours(in_process: Command, tmp_path
     outcome = in_process("train", *SMALL, "out=run", f"trainer.callbacks=[{{_target_: {bar}}}]")
     assert outcome.code == 0, outcome.err
     assert "step 2 of 2" not in outcome.err
+
+
+@pytest.mark.parametrize("option", ["limit_train_batches", "overfit_batches"])
+@pytest.mark.parametrize("stop", [3, 4], ids=["within an epoch", "at its end"])
+def test_a_run_of_few_batches_goes_on_where_it_was_stopped(
+    tmp_path: Path, option: str, stop: int
+) -> None:
+    def train(folder: Path, steps: int) -> tuple[DiffusionModule, list[list[int]]]:
+        module, labels = DiffusionModule(fresh_model(), optimizer=ADAM, seed=0), Labels()
+        checkpoint, _ = newest_checkpoint(folder, module)
+        callbacks = [labels, LastCheckpoints(folder, 1)]
+        trainer = make_trainer(folder, steps, callbacks, **{option: 2})
+        data = Digits(batch_size=4, seed=0)
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        return module, labels.seen
+
+    whole, seen = train(tmp_path / "whole", 7)
+    _, before = train(tmp_path / "parts", stop)
+    parts, after = train(tmp_path / "parts", 7)
+    assert before + after == seen
+    assert_same(state(parts), state(whole))

@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from sag_dit.data.digits import Digits
 from sag_dit.training import console
 from sag_dit.training.callbacks import LossByLevel, Previews, RatesAndNorms, Speed, TrackMetrics
-from sag_dit.training.console import Lines
+from sag_dit.training.console import Lines, Progress
 from sag_dit.training.loggers import CSVLog
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.start import Memory, estimate_memory, parameters_by_part, start_report
@@ -99,11 +99,11 @@ def test_between_log_entries_no_number_is_waited_for(
 
     plain = train([])
     watched = train(
-        watchers(tmp_path, 4),
+        [*watchers(tmp_path, 4), Progress()],
         logger=[CSVLog(tmp_path)],
         enable_progress_bar=True,
     )
-    # Step 0 begins with what is there before it; steps 3 and 7 log, and end with what they draw.
+    # Steps 3 and 7 log and draw, and at the start of steps 0 and 4 the bar looks at what is there.
     assert {step: watched[step] for step in (1, 2, 5, 6)} == {
         step: plain[step] for step in (1, 2, 5, 6)
     }
@@ -116,7 +116,7 @@ def test_rates_are_those_of_the_step_and_the_norm_is_that_of_all_weights(tmp_pat
     class Norms(Callback):
         def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
             weights = [p.flatten() for p in pl_module.denoiser.parameters() if p.requires_grad]
-            norms.append(float(torch.cat(weights).detach().norm()))
+            norms.append(float(torch.cat(weights).detach().double().norm()))
 
     def two_groups(parameters: Any) -> torch.optim.Optimizer:
         first, *rest = parameters
@@ -136,7 +136,7 @@ def test_rates_are_those_of_the_step_and_the_norm_is_that_of_all_weights(tmp_pat
         found = [float(row[f"train/lr/{name}"]) for row in rows]
         assert found == pytest.approx([rate / 2, rate / 8], rel=1e-6)
     assert [float(row["train/weight_norm"]) for row in rows] == pytest.approx(
-        [norms[1], norms[3]], rel=1e-6
+        [norms[1], norms[3]], rel=1e-4
     )
 
 
@@ -291,10 +291,10 @@ def test_previews_go_to_loggers_that_take_pictures(tmp_path: Path) -> None:
     own, board = Pictures(), TensorBoardLogger(tmp_path, name="logs", version="")
     previews = Previews(tmp_path, 2, [3, 7], steps=2)
     make_trainer(tmp_path, 3, [previews], logger=[own, board]).fit(module(), datamodule=Digits(8))
-    assert own.seen == [("previews", 1, 2)]
+    assert own.seen == [("previews", 1, 1)]
     log = reading.EventAccumulator(str(tmp_path / "logs")).Reload()
     (event,) = log.Images("previews")
-    assert (event.step, event.height) == (2, 1 + 2 * 9)
+    assert (event.step, event.height) == (1, 1 + 2 * 9)
 
 
 def test_a_metric_of_the_last_step_stays_when_a_run_goes_on(tmp_path: Path) -> None:
