@@ -239,9 +239,9 @@ def launch(
     """Compose the configuration from the command line and run; never show a traceback for misuse.
 
     ``entry`` is what stands before the arguments where other ranks are started. ``prepare`` adds
-    what a command chooses for the user. Of a sweep, every setting is a run of its own. Misuse is a
-    ValueError, an OSError or one of Hydra's own errors. Anything else is our mistake and keeps its
-    traceback.
+    what a command chooses for the user. Of a sweep, every setting is a run of its own, in a folder
+    of its own within the one that is stated. Misuse is a ValueError, an OSError or one of Hydra's
+    own errors. Anything else is our mistake and keeps its traceback.
     """
     end_with_parent()
     original = list(sys.argv)
@@ -259,8 +259,12 @@ def launch(
         fail(str(error))
     choices = settings_of(config_name, arguments)
     if choices is not None:
-        for choice in choices:
-            launch(config_name, run, choice.arguments, entry)
+        for number, choice in enumerate(choices, start=1):
+            own = choice.in_its_own_folder()
+            if is_first_rank():
+                folder = f", out={own.out}" if own.out else ""
+                print(f"{number} of {len(choices)}: {choice.name}{folder}", flush=True)
+            launch(config_name, run, own.arguments, entry)
         return
     try:
         keys = check_arguments(config_name, keys, flags)

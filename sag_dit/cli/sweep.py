@@ -6,14 +6,19 @@ Hydra's own multirun would compose them one by one, and leaves a file where one 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sag_dit.cli.composing import quoted
 from sag_dit.cli.typed import MULTIRUN
+from sag_dit.identity import digest
+
+LONGEST = 120
+"""Letters of a folder's name that tells a setting."""
 
 Value = float | int | str | bool | None
 
@@ -29,6 +34,28 @@ class Choice:
 
     axes: dict[str, Value]
     arguments: list[str]
+
+    @property
+    def name(self) -> str:
+        """What distinguishes it, in a word that can name a folder."""
+        told = ",".join(f"{key}={value}" for key, value in self.axes.items())
+        plain = re.sub(r"[^\w.,=+-]+", "_", told)[:LONGEST]
+        return plain if plain == told else f"{plain}-{digest(self.axes)[:8]}"
+
+    @property
+    def out(self) -> str | None:
+        """The folder that the arguments state, as it is written there."""
+        stated = [each for each in self.arguments if each.lstrip("+").startswith("out=")]
+        value = stated[-1].partition("=")[2] if stated else "null"
+        return None if value in ("null", "") else value
+
+    def in_its_own_folder(self) -> Choice:
+        """Return it with a folder of its own within the one that is stated, if one is."""
+        if self.out is None:
+            return self
+        kept = [each for each in self.arguments if not each.lstrip("+").startswith("out=")]
+        parent = yaml.safe_load(self.out) if self.out[0] in "\"'" else self.out
+        return replace(self, arguments=[*kept, f"out={parent}/{self.name}"])
 
 
 def expand(arguments: Sequence[str]) -> list[Choice] | None:

@@ -17,15 +17,19 @@ from sag_dit.study.setup import Setups, check_metrics, example_of
 from sag_dit.training.callbacks import TrackMetrics, best_by
 
 
-def trackers(track: Track | None, model: Model, out: Path, device: torch.device) -> list[Callback]:
+def trackers(
+    track: Track | None, model: Model, out: Path, device: torch.device, at_previews: int
+) -> list[Callback]:
     """Return the callbacks that ``track`` asks for, none where it is null.
+
+    ``at_previews`` are the steps between previews, at which it measures unless it says otherwise.
 
     Raises:
         ValueError: a value, features or a reference that cannot be used.
     """
     if not track:
         return []
-    metrics, best, every = track.metrics, track.best, track.every_n_steps
+    metrics, best, every = track.metrics, track.best, track.every_n_steps or at_previews
     check_metrics(metrics)
     features: FeatureExtractor | str | None = None
     if not isinstance(track.features, str):

@@ -182,7 +182,9 @@ def adapt_model(config: Train, base: Model, data: StepData) -> tuple[Model, str]
     layers = add_adapters(network, lora, frozen)
     # New classes have no rows but those that are learned now.
     table = family_for(network).label_table
-    network.get_parameter(table).requires_grad_(table in adapted.remade and table not in frozen)
+    if table in dict(network.named_parameters()):
+        learned = table in adapted.remade and table not in frozen
+        network.get_parameter(table).requires_grad_(learned)
     return replace(adapted.model, lora=lora.description), adaptation_report(base, adapted, layers)
 
 
@@ -323,11 +325,17 @@ def check_pixels(objective: Objective, data: StepData, config: Train) -> None:
         )
 
 
+def listed(value: Any) -> list[Any]:
+    """Return what may stand alone, or be left out, as a list."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, Mapping) else list(value)
+
+
 def loggers_of(config: Train) -> dict[str, Mapping[str, Any]]:
     """Return the settings of all loggers by the keys at which they stand."""
-    further = config.trainer.get("logger") or []
-    listed = [further] if isinstance(further, Mapping) else further
-    named = {f"trainer.logger[{place}]": each for place, each in enumerate(listed)}
+    further = listed(config.trainer.get("logger"))
+    named = {f"trainer.logger[{place}]": each for place, each in enumerate(further)}
     return ({"logger": config.logger} if config.logger else {}) | named
 
 
@@ -349,18 +357,28 @@ def make_trainer(config: Train, out: Path) -> Trainer:
     Raises:
         ValueError: a term of the previews is none.
     """
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch.callbacks import ProgressBar
 
     from sag_dit.api import with_models
     from sag_dit.training.averaging import Snapshots
-    from sag_dit.training.callbacks import LossByLevel, Previews, Progress, Speed
+    from sag_dit.training.callbacks import LossByLevel, Previews, RatesAndNorms, Speed
+    from sag_dit.training.console import Progress, on_a_terminal
     from sag_dit.training.resume import AtomicCheckpointIO, LastCheckpoints, best_checkpoint
 
     every, keep, preview = config.every_n_steps, config.keep, config.preview
     classes: Any = preview.classes or None
+    own = [
+        make(each, f"trainer.callbacks[{place}]", Callback)
+        for place, each in enumerate(listed(config.trainer.get("callbacks")))
+    ]
+    has_bar = any(isinstance(each, ProgressBar) for each in own)
+    shows_bar = config.trainer.get("enable_progress_bar", True) and (has_bar or on_a_terminal())
     callbacks: list[Callback] = [
+        *own,
         Speed(every.log),
         LossByLevel(every.log),
+        RatesAndNorms(every.log),
         Previews(
             out,
             every.preview,
@@ -369,13 +387,21 @@ def make_trainer(config: Train, out: Path) -> Trainer:
             preview.steps,
             config.seed,
         ),
-        *([Progress()] if config.trainer.get("enable_progress_bar", True) else []),
+        *([Progress()] if shows_bar and not has_bar else []),
         # Last, so that what they save is what the others have seen.
         Snapshots(out, every.snapshot, keep.snapshots),
         *([best_checkpoint(out, most=keep.best)] if keep.best else []),
         LastCheckpoints(out, every.checkpoint, keep.last, config.every_n_minutes.checkpoint),
     ]
-    stated = {name: value for name, value in config.trainer.items() if name != "logger"}
+    stated = {
+        **{
+            name: each
+            for name, each in config.trainer.items()
+            if name not in ("logger", "callbacks")
+        },
+        "enable_progress_bar": shows_bar,
+        "plugins": listed(config.trainer.get("plugins")),
+    }
     trainer: Trainer = make(
         {"enable_model_summary": False, "num_sanity_val_steps": 0, **stated},
         "trainer",
@@ -404,10 +430,13 @@ def go_on_training(
 ) -> None:
     """Train from a checkpoint's step on, on all ranks, and export the weights."""
     from sag_dit.cli.stopping import ending_together, naming_lost_nodes
+    from sag_dit.training.console import Lines
     from sag_dit.training.resume import export_run
 
     out = Path(trainer.default_root_dir)
     trainer.loggers = make_loggers(config, out, step)
+    if config.trainer.get("enable_progress_bar", True) and trainer.progress_bar_callback is None:
+        trainer.loggers = [*trainer.loggers, Lines(trainer)]
     for logger in trainer.loggers:
         logger.log_hyperparams(to_dict(config))
     with ending_together(trainer), naming_lost_nodes(trainer):
@@ -455,6 +484,7 @@ def run_train(config: Train) -> None:
     from sag_dit.data.training_batches import StepData
     from sag_dit.output.claim import claim
     from sag_dit.training.resume import FOLDER, exported_step, newest_checkpoint, steps_of
+    from sag_dit.training.start import start_report
 
     # The folder follows from what determines the weights, a checkpoint's resolution included.
     check_training(config.trainer)
@@ -479,14 +509,17 @@ def run_train(config: Train) -> None:
     module = make_module(config, model)
     check_pixels(module.objective, data, config)
     trainer = make_trainer(config, out)
-    trainer.callbacks[:0] = trackers(config.track, model, out, trainer.strategy.root_device)  # type: ignore[attr-defined]
+    device, at_previews = trainer.strategy.root_device, config.every_n_steps.preview
+    tracked = trackers(config.track, model, out, device, at_previews)
+    trainer.callbacks[:0] = tracked  # type: ignore[attr-defined]
     data.rank_batch_size(trainer.world_size)
     begun = bool(steps_of(out / FOLDER))
     parent = None if begun else parent_of(config)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         trainer.fit(module, datamodule=data)
         if trainer.is_global_zero:
-            print(f"fast_dev_run: {trainer.global_step} steps ran and validated; nothing is kept")
+            ran = f"{trainer.global_step} step{'s' * (trainer.global_step != 1)}"
+            print(f"fast_dev_run: {ran} ran and validated; nothing is kept")
         return
     # The folder is claimed, and a run that was begun there goes on.
     settings = to_dict(config)
@@ -511,7 +544,14 @@ def run_train(config: Train) -> None:
         if finished:
             told = f"finished at step {step}: nothing is left to train; a larger max_steps goes on"
         elif trainer.is_global_zero:
-            lines = [told, data.report(), module.groups_report(), disk_report(config, module)]
+            images, epoch = data.batch_size, len(data.training_images)
+            lines = [
+                told,
+                data.report(),
+                start_report(module, trainer, images, step, epoch),
+                module.groups_report(),
+                disk_report(config, module),
+            ]
             if parent is not None and config.resume_from is not None:
                 begin_from(out, parent.folder, parent.step)
                 lines.append(told_differences(out, parent.folder, parent.step))

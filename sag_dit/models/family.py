@@ -18,6 +18,8 @@ from pkgutil import iter_modules
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, get_origin, get_type_hints
 
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sag_dit.bounds import fit, parts, wanted
@@ -277,6 +279,10 @@ class Family(ABC):
 
     # --- fine-tuning -----------------------------------------------------------------------------
 
+    def resized(self, model: Mapping[str, Any], side: int, classes: int) -> dict[str, Any]:
+        """Return a config's ``model`` for inputs of another side and another number of classes."""
+        return {**model, "input_size": side, "num_classes": classes}
+
     def refit(
         self, before: Network, after: Network, names: Sequence[str], now: Sequence[str]
     ) -> Refitted:
@@ -475,6 +481,26 @@ def agreeing(path: Path, *sizes: tuple[str, object, object]) -> None:
                 f"{path}: its config says {what}={stated!r:.60}, and its weights are of "
                 f"{what}={found}; if a config comes with the file, see that it is this file's"
             )
+
+
+def relabelled(
+    table: Float[Tensor, "rows d"], before: Sequence[str], now: Sequence[str]
+) -> tuple[Float[Tensor, "new_rows d"], tuple[str, ...]]:
+    """Return the label table (len(now) rows, and the null row if there is one) and the names kept.
+
+    A class whose name exactly one class had before keeps its row. A new class starts from the null
+    row, which the network was trained to draw any class for; without one, from the mean row.
+
+    Example:
+        >>> table, kept = relabelled(torch.tensor([[1.0], [3.0]]), ["cat", "dog"], ["dog", "fox"])
+        >>> table.tolist(), kept
+        ([[3.0], [2.0]], ('dog',))
+    """
+    null = table[len(before) :]
+    start = null[0] if len(null) else table.mean(dim=0)
+    kept = tuple(name for name in now if list(before).count(name) == 1)
+    rows = [table[list(before).index(name)] if name in kept else start for name in now]
+    return torch.cat([torch.stack(rows), null]), kept
 
 
 def check_keys(

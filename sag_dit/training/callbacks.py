@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.callbacks.progress.tqdm_progress import TQDMProgressBar, convert_inf
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
 
@@ -25,6 +26,11 @@ from sag_dit.sampling import Request, Settings, draw_batch, drawn, labels_of
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.peaks import peak_flops
 from sag_dit.training.resume import best_checkpoint
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 BINS = 4
 """The loss is logged for this many equal parts of the process, 0 being the least noise."""
@@ -55,46 +61,13 @@ def _due(trainer: Trainer, every_n_steps: int) -> bool:
     return not accumulates and trainer.global_step % every_n_steps == 0
 
 
-class Progress(TQDMProgressBar):
-    """Lightning's bar over the whole run, so that its time left is also right after a stop.
-
-    Example::
-
-        trainer = Trainer(callbacks=[Progress()])
-    """
-
-    @property
-    def total_train_batches(self) -> int | float:
-        """All batches of the run."""
-        steps = self.trainer.max_steps
-        if steps < 0:
-            return super().total_train_batches
-        return steps * self.trainer.accumulate_grad_batches
-
-    def on_train_start(self, *_: Any) -> None:
-        """Begin where the run goes on."""
-        super().on_train_start()
-        bar = self.train_progress_bar
-        bar.reset(convert_inf(self.total_train_batches))
-        bar.initial = bar.n = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-
-    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Leave the bar alone: an epoch is all of a run."""
-
-    def get_metrics(
-        self, trainer: Trainer, pl_module: LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return what is logged for the bar, without the logger's version."""
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
-
-
 class Speed(Callback):
-    """Logs images/s over all ranks and, where the device's peak is known, the share of it (MFU).
+    """Logs images/s over all ranks, memory and, where the device's peak is known, MFU.
 
     MFU = images/s times the operations of training on one image, over the peak of all devices at
-    the trainer's precision.
+    the trainer's precision. What drawing and validation take does not count as training.
+    ``memory_gb`` is the most that PyTorch has held on the device of the first rank so far, on a CPU
+    what the process has.
 
     Example::
 
@@ -104,7 +77,7 @@ class Speed(Callback):
     def __init__(self, every_n_steps: int = 50) -> None:
         self._every = every_n_steps
         self._images = 0
-        self._since = self._paused = 0.0
+        self._since = self._paused = self._drawn = 0.0
         self._flops = 0
         self._peak: float | None = None
 
@@ -113,7 +86,11 @@ class Speed(Callback):
         if isinstance(pl_module, DiffusionModule):
             self._flops = training_flops(pl_module.model)
         self._peak = peak_flops(pl_module.device, str(trainer.precision))
+        self._begin(pl_module)
+
+    def _begin(self, module: LightningModule) -> None:
         self._images, self._since = 0, time.perf_counter()
+        self._drawn = getattr(module, "seconds_drawing", 0.0)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
@@ -122,13 +99,17 @@ class Speed(Callback):
         self._images += len(batch[1]) * trainer.world_size
         if not _due(trainer, self._every):
             return
-        rate = self._images / (time.perf_counter() - self._since)
+        drawing = getattr(pl_module, "seconds_drawing", 0.0) - self._drawn
+        rate = self._images / (time.perf_counter() - self._since - drawing)
         pl_module.log("images/s", rate, prog_bar=True)
         if self._peak:
             pl_module.log(
                 "mfu", rate * self._flops / (self._peak * trainer.world_size), prog_bar=True
             )
-        self._images, self._since = 0, time.perf_counter()
+        held = most_memory(pl_module.device)
+        if held is not None:
+            pl_module.log("memory_gb", held / 1e9)
+        self._begin(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
@@ -139,8 +120,21 @@ class Speed(Callback):
         self._since += time.perf_counter() - self._paused
 
 
+def most_memory(device: torch.device) -> int | None:
+    """Return the most bytes that were held on a device so far; on a CPU by this process.
+
+    None where nobody keeps count. Asking does not wait for the device.
+    """
+    if device.type in ("cuda", "xpu"):
+        return int(torch.accelerator.max_memory_allocated(device))
+    if device.type != "cpu" or resource is None:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(most) * (1 if sys.platform == "darwin" else 1024)
+
+
 class LossByLevel(Callback):
-    """Logs the mean loss in equal parts of the process, averaged between two log entries.
+    """Logs the mean loss in equal parts of the process, over all ranks, between two log entries.
 
     Example::
 
@@ -151,6 +145,11 @@ class LossByLevel(Callback):
         self._every = every_n_steps
         self._sums = torch.zeros(2, BINS)
         """Total and count per part, on the device of the losses, so that nothing waits for it."""
+        self._trainer: Trainer | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep the trainer, which knows the other ranks."""
+        self._trainer = trainer
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Add a batch, and log now and then."""
@@ -166,25 +165,81 @@ class LossByLevel(Callback):
         self._sums[1].index_add_(0, place, torch.ones_like(t))
         if not _due(trainer, self._every):
             return
-        for part, (total, count) in enumerate(self._sums.T.tolist()):
+        for part, (total, count) in enumerate(self._over_ranks().T.tolist()):
             if count:
                 pl_module.log(f"loss_by_level/{part + 1}_of_{BINS}", total / count)
         self._sums.zero_()
 
+    def _over_ranks(self) -> torch.Tensor:
+        """Return the sums of all ranks, all of which have to ask."""
+        if self._trainer is None or self._trainer.world_size == 1:
+            return self._sums
+        # In place where ranks are joined.
+        summed = self._trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")
+        assert isinstance(summed, torch.Tensor)
+        return summed
+
     def state_dict(self) -> dict[str, Any]:
-        """Return what is not logged yet."""
-        return {"sums": self._sums}
+        """Return what is not logged yet, of all ranks."""
+        return {"sums": self._over_ranks()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with it."""
-        self._sums = state_dict["sums"]
+        """Go on with it, on the first rank, since the sums are added up over ranks."""
+        first = self._trainer is None or self._trainer.is_global_zero
+        self._sums = state_dict["sums"] if first else torch.zeros_like(state_dict["sums"])
+
+
+class RatesAndNorms(Callback):
+    """Logs the learning rate of each parameter group at a step, and the norm of all weights.
+
+    The rate is ``train/lr``; of several groups ``train/lr/NAME`` or, without a name, their number.
+    ``train/weight_norm`` is the norm sqrt(sum of squares) of all that the optimiser trains, after
+    the step.
+
+    Example::
+
+        trainer = Trainer(callbacks=[RatesAndNorms(every_n_steps=50)])
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        self._every = every_n_steps
+        self._rates: dict[str, float] = {}
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Read the rates, which a schedule changes at the end of the step."""
+        if (trainer.global_step + 1) % self._every:
+            return
+        groups = optimizer.param_groups
+        names = [str(group.get("name", place)) for place, group in enumerate(groups)]
+        keys = [f"train/lr/{name}" for name in names] if len(groups) > 1 else ["train/lr"]
+        self._rates = {key: float(group["lr"]) for key, group in zip(keys, groups, strict=True)}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Log them if it is time."""
+        if not _due(trainer, self._every):
+            return
+        for name, rate in self._rates.items():
+            pl_module.log(name, rate)
+        trained = [
+            weight.detach()
+            for optimizer in trainer.optimizers
+            for group in optimizer.param_groups
+            for weight in group["params"]
+        ]
+        norm = torch.nn.utils.get_total_norm(trained)
+        pl_module.log(
+            "train/weight_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm
+        )
 
 
 class Previews(Callback):
     """Draws the same few images now and then with the averaged weights, unguided and guided.
 
     ``previews/step-N.png`` holds a column per class: the upper row is unguided. With Weights &
-    Biases the pairs are also a table of images.
+    Biases the pairs are also a table of images, and TensorBoard gets the picture, as does any other
+    logger that has Lightning's ``log_image(key, images, step)``.
 
     Example::
 
@@ -245,13 +300,17 @@ class Previews(Callback):
         with atomic(self._out / f"step-{step:08d}.png") as temporary:
             picture.save(temporary, format="PNG")
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("previews", grid, step - 1)  # as its numbers
+            elif isinstance(logger, WandbLogger):
                 rows = [
                     [names[r.label], *_wandb_images(unguided[i], guided[i])]
                     for i, r in enumerate(requests)
                 ]
                 columns = ["class", "unguided", "guided"]
                 logger.log_table("previews", columns=columns, data=rows, step=step)
+            elif hasattr(logger, "log_image"):
+                logger.log_image("previews", [picture], step=step - 1)
 
 
 def _wandb_images(*images: torch.Tensor) -> list[Any]:
@@ -297,7 +356,8 @@ class TrackMetrics(Callback):
         for name, value in values.items():
             pl_module.log(name, value, logger=False, rank_zero_only=False)
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+            # As Lightning numbers steps, from 0: a run that goes on from here keeps the row.
+            logger.log_metrics(values, step=trainer.global_step - 1)
 
     def measure(self, trainer: Trainer, module: DiffusionModule) -> dict[str, float]:
         """Draw, and return the metrics of all ranks' images; every rank has to call this."""

@@ -70,7 +70,7 @@ def adapt(base: Model, name: str, class_names: Sequence[str], resolution: int) -
 
     Raises:
         ValueError: no class, a resolution that the autoencoder and the patches do not divide, or a
-            UNet.
+            network of a family that cannot be fitted to other classes.
     """
     # What cannot be fine-tuned is refused before anything is built.
     before, names = base.class_conditional, tuple(class_names)
@@ -92,7 +92,7 @@ def adapt(base: Model, name: str, class_names: Sequence[str], resolution: int) -
     # The same config but for size and classes, built without memory: its weights are the others'.
     description = base.description
     side = resolution // base.codec.factor
-    description["model"] |= {"input_size": side, "num_classes": len(names)}
+    description["model"] = family.resized(description["model"], side, len(names))
     description["class_names"] = list(names)
     with unfilled():
         denoiser = build(description)

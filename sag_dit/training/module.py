@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -184,6 +185,8 @@ class DiffusionModule(LightningModule):
         self._is_sharded = False
         self.last_losses: Losses | None = None
         self.last_norm: Tensor | None = None
+        self.seconds_drawing = 0.0
+        """What drawing has taken, which is no part of training's speed."""
 
     @property
     def evaluated(self) -> Denoiser:
@@ -220,13 +223,14 @@ class DiffusionModule(LightningModule):
         Training goes on afterwards as if nothing had been drawn.
         """
         denoiser = self.evaluated
-        was_training = denoiser.training
+        was_training, since = denoiser.training, time.perf_counter()
         self.model.codec.to(self.device)
         denoiser.eval()
         try:
             yield replace(self.model, denoiser=denoiser)
         finally:
             denoiser.train(was_training)
+            self.seconds_drawing += time.perf_counter() - since
 
     def configure_model(self) -> None:
         """Shard denoiser and averages block by block where the strategy shards models (FSDP2)."""
@@ -320,19 +324,29 @@ class DiffusionModule(LightningModule):
         self._seed(self.trainer.fit_loop.total_batch_idx)
         losses = self.losses(self.denoiser, batch)
         loss = losses.per_image.mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch[1]))
+        # For callbacks that look at it; loggers get that of all ranks, at the end of the step.
+        self.log("train/loss", loss, prog_bar=True, logger=False, batch_size=len(batch[1]))
         self.last_losses = losses
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log what nobody sees between the steps that are logged, since each number takes time."""
+        """Log what nobody sees between the steps that are logged, since each number takes time.
+
+        Losses are the means over all ranks.
+        """
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = every > 0 and self.trainer.global_step % every == 0
+        ends = not self.trainer.fit_loop.epoch_loop._should_accumulate()
+        due = ends and every > 0 and self.trainer.global_step % every == 0
         if not (due or self.trainer.should_stop):
             return
         if self.last_losses is not None:
-            for name, part in self.last_losses.terms.items():
-                self.log(f"train/{name}", part.detach().mean(), batch_size=len(batch[1]))
+            parts = {"loss": self.last_losses.per_image, **self.last_losses.terms}
+            means = torch.stack([each.detach().float().mean() for each in parts.values()])
+            # A step that a callback of one rank ends is not that of the others.
+            if due and self.trainer.world_size > 1:
+                means = cast(Tensor, self.trainer.strategy.reduce(means, reduce_op="mean"))
+            for name, mean in zip(parts, means, strict=True):
+                self.log(f"train/{name}", mean, batch_size=len(batch[1]))
         if self.last_norm is not None:
             self.log("train/grad_norm", self.last_norm)
 

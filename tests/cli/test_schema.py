@@ -285,7 +285,7 @@ def test_ranks_of_a_sweep_are_started_with_one_setting(
     monkeypatch.setattr(sys, "argv", ["sample.py"])
     seen = []
     launch("sample", lambda _: seen.append(list(sys.argv)), ["seed=0,1", "-m", "out=a=b"])
-    assert seen == [["sample.py", "out=a=b", f"seed={seed}"] for seed in (0, 1)]
+    assert seen == [["sample.py", f"seed={s}", f"out=a=b/seed={s}"] for s in (0, 1)]
     assert not list(tmp_path.iterdir()), "a sweep leaves nothing where one stands"
 
 

@@ -16,6 +16,7 @@ from sag_dit.cli.composing import compose
 from sag_dit.cli.trainer_flags import DRAWS, OF_DRAWING, OF_TRAINING, check_drawing, check_training
 from sag_dit.data.digits import Digits
 from sag_dit.training.module import DiffusionModule
+from sag_dit.training.resume import LastCheckpoints, newest_checkpoint
 from tests.training.making import ADAM, assert_same, fresh_model, make_trainer, state
 
 Command = Callable[..., Any]
@@ -131,7 +132,7 @@ def test_what_a_user_adds_joins_what_a_run_needs(
 def test_a_dev_run_leaves_nothing(in_process: Command, tmp_path: Path) -> None:
     outcome = in_process("train", *SMALL, "out=run", "+trainer.fast_dev_run=true")
     assert outcome.code == 0, outcome.err
-    assert "fast_dev_run: 1 steps ran and validated; nothing is kept" in outcome.out
+    assert "fast_dev_run: 1 step ran and validated; nothing is kept" in outcome.out
     assert not (tmp_path / "run").exists()
 
 
@@ -154,3 +155,121 @@ def test_overfitting_repeats_the_first_batches(tmp_path: Path) -> None:
     _, labels = trained(tmp_path / "whole")
     _, same = trained(tmp_path / "few", overfit_batches=2)
     assert same == [labels[i % 2] for i in range(5)]
+
+
+OWN = """
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.profilers import PassThroughProfiler
+
+
+class Ends(Callback):
+    def on_train_end(self, trainer, pl_module):
+        print("my callback:", trainer.global_step)
+
+
+class Prints(Logger):
+    name = version = None
+
+    def log_hyperparams(self, *_, **__): ...
+
+    def log_metrics(self, metrics, step=None):
+        print("my logger:", sorted(metrics))
+
+
+class Counts(PassThroughProfiler):
+    def describe(self):
+        print("my profiler")
+
+
+class Mine(Precision):
+    def teardown(self):
+        print("my plugin")
+"""
+TOLD = ("my callback: 2", "my logger:", "my profiler", "my plugin")
+
+
+def test_plugs_of_a_file_of_ones_own_act(
+    in_process: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the command line, alone or in lists, and from Python."""
+    (tmp_path / "my_plugs.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    outcome = in_process(
+        "train",
+        *SMALL,
+        "out=run",
+        "trainer.callbacks={_target_: my_plugs.Ends}",
+        "+trainer.logger={_target_: my_plugs.Prints}",
+        "trainer.profiler={_target_: my_plugs.Counts}",
+        "+trainer.plugins=[{_target_: my_plugs.Mine}]",
+        "trainer.precision=null",
+    )
+    assert outcome.code == 0, outcome.err
+    assert all(told in outcome.out for told in TOLD), outcome.out
+    assert (tmp_path / "run" / "logs" / "metrics.csv").is_file(), "ours are there as well"
+
+
+def test_plugs_act_from_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_plugs.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    import my_plugs  # type: ignore[import-not-found]
+
+    trainer = make_trainer(
+        tmp_path,
+        2,
+        [my_plugs.Ends()],
+        logger=my_plugs.Prints(),
+        log_every_n_steps=1,
+        profiler=my_plugs.Counts(),
+        plugins=[my_plugs.Mine()],
+    )
+    trainer.fit(DiffusionModule(fresh_model(), optimizer=ADAM), datamodule=Digits(8))
+    out = capsys.readouterr().out
+    assert all(told in out for told in TOLD), out
+
+
+@pytest.mark.parametrize("name", ["callbacks", "plugins", "profiler", "max_time", "fast_dev_run"])
+def test_what_belongs_to_the_trainer_is_looked_for_there(in_process: Command, name: str) -> None:
+    outcome = in_process("train", *SMALL, f"+{name}=3")
+    assert outcome.code == 1 and f"did you mean trainer.{name}?" in outcome.err
+
+
+def test_what_only_watches_may_change_within_a_run() -> None:
+    from sag_dit.cli.keys.key import to_dict
+    from sag_dit.cli.run_identity import identity
+
+    plain = identity(to_dict(compose("train", SMALL)))
+    for each in ("profiler=simple", "max_time=00:01:00:00", "limit_val_batches=2"):
+        assert identity(to_dict(compose("train", [*SMALL, f"+trainer.{each}"]))) == plain, each
+
+
+def test_a_bar_of_ones_own_takes_the_place_of_ours(in_process: Command, tmp_path: Path) -> None:
+    bar = "lightning.pytorch.callbacks.RichProgressBar"
+    outcome = in_process("train", *SMALL, "out=run", f"trainer.callbacks=[{{_target_: {bar}}}]")
+    assert outcome.code == 0, outcome.err
+    assert "step 2 of 2" not in outcome.err
+
+
+@pytest.mark.parametrize("option", ["limit_train_batches", "overfit_batches"])
+@pytest.mark.parametrize("stop", [3, 4], ids=["within an epoch", "at its end"])
+def test_a_run_of_few_batches_goes_on_where_it_was_stopped(
+    tmp_path: Path, option: str, stop: int
+) -> None:
+    def train(folder: Path, steps: int) -> tuple[DiffusionModule, list[list[int]]]:
+        module, labels = DiffusionModule(fresh_model(), optimizer=ADAM, seed=0), Labels()
+        checkpoint, _ = newest_checkpoint(folder, module)
+        callbacks = [labels, LastCheckpoints(folder, 1)]
+        trainer = make_trainer(folder, steps, callbacks, **{option: 2})
+        data = Digits(batch_size=4, seed=0)
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        return module, labels.seen
+
+    whole, seen = train(tmp_path / "whole", 7)
+    _, before = train(tmp_path / "parts", stop)
+    parts, after = train(tmp_path / "parts", 7)
+    assert before + after == seen
+    assert_same(state(parts), state(whole))

@@ -24,7 +24,8 @@ from sag_dit.models import DiT, dit
 from sag_dit.process import DDPM
 from sag_dit.sampling import Request, Settings, draw
 from sag_dit.training import callbacks
-from sag_dit.training.callbacks import BINS, LossByLevel, Previews, Progress, Speed, training_flops
+from sag_dit.training.callbacks import BINS, LossByLevel, Previews, Speed, training_flops
+from sag_dit.training.console import Progress
 from sag_dit.training.loggers import CSVLog
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.objective import Hybrid
@@ -70,6 +71,7 @@ def test_speed_and_share_of_the_peak(
 ) -> None:
     now = clock(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda _: 12_500_000_000)
     trained = module()
     logged: dict[str, float] = {}
     watched = SimpleNamespace(
@@ -94,7 +96,11 @@ def test_speed_and_share_of_the_peak(
     rate = 2 * 8 * 4 / 6
     peak = 4 * single
     assert logged == pytest.approx(
-        {"images/s": rate, "mfu": rate * training_flops(trained.model) / peak}
+        {
+            "images/s": rate,
+            "mfu": rate * training_flops(trained.model) / peak,
+            "memory_gb": 12.5,
+        }
     )
 
 
@@ -108,7 +114,12 @@ def test_the_bar_spans_the_run_also_after_a_stop(tmp_path: Path) -> None:
     def train(steps: int, module: DiffusionModule) -> None:
         checkpoint, _ = newest_checkpoint(tmp_path, module)
         callbacks = [Progress(), Speed(1), Each(look), LastCheckpoints(tmp_path, 3)]
-        options = {"enable_progress_bar": True, "accumulate_grad_batches": 2}
+        options = {
+            "enable_progress_bar": True,
+            "accumulate_grad_batches": 2,
+            "log_every_n_steps": 1,
+            "logger": CSVLog(tmp_path),
+        }
         trainer = make_trainer(tmp_path, steps, callbacks, **options)
         trainer.fit(module, datamodule=Digits(8), ckpt_path=checkpoint, weights_only=True)
 

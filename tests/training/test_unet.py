@@ -1,8 +1,9 @@
-"""A UNet is trained, exported and sampled from like a DiT, and not fine-tuned."""
+"""A UNet is trained, exported, sampled from and fine-tuned like a DiT."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from sag_dit.checkpoints import Model, from_denoiser, load
 from sag_dit.checkpoints.export import export
 from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import CFG, SAG
+from sag_dit.models.unet.adapter import TABLE
 from sag_dit.models.unet.network import UNet
 from sag_dit.process import DDPM
 from sag_dit.sampling import sample
 from sag_dit.training.finetune import adapt
 from sag_dit.training.objective import Hybrid
+from tests.closeness import assert_near
+from tests.small import filled
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,34 @@ def test_layouts_of_transformers_cannot_hold_it(model: Model, tmp_path: Path, la
         export(model, tmp_path / "out", layout)
 
 
-def test_it_is_not_fine_tuned(model: Model) -> None:
-    with pytest.raises(ValueError, match=r"ckpt=small: a UNet, .*expected a DiT"):
-        adapt(model, "tuned", ["a", "b"], 8)
+def test_new_classes_and_another_size_keep_all_else(model: Model) -> None:
+    adapted = adapt(model, "tuned", ["0", "new"], 16)
+    network: Any = adapted.model.class_conditional.network
+    before: Any = model.class_conditional.network
+    assert (adapted.kept, adapted.new) == (("0",), ("new",))
+    old, new = before.state_dict(), network.state_dict()
+    # Class 0 keeps its row; a new one starts from the null row, which stays.
+    assert torch.equal(new[TABLE], old[TABLE][[0, 3, 3]])
+    assert all(torch.equal(new[name], old[name]) for name in old if name != TABLE)
+    # At 16 pixels it attends where it did: at the second level.
+    assert network.arguments["attention_resolutions"] == [8]
+    assert network.layers.keys() == before.layers.keys()
+    assert sample(adapted.model, [1], guidance=[CFG(2.0)], steps=2).shape == (1, 1, 16, 16)
+
+
+def test_a_model_without_classes_learns_some_and_begins_as_it_was() -> None:
+    torch.manual_seed(1)
+    small = {"input_size": 8, "in_channels": 1, "model_channels": 32, "num_res_blocks": 1}
+    network = filled(UNet(channel_mult=(1, 2), attention_resolutions=(4,), num_heads=2, **small))
+    denoiser = ClassConditional(network.eval(), DDPM(), x_0_range=(-1.0, 1.0))
+    base = from_denoiser(denoiser.requires_grad_(False), "small")
+    alone = adapt(base, "tuned", ["photo"], 8)
+    assert alone.model.class_conditional.network.num_classes == 0
+    adapted = adapt(base, "tuned", ["cat", "dog"], 8)
+    tuned = adapted.model.class_conditional
+    assert (tuned.num_classes, tuned.network.null_label) == (2, 2) and TABLE in adapted.remade
+    x_t, t = torch.randn(2, 1, 8, 8), torch.tensor([10.0, 900.0])
+    with torch.no_grad():
+        expected = denoiser.evaluate(x_t, t, torch.tensor([0, 0]))
+        for cond in (torch.tensor([0, 1]), tuned.null(2)):
+            assert_near(tuned.evaluate(x_t, t, cond), expected)

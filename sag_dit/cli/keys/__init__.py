@@ -596,6 +596,53 @@ class TrainTrainerKeys(TrainerKeys):
         absent=True,
         added=True,
     )
+    callbacks: list[Open] | Open | None = key(
+        "callbacks beside those of a run, a mapping with _target_ or a list of them",
+        words="callbacks callback",
+        absent=True,
+        added=True,
+    )
+    plugins: list[Any] | Open | None = key(
+        "plugins beside those of a run, a mapping with _target_ or a list of them",
+        words="plugins",
+        absent=True,
+        added=True,
+    )
+    profiler: str | Open | None = key(
+        "simple, advanced, pytorch, or a mapping with _target_",
+        words="profiler",
+        determines="nothing",
+        absent=True,
+        added=True,
+    )
+    max_time: str | Open | None = key(
+        "end after so long, DD:HH:MM:SS or {hours: 1}, counted from each start",
+        words="max_time",
+        determines="nothing",
+        absent=True,
+        added=True,
+    )
+    fast_dev_run: bool | int = key(
+        "true, or how many: run so many steps and a validation, and keep nothing",
+        least=0,
+        words="fast_dev_run",
+        determines="nothing",
+        absent=True,
+        added=True,
+    )
+    limit_val_batches: int | float | None = key(
+        "validation batches, or a share of them",
+        least=0,
+        determines="nothing",
+        absent=True,
+        added=True,
+    )
+    detect_anomaly: bool = key(
+        "true: tell which operation made a gradient that is no number",
+        determines="nothing",
+        absent=True,
+        added=True,
+    )
     logger: list[Open] | Open | None = key(
         "further loggers beside logger, a mapping with _target_ or a list of them",
         determines="nothing",
@@ -692,7 +739,9 @@ class Recommended(Closed):
 class Track(Closed):
     """What is measured of images drawn during training."""
 
-    every_n_steps: int = key("steps between measurements", least=1, expected="1 or more")
+    every_n_steps: int | None = key(
+        "steps between measurements; null: at each preview", least=1, expected="1 or more, or null"
+    )
     num_images: int = key("number of images drawn", least=2, expected="2 or more")
     steps: int = key("number of denoising steps", least=1)
     seed: int = key("seed of the noise", **SEED)

@@ -34,6 +34,7 @@ from sag_dit.models.family import (
     agreeing,
     checked_arguments,
     register,
+    relabelled,
 )
 
 log = logging.getLogger(__name__)
@@ -426,21 +427,6 @@ def head_count(hidden: int, depth: int, path: Path) -> int:
         remedy,
     )
     return heads
-
-
-def relabelled(
-    table: Float[Tensor, "rows d"], before: Sequence[str], now: Sequence[str]
-) -> tuple[Float[Tensor, "new_rows d"], tuple[str, ...]]:
-    """Return the label table (len(now) rows, and the null row if there is one) and the names kept.
-
-    A class whose name exactly one class had before keeps its row. A new class starts from the null
-    row, which the network was trained to draw any class for; without one, from the mean row.
-    """
-    null = table[len(before) :]
-    start = null[0] if len(null) else table.mean(dim=0)
-    kept = tuple(name for name in now if list(before).count(name) == 1)
-    rows = [table[list(before).index(name)] if name in kept else start for name in now]
-    return torch.cat([torch.stack(rows), null]), kept
 
 
 def repositioned(

@@ -7,7 +7,7 @@ images, the heads, the schedule and the times, is known of the published model o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,11 +18,13 @@ from torch import Tensor
 from sag_dit.catalogue import Kind, entries
 from sag_dit.models.family import (
     Family,
+    Refitted,
     State,
     WeightsFile,
     agreeing,
     checked_arguments,
     register,
+    relabelled,
 )
 from sag_dit.models.unet.parts import Part, decoder_parts, encoder_parts
 from sag_dit.models.unfilled import unfilled
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
     # Their library takes seconds to import.
     from sag_dit.models.unet.classifier import Classifier
     from sag_dit.models.unet.network import UNet
+
+TABLE = "class_embedding.weight"
+DROPPED = 0.1
+"""Share of labels left out where a model without classes learns some."""
 
 ORDER = "new_attention_order"
 """The key of a config beside published weights that tells how queries, keys and values lie."""
@@ -257,6 +263,7 @@ class UNetFamily(Family):
     source = "openai/guided-diffusion or openai/improved-diffusion, here under diffusers' names"
 
     told_by = "model_channels"
+    label_table = TABLE
 
     def network(self) -> type[UNet]:
         """Return UNet."""
@@ -313,6 +320,47 @@ class UNetFamily(Family):
             ),
         )
         return model
+
+    def resized(self, model: Mapping[str, Any], side: int, classes: int) -> dict[str, Any]:
+        """Return the config of another side, which attends at the levels at which it did.
+
+        An unconditional model stays one on a single class. On several it learns a label table, with
+        a null row.
+        """
+        height = _height(model["input_size"])
+        levels = [height // each for each in model["attention_resolutions"]]
+        attending = [side // each for each in levels]
+        if not model["num_classes"]:
+            several = {"num_classes": classes, "class_dropout_prob": DROPPED}
+            labels = several if classes > 1 else {}
+        else:
+            labels = {"num_classes": classes}
+        return {**model, "input_size": side, "attention_resolutions": attending, **labels}
+
+    def refit(self, before: Any, after: Any, names: Sequence[str], now: Sequence[str]) -> Refitted:
+        """Give the new classes their rows of the label table; convolutions fit any size.
+
+        The rows of a model that had no classes are zero, so that it begins as it was.
+        """
+        state, kept = dict(before.state_dict()), tuple(now)
+        if not before.num_classes and not after.num_classes:
+            return Refitted(state, (), {})
+        if not before.num_classes:
+            width = after.time_embedding.linear_2.out_features
+            state[TABLE] = before.conv_in.weight.new_zeros(len(now) + 1, width)
+            made = f"label table: of {len(now)} classes, with a null row; there was none"
+            return Refitted(state, (), {TABLE: made})
+        if tuple(now) == tuple(names):
+            return Refitted(state, kept, {})
+        null = "the null row is kept" if len(state[TABLE]) > len(names) else "no null row"
+        state[TABLE], kept = relabelled(state[TABLE], names, now)
+        made = f"label table of {len(names)} classes: now {len(now)}, {null}"
+        return Refitted(state, kept, {TABLE: made})
+
+
+def _height(size: Any) -> int:
+    """Return the height of an ``input_size``, which is a number or a pair."""
+    return int(size if isinstance(size, int) else size[0])
 
 
 def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
@@ -526,8 +574,7 @@ def convert(
         known = {name: value for name, value in known.items() if name not in HEADS}
     model = {**known, **own}
     _require_heads(model, path)
-    size = model["input_size"]
-    height = size if isinstance(size, int) else size[0]
+    height = _height(model["input_size"])
     arguments = {
         "in_channels": sizes.in_channels,
         "model_channels": sizes.model_channels,

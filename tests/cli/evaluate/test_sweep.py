@@ -70,3 +70,28 @@ def test_a_sweep_measures_each_setting_once_and_draws_curves(draw: Evaluate) -> 
     assert [len(result["seeds"]) for result in more.results] == [2, 2]
     assert "over 2 seeds" in more.out
     assert not list(more.folder.glob("*.png"))
+
+
+def test_each_setting_has_a_folder_within_the_one_that_is_stated() -> None:
+    choices = expand(["-m", "out=runs", "seed=0,1", "optimizer.lr=0.001,0.002"])
+    assert choices is not None
+    placed = [choice.in_its_own_folder() for choice in choices]
+    assert [each.out for each in placed] == [
+        f"runs/seed={seed},optimizer.lr={rate}" for seed in (0, 1) for rate in ("0.001", "0.002")
+    ]
+    assert placed[0].arguments[:2] == choices[0].arguments[1:], "all else stays"
+
+
+def test_folders_that_are_left_out_stay_as_they_are() -> None:
+    for arguments in (["-m", "seed=0,1"], ["-m", "out=null", "seed=0,1"]):
+        choices = expand(arguments)
+        assert choices is not None
+        assert [choice.in_its_own_folder() for choice in choices] == choices
+
+
+def test_a_name_that_cannot_be_a_folder_s_is_made_one() -> None:
+    choices = expand(["-m", "out='my runs'", "classes=[1,2],[3,4]"])
+    assert choices is not None
+    first, second = (choice.in_its_own_folder().out for choice in choices)
+    assert first is not None and first.startswith("my runs/classes=_1,_2_-")
+    assert second is not None and first != second and second.count("/") == 1
