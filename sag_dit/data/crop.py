@@ -75,7 +75,27 @@ def read_crop(
         UnreadableImageError: the file's content cannot be decoded, or has values without a scale.
         OSError: the file cannot be read, which says nothing about its content.
     """
-    return _decoded(path, channels, upright, background, lambda image: center_crop(image, size))
+    return crop_of(path.read_bytes(), path, size, channels, upright, background)
+
+
+def crop_of(
+    content: bytes,
+    path: Path,
+    size: int,
+    channels: int = 3,
+    upright: bool = True,
+    background: str | None = WHITE,
+) -> PixelArray:
+    """Return the centre crop of a file's content; ``path`` is its name in errors.
+
+    Raises:
+        UnreadableImageError: the content cannot be decoded, or has values without a scale.
+    """
+
+    def crop(image: Image.Image) -> Image.Image:
+        return center_crop(image, size)
+
+    return _decoded(content, path, channels, upright, background, crop)
 
 
 def read_image(
@@ -87,7 +107,22 @@ def read_image(
         UnreadableImageError: the file's content cannot be decoded, or has values without a scale.
         OSError: the file cannot be read, which says nothing about its content.
     """
-    return _decoded(path, channels, upright, background, lambda image: image)
+    return image_of(path.read_bytes(), path, channels, upright, background)
+
+
+def image_of(
+    content: bytes,
+    path: Path,
+    channels: int = 3,
+    upright: bool = True,
+    background: str | None = WHITE,
+) -> PixelArray:
+    """Return the whole image of a file's content; ``path`` is its name in errors.
+
+    Raises:
+        UnreadableImageError: the content cannot be decoded, or has values without a scale.
+    """
+    return _decoded(content, path, channels, upright, background, lambda image: image)
 
 
 def check_pixels(size: tuple[int, int], content: int) -> None:
@@ -105,13 +140,13 @@ def check_pixels(size: tuple[int, int], content: int) -> None:
 
 
 def _decoded(
+    content: bytes,
     path: Path,
     channels: int,
     upright: bool,
     background: str | None,
     crop: Callable[[Image.Image], Image.Image],
 ) -> PixelArray:
-    content = path.read_bytes()
     try:
         with Image.open(io.BytesIO(content)) as image:
             check_pixels(image.size, len(content))
