@@ -76,7 +76,7 @@ def plan_encoding(config: Encode) -> EncodingPlan:
             "model needs no encoding, train it on the images: data=folder data.root=..."
         )
     # The images, and the autoencoder with the crops that it takes.
-    files = find_images(config.data.root)
+    files = find_images(config.data.root, config.data.labels, config.data.class_names)
     vae = zoo.locate_vae(config.vae)
     codec = VAECodec(vae, slice_size=config.slice_size)
     side = latent_size(config.data.size, codec.factor)
@@ -103,7 +103,7 @@ def plan_encoding(config: Encode) -> EncodingPlan:
             **codec.settings,
         )
     )
-    name = plain_name(files.root.resolve().name)
+    name = plain_name(files.root.resolve().name.removesuffix(".zip").removesuffix(".tar"))
     folder, identity = _folder_of(config, name, identity)
     crops.background = identity.get("background")
     # The index to be.

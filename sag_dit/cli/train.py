@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sag_dit.cli.app import alone_in, launch, quiet_lightning
-from sag_dit.cli.composing import fitted, make, placed
+from sag_dit.cli.composing import fitted, make, make_around, placed
 from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import keys_of, mapping_of, to_dict
 from sag_dit.cli.run_identity import (
@@ -285,7 +285,6 @@ def run_train(config: Train) -> None:
     import torch
 
     from sag_dit.cli.tracking import trackers
-    from sag_dit.data.training_batches import StepData
     from sag_dit.output.claim import claim
     from sag_dit.training.resume import exported_step, newest_checkpoint
 
@@ -301,7 +300,7 @@ def run_train(config: Train) -> None:
     # The data, and a model that fits it.
     torch.set_float32_matmul_precision(config.matmul)
     torch.manual_seed(config.seed)
-    data = make(config.data, "data", StepData)
+    data: StepData = make_around(config.data, "data", keys_of(Train)["data"][1].around)
     told = ""
     if base is None:
         model = make_model(config, data)

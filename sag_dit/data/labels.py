@@ -142,7 +142,7 @@ def numbered(
     Raises:
         ValueError: numbers and names, a number or name beyond ``class_names``, or no class.
     """
-    stated = None if class_names is None else tuple(class_names)
+    stated = None if class_names is None else tuple(map(str, class_names))
     if stated is not None and len(set(stated)) < len(stated):
         raise ValueError(f"data.class_names={list(stated)}: expected each name once")
     found = set(marks)
