@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -20,7 +21,7 @@ from sag_dit.cli.composing import compose, make_around
 from sag_dit.data.map_data import MapData
 from sag_dit.data.training_batches import Batch, StepData
 from tests.data.making import image_folder, same, trainer
-from tests.data.test_sources import contents, of_shards, write_zip
+from tests.data.test_sources import contents, of_shards, write_tar, write_zip
 
 Command = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
@@ -341,3 +342,67 @@ def test_step_data_stays_what_it_is() -> None:
     config = compose("train", ["experiment=digits", "data.classes=[1,2]"])
     data = make_around(config.data, "data", AROUND)
     assert isinstance(data, StepData) and not isinstance(data, MapData)
+
+
+PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+SECTION = PAGE.split("\n## Data of your own\n")[1].split("\n## ")[0]
+FILES = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", SECTION, re.DOTALL)
+BLOCKS = re.findall(r"```bash\n(.*?)```", SECTION, re.DOTALL)
+
+
+@pytest.fixture
+def as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The files and folders that the page speaks of."""
+    photos = image_folder(tmp_path / "photos", ("cats", "dogs"), each=4)
+    files = contents(photos)
+    write_zip(tmp_path / "photos.zip", files)
+    (photos / "labels.csv").write_text("".join(f"{n},{n[:3]}\n" for n in files))
+    (tmp_path / "shards").mkdir()
+    samples = {n.replace("/", "-"): content for n, content in files.items()}
+    labels = {f"{n.split('.')[0]}.cls": str(int(n[0] == "d")).encode() for n in samples}
+    write_tar(tmp_path / "shards" / "train-000.tar", {**samples, **labels})
+    for name, text in FILES:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name, _ in FILES:
+        sys.modules.pop(name.removesuffix(".py"), None)
+
+
+def test_the_page_s_files_and_commands_run(as_documented: Path, in_process: Command) -> None:
+    ran = [shlex.split(line) for block in BLOCKS for line in block.splitlines()]
+    assert len(ran) == 6 and len(FILES) == 2
+    for start, module, package, command, *arguments in ran:
+        assert (start, module, package) == ("python", "-m", "sag_dit")
+        small = SMALL[1:4] if command == "train" else ()
+        done = in_process(command, *small, *arguments)
+        assert done.code == 0, done.err
+
+
+def test_the_page_s_classes_are_used_from_python(as_documented: Path) -> None:
+    from lightning.pytorch import Trainer
+    from my_module import ShapesModule  # type: ignore[import-not-found]
+    from my_shapes import Shapes  # type: ignore[import-not-found]
+
+    from sag_dit.checkpoints import from_denoiser
+    from sag_dit.denoiser import ClassConditional
+    from sag_dit.models import DiT
+    from sag_dit.process import DDPM
+    from sag_dit.training.module import DiffusionModule
+
+    for data in (MapData(Shapes(), 8, held_out=0.1, workers=0), MapData.of(ShapesModule())):
+        network = DiT(8, 2, 1, hidden_size=16, depth=1, num_heads=2, num_classes=2)
+        model = from_denoiser(ClassConditional(network, DDPM()), "tiny")
+        data.check(model)
+        fitted = Trainer(
+            max_steps=2,
+            accelerator="cpu",
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        fitted.fit(DiffusionModule(model, optimizer=torch.optim.AdamW), data)
+        assert fitted.global_step == 2
