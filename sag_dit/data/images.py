@@ -29,11 +29,14 @@ from sag_dit.data.crop import (
     WHITE,
     Header,
     PixelArray,
+    Side,
     UnreadableImageError,
     check_background,
     crop_of,
     header_of,
     read_header,
+    sides,
+    told_size,
 )
 from sag_dit.data.hub_rows import HubRows, is_on_disk
 from sag_dit.data.labels import (
@@ -491,7 +494,7 @@ log = logging.getLogger(__name__)
 
 
 class Crops(Dataset[tuple[Tensor, Tensor]]):
-    """Centre crops of image files, (c, size, size) uint8, with their labels.
+    """Centre crops of image files, uint8 (c, size, size) or (c, *size), with their labels.
 
     In place of an image that cannot be decoded stands the next image of its group, the same one
     every time, and the name of the unreadable one is logged once. With ``strict`` it is an error.
@@ -510,7 +513,7 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
     def __init__(
         self,
         files: ImageFiles,
-        size: int,
+        size: Side,
         *,
         channels: int = 3,
         upright: bool = True,
@@ -518,12 +521,10 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         strict: bool = False,
         groups: NDArray[np.bool_] | None = None,
     ) -> None:
-        if size < 1:
-            raise ValueError(f"size={size}: expected 1 or more pixels")
         if channels not in MODES:
             raise ValueError(f"channels={channels}: expected 3 (colour) or 1 (grey)")
         check_background(background)
-        self.files, self.size, self.channels = files, size, channels
+        self.files, self.size, self.channels = files, sides(size), channels
         self.upright, self.background, self.strict = upright, background, strict
         self._groups = np.zeros(len(files), dtype=np.bool_) if groups is None else groups
         # Shared with loader processes, so that an image that one has met is known to all.
@@ -562,7 +563,7 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         return images[0], labels[0]
 
     def __getitems__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        shape = (len(batch.indices), self.channels, self.size, self.size)
+        shape = (len(batch.indices), self.channels, *self.size)
         images = np.empty(shape, dtype=np.uint8)
         labels = np.empty(len(batch.indices), dtype=np.int64)
         for place, (wanted, mirrored) in enumerate(zip(batch.indices, batch.mirrored, strict=True)):
@@ -611,11 +612,11 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
                     inspection.pages.append(index)
                 if found.unlike_before:
                     inspection.unlike_before.setdefault(found.unlike_before, []).append(index)
-                if min(found.width, found.height) < self.size:
+                if found.height < self.size[0] or found.width < self.size[1]:
                     if self.strict:
                         raise ValueError(
                             f"{self.files.path(index)} has {found.width} x {found.height} pixels: "
-                            f"expected {self.size} or more on each side; remove it, or set "
+                            f"expected {told_size(self.size)} or more on each side; remove it, or set "
                             f"strict=false to have small images enlarged"
                         )
                     inspection.small.append(index)
@@ -664,7 +665,7 @@ class Inspection(NamedTuple):
             said.append(told_pages([names[index] for index in self.pages]))
         if self.small:
             said.append(
-                f"{len(self.small)} of {self.looked} images are smaller than {crops.size} pixels "
+                f"{len(self.small)} of {self.looked} images are smaller than {told_size(crops.size)} pixels "
                 f"and are enlarged, the first is {crops.files.path(self.small[0])}"
             )
         return said
@@ -720,6 +721,8 @@ CLASS_IN_NAME = re.compile(r"(n\d{8}(?=_)|.*[^\W\d_])[\W\d_]*\d[\W_]*$")
 class ImageFolderData(NamedData):
     """Batches (uint8 images (b, c, size, size), labels) of a folder or archive of images.
 
+    ``size`` may also be [height, width].
+
     What ``root`` may be, and what ``labels`` and ``class_names`` say, tells :func:`find_images`.
     ``balance`` repeats the images of small classes, see :func:`balanced`.
     ``flip`` mirrors an image with probability 1/2. ``upright`` turns photos as their camera noted.
@@ -748,7 +751,7 @@ class ImageFolderData(NamedData):
     def __init__(
         self,
         root: str | Path,
-        size: int = 256,
+        size: int | list[int] = 256,
         batch_size: int = 256,
         seed: int = 0,
         *,
@@ -845,10 +848,11 @@ class ImageFolderData(NamedData):
         """
         channels, height, width = model.denoiser.latent_shape
         factor, crops = model.codec.factor, self._crops
-        side = latent_size(crops.size, factor, model.class_conditional.network.patch_size)
-        if (side, side) != (height, width):
+        patch_size = model.class_conditional.network.patch_size
+        if tuple(latent_size(side, factor, patch_size) for side in crops.size) != (height, width):
+            wanted = told_size([height * factor, width * factor])
             raise ValueError(
-                f"data.size={crops.size}: expected {height * factor}, the resolution of the model "
+                f"data.size={told_size(crops.size)}: expected {wanted}, the resolution of the model "
                 f"({height} x {width} cells of {factor} pixels)"
             )
         if factor == 1 and channels != crops.channels:

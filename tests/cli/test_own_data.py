@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from sag_dit.cli.composing import compose, make_around
@@ -159,6 +160,30 @@ def test_runs_on_archives_end_with_the_weights_of_class_folders(
     shards = (*small, f"data.root={tmp_path}/shards/train-*.tar", names, "out=shards")
     train(*shards, "max_steps=1")
     assert equal(whole, train(*shards))
+
+
+def test_rectangles_are_trained_on_and_drawn(
+    train: Command, in_process: Command, tmp_path: Path
+) -> None:
+    photos = image_folder(tmp_path / "photos", ("cats", "dogs"), each=4)
+    small = (*PHOTOS[:4], "patch_size=2", "data.workers=0", f"data.root={photos}", "max_steps=2")
+    wide = train(*small, "data.batch_size=4", "resolution=[8,12]", "out=wide")
+    drawn = in_process("sample", f"ckpt={wide}", "num_images=1", "steps=2")
+    assert drawn.code == 0, drawn.err
+    with Image.open(drawn.folder() / "images" / "000000.png") as image:
+        assert image.size == (12, 8)
+    for wrong, told in (("[8,13]", "=[8,13]: expected a multiple of 2"), ("[8]", "a list of 2 wh")):
+        refused = in_process("train", *small, f"resolution={wrong}", "out=wrong")
+        assert refused.code == 1 and told in refused.err, refused.err
+    tuned = in_process(
+        "train",
+        "experiment=finetune",
+        f"ckpt={wide}",
+        f"data.root={photos}",
+        "resolution=[8,12]",
+        "max_steps=1",
+    )
+    assert tuned.code == 1 and "a checkpoint is fine-tuned on squares" in tuned.err
 
 
 def test_a_changed_archive_is_refused(in_process: Command, tmp_path: Path) -> None:

@@ -675,7 +675,12 @@ class Train(Closed):
         absent=True,
         added=True,
     )
-    resolution: int | None = key("pixels along each side of an image", **SIZE, words="image_size")
+    resolution: int | list[int] | None = key(
+        "pixels along each side of an image, or [height, width]",
+        **SIZE,
+        length=2,
+        words="image_size",
+    )
     patch_size: int | None = key("pixels along each side of a patch", **SIZE, by_checkpoint=True)
     num_classes: int | None = key(
         "number of classes; null: as many as the data has", least=1, most=10**6, by_checkpoint=True
@@ -724,7 +729,12 @@ class EncodeData(Closed):
     class_names: list[str | int] | None = key(
         "names of the classes, in their order; null: those of the data", names=True
     )
-    size: int = key("pixels along each side of the crop", **SIZE, words="resolution image_size")
+    size: int | list[int] = key(
+        "pixels along each side of the crop, or [height, width]",
+        **SIZE,
+        length=2,
+        words="resolution image_size",
+    )
     upright: bool = key("true: turn photos upright by their EXIF note; false: as ADM's loader")
     background: str | None = key(
         "colour behind transparent parts; null: hidden colours show, as in old runs", text=True
