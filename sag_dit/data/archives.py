@@ -185,7 +185,7 @@ def _in_tar(file: Path) -> Iterator[_Member]:
                     text = stream.read(each.size)
                 yield _Member(each.name, (each.offset_data, each.size, each.size, -1), text=text)
             # What is listed is not needed again, and there may be millions.
-            archive.members = []
+            archive.members = []  # type: ignore[attr-defined]
         # Python's reader takes a header that it cannot read for the end.
         stream.seek(end)
         if stream.read(BLOCK).strip(b"\0"):

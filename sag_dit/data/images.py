@@ -614,9 +614,10 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
                     inspection.unlike_before.setdefault(found.unlike_before, []).append(index)
                 if found.height < self.size[0] or found.width < self.size[1]:
                     if self.strict:
+                        size = told_size(self.size)
                         raise ValueError(
                             f"{self.files.path(index)} has {found.width} x {found.height} pixels: "
-                            f"expected {told_size(self.size)} or more on each side; remove it, or set "
+                            f"expected {size} or more on each side; remove it, or set "
                             f"strict=false to have small images enlarged"
                         )
                     inspection.small.append(index)
@@ -664,8 +665,9 @@ class Inspection(NamedTuple):
         if self.pages:
             said.append(told_pages([names[index] for index in self.pages]))
         if self.small:
+            size = told_size(crops.size)
             said.append(
-                f"{len(self.small)} of {self.looked} images are smaller than {told_size(crops.size)} pixels "
+                f"{len(self.small)} of {self.looked} images are smaller than {size} pixels "
                 f"and are enlarged, the first is {crops.files.path(self.small[0])}"
             )
         return said
@@ -850,9 +852,9 @@ class ImageFolderData(NamedData):
         factor, crops = model.codec.factor, self._crops
         patch_size = model.class_conditional.network.patch_size
         if tuple(latent_size(side, factor, patch_size) for side in crops.size) != (height, width):
-            wanted = told_size([height * factor, width * factor])
+            size, wanted = told_size(crops.size), told_size([height * factor, width * factor])
             raise ValueError(
-                f"data.size={told_size(crops.size)}: expected {wanted}, the resolution of the model "
+                f"data.size={size}: expected {wanted}, the resolution of the model "
                 f"({height} x {width} cells of {factor} pixels)"
             )
         if factor == 1 and channels != crops.channels:
