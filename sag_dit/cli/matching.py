@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sag_dit.cli.keys import Evaluate
+from sag_dit.cli.keys.key import Parts
 from sag_dit.cli.rows import Configured
 from sag_dit.data.requests import make_requests
 from sag_dit.guidance import CFG
@@ -46,7 +47,9 @@ def matched_rows(
     for place, number in places.items():
         measurement, own = measurements[number], [row for row in rows if row.place == place]
         for name, (scale, steps) in _matches(measurement, own, config, write).items():
-            terms = {"cfg": {"_target_": f"{CFG.__module__}.{CFG.__qualname__}", "scale": scale}}
+            terms: Parts = {
+                "cfg": {"_target_": f"{CFG.__module__}.{CFG.__qualname__}", "scale": scale}
+            }
             further = len(places) + len({each.place for each in found})
             for row in own:
                 how = replace(row.config, guidance=terms, steps=int(steps))
