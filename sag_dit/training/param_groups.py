@@ -296,7 +296,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def report(groups: Sequence[Group], defaults: Mapping[str, Any]) -> str:
+def describe_groups(groups: Sequence[Group], defaults: Mapping[str, Any]) -> str:
     """Return a line for each group: how much is in it, how it is trained, and its first names."""
     lines = ["parameter groups:"]
     for settings, members in groups:
