@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -180,10 +179,9 @@ def rule_of(entry: Any) -> Rule:
             return no_decay
         case {"layer_decay": factor, **more} if not more:
             return LayerDecay(factor)
-        case {"match": str(pattern), **settings}:
-            return Match([pattern], settings)
         case {"match": patterns, **settings}:
-            return Match(patterns, settings)
+            named = {str(name): value for name, value in settings.items()}
+            return Match([patterns] if isinstance(patterns, str) else patterns, named)
         case _ if callable(entry):
             rule: Rule = entry
             return rule
@@ -293,7 +291,7 @@ def _added(
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def describe_groups(groups: Sequence[Group], defaults: Mapping[str, Any]) -> str:
