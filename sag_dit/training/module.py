@@ -40,7 +40,7 @@ from sag_dit.training.optimizers import (
     parameters_of,
     stand_in,
 )
-from sag_dit.training.param_groups import Group, grouped, report, trained_parameters
+from sag_dit.training.param_groups import Group, describe_groups, grouped, trained_parameters
 
 TRAINING = 3
 """Purpose of the random streams of training steps, see :func:`sag_dit.noise.generator`."""
@@ -290,7 +290,7 @@ class DiffusionModule(LightningModule):
     def groups_report(self) -> str:
         """Return the groups in words where there are several, else nothing."""
         groups = self.groups() if self._like is not None else []
-        return report(groups, self._like.defaults) if self._like and len(groups) > 1 else ""
+        return describe_groups(groups, self._like.defaults) if self._like and groups[1:] else ""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what rebuilds the denoiser beside its weights, as plain values."""

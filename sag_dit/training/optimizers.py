@@ -128,7 +128,7 @@ class Muon(Optimizer):
         self._share()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step of both, and return what the closure returns."""
         loss = None
         if closure is not None:
@@ -198,7 +198,7 @@ def _refuse_missing_of_timm(make: MakeOptimizer) -> None:
 
     bare = name.lower().rpartition("_")[2]
     if bare not in list_optimizers():
-        close = get_close_matches(bare, list_optimizers(), n=3)
+        close = get_close_matches(bare, map(str, list_optimizers()), n=3)
         hint = (
             f"did you mean {' or '.join(close)}?" if close else "see timm.optim.list_optimizers()"
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -188,10 +187,9 @@ def rule_of(entry: Any) -> Rule:
             return no_decay
         case {"layer_decay": factor, **more} if not more:
             return LayerDecay(factor)
-        case {"match": str(pattern), **settings}:
-            return Match([pattern], settings)
         case {"match": patterns, **settings}:
-            return Match(patterns, settings)
+            named = {str(name): value for name, value in settings.items()}
+            return Match([patterns] if isinstance(patterns, str) else patterns, named)
         case _ if callable(entry):
             rule: Rule = entry
             return rule
@@ -301,10 +299,10 @@ def _added(
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def report(groups: Sequence[Group], defaults: Mapping[str, Any]) -> str:
+def describe_groups(groups: Sequence[Group], defaults: Mapping[str, Any]) -> str:
     """Return a line for each group: how much is in it, how it is trained, and its first names."""
     lines = ["parameter groups:"]
     for settings, members in groups:

@@ -13,7 +13,7 @@ from sag_dit.denoiser import ClassConditional
 from sag_dit.models.unet.network import UNet
 from sag_dit.process import DDPM
 from sag_dit.training.optimizers import Muon, parameters_of
-from sag_dit.training.param_groups import Trained, grouped, report, trained_parameters
+from sag_dit.training.param_groups import Trained, describe_groups, grouped, trained_parameters
 from tests.training.making import fresh_model
 
 ADAMW = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3, weight_decay=0.1).defaults
@@ -127,7 +127,7 @@ def test_rules_act_in_order_and_every_parameter_is_in_one_group() -> None:
     # torch takes them so, and they are told.
     optimizer = torch.optim.AdamW(parameters_of(groups), lr=1e-3, weight_decay=0.1)
     assert len(optimizer.param_groups) == len(groups)
-    assert "lr 0.014, weight_decay 0.1" in report(groups, ADAMW)
+    assert "lr 0.014, weight_decay 0.1" in describe_groups(groups, ADAMW)
 
 
 def test_without_rules_there_is_one_plain_list() -> None:
