@@ -116,7 +116,7 @@ def test_what_differs_is_told_and_recorded_and_the_parent_is_needed_no_more(
         "optimizer.lr: there 0.0015, now 0.0001",
         "data.batch_size: there 16, now 24",
         "trainer.accumulate_grad_batches: there 1, now 2",
-        "trainer.precision: there not set, now bf16-mixed",
+        "trainer.precision: there 32-true, now bf16-mixed",
         "averages taken over: ema, 0.1\n",
         "averages that begin here: 0.99",
         "of the run, left out: further.0_9, further.0_05",
