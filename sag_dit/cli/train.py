@@ -277,6 +277,27 @@ def make_module(config: Train, model: Model) -> DiffusionModule:
     )
 
 
+def check_resuming(config: Train) -> None:
+    """Refuse what cannot be taken over from another run, before anything is loaded.
+
+    Raises:
+        ValueError: a key that goes with ``resume_from`` alone, or one that it does not go with.
+    """
+    if config.resume_from is None:
+        if not config.resume_optimizer or config.resume_schedule != "continued":
+            raise ValueError("resume_optimizer and resume_schedule are for resume_from: set it too")
+        return
+    where, path = f"resume_from={config.resume_from}", Path(config.resume_from).expanduser()
+    if config.finetune.optimizer:
+        raise ValueError(f"{where}: takes the optimiser's state itself; leave finetune.optimizer")
+    places = (path.resolve(), *path.resolve().parents)
+    if config.out is not None and Path(config.out).resolve() in places:
+        raise ValueError(
+            f"{where}: that is the run in out={config.out} itself, which goes on by its own "
+            f"command; leave resume_from out, or choose another out"
+        )
+
+
 def parent_of(config: Train) -> Parent | None:
     """Return the checkpoint whose optimiser's state, and perhaps weights and step, are taken over.
 
@@ -291,16 +312,7 @@ def parent_of(config: Train) -> Parent | None:
             return None
         return find_parent(locate(str(config.ckpt)).path, "finetune.optimizer=true")
     where = f"resume_from={config.resume_from}"
-    path = Path(config.resume_from).expanduser()
-    if config.finetune.optimizer:
-        raise ValueError(f"{where}: takes the optimiser's state itself; leave finetune.optimizer")
-    places = (path.resolve(), *path.resolve().parents)
-    if config.out is not None and Path(config.out).resolve() in places:
-        raise ValueError(
-            f"{where}: that is the run in out={config.out} itself, which goes on by its own "
-            f"command; leave resume_from out, or choose another out"
-        )
-    parent = find_parent(path, where)
+    parent = find_parent(Path(config.resume_from).expanduser(), where)
     if parent.step >= config.max_steps:
         raise ValueError(
             f"max_steps={config.max_steps}: expected more than {parent.step}, the step of {where}, "
@@ -488,10 +500,7 @@ def disk_report(config: Train, module: DiffusionModule) -> str:
 
 def run_train(config: Train) -> None:
     """Train, and export the weights that are to be sampled with."""
-    if config.resume_from is None and not (
-        config.resume_optimizer and config.resume_schedule == "continued"
-    ):
-        raise ValueError("resume_optimizer and resume_schedule are for resume_from: set it too")
+    check_resuming(config)
     if config.ckpt is None and config.model is None:
         raise ValueError(
             "ckpt is not set: expected what to fine-tune, such as ckpt=DiT-XL-2 or a run's folder"

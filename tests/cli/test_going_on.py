@@ -107,7 +107,7 @@ def test_what_differs_is_told_and_recorded_and_the_parent_is_needed_no_more(
     shutil.copytree(parent, "copy")
     other = (
         *("resume_from=copy", "optimizer.lr=1e-4", "data.batch_size=24", "max_steps=7"),
-        *("trainer.accumulate_grad_batches=2", "+trainer.precision=bf16-mixed"),
+        *("trainer.accumulate_grad_batches=2", "trainer.precision=bf16-mixed"),
         *("ema.further={decays:[0.99],sigma_rel:[0.1]}", "every_n_steps.checkpoint=1"),
     )
     outcome = train(*other, "out=whole")
@@ -116,7 +116,7 @@ def test_what_differs_is_told_and_recorded_and_the_parent_is_needed_no_more(
         "optimizer.lr: there 0.0015, now 0.0001",
         "data.batch_size: there 16, now 24",
         "trainer.accumulate_grad_batches: there 1, now 2",
-        "trainer.precision: there not set, now bf16-mixed",
+        "trainer.precision: there 32-true, now bf16-mixed",
         "averages taken over: ema, 0.1\n",
         "averages that begin here: 0.99",
         "of the run, left out: further.0_9, further.0_05",

@@ -112,7 +112,7 @@ def test_a_run_that_is_cut_off_while_it_writes_an_average_ends_with_the_same_fil
     left, right = train(out, 6, most=3), train(whole, 6, most=3)
     assert_same(dict(left.state_dict()), dict(right.state_dict()))
     assert files(out / "averages") == files(whole / "averages")
-    assert sorted({averages.step_of(Path(name)) for name in files(whole / "averages")}) == [4, 6]
+    assert sorted({averages.step_of(Path(name)) for name in files(whole / "averages")}) == [2, 4, 6]
 
 
 BOOT = """
@@ -184,7 +184,7 @@ def test_few_snapshots_that_do_not_tell_an_average_are_told(
     out = tmp_path / "run"
     train(out, 4, every=2, further=Further(sigma_rel=[0.05]))
     load(out, ema=0.05)
-    assert not caplog.records
+    assert "roughly" not in caplog.text
     load(out, ema=0.25)
     assert "ema=0.25 is told only roughly" in caplog.text
 
@@ -245,6 +245,7 @@ def test_checkpoints_by_the_clock_come_beside_those_by_steps(
     assert saved == [3, 4, 7, 8, 9]
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
 def test_so_many_best_checkpoints_stay_also_where_fewer_are_wanted_later(tmp_path: Path) -> None:
     out, often = tmp_path / "run", {"val_check_interval": 1, "check_val_every_n_epoch": None}
     options = {"limit_val_batches": 1, **often, "further": None}
