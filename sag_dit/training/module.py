@@ -219,8 +219,8 @@ class DiffusionModule(LightningModule):
         losses = self.losses(self.denoiser, batch)
         loss = losses.per_image.mean()
         # For callbacks that look at it; loggers get that of all ranks, at the end of the step.
-        shown = {"prog_bar": self._bar_asks, "batch_size": len(batch[1])}
-        self.log("train/loss", loss, logger=False, **shown)
+        count = len(batch[1])
+        self.log("train/loss", loss, logger=False, prog_bar=self._bar_asks, batch_size=count)
         self.last_losses = losses
         return loss
 
@@ -296,8 +296,8 @@ class DiffusionModule(LightningModule):
         """Log the loss on held-out images, at the same times and noise at every validation."""
         self._seed(2**62 + batch_idx)
         loss = self.losses(self.evaluated, batch).per_image.mean()
-        shown = {"prog_bar": self._bar_asks, "batch_size": len(batch[1])}
-        self.log("val/loss", loss, sync_dist=True, **shown)
+        count = len(batch[1])
+        self.log("val/loss", loss, sync_dist=True, prog_bar=self._bar_asks, batch_size=count)
 
     def on_predict_start(self) -> None:
         """Bring the codec to where the denoiser is; it is no part of the module."""
