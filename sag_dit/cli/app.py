@@ -260,11 +260,11 @@ def launch(
     choices = settings_of(config_name, arguments)
     if choices is not None:
         for number, choice in enumerate(choices, start=1):
-            own = choice.in_its_own_folder()
+            placed = choice.in_its_own_folder()
             if is_first_rank():
-                folder = f", out={own.out}" if own.out else ""
+                folder = f", out={placed.out}" if placed.out else ""
                 print(f"{number} of {len(choices)}: {choice.name}{folder}", flush=True)
-            launch(config_name, run, own.arguments, entry)
+            launch(config_name, run, placed.arguments, entry)
         return
     try:
         keys = check_arguments(config_name, keys, flags)

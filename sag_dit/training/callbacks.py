@@ -101,11 +101,9 @@ class Speed(Callback):
             return
         drawing = getattr(pl_module, "seconds_drawing", 0.0) - self._drawn
         rate = self._images / (time.perf_counter() - self._since - drawing)
-        pl_module.log("images/s", rate, prog_bar=True)
+        pl_module.log("images/s", rate)
         if self._peak:
-            pl_module.log(
-                "mfu", rate * self._flops / (self._peak * trainer.world_size), prog_bar=True
-            )
+            pl_module.log("mfu", rate * self._flops / (self._peak * trainer.world_size))
         held = most_memory(pl_module.device)
         if held is not None:
             pl_module.log("memory_gb", held / 1e9)

@@ -48,6 +48,8 @@ class Progress(TQDMProgressBar):
         trainer = Trainer(callbacks=[Progress()])
     """
 
+    shows_the_log = True
+    """It asks for no numbers of its own."""
     _shown: dict[str, int | str | float | dict[str, float]]
 
     @property

@@ -320,13 +320,23 @@ class DiffusionModule(LightningModule):
         x_0 = codec.encode(images, noise)
         return objective(denoiser, x_0, labels, **told)
 
+    @property
+    def _bar_asks(self) -> bool:
+        """Whether a bar asks for numbers at every step, for which the device is waited for.
+
+        Lightning reads what is logged for a bar after each step, whoever shows it.
+        """
+        bar = self.trainer.progress_bar_callback
+        return bar is not None and not getattr(bar, "shows_the_log", False)
+
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         self._seed(self.trainer.fit_loop.total_batch_idx)
         losses = self.losses(self.denoiser, batch)
         loss = losses.per_image.mean()
         # For callbacks that look at it; loggers get that of all ranks, at the end of the step.
-        self.log("train/loss", loss, prog_bar=True, logger=False, batch_size=len(batch[1]))
+        count = len(batch[1])
+        self.log("train/loss", loss, logger=False, prog_bar=self._bar_asks, batch_size=count)
         self.last_losses = losses
         return loss
 
@@ -382,7 +392,7 @@ class DiffusionModule(LightningModule):
             return
         self.skipped += 1
         self._skipped_in_a_row += 1
-        self.log("train/skipped", float(self.skipped), prog_bar=True)
+        self.log("train/skipped", float(self.skipped), prog_bar=self._bar_asks)
         for parameter in self.trained:
             parameter.grad = None
         if self._skipped_in_a_row >= self._max_skipped:
@@ -415,8 +425,8 @@ class DiffusionModule(LightningModule):
         self._seed(2**62 + batch_idx)
         averaged = self.averaged_objective
         objective = None if averaged is None else cast(Objective, averaged.module)
-        loss = self.losses(self.evaluated, batch, objective).per_image.mean()
-        self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch[1]))
+        loss, count = self.losses(self.evaluated, batch, objective).per_image.mean(), len(batch[1])
+        self.log("val/loss", loss, sync_dist=True, prog_bar=self._bar_asks, batch_size=count)
 
     def on_predict_start(self) -> None:
         """Bring the codec to where the denoiser is; it is no part of the module."""

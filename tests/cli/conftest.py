@@ -116,7 +116,8 @@ def in_process(
     @wraps(evaluate)
     def counting(self: ClassConditional, x_t: Tensor, *args: Any, **known: Any) -> Tensor:
         nonlocal rows
-        rows += x_t.shape[0]
+        # A network without memory is only counted.
+        rows += 0 if x_t.is_meta else x_t.shape[0]
         return evaluate(self, x_t, *args, **known)
 
     monkeypatch.setattr(ClassConditional, "evaluate", counting)

@@ -254,6 +254,8 @@ def test_a_bar_of_ones_own_takes_the_place_of_ours(in_process: Command, tmp_path
     assert "step 2 of 2" not in outcome.err
 
 
+# Lightning does not know that the data go on at the trainer's step.
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 @pytest.mark.parametrize("option", ["limit_train_batches", "overfit_batches"])
 @pytest.mark.parametrize("stop", [3, 4], ids=["within an epoch", "at its end"])
 def test_a_run_of_few_batches_goes_on_where_it_was_stopped(
