@@ -24,9 +24,11 @@ import random
 import shutil
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -48,6 +50,7 @@ from sag_dit.checkpoints.formats import read_scheduler
 from sag_dit.codec import VAECodec
 from sag_dit.data.crop import read_crop
 from sag_dit.data.encoding import LatentFolder
+from sag_dit.data.images import find_images
 from sag_dit.data.latents import LatentData
 from sag_dit.data.requests import read_requests
 from sag_dit.data.shards import Index, pack, read_index
@@ -178,6 +181,24 @@ def kinds(root: Path) -> Iterator[tuple[str, Kind]]:
     sets = drawn.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     np.savez(folder / "set.npz", arr_0=sets, arr_1=np.arange(4))
     yield ".npz", Kind(folder, "set.npz", lambda f: labels(f / "set.npz"))
+
+    folder = new("archives")
+    images = {f"{number}.png": number for number in range(3)}
+    with zipfile.ZipFile(folder / "set.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in images:
+            packed.write(root / "png" / "image.png", name)
+        packed.writestr("dataset.json", json.dumps({"labels": [*images.items()]}))
+    with tarfile.open(folder / "set.tar", "w") as tar:
+        for name in images:
+            tar.add(root / "png" / "image.png", name)
+    (folder / "labels.csv").write_text("file,label\n0.png,cat\n1.png,dog\n2.png,cat\n")
+    (folder / "labels.json").write_text(json.dumps({"labels": [*images.items()]}))
+    yield ".zip", Kind(folder, "set.zip", lambda f: labels(f / "set.zip"))
+    # Its list is kept in the cache.
+    yield ".tar", Kind(folder, "set.tar", lambda f: labels(f / "set.tar"), writes=True)
+    for name in ("labels.csv", "labels.json"):
+        stated = lambda f, n=name: find_images(f / "set.zip", str(f / n))  # noqa: E731
+        yield name, Kind(folder, name, stated)  # type: ignore[misc]
 
     # What stands beside: requests, latents.
     folder = new("requests")

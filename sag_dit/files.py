@@ -167,3 +167,9 @@ def file_sha256(file: Path) -> str:
     """Return the sha256 of what a file holds."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def default_cache() -> Path:
+    """Return $SAG_DIT_CACHE, or sag_dit in $XDG_CACHE_HOME or ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SAG_DIT_CACHE") or Path(home) / "sag_dit").expanduser()

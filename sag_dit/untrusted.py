@@ -60,16 +60,16 @@ def _not_utf8(file: Path, error: UnicodeDecodeError) -> ValueError:
     )
 
 
-def parse_json(text: str, where: object) -> Any:
+def parse_json(text: str, where: object, most: int = VALUES) -> Any:
     """Return the values of a JSON text; errors begin with ``where``, the file or line it is from.
 
     Raises:
-        ValueError: it is no JSON, nested too deep, has too many values, or text that no file can
-            hold.
+        ValueError: it is no JSON, nested too deep, has more than ``most`` values, or text that no
+            file can hold.
     """
     values = 1 + sum(map(text.count, ",[{"))
-    if values > VALUES:
-        raise ValueError(f"{where}: some {values:,} values: expected at most {VALUES:,}")
+    if values > most:
+        raise ValueError(f"{where}: some {values:,} values: expected at most {most:,}")
     try:
         found = json.loads(text)
     except RecursionError:

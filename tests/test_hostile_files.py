@@ -15,12 +15,13 @@ from sag_dit.checkpoints.formats import read_scheduler
 from sag_dit.cli.run_identity import recorded_config
 from sag_dit.codec import read_vae_config
 from sag_dit.data.encoding import LatentFolder
+from sag_dit.data.labels import read_labels
 from sag_dit.data.requests import read_requests
 from sag_dit.data.shards import read_index
 from sag_dit.evaluation.images import ManifestRow
 from sag_dit.study.results import Record, read_record, write_record
 from sag_dit.training.loggers import CSVLog
-from sag_dit.untrusted import read_json_lines
+from sag_dit.untrusted import read_json_lines, read_text
 
 Read = Callable[[Path], Any]
 
@@ -35,6 +36,8 @@ READERS: dict[str, Read] = {
     "run/logs/metrics.csv": lambda file: CSVLog(file.parents[1], first_step=5),
     "requests.csv": lambda file: read_requests(file, ["cat", "dog"]),
     "vae/config.json": lambda file: read_vae_config(file.parent),
+    "labels.csv": lambda file: read_labels(read_text(file), str(file)),
+    "dataset.json": lambda file: read_labels(read_text(file), str(file)),
     "scheduler_config.json": read_scheduler,
     "model/config.json": files.read_json,
     "unet/diffusion_pytorch_model.safetensors.index.json": lambda file: files.weights_files(

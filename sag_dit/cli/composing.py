@@ -23,7 +23,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sag_dit.bounds import Bounds, fit, shown, wanted
-from sag_dit.cli.keys.key import Closed, substituted
+from sag_dit.cli.keys import COMMANDS
+from sag_dit.cli.keys.key import Closed, substituted, walk
 from sag_dit.cli.schema import check, free_text, nearest
 from sag_dit.cli.signatures import names_taken
 from sag_dit.methods import guidance_defaults, scales
@@ -129,7 +130,7 @@ def drop_strangers(config: DictConfig, arguments: Sequence[str]) -> None:
     stated = {argument.partition("=")[0].lstrip("+") for argument in arguments}
     for path in own_targets(arguments):
         node = OmegaConf.select(config, path)
-        takes = _taken_by(str(node["_target_"]))
+        takes = _taken_by(str(node["_target_"]), path)
         kept = {*stated, *(f"{path}.{name}" for name in takes or node)}
         with open_dict(node):
             for name in map(str, list(node)):
@@ -346,10 +347,74 @@ def arguments_of(target: str) -> dict[str, Any] | None:
     }
 
 
-def _taken_by(target: str) -> Collection[str] | None:
-    """Return what a class or function takes by name; None as :func:`arguments_of`."""
+def _taken_by(target: str, path: str = "") -> Collection[str] | None:
+    """Return what a class or function takes by name; None as :func:`arguments_of`.
+
+    At a key whose values may be put around what the target makes, also what those are.
+    """
     # An import takes seconds, a file that tells the same does not.
-    return names_taken(target) or arguments_of(target)
+    takes = names_taken(target) or arguments_of(target)
+    around = _arounds().get(path)
+    if takes is None or around is None or target.startswith("sag_dit."):
+        return takes
+    return {*takes, *(() if is_of_kind(target, around) else _around_takes(around))}
+
+
+def _around_takes(around: str) -> set[str]:
+    """Return the arguments of what is put around a thing, without the thing."""
+    return {*(arguments_of(f"{around}.of") or {})} - {"thing"}
+
+
+@cache
+def _arounds() -> Mapping[str, str]:
+    """Return what is put around things of another kind than expected, by the keys."""
+    found = (each for schema in COMMANDS.values() for each in walk(schema))
+    return {path: told.around for path, _, told in found if told.around}
+
+
+def is_of_kind(target: str, around: str) -> bool:
+    """Whether a target makes what is expected where ``around`` is put around all else.
+
+    What is expected is ``around.kind``; a function tells by its annotation what it returns.
+    """
+    kind = resolve_name(around).kind
+    try:
+        thing = resolve_name(target)
+        made = thing if isinstance(thing, type) else get_type_hints(thing).get("return")
+    except Exception:  # It is told when it is made.
+        return False
+    return isinstance(made, type) and issubclass(made, kind)
+
+
+def make_around(values: Mapping[str, Any], where: str, around: str) -> Any:
+    """Build what ``_target_`` names, and put ``around`` around it if it is of another kind.
+
+    The target is given what it takes, ``around.of`` the arguments that it takes itself.
+
+    Raises:
+        ValueError: as :func:`make`.
+    """
+    target, kind = str(values.get("_target_") or ""), resolve_name(around).kind
+    if not target or is_of_kind(target, around):
+        return make(values, where, kind)
+    outer = _around_takes(around)
+    own = names_taken(target) or arguments_of(target)
+    mine = {
+        name: value
+        for name, value in values.items()
+        if name[0] == "_" or name not in outer or (own is not None and name in own)
+    }
+    found = make(mine, where)
+    rest = {name: value for name, value in values.items() if name in outer}
+    if isinstance(found, kind):
+        unused = [name for name in rest if name not in mine]
+        if unused:
+            raise ValueError(
+                f"{where}.{unused[0]}: {target} takes no {unused[0]}; let its annotation say that "
+                f"it returns a {kind.__name__}"
+            )
+        return found
+    return make({"_target_": f"{around}.of", **rest}, where, kind, thing=found)
 
 
 def refuse_strangers(path: str, targets: Sequence[str], names: Iterable[str]) -> None:
@@ -360,7 +425,7 @@ def refuse_strangers(path: str, targets: Sequence[str], names: Iterable[str]) ->
     """
     takes: set[str] = set()
     for target in targets:
-        own = _taken_by(target)
+        own = _taken_by(target, path)
         if own is None:
             return
         takes |= set(own)

@@ -42,7 +42,7 @@ class Encoding:
 
     images: int
     images_sha256: str
-    size: int
+    size: int | list[int]
     upright: bool
     flip: bool
     dtype: str
@@ -65,6 +65,7 @@ def plan_encoding(config: Encode) -> EncodingPlan:
     from sag_dit.checkpoints import zoo
     from sag_dit.checkpoints.model import plain_name
     from sag_dit.codec import VAECodec, read_vae_config
+    from sag_dit.data.crop import sides
     from sag_dit.data.encoding import EncodingPlan
     from sag_dit.data.images import Crops, find_images, latent_size, listing_sha256
     from sag_dit.data.latents import encoder_sha256
@@ -76,10 +77,10 @@ def plan_encoding(config: Encode) -> EncodingPlan:
             "model needs no encoding, train it on the images: data=folder data.root=..."
         )
     # The images, and the autoencoder with the crops that it takes.
-    files = find_images(config.data.root)
+    files = find_images(config.data.root, config.data.labels, config.data.class_names)
     vae = zoo.locate_vae(config.vae)
     codec = VAECodec(vae, slice_size=config.slice_size)
-    side = latent_size(config.data.size, codec.factor)
+    height, width = (latent_size(side, codec.factor) for side in sides(config.data.size))
     crops = Crops(
         files,
         config.data.size,
@@ -103,7 +104,7 @@ def plan_encoding(config: Encode) -> EncodingPlan:
             **codec.settings,
         )
     )
-    name = plain_name(files.root.resolve().name)
+    name = plain_name(files.root.resolve().name.removesuffix(".zip").removesuffix(".tar"))
     folder, identity = _folder_of(config, name, identity)
     crops.background = identity.get("background")
     # The index to be.
@@ -112,7 +113,7 @@ def plan_encoding(config: Encode) -> EncodingPlan:
         config=identity,
         vae=str(named.absolute() if named.exists() else config.vae),
         class_names=files.class_names,
-        shape=(codec.latent_channels, side, side),
+        shape=(codec.latent_channels, height, width),
         dtype=config.dtype,
         flips=2 if config.flip else 1,
         counts=(0,) * len(files.class_names),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sag_dit.cli.app import alone_in, launch, quiet_lightning
-from sag_dit.cli.composing import fitted, make, placed
+from sag_dit.cli.composing import fitted, make, make_around, placed
 from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import keys_of, mapping_of, to_dict
 from sag_dit.cli.run_identity import (
@@ -41,6 +41,7 @@ def make_model(config: Train, data: StepData) -> Model:
     from sag_dit.checkpoints import build, from_denoiser
     from sag_dit.checkpoints.loading import find_codec
     from sag_dit.codec import VAECodec
+    from sag_dit.data.crop import sides, told_size
 
     if config.num_heads is not None:
         raise ValueError(
@@ -63,14 +64,16 @@ def make_model(config: Train, data: StepData) -> Model:
     vae = config.vae or data.vae
     codec = find_codec(vae)
     cell = codec.factor * config.patch_size
-    if config.resolution % cell:
+    height, width = sides(config.resolution)
+    if height % cell or width % cell:
         raise ValueError(
-            f"resolution={config.resolution}: expected a multiple of {cell}, the autoencoder's "
-            f"factor {codec.factor} times patch_size={config.patch_size}"
+            f"resolution={told_size(config.resolution)}: expected a multiple of {cell}, the "
+            f"autoencoder's factor {codec.factor} times patch_size={config.patch_size}"
         )
     latent = isinstance(codec, VAECodec)
     channels = codec.latent_channels if isinstance(codec, VAECodec) else data.channels
-    settings.setdefault("input_size", config.resolution // codec.factor)
+    grid = [height // codec.factor, width // codec.factor]
+    settings.setdefault("input_size", grid[0] if height == width else grid)
     settings.setdefault("in_channels", channels)
     names = list(data.class_names)
     settings["num_classes"] = config.num_classes or len(names)
@@ -107,11 +110,26 @@ def load_base(config: Train) -> tuple[Model, Train]:
             f"experiment=finetune, which leaves these to the checkpoint and the data"
         )
     lora_settings(config)  # Before a checkpoint is downloaded.
+    _one_side(config)
     base = load(str(config.ckpt), vae=config.vae, num_heads=config.num_heads)
     check_finite(base.class_conditional.network.state_dict(), f"ckpt={config.ckpt}")
-    side = config.resolution or resolution_of(base)
+    side = _one_side(config) or resolution_of(base)
     data = {**config.data, "size": side} if "size" in config.data else config.data
     return base, replace(config, resolution=side, data=data)
+
+
+def _one_side(config: Train) -> int | None:
+    """Return the resolution to fine-tune at, which is that of squares.
+
+    Raises:
+        ValueError: it is one of rectangles.
+    """
+    if isinstance(config.resolution, list):
+        raise ValueError(
+            f"resolution={config.resolution}: a checkpoint is fine-tuned on squares: expected one "
+            f"number; rectangles are trained from scratch, without ckpt"
+        )
+    return config.resolution
 
 
 def lora_settings(config: Train) -> LoRA | None:
@@ -140,7 +158,7 @@ def adapt_model(config: Train, base: Model, data: StepData) -> tuple[Model, str]
         resolution_of,
     )
 
-    side = config.resolution or resolution_of(base)
+    side = _one_side(config) or resolution_of(base)
     adapted = adapt(base, str(config.name), data.class_names, side)
     network = adapted.model.class_conditional.network
     frozen = freeze(network, config.freeze or ())
@@ -285,7 +303,6 @@ def run_train(config: Train) -> None:
     import torch
 
     from sag_dit.cli.tracking import trackers
-    from sag_dit.data.training_batches import StepData
     from sag_dit.output.claim import claim
     from sag_dit.training.resume import exported_step, newest_checkpoint
 
@@ -301,7 +318,7 @@ def run_train(config: Train) -> None:
     # The data, and a model that fits it.
     torch.set_float32_matmul_precision(config.matmul)
     torch.manual_seed(config.seed)
-    data = make(config.data, "data", StepData)
+    data: StepData = make_around(config.data, "data", keys_of(Train)["data"][1].around)
     told = ""
     if base is None:
         model = make_model(config, data)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,31 +40,64 @@ class UnreadableImageError(ValueError):
     """
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Return the centre square of ``size`` pixels of an image whose short side is scaled to it.
+Side: TypeAlias = int | Sequence[int]
+"""Pixels along each side of a square, or [height, width]."""
 
-    The image is halved by a box filter while its short side is at least 2 ``size``, then scaled by
-    bicubic interpolation. A smaller image is enlarged.
+
+def sides(size: Side) -> tuple[int, int]:
+    """Return height and width of a crop.
+
+    Raises:
+        ValueError: they are no such numbers.
+
+    Example:
+        >>> sides(256), sides([128, 256])
+        ((256, 256), (128, 256))
+    """
+    both = (size, size) if isinstance(size, int) else tuple(size)
+    if len(both) != 2 or min(both) < 1:
+        raise ValueError(f"size={size}: expected 1 or more pixels, or [height, width]")
+    return both
+
+
+def told_size(size: Side) -> str:
+    """Return a size as a user states it.
+
+    Example:
+        >>> told_size([256, 256]), told_size([128, 256])
+        ('256', '[128,256]')
+    """
+    height, width = sides(size)
+    return str(height) if height == width else f"[{height},{width}]"
+
+
+def center_crop(image: Image.Image, size: Side) -> Image.Image:
+    """Return the centre of an image that is scaled until it just covers ``size``.
+
+    That is a square of ``size`` pixels or [height, width]. The image is halved by a box filter
+    while it is at least twice as large on both sides, then scaled by bicubic interpolation. A
+    smaller image is enlarged.
 
     Source: openai/guided-diffusion, image_datasets.py; facebookresearch/DiT trains on it.
     """
-    while min(image.size) >= 2 * size:
+    height, width = sides(size)
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(width / image.width, height / image.height)
     scaled = (round(image.width * scale), round(image.height * scale))
     image = image.resize(scaled, Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def read_crop(
     path: Path,
-    size: int,
+    size: Side,
     channels: int = 3,
     upright: bool = True,
     background: str | None = WHITE,
 ) -> PixelArray:
-    """Read the centre crop of a file as pixels (channels, size, size), uint8.
+    """Read the centre crop of a file as pixels (channels, height, width), uint8.
 
     ``upright`` turns photos as their camera noted; ADM's own loader ignores that note.
     ``background`` is the colour behind what is transparent. With None the file is read as it was
@@ -75,7 +108,27 @@ def read_crop(
         UnreadableImageError: the file's content cannot be decoded, or has values without a scale.
         OSError: the file cannot be read, which says nothing about its content.
     """
-    return _decoded(path, channels, upright, background, lambda image: center_crop(image, size))
+    return crop_of(path.read_bytes(), path, size, channels, upright, background)
+
+
+def crop_of(
+    content: bytes,
+    path: Path,
+    size: Side,
+    channels: int = 3,
+    upright: bool = True,
+    background: str | None = WHITE,
+) -> PixelArray:
+    """Return the centre crop of a file's content; ``path`` is its name in errors.
+
+    Raises:
+        UnreadableImageError: the content cannot be decoded, or has values without a scale.
+    """
+
+    def crop(image: Image.Image) -> Image.Image:
+        return center_crop(image, size)
+
+    return _decoded(content, path, channels, upright, background, crop)
 
 
 def read_image(
@@ -87,7 +140,22 @@ def read_image(
         UnreadableImageError: the file's content cannot be decoded, or has values without a scale.
         OSError: the file cannot be read, which says nothing about its content.
     """
-    return _decoded(path, channels, upright, background, lambda image: image)
+    return image_of(path.read_bytes(), path, channels, upright, background)
+
+
+def image_of(
+    content: bytes,
+    path: Path,
+    channels: int = 3,
+    upright: bool = True,
+    background: str | None = WHITE,
+) -> PixelArray:
+    """Return the whole image of a file's content; ``path`` is its name in errors.
+
+    Raises:
+        UnreadableImageError: the content cannot be decoded, or has values without a scale.
+    """
+    return _decoded(content, path, channels, upright, background, lambda image: image)
 
 
 def check_pixels(size: tuple[int, int], content: int) -> None:
@@ -105,13 +173,13 @@ def check_pixels(size: tuple[int, int], content: int) -> None:
 
 
 def _decoded(
+    content: bytes,
     path: Path,
     channels: int,
     upright: bool,
     background: str | None,
     crop: Callable[[Image.Image], Image.Image],
 ) -> PixelArray:
-    content = path.read_bytes()
     try:
         with Image.open(io.BytesIO(content)) as image:
             check_pixels(image.size, len(content))

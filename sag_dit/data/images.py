@@ -1,4 +1,4 @@
-"""Images to train on: class folders as torchvision's ImageFolder reads them, or a flat folder."""
+"""Images to train on: in class folders or a flat one, with labels in a file, or in archives."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from io import BytesIO
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,26 +22,43 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sag_dit.checkpoints import Model
+from sag_dit.data.archives import ARCHIVES, CLASS, COMPRESSED, Archives
 from sag_dit.data.crop import (
     MODES,
     TRANSPARENT,
     WHITE,
     Header,
     PixelArray,
+    Side,
     UnreadableImageError,
     check_background,
-    read_crop,
+    crop_of,
+    header_of,
     read_header,
+    sides,
+    told_size,
+)
+from sag_dit.data.hub_rows import HubRows, is_on_disk
+from sag_dit.data.labels import (
+    DATASET_JSON,
+    LABELS_SIZE,
+    Mark,
+    beside_images,
+    numbered,
+    read_labels,
+    sample_of,
 )
 from sag_dit.data.training_batches import (
     Batch,
     Indices,
     NamedData,
+    balanced,
     check_classes,
     name_hash,
     readable,
     some,
 )
+from sag_dit.untrusted import read_text
 
 
 def latent_size(size: int, factor: int = 1, patch_size: int = 1) -> int:
@@ -66,6 +84,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 """Endings of the files that are read, in capitals too."""
 UNKNOWN_TO_PILLOW = (
     *(".heic", ".heif", ".jif", ".jxl", ".svg", ".pfm", ".exr", ".hdr"),
+    ".npy",
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
 )
 
@@ -76,16 +95,33 @@ def passed_over() -> frozenset[str]:
     return frozenset([*Image.registered_extensions(), *UNKNOWN_TO_PILLOW]) - {*EXTENSIONS}
 
 
+class Store(Protocol):
+    """Where images lie that are no files of a folder; a name stands for one of them.
+
+    Example::
+
+        content = store.read(files.names[0])
+    """
+
+    def read(self, name: str) -> bytes:
+        """Return the content of an image's file."""
+
+    def stamp(self, name: str) -> int | str:
+        """Return what tells that an image has changed."""
+
+
 @dataclass(frozen=True)
 class ImageFiles:
-    """The images below a folder, in one order on every machine.
+    """Images with their classes, in one order on every machine.
 
     Attributes:
-        root: the folder.
-        names: paths relative to it, with ``/``.
+        root: the folder or archive that they lie in.
+        names: of each, with ``/``: its path relative to the root.
         labels: the class of each.
-        class_names: names of the class folders; of a flat folder its own name.
+        class_names: names of the classes; of a flat folder its own name.
         left_out: names of images that are not among them, by the reason.
+        store: what reads them, where they are no files of their own.
+        labels_from: what their classes are from, where it is not the folders.
 
     Example::
 
@@ -98,67 +134,290 @@ class ImageFiles:
     labels: Indices
     class_names: tuple[str, ...]
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    store: Store | None = None
+    labels_from: str = ""
 
     def __len__(self) -> int:
         return len(self.names)
 
     def path(self, index: int) -> Path:
-        """Return where an image lies."""
+        """Return where an image lies, as messages tell it; what lies in an archive is no file."""
         return self.root / self.names[index]
 
+    def read(self, index: int) -> bytes:
+        """Return the content of an image's file.
 
-def find_images(root: str | Path) -> ImageFiles:
-    """List the images below a folder: one class per folder in it, or a single class if it has none.
+        Raises:
+            UnreadableImageError: it is damaged within its archive.
+            OSError: it cannot be read.
+        """
+        if self.store is None:
+            return self.path(index).read_bytes()
+        return self.store.read(self.names[index])
 
-    Class folders are searched in depth. Hidden files and folders, and files without an image's
-    ending, are left out; images of other endings, links to nothing, and links to a folder that
-    they lie in, too, but these are named.
+    def header(self, index: int) -> Header:
+        """Return what an image's file says of itself before its pixels.
+
+        Raises:
+            UnreadableImageError: it cannot be decoded.
+            OSError: it cannot be read.
+        """
+        if self.store is None:
+            return read_header(self.path(index))
+        return header_of(BytesIO(self.read(index)), self.path(index))
+
+    def stamp(self, index: int) -> int | str:
+        """Return what tells that an image has changed: its size in bytes, of rows their version."""
+        if self.store is None:
+            return self.path(index).stat().st_size
+        return self.store.stamp(self.names[index])
+
+
+def find_images(
+    root: str | Path, labels: str | None = None, class_names: Sequence[str] | None = None
+) -> ImageFiles:
+    """List the images of a folder, an archive or a data set on disk, with their classes.
+
+    ``root`` is a folder of images, a zip, an uncompressed tar, shards (a folder of nothing but tar
+    files, or a pattern such as ``train-*.tar`` and ``train-{000..146}.tar``), or what Hugging
+    Face's ``save_to_disk`` has written. Without ``labels`` there is one class for each folder in
+    it, or a single class if it has none; in an archive ``dataset.json`` or the ``.cls`` of each
+    image goes before. ``labels`` names a CSV or JSON file, from here or within the root, or the
+    column of a data set. Images that it does not name are left out. ``class_names`` names the
+    classes in their order.
+
+    Folders are searched in depth. Hidden files and folders, and files without an image's ending,
+    are left out; images of other endings, links to nothing, and links to a folder that they lie
+    in, too, but these are named.
 
     Raises:
-        ValueError: no such folder, no image in it, a class without image or with a name that is
-            not UTF-8, or images beside class folders.
+        ValueError: there is nothing of that kind, it is damaged, or has no image; a class folder
+            without image or with a name that is not UTF-8; images beside class folders; labels
+            that cannot be read or name no image of it.
     """
-    # What stands in the folder: class folders, or images.
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
-        what = "is a file" if folder.is_file() else "does not exist"
-        raise ValueError(f"data.root={root}: {what}; expected a folder of images")
+    # All images there, and what says their classes.
+    here = Path(root).expanduser()
+    source, stated = "", class_names
+    if is_on_disk(here):
+        rows = HubRows(here, labels)
+        listed = _Listed(here, rows.names, rows.names, {}, rows)
+        marks = None if rows.marks is None else dict(zip(rows.names, rows.marks, strict=True))
+        source, stated = "its column", class_names or rows.class_names
+    else:
+        listed, marks = _listed(root, here), None
+        if listed.names:
+            marks, source = _stated_marks(root, listed, labels)
+    if not listed.names:
+        raise ValueError(
+            f"data.root={root}: no image found; expected files ending in "
+            f"{', '.join(EXTENSIONS)}{_also(listed.left_out)}"
+        )
+    if marks is None:
+        marks, folders = _marks_of_folders(root, listed)
+        source, stated = "", class_names or folders
+    # Class by class, in the order of their names.
+    names = [name for name in listed.names if name in marks]
+    numbers, called = numbered([marks[name] for name in names], stated, source or f"{root}")
+    listed_numbers = numbers.tolist()
+    order = sorted(range(len(names)), key=lambda place: (listed_numbers[place], names[place]))
+    aside = {why: sorted(names) for why, names in sorted(listed.left_out.items())}
+    return ImageFiles(
+        listed.root,
+        tuple(names[place] for place in order),
+        numbers[order],
+        called,
+        aside,
+        listed.store,
+        source,
+    )
+
+
+class _Listed(NamedTuple):
+    """All images of a source, before they have classes.
+
+    ``inside`` are their names without a shard's and without a folder around all of an archive.
+    ``folders`` are the folders beside which no image may lie, also those without any.
+    """
+
+    root: Path
+    names: Sequence[str]
+    inside: Sequence[str]
+    left_out: dict[str, list[str]]
+    store: Store | None = None
+    folders: Sequence[str] = ()
+
+
+def _listed(root: str | Path, place: Path) -> _Listed:
+    """List what is in a folder, an archive, or shards.
+
+    Raises:
+        ValueError: there is nothing of that kind, or an archive is damaged.
+    """
+    archives = archives_of(place)
+    if archives:
+        return _in_archives(place if place.exists() else place.parent, archives)
+    if not place.is_dir():
+        what = "is a file" if place.is_file() else "does not exist"
+        raise ValueError(
+            f"data.root={root}: {what}; expected a folder of images, a zip, a tar, or shards such "
+            f"as train-*.tar"
+        )
     left_out: dict[str, list[str]] = {}
-    entries = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    classes = [name for name in entries if (folder / name).is_dir()]
-    for name in classes:
+    names = [*_images(place, "", left_out)]
+    entries = sorted(entry.name for entry in place.iterdir() if not entry.name.startswith("."))
+    folders = [name for name in entries if (place / name).is_dir()]
+    return _Listed(place, names, names, left_out, None, folders)
+
+
+def archives_of(place: Path) -> list[Path]:
+    """Return the archives that a root means: itself, or shards; none for a folder of images."""
+    name = place.name.lower()
+    if place.is_file():
+        return [place] if name.endswith((*ARCHIVES, *COMPRESSED)) else []
+    if place.is_dir():
+        entries = [entry for entry in place.iterdir() if not entry.name.startswith(".")]
+        alone = not any(each.is_dir() or each.suffix.lower() in EXTENSIONS for each in entries)
+        return sorted(each for each in entries if each.suffix.lower() == ".tar") if alone else []
+    # A pattern, or WebDataset's way to name shards.
+    counted = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", place.name)
+    if counted is None:
+        found = place.parent.glob(place.name) if re.search(r"[*?\[]", place.name) else ()
+        return sorted(each for each in found if each.name.lower().endswith(ARCHIVES))
+    start, first, last, end = counted.groups()
+    numbers = range(int(first), min(int(last), int(first) + MOST_SHARDS) + 1)
+    return [place.with_name(f"{start}{number:0{len(first)}d}{end}") for number in numbers]
+
+
+def _in_archives(root: Path, files: Sequence[Path]) -> _Listed:
+    store = Archives(root, files)
+    left_out = store.left_out
+    images = []
+    for name in store.names:
+        ending = Path(name).suffix.lower()
+        if ending in EXTENSIONS:
+            images.append(name)
+        elif ending in passed_over():
+            left_out.setdefault(f"{ending} is not read", []).append(name)
+    inside = [name.partition("/")[2] for name in images] if store.shards else images
+    # A folder around all of it, such as that which was packed, says nothing.
+    while len({name.split("/")[0] for name in inside}) == 1 and all(
+        name.count("/") > 1 for name in inside
+    ):
+        inside = [name.partition("/")[2] for name in inside]
+    folders = sorted({name.split("/")[0] for name in inside if "/" in name})
+    return _Listed(root, images, inside, left_out, store, folders)
+
+
+def _stated_marks(
+    root: str | Path, listed: _Listed, labels: str | None
+) -> tuple[dict[str, Mark] | None, str]:
+    """Return the classes of images that a file says, or members of an archive, and which.
+
+    None leaves it to the folders. Images without a class are left out of ``listed``.
+
+    Raises:
+        ValueError: labels that cannot be read, or that name what is not there.
+    """
+    archive = listed.store if isinstance(listed.store, Archives) else None
+    file, found = "", None
+    if labels is not None:
+        near, within = Path(labels).expanduser(), listed.root / labels
+        if near.is_file() or (archive is None and within.is_file()):
+            file = str(near if near.is_file() else within)
+            found = read_labels(read_text(Path(file), LABELS_SIZE), file)
+        elif archive is not None and labels in archive:
+            file, found = labels, _labels_within(archive, labels)
+        else:
+            raise ValueError(
+                f"data.labels={labels}: no such file here or in {root}: expected a CSV or JSON file"
+            )
+    elif archive is not None and DATASET_JSON in archive:
+        file, found = DATASET_JSON, _labels_within(archive, DATASET_JSON)
+    elif archive is not None and archive.classes:
+        return _marks_beside(listed, archive), f"the {CLASS} of each image"
+    if not file:
+        return None, ""
+    if found is None:  # It says that there are no classes.
+        name = listed.root.resolve().stem
+        return dict.fromkeys(listed.names, name), file
+    # Both must name the same images, but for those that are not to be trained on.
+    by_name = zip(listed.names, listed.inside, strict=True)
+    known = {name: name if name in found else short for name, short in by_name}
+    absent = found.keys() - {*known.values(), *(n for ns in listed.left_out.values() for n in ns)}
+    if absent:
+        raise ValueError(
+            f"{file} names {len(absent):,} images that are not in {root}, the first is "
+            f"{readable(min(absent))}: expected names relative to it, such as "
+            f"{readable(next(iter(known.values())))}; mend the file, or add the images"
+        )
+    marks = {name: found[short] for name, short in known.items() if short in found}
+    unnamed = [name for name in listed.names if name not in marks]
+    if unnamed:
+        listed.left_out[f"not in {Path(file).name}"] = unnamed
+    if not marks:
+        raise ValueError(f"{file} names no image: expected a class for each image of {root}")
+    return marks, file
+
+
+def _labels_within(archive: Archives, name: str) -> dict[str, Mark] | None:
+    where = str(archive.root / name)
+    try:
+        return read_labels(archive.read(name).decode("utf-8-sig"), where)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: byte {error.start} is no UTF-8: expected UTF-8") from None
+    except (UnreadableImageError, OSError) as error:
+        raise ValueError(f"{error}; copy or download the archive again") from None
+
+
+def _marks_beside(listed: _Listed, archive: Archives) -> dict[str, Mark]:
+    """Return the class of each image from the ``.cls`` of its sample, as WebDataset has it."""
+    further = {name for name in listed.names if "." in name.removeprefix(f"{sample_of(name)}.")}
+    images = [name for name in listed.names if name not in further]
+    marks = beside_images(images, archive.classes)
+    without = [name for name in images if name not in marks]
+    aside = {"further image of its sample": sorted(further), f"no {CLASS} beside it": without}
+    listed.left_out.update({why: names for why, names in aside.items() if names})
+    if not marks:
+        raise ValueError(
+            f"data.root={listed.root}: {CLASS} files, but none beside an image: expected both of a "
+            f"sample under one name, such as 0001.jpg and 0001{CLASS}"
+        )
+    return marks
+
+
+def _marks_of_folders(root: str | Path, listed: _Listed) -> tuple[dict[str, Mark], Sequence[str]]:
+    """Return the class of each image by its folder; a flat folder is one class of its own name.
+
+    Raises:
+        ValueError: a class folder without image or with a name that is not UTF-8, or images beside
+            class folders.
+    """
+    folders, left_out = listed.folders, listed.left_out
+    for name in folders:
         if os.fsencode(name) != name.encode(errors="replace"):
             raise ValueError(
                 f"data.root={root}: the class folder {os.fsencode(name)!r} has a name that is not "
                 f"UTF-8, which no file of a run can hold; rename it"
             )
-    loose = sorted(_images(folder, "", left_out, deep=False))
-    if classes and loose:
+    loose = sorted(name for name in listed.inside if "/" not in name)
+    if folders and loose:
         raise ValueError(
             f"data.root={root}: {len(loose)} images ({loose[0]}, ...) lie beside the folders "
-            f"{some(classes)}; expected either class folders or images alone"
+            f"{some(folders)}; expected either class folders or images alone, or data.labels"
         )
-    # List the images, class by class; a flat folder is one class of its own name.
-    if not classes:
-        names, labels, classes = loose, [0] * len(loose), [folder.resolve().name]
-    else:
-        found = [sorted(_images(folder, f"{name}/", left_out)) for name in classes]
-        names = [name for part in found for name in part]
-        labels = [label for label, part in enumerate(found) for _ in part]
-        empty = [name for name, part in zip(classes, found, strict=True) if not part]
-        if names and empty:
-            raise ValueError(
-                f"data.root={root}: no image in {len(empty)} of {len(classes)} class folders: "
-                f"{some(empty)}; add images or remove the folders{_also(left_out)}"
-            )
-    if not names:
+    if not folders:
+        path = listed.root.resolve()
+        name = path.stem if listed.store is not None and path.is_file() else path.name
+        return dict.fromkeys(listed.names, name), [name]
+    pairs = zip(listed.names, listed.inside, strict=True)
+    marks: dict[str, Mark] = {name: short.split("/")[0] for name, short in pairs}
+    empty = sorted({*folders} - {*marks.values()})
+    if empty:
         raise ValueError(
-            f"data.root={root}: no image found; expected files ending in "
-            f"{', '.join(EXTENSIONS)}{_also(left_out)}"
+            f"data.root={root}: no image in {len(empty)} of {len(folders)} class folders: "
+            f"{some(empty)}; add images or remove the folders{_also(left_out)}"
         )
-    chosen = np.array(labels, dtype=np.int64)
-    aside = {why: sorted(names) for why, names in sorted(left_out.items())}
-    return ImageFiles(folder, tuple(names), chosen, tuple(classes), aside)
+    return marks, folders
 
 
 def _images(
@@ -202,12 +461,14 @@ def _images(
 
 
 def listing_sha256(files: ImageFiles) -> str:
-    """Return the sha256 of the images' names and sizes in bytes."""
+    """Return the sha256 of the images' names and sizes in bytes, and of labels beside them."""
     with ThreadPoolExecutor(8) as pool:
-        sizes = pool.map(lambda number: files.path(number).stat().st_size, range(len(files)))
+        stamps = pool.map(files.stamp, range(len(files)))
         listing = hashlib.sha256()
-        for name, size in zip(files.names, sizes, strict=True):
-            listing.update(os.fsencode(f"{name} {size}\n"))
+        for name, stamp, label in zip(files.names, stamps, files.labels.tolist(), strict=True):
+            # The names tell the classes unless something else does.
+            own = f" {label}" if files.labels_from else ""
+            listing.update(os.fsencode(f"{name} {stamp}{own}\n"))
     return listing.hexdigest()
 
 
@@ -225,6 +486,8 @@ def _also(left_out: Mapping[str, Sequence[str]]) -> str:
     return f"; left out are {'; '.join(told_left_out(left_out))}" if left_out else ""
 
 
+MOST_SHARDS = 1_000_000
+"""Shards that a pattern may name."""
 CHECKED_UP_FRONT = 20_000
 """Headers of at most so many images are read before the first step; that takes seconds."""
 LOOKED_AT = 1_000
@@ -234,7 +497,7 @@ log = logging.getLogger(__name__)
 
 
 class Crops(Dataset[tuple[Tensor, Tensor]]):
-    """Centre crops of image files, (c, size, size) uint8, with their labels.
+    """Centre crops of image files, uint8 (c, size, size) or (c, *size), with their labels.
 
     In place of an image that cannot be decoded stands the next image of its group, the same one
     every time, and the name of the unreadable one is logged once. With ``strict`` it is an error.
@@ -253,7 +516,7 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
     def __init__(
         self,
         files: ImageFiles,
-        size: int,
+        size: Side,
         *,
         channels: int = 3,
         upright: bool = True,
@@ -261,12 +524,10 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         strict: bool = False,
         groups: NDArray[np.bool_] | None = None,
     ) -> None:
-        if size < 1:
-            raise ValueError(f"size={size}: expected 1 or more pixels")
         if channels not in MODES:
             raise ValueError(f"channels={channels}: expected 3 (colour) or 1 (grey)")
         check_background(background)
-        self.files, self.size, self.channels = files, size, channels
+        self.files, self.size, self.channels = files, sides(size), channels
         self.upright, self.background, self.strict = upright, background, strict
         self._groups = np.zeros(len(files), dtype=np.bool_) if groups is None else groups
         # Shared with loader processes, so that an image that one has met is known to all.
@@ -286,9 +547,8 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         if self._unreadable[index]:
             return None
         try:
-            return read_crop(
-                self.files.path(index), self.size, self.channels, self.upright, self.background
-            )
+            content, path = self.files.read(index), self.files.path(index)
+            return crop_of(content, path, self.size, self.channels, self.upright, self.background)
         except UnreadableImageError as error:
             self.note_unreadable(index, error)
             return None
@@ -306,7 +566,7 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         return images[0], labels[0]
 
     def __getitems__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        shape = (len(batch.indices), self.channels, self.size, self.size)
+        shape = (len(batch.indices), self.channels, *self.size)
         images = np.empty(shape, dtype=np.uint8)
         labels = np.empty(len(batch.indices), dtype=np.int64)
         for place, (wanted, mirrored) in enumerate(zip(batch.indices, batch.mirrored, strict=True)):
@@ -337,7 +597,7 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
 
         def header(index: int) -> Header | UnreadableImageError:
             try:
-                return read_header(self.files.path(index))
+                return self.files.header(index)
             except UnreadableImageError as error:
                 return error
 
@@ -355,11 +615,12 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
                     inspection.pages.append(index)
                 if found.unlike_before:
                     inspection.unlike_before.setdefault(found.unlike_before, []).append(index)
-                if min(found.width, found.height) < self.size:
+                if found.height < self.size[0] or found.width < self.size[1]:
                     if self.strict:
+                        size = told_size(self.size)
                         raise ValueError(
                             f"{self.files.path(index)} has {found.width} x {found.height} pixels: "
-                            f"expected {self.size} or more on each side; remove it, or set "
+                            f"expected {size} or more on each side; remove it, or set "
                             f"strict=false to have small images enlarged"
                         )
                     inspection.small.append(index)
@@ -407,8 +668,9 @@ class Inspection(NamedTuple):
         if self.pages:
             said.append(told_pages([names[index] for index in self.pages]))
         if self.small:
+            size = told_size(crops.size)
             said.append(
-                f"{len(self.small)} of {self.looked} images are smaller than {crops.size} pixels "
+                f"{len(self.small)} of {self.looked} images are smaller than {size} pixels "
                 f"and are enlarged, the first is {crops.files.path(self.small[0])}"
             )
         return said
@@ -422,11 +684,18 @@ def _range(values: Sequence[int]) -> str:
 def suspicions(files: ImageFiles) -> list[str]:
     """Return what makes the classes look like others than were meant, a sentence each."""
     found = []
+    if files.labels_from:
+        return []
+    if files.store is None and (files.root / DATASET_JSON).is_file():
+        found.append(
+            f"{DATASET_JSON} lies there and is not read; data.labels={DATASET_JSON} takes the "
+            f"classes from it"
+        )
     # The parent of train/ and val/: the classes lie one level below.
     inside: dict[str, set[str]] = {name: set() for name in files.class_names}
     for name in files.names:
         first, *between = name.split("/")[:-1] or [""]
-        if between:
+        if between and first in inside:
             inside[first].add(between[0])
     parents = [names for names in inside.values() if names]
     several = len(parents) > 1 or len(parents) == len(inside)
@@ -455,8 +724,12 @@ CLASS_IN_NAME = re.compile(r"(n\d{8}(?=_)|.*[^\W\d_])[\W\d_]*\d[\W_]*$")
 
 
 class ImageFolderData(NamedData):
-    """Batches (uint8 images (b, c, size, size), labels) of a folder of images.
+    """Batches (uint8 images (b, c, size, size), labels) of a folder or archive of images.
 
+    ``size`` may also be [height, width].
+
+    What ``root`` may be, and what ``labels`` and ``class_names`` say, tells :func:`find_images`.
+    ``balance`` repeats the images of small classes, see :func:`balanced`.
     ``flip`` mirrors an image with probability 1/2. ``upright`` turns photos as their camera noted.
     ``background`` is the colour behind what is transparent; with None, as in runs that were begun
     before there was one, transparency is dropped and more than 8 bits are clipped. An image that
@@ -473,12 +746,17 @@ class ImageFolderData(NamedData):
 
     key = "folder"
     former = ("sag_dit.data.images.ImageFolderData",)
-    later: ClassVar[Mapping[str, object]] = {"background": None}
+    later: ClassVar[Mapping[str, object]] = {
+        "background": None,
+        "labels": None,
+        "class_names": None,
+        "balance": 0.0,
+    }
 
     def __init__(
         self,
         root: str | Path,
-        size: int = 256,
+        size: int | list[int] = 256,
         batch_size: int = 256,
         seed: int = 0,
         *,
@@ -489,12 +767,15 @@ class ImageFolderData(NamedData):
         strict: bool = False,
         workers: int | None = None,
         background: str | None = None,
+        labels: str | None = None,
+        class_names: Sequence[str] | None = None,
+        balance: float = 0.0,
     ) -> None:
         super().__init__(
             batch_size=batch_size, seed=seed, flip=flip, held_out=held_out, workers=workers
         )
         # The images are listed here, and read by loader processes.
-        self.files = find_images(root)
+        self.files, self.balance = find_images(root, labels, class_names), balance
         self.class_names = self.files.class_names
         self.channels = channels
         self._reported = False
@@ -523,8 +804,13 @@ class ImageFolderData(NamedData):
         """The hash of every image's name."""
         return np.array([name_hash(name) for name in self.files.names], dtype=np.int64)
 
+    @cached_property
+    def training_images(self) -> Indices:
+        """The images of an epoch, those of small classes repeated."""
+        return balanced(super().training_images, self.labels, self.balance)
+
     def listing_sha256(self) -> str:
-        """Return the sha256 of the images' names and sizes in bytes."""
+        """Return the sha256 of the images' names and sizes in bytes, and of labels beside them."""
         return listing_sha256(self.files)
 
     def remarks(self) -> list[str]:
@@ -538,6 +824,8 @@ class ImageFolderData(NamedData):
             wide, high = (_range(each) for each in zip(*inspection.sizes, strict=True))
             of = "" if few else f", of {inspection.looked:,} of them"
             lines.append(f"  sizes    {wide} pixels wide, {high} high{of}")
+        if self.files.labels_from:
+            lines.append(f"  labels   from {readable(self.files.labels_from)}")
         left_out = {**self.files.left_out}
         if crops.skipped:
             left_out["cannot be decoded"] = crops.skipped
@@ -565,10 +853,11 @@ class ImageFolderData(NamedData):
         """
         channels, height, width = model.denoiser.latent_shape
         factor, crops = model.codec.factor, self._crops
-        side = latent_size(crops.size, factor, model.class_conditional.network.patch_size)
-        if (side, side) != (height, width):
+        patch_size = model.class_conditional.network.patch_size
+        if tuple(latent_size(side, factor, patch_size) for side in crops.size) != (height, width):
+            size, wanted = told_size(crops.size), told_size([height * factor, width * factor])
             raise ValueError(
-                f"data.size={crops.size}: expected {height * factor}, the resolution of the model "
+                f"data.size={size}: expected {wanted}, the resolution of the model "
                 f"({height} x {width} cells of {factor} pixels)"
             )
         if factor == 1 and channels != crops.channels:

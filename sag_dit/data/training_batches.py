@@ -396,13 +396,15 @@ class StepData(LightningDataModule, ABC):
         batch_size = max(1, self.batch_size // world)
         return self._loader(validation_batches(chosen, batch_size, self.rank, world))
 
-    def _loader(self, batches: TrainingBatches | list[Batch]) -> DataLoader[Any]:
+    def _loader(
+        self, batches: TrainingBatches | list[Batch], dataset: Dataset[Any] | None = None
+    ) -> DataLoader[Any]:
         workers = self.workers
         if workers is None:
             workers = workers_per_process(self.trainer.num_devices if self.trainer else 1)
         kind = TrainingLoader if isinstance(batches, TrainingBatches) else DataLoader
         return kind(
-            self.dataset,
+            self.dataset if dataset is None else dataset,
             batch_sampler=batches,  # type: ignore[arg-type]
             collate_fn=as_it_is,
             num_workers=workers,

@@ -35,12 +35,11 @@ from sag_dit.data.crop import (
     PixelArray,
     UnreadableImageError,
     check_background,
+    crop_of,
     header_of,
-    read_crop,
-    read_header,
-    read_image,
+    image_of,
 )
-from sag_dit.data.images import find_images, told_left_out, told_pages
+from sag_dit.data.images import archives_of, find_images, told_left_out, told_pages
 from sag_dit.data.splits import SPLITS, split
 from sag_dit.evaluation.metrics import Statistics
 from sag_dit.tensors import Labels
@@ -115,7 +114,8 @@ def open_images(source: Source, *, size: int | None = None, background: str = WH
     ``background`` is the colour behind what is transparent in the images of a folder.
 
     A folder is one of ``sample.py``, whose manifest tells each image's index, or class folders, or
-    any flat folder: there the order of the names does.
+    any flat folder: there the order of the names does. Archives, shards and data sets on disk are
+    read as :func:`sag_dit.data.images.find_images` does.
 
     Raises:
         ValueError: the source is no such set.
@@ -128,7 +128,7 @@ def open_images(source: Source, *, size: int | None = None, background: str = WH
     text, path = str(source), Path(source).expanduser()
     if text in SPLITS:
         return DatasetImages(TensorDataset(*split(text)), text)
-    if path.is_dir():
+    if path.is_dir() or archives_of(path):
         return FolderImages(path, size, background)
     if path.is_file() and path.suffix == ".npz":
         return NpzImages(path)
@@ -277,7 +277,7 @@ class FolderImages(ImageSet):
 
         def grey(place: int) -> bool:
             try:
-                header = read_header(self._files.path(place))
+                header = self._files.header(place)
             except (UnreadableImageError, OSError):
                 return True  # It is refused by name when its turn comes.
             return header.grey and (grey_behind or header.unlike_before != TRANSPARENT)
@@ -315,9 +315,10 @@ class FolderImages(ImageSet):
     def _pixels(self, place: int) -> PixelArray:
         path, channels = self._files.path(place), self._channels
         try:
+            content = self._files.read(place)
             if self.size is not None:
-                return read_crop(path, self.size, channels, background=self.background)
-            return read_image(path, channels, background=self.background)
+                return crop_of(content, path, self.size, channels, background=self.background)
+            return image_of(content, path, channels, background=self.background)
         except UnreadableImageError as error:
             raise ValueError(f"{error}; remove it") from None
 
@@ -331,7 +332,7 @@ class FolderImages(ImageSet):
         unlike_before, pages = False, []
         for place, name in enumerate(self._files.names):
             path = self._files.path(place)
-            content = path.read_bytes()
+            content = self._files.read(place)
             total.update(os.fsencode(f"{name}\n{hashlib.sha256(content).hexdigest()}\n"))
             with suppress(UnreadableImageError):
                 header = header_of(BytesIO(content), path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from sag_dit.data.crop import WHITE
 from sag_dit.evaluation.features import FeatureExtractor, exact
 from sag_dit.evaluation.images import ImageSet, Source, open_images, read_statistics
 from sag_dit.evaluation.metrics import Moments, Statistics
-from sag_dit.files import atomic
+from sag_dit.files import atomic, default_cache
 from sag_dit.tensors import home_of_doubles
 
 if TYPE_CHECKING:
@@ -206,12 +205,6 @@ def _make(images: ImageSet, extractor: FeatureExtractor, batch_size: int, featur
 
 def _on_cpu(statistics: Statistics) -> Statistics:
     return Statistics(statistics.number, statistics.mean.cpu(), statistics.covariance.cpu())
-
-
-def default_cache() -> Path:
-    """Return $SAG_DIT_CACHE, or sag_dit in $XDG_CACHE_HOME or ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SAG_DIT_CACHE") or Path(home) / "sag_dit").expanduser()
 
 
 def _cached(

@@ -261,3 +261,19 @@ def test_a_background_is_a_colour(colour: str) -> None:
         check_background(colour)
     for known in ("white", "#00ff7f", "hsl(0, 100%, 50%)", None):
         check_background(known)
+
+
+def test_a_rectangle_is_the_middle_of_an_image_that_covers_it() -> None:
+    ramp = np.tile(np.arange(120, dtype=np.uint8), (40, 1))
+    image = Image.fromarray(ramp)
+    for size in ((16, 16), (10, 30), (16, 24), (20, 60)):
+        height, width = size
+        found = np.asarray(center_crop(image, size)).astype(float)
+        assert found.shape == size
+        # The whole height is kept of so wide an image, so the scale is the height's.
+        seen = width * 40 / height
+        middle = found[:, [0, -1]].mean()
+        assert abs(found[height // 2, -1] - found[height // 2, 0] - seen) < 40 / height + 6
+        assert abs(middle - 59.5) < 3
+    square = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70), dtype=np.uint8))
+    np.testing.assert_array_equal(center_crop(square, 16), center_crop(square, [16, 16]))

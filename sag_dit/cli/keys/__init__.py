@@ -482,12 +482,24 @@ class NetworkKeys:
 class DataKeys:
     """Arguments of the data module."""
 
-    root: str = key("folder of the images or latents", text=True)
+    root: str = key("folder, archive or shards of the images, or folder of latents", text=True)
     background: str | None = key(
         "colour behind transparent parts; null: hidden colours show, as in old runs",
         text=True,
         later=None,
         unnamed=True,
+    )
+    labels: str | None = key(
+        "CSV or JSON file of each image's class, or a column; null: class folders",
+        text=True,
+    )
+    class_names: list[str | int] | None = key(
+        "names of the classes, in their order; null: those of the data", names=True
+    )
+    balance: float = key(
+        "0: an epoch has every image once; 1: it has all classes equally often",
+        least=0,
+        most=1,
     )
     batch_size: int = key("images in a batch, over all devices", least=1, most=2**20, words="bs")
     workers: int | None = key(
@@ -663,7 +675,12 @@ class Train(Closed):
         absent=True,
         added=True,
     )
-    resolution: int | None = key("pixels along each side of an image", **SIZE, words="image_size")
+    resolution: int | list[int] | None = key(
+        "pixels along each side of an image, or [height, width]",
+        **SIZE,
+        length=2,
+        words="image_size",
+    )
     patch_size: int | None = key("pixels along each side of a patch", **SIZE, by_checkpoint=True)
     num_classes: int | None = key(
         "number of classes; null: as many as the data has", least=1, most=10**6, by_checkpoint=True
@@ -688,7 +705,7 @@ class Train(Closed):
     sampling: Recommended = key("recommended settings, written into the result")
     model: Open | None = key("the network", keys=NetworkKeys, asks=networks, by_checkpoint=True)
     process: NoiseProcess | None = key("noise levels", by_checkpoint=True)
-    data: Open = key("images", keys=DataKeys)
+    data: Open = key("images", keys=DataKeys, around="sag_dit.data.map_data.MapData")
     objective: Open | None = key("the loss")
     optimizer: Open = key("the optimiser", keys=OptimizerKeys)
     schedule: Open | None = key("schedule of the learning rate")
@@ -705,8 +722,19 @@ class Train(Closed):
 class EncodeData(Closed):
     """The images to encode."""
 
-    root: str = key("class folders, or a flat folder of images", text=True)
-    size: int = key("pixels along each side of the crop", **SIZE, words="resolution image_size")
+    root: str = key("folder, archive or shards of the images", text=True)
+    labels: str | None = key(
+        "CSV or JSON file of each image's class, or a column; null: class folders", text=True
+    )
+    class_names: list[str | int] | None = key(
+        "names of the classes, in their order; null: those of the data", names=True
+    )
+    size: int | list[int] = key(
+        "pixels along each side of the crop, or [height, width]",
+        **SIZE,
+        length=2,
+        words="resolution image_size",
+    )
     upright: bool = key("true: turn photos upright by their EXIF note; false: as ADM's loader")
     background: str | None = key(
         "colour behind transparent parts; null: hidden colours show, as in old runs", text=True

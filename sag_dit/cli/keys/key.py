@@ -32,6 +32,8 @@ class Key(Bounds):
         keys: of an open mapping, the schema of the keys that have bounds of their own.
         asks: of an open mapping without ``_target_``, returns the paths of the classes or
             functions whose arguments it takes.
+        around: of an open mapping, the class that takes what its ``_target_`` makes if that is of
+            another kind than expected, and the arguments that the target does not take.
         by_checkpoint: where a run starts from a checkpoint, the checkpoint decides it.
         published: published numbers are only compared with runs that agree in it.
 
@@ -54,6 +56,7 @@ class Key(Bounds):
     unnamed: bool = False
     keys: type | None = None
     asks: Callable[[], Sequence[str]] = tuple
+    around: str = ""
     by_checkpoint: bool = False
     published: bool = False
 

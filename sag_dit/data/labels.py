@@ -1,0 +1,172 @@
+"""Which class each image has: from a CSV or JSON file, or from members beside it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sag_dit.data.archives import CLASS
+from sag_dit.untrusted import csv_rows, parse_json
+
+Mark = int | str
+"""What says the class of an image: its number, or its name."""
+
+LABELS_SIZE = 2 << 30
+"""Bytes that a file of labels may have."""
+MOST_VALUES = 100_000_000
+"""Values that it may have: ImageNet's has four millions."""
+MOST_CLASSES = 10**6
+FILE_COLUMNS = ("file", "file_name", "filename", "path", "image", "name")
+LABEL_COLUMNS = ("label", "class", "class_name")
+DATASET_JSON = "dataset.json"
+"""The labels in an archive of StyleGAN or EDM2."""
+
+
+def read_labels(content: str, where: str) -> dict[str, Mark] | None:
+    """Return the class of each image by its name, from the text of a CSV or JSON file.
+
+    JSON is that of StyleGAN and EDM2, ``{"labels": [["00000/img.png", 6], ...]}``, or a mapping in
+    place of the list. With ``null`` in its place there are no classes, and None is returned. A CSV
+    has a row for each image; its first row may name the columns, such as ``file_name,label``.
+
+    Raises:
+        ValueError: it is no such file; the message names the row.
+    """
+    if where.lower().endswith(".json"):
+        return _of_json(content, where)
+    return _of_csv(content, where)
+
+
+def _of_json(content: str, where: str) -> dict[str, Mark] | None:
+    values = parse_json(content, where, MOST_VALUES)
+    example = 'expected {"labels": [["cats/0.png", 0], ...]}, as StyleGAN and EDM2 write'
+    if not isinstance(values, Mapping) or "labels" not in values:
+        raise ValueError(f"{where}: no labels in it; {example}")
+    listed = values["labels"]
+    if listed is None:
+        return None
+    rows = list(listed.items()) if isinstance(listed, Mapping) else listed
+    if not isinstance(rows, Sequence) or isinstance(rows, str):
+        raise ValueError(f"{where}: labels={rows!r:.60}; {example}")
+    found: dict[str, Mark] = {}
+    for place, row in enumerate(rows):
+        pair = isinstance(row, (list, tuple)) and len(row) == 2
+        name, mark = row if pair else (None, None)
+        whole = isinstance(mark, int) and not isinstance(mark, bool)
+        if not isinstance(name, str) or not (whole or isinstance(mark, str)):
+            raise ValueError(
+                f"{where}: label {place} is {row!r:.80}; {example}; vectors cannot be trained on"
+            )
+        _add(found, name.replace("\\", "/"), mark, f"{where}: label {place}")
+    return found
+
+
+def _of_csv(content: str, where: str) -> dict[str, Mark]:
+    reader = csv.reader(io.StringIO(content))
+    rows = [(reader.line_num, row) for row in csv_rows(reader, where) if any(row)]
+    if not rows:
+        raise ValueError(f"{where} is empty: expected a row for each image, such as cats/0.png,cat")
+    # The columns, which a first row may name.
+    names = [each.strip().lower() for each in rows[0][1]]
+    columns = [
+        next((names.index(each) for each in known if each in names), None)
+        for known in (FILE_COLUMNS, LABEL_COLUMNS)
+    ]
+    file, label = (0, 1) if None in columns else columns
+    if None not in columns:
+        rows = rows[1:]
+    elif len(names) != 2:
+        raise ValueError(
+            f"{where}, line 1: {names!r:.80}: expected columns called file and label, or "
+            f"two columns, a file and its class"
+        )
+    assert file is not None and label is not None
+    texts: dict[str, Mark] = {}
+    for line, row in rows:
+        place = f"{where}, line {line}"
+        if len(row) <= max(file, label) or not row[label].strip():
+            raise ValueError(f"{place}: {row!r:.80}: expected a file and its class")
+        _add(texts, row[file].strip().replace("\\", "/"), row[label].strip(), place)
+    return _numbers_if_all(texts)
+
+
+def _add(found: dict[str, Mark], name: str, mark: Mark, where: str) -> None:
+    name = name.removeprefix("./")
+    if found.get(name, mark) != mark:
+        raise ValueError(
+            f"{where}: {name} is of class {mark}, and before of {found[name]}; mend it"
+        )
+    found[name] = mark
+
+
+def _numbers_if_all(texts: Mapping[str, Mark]) -> dict[str, Mark]:
+    """Return the classes as numbers if all of them are."""
+    if all(str(mark).isascii() and str(mark).isdecimal() for mark in texts.values()):
+        return {name: int(mark) for name, mark in texts.items()}
+    return {**texts}
+
+
+def beside_images(names: Sequence[str], classes: Mapping[str, str]) -> dict[str, Mark]:
+    """Return the class of each image from the ``.cls`` beside it, as WebDataset has them.
+
+    A sample is what has the same name up to the first dot.
+    """
+    held = {name.removesuffix(CLASS): text for name, text in classes.items()}
+    keys = ((name, sample_of(name)) for name in names)
+    return _numbers_if_all({name: held[key] for name, key in keys if key in held})
+
+
+def sample_of(name: str) -> str:
+    """Return the key of a member's sample in WebDataset's layout: its name up to the first dot.
+
+    Example:
+        >>> sample_of("a.tar/0001.seg.png")
+        'a.tar/0001'
+    """
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + last.partition(".")[0]
+
+
+def numbered(
+    marks: Sequence[Mark], class_names: Sequence[str] | None, where: str
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Return the class of each image as a number, and the names of the classes.
+
+    Named classes are in the order of ``class_names``, by default that of their names; numbers are
+    called what stands there at their place, by default what they are.
+
+    Raises:
+        ValueError: numbers and names, a number or name beyond ``class_names``, or no class.
+    """
+    stated = None if class_names is None else tuple(map(str, class_names))
+    if stated is not None and len(set(stated)) < len(stated):
+        raise ValueError(f"data.class_names={list(stated)}: expected each name once")
+    found = set(marks)
+    if all(isinstance(mark, int) for mark in found):
+        least, most = min(found), max(found)  # type: ignore[type-var]
+        if not 0 <= int(least) <= int(most) < MOST_CLASSES:
+            bad = least if int(least) < 0 else most
+            raise ValueError(f"{where}: class {bad}: expected 0 to {MOST_CLASSES - 1:,}")
+        names = stated or tuple(map(str, range(int(most) + 1)))
+        if int(most) >= len(names):
+            raise ValueError(
+                f"data.class_names: {len(names)} names, and {where} has class {most}: expected "
+                f"{int(most) + 1} or more"
+            )
+        return np.array(marks, dtype=np.int64), names
+    if not all(isinstance(mark, str) for mark in found):
+        odd = next(mark for mark in marks if isinstance(mark, str))
+        raise ValueError(f"{where}: classes are numbers, and {odd!r:.60}: expected one kind")
+    names = stated or tuple(sorted(map(str, found)))
+    unknown = sorted(map(str, found - {*names}))
+    if unknown:
+        raise ValueError(
+            f"data.class_names: {unknown[0]!r:.60} is not among them, which {where} has: expected "
+            f"the names of all classes"
+        )
+    places = {name: place for place, name in enumerate(names)}
+    return np.array([places[str(mark)] for mark in marks], dtype=np.int64), names

@@ -1,0 +1,506 @@
+"""Data sets of the user's own: any map data set of (image, label), or a LightningDataModule of one.
+
+Their images are put in batches as all others are, by seed and step. What is random in them, such as
+torchvision's transforms, is seeded for every image of every step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.seed import isolate_rng
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
+
+from sag_dit.checkpoints import Model
+from sag_dit.codec import VAECodec
+from sag_dit.data.training_batches import (
+    Batch,
+    Indices,
+    NamedData,
+    StepData,
+    balanced,
+    check_classes,
+    name_hash,
+    validation_batches,
+)
+from sag_dit.noise import generator
+
+ITEM = 10
+"""Purpose of the random streams of single items, see :func:`sag_dit.noise.generator`."""
+LOOKED_AT = 16
+"""Images that a fingerprint looks at, where a data set has none of its own."""
+MANY = 1_000
+"""Items that are read one by one for their labels without a word."""
+EXPECTED = (
+    "expected (image, label): uint8 pixels (c, h, w) or an image of Pillow, or x_0 as floats; and "
+    "a whole number"
+)
+
+log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class LabelledImages(Protocol):
+    """What a data set must have to be trained on.
+
+    An image is uint8 pixels (c, h, w), an image of Pillow, or x_0 itself as floats: of pixels from
+    -1 to 1, or latents. All have one shape. A label is a whole number, 0 or more.
+
+    A data set may also have
+
+        class_names   a name for each class (or ``classes``, as torchvision calls them); else they
+                      are called by their numbers
+        labels        the class of every image (or ``targets``); else every item is read for it once
+        fingerprint   a text that changes with the images, or a function that returns it; else some
+                      of the images are looked at
+
+    Example:
+        >>> isinstance([(0, 1)], LabelledImages)
+        True
+    """
+
+    def __len__(self) -> int:
+        """Return how many images there are."""
+
+    def __getitem__(self, index: int, /) -> tuple[Any, Any]:
+        """Return an image and its label."""
+
+
+def seed_item(seed: int, step: int, index: int) -> None:
+    """Seed the generators of Python, numpy and torch for one image of one step."""
+    bits = int(generator(seed, step, index, ITEM).integers(2**63))
+    random.seed(bits)
+    np.random.seed(bits % 2**32)
+    torch.default_generator.manual_seed(bits)
+
+
+class Items(Dataset[Any]):
+    """Serves batches of a map data set; what is random in an item follows (seed, step, index).
+
+    ``collate`` makes a batch of items, None stacks them. With ``steps`` a batch tells its step.
+
+    Raises:
+        ValueError: an item is no (image, label), or of another shape or type than the first.
+
+    Example::
+
+        items = Items(dataset, "Shapes", seed=0)
+        images, labels = items.__getitems__(Batch(0, [3, 7], [False, False]))
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        name: str,
+        seed: int,
+        collate: Callable[[list[Any]], Any] | None = None,
+        steps: bool = False,
+    ) -> None:
+        self.dataset, self.name, self.seed = dataset, name, seed
+        self.collate, self.steps = collate, steps
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @cached_property
+    def first(self) -> Tensor:
+        """The first image, which says what all have to be like."""
+        image: Tensor = self.__getitems__(Batch(0, [0], [False]))[0][0]
+        return image
+
+    def item(self, index: int, step: int = 0) -> tuple[Tensor, int]:
+        """Return an image as a tensor, and its label."""
+        image, label = self._pair(self._raw(index, step), index)
+        return self._tensor(image, index), label
+
+    def _raw(self, index: int, step: int) -> Any:
+        seed_item(self.seed, step, index)
+        try:
+            return self.dataset[index]
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.name}: item {index}: {error}") from error
+
+    def _pair(self, found: Any, index: int) -> tuple[Any, int]:
+        told = f"{self.name}: item {index} is"
+        if not isinstance(found, (tuple, list)) or len(found) != 2:
+            raise ValueError(f"{told} a {type(found).__name__}: {EXPECTED}")
+        image, label = found
+        number = label.item() if isinstance(label, Tensor) and label.numel() == 1 else label
+        if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)):
+            raise ValueError(f"{told} of label {label!r:.60}: {EXPECTED}")
+        if number < 0:
+            raise ValueError(f"{told} of label {number}: expected 0 or more")
+        return image, int(number)
+
+    def _tensor(self, image: Any, index: int) -> Tensor:
+        if isinstance(image, Image.Image):
+            grey = image.mode in ("1", "L")
+            pixels = np.asarray(image.convert("L" if grey else "RGB"))
+            image = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy()
+        if isinstance(image, np.ndarray):
+            image = torch.from_numpy(np.ascontiguousarray(image))
+        tensor = isinstance(image, Tensor)
+        if not tensor or image.ndim != 3 or image.dtype in (torch.bool, torch.int64, torch.int32):
+            what = f"{image.dtype} {tuple(image.shape)}" if tensor else type(image).__name__
+            raise ValueError(f"{self.name}: item {index} has an image that is {what}: {EXPECTED}")
+        image = image if image.dtype == torch.uint8 else image.float()
+        first = self.__dict__.get("first", image)
+        if (image.shape, image.dtype) != (first.shape, first.dtype):
+            raise ValueError(
+                f"{self.name}: image {index} is {image.dtype} {tuple(image.shape)}, the first "
+                f"{first.dtype} {tuple(first.shape)}: expected one shape and type; crop them alike"
+            )
+        return image
+
+    def __getitems__(self, batch: Batch) -> Any:
+        # What the item draws at random is its own, and takes nothing from what comes after.
+        with isolate_rng(include_cuda=False):
+            if self.collate is None:
+                items = [self.item(index, batch.step) for index in batch.indices]
+                images, labels = default_collate(items)
+            else:
+                raw = [self._raw(index, batch.step) for index in batch.indices]
+                seed_item(self.seed, batch.step, len(self))
+                images, labels = self._collated(self.collate(raw))
+        return (images, labels, batch.step) if self.steps else (images, labels)
+
+    def _collated(self, found: Any) -> tuple[Tensor, Tensor]:
+        pair = isinstance(found, (tuple, list)) and len(found) == 2
+        images, labels = found if pair else (None, None)
+        if not (isinstance(images, Tensor) and images.ndim == 4 and isinstance(labels, Tensor)):
+            raise ValueError(
+                f"{self.name}: its collate_fn makes a {type(found).__name__}: expected images "
+                f"(b, c, h, w) and labels (b)"
+            )
+        return images if images.dtype == torch.uint8 else images.float(), labels.long()
+
+
+class MapData(NamedData):
+    """Batches (images, labels) of a map data set of (image, label), see :class:`LabelledImages`.
+
+    ``held_out`` is the share of the images that is kept for validation, ``balance`` repeats the
+    images of small classes, see :func:`balanced`. ``validation`` is a second data set, to validate
+    with. The other arguments are what a LightningDataModule brings, see :meth:`of`.
+
+    Raises:
+        ValueError: the data set has no length, no image, or items of another kind; or a value is
+            out of its range.
+
+    Example::
+
+        trainer.fit(module, MapData(torchvision_dataset, batch_size=64, held_out=0.1))
+    """
+
+    kind: ClassVar[type] = StepData
+    """What needs no ``MapData`` around it."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int = 64,
+        seed: int = 0,
+        *,
+        held_out: float = 0.0,
+        balance: float = 0.0,
+        workers: int | None = None,
+        validation: Any = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        module: LightningDataModule | None = None,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size, seed=seed, flip=False, held_out=held_out, workers=workers
+        )
+        # The data set, and what it says of itself.
+        self._name = type(module or dataset).__name__
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+            raise ValueError(
+                f"{self._name} streams its items: expected a data set with a length and items by "
+                f"number, so that a run can go on where it stopped; tar shards can be read as "
+                f"data=folder data.root=SHARDS"
+            )
+        if not hasattr(dataset, "__len__") or not len(dataset):
+            raise ValueError(
+                f"{self._name}: expected a data set with a length, of 1 or more images"
+            )
+        if validation is not None and held_out:
+            raise ValueError(
+                f"held_out={held_out}: {self._name} brings images to validate with; expected 0"
+            )
+        self.balance, self.module = balance, module
+        hooked = module is not None and overridden(module, "on_after_batch_transfer")
+        self._items = Items(dataset, self._name, seed, collate, hooked)
+        self._validation = None
+        if validation is not None:
+            self._validation = Items(validation, self._name, seed, collate, hooked)
+        self._items.first  # noqa: B018, so that loader processes know it
+        self.channels = len(self._items.first)
+        # Its classes.
+        named = self._told("class_names", "classes")
+        most = int(self.labels.max()) + 1
+        self.class_names = tuple(map(str, range(most) if named is None else named))
+        if most > len(self.class_names):
+            raise ValueError(
+                f"{self._name} has {len(self.class_names)} class names and an image of class "
+                f"{most - 1}: expected a name for each"
+            )
+        if len(set(self.class_names)) < len(self.class_names):
+            raise ValueError(f"{self._name}: its class names are not different from each other")
+
+    @classmethod
+    def of(
+        cls,
+        thing: Any,
+        batch_size: int | None = None,
+        seed: int = 0,
+        *,
+        held_out: float = 0.0,
+        balance: float = 0.0,
+        workers: int | None = None,
+    ) -> StepData:
+        """Return the data of a data set or of a LightningDataModule; a ``StepData`` as it is.
+
+        Of a LightningDataModule the data sets of its two loaders are taken, their size of a batch
+        (over all ranks) and processes unless others are stated, and ``collate_fn``; its images come
+        in the order of ``seed`` and step.
+
+        Raises:
+            ValueError: it has a sampler or hooks that this order leaves no room for, or streams.
+        """
+        if isinstance(thing, StepData):
+            return thing
+        if not isinstance(thing, LightningDataModule):
+            return cls(
+                thing,
+                64 if batch_size is None else batch_size,
+                seed,
+                held_out=held_out,
+                balance=balance,
+                workers=workers,
+            )
+        name = type(thing).__name__
+        for hook in ("on_before_batch_transfer", "transfer_batch_to_device"):
+            if overridden(thing, hook):
+                raise ValueError(
+                    f"{name} has its own {hook}, which is not called here: expected "
+                    f"on_after_batch_transfer, or the same done in its data set"
+                )
+        # As Lightning does it, in one process of each machine.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            thing.prepare_data()
+        thing.setup("fit")
+        loader = map_loader(thing.train_dataloader(), f"{name}.train_dataloader")
+        validation = None
+        if overridden(thing, "val_dataloader"):
+            found = thing.val_dataloader()
+            if found:
+                validation = map_loader(found, f"{name}.val_dataloader").dataset
+        return cls(
+            loader.dataset,
+            loader.batch_size if batch_size is None else batch_size,  # type: ignore[arg-type]
+            seed,
+            held_out=held_out,
+            balance=balance,
+            workers=loader.num_workers if workers is None else workers,
+            validation=validation,
+            collate=None if loader.collate_fn is default_collate else loader.collate_fn,
+            module=thing,
+        )
+
+    def _told(self, *names: str) -> Any:
+        """Return what the data set or its module says under one of several names, else None."""
+        for thing in (self._items.dataset, self.module):
+            for name in names:
+                found = getattr(thing, name, None)
+                if found is not None and not callable(found):
+                    return found
+        return None
+
+    @property
+    def dataset(self) -> Items:
+        """The items."""
+        return self._items
+
+    @cached_property
+    def labels(self) -> Indices:
+        """The class of every image, as the data set tells it, or read one by one."""
+        count = len(self._items)
+        told = self._told("labels", "targets")
+        if told is None:
+            if count > MANY:
+                log.warning(
+                    "%s has no labels: its %d items are read once for them; an attribute labels "
+                    "makes that unnecessary",
+                    self._name,
+                    count,
+                )
+            with isolate_rng(include_cuda=False):
+                told = [
+                    self._items._pair(self._items._raw(index, 0), index)[1]
+                    for index in range(count)
+                ]
+        found = np.asarray(told)
+        if found.shape != (count,) or found.dtype.kind not in "iu" or found.min() < 0:
+            raise ValueError(
+                f"{self._name}: its labels are {found.dtype} {found.shape}: expected {count} whole "
+                f"numbers, 0 or more, one for each image"
+            )
+        return found.astype(np.int64)
+
+    @cached_property
+    def name_hashes(self) -> Indices:
+        """A hash of every image's number."""
+        return np.array([name_hash(str(number)) for number in range(len(self._items))])
+
+    @cached_property
+    def training_images(self) -> Indices:
+        """The images of an epoch, those of small classes repeated."""
+        return balanced(super().training_images, self.labels, self.balance)
+
+    def listing_sha256(self) -> str:
+        """Return a sha256 of the labels and of what the data set's fingerprint says.
+
+        Without one, of some of its images.
+        """
+        total = hashlib.sha256(self.labels.tobytes())
+        for thing in (self._items.dataset, self.module):
+            told = getattr(thing, "fingerprint", None)
+            if told is not None:
+                total.update(str(told() if callable(told) else told).encode())
+                return total.hexdigest()
+        count = len(self._items)
+        places = np.unique(np.linspace(0, count - 1, min(LOOKED_AT, count)).round().astype(int))
+        images = self._items.__getitems__(Batch(0, places.tolist(), [False] * len(places)))[0]
+        total.update(images.numpy().tobytes())
+        return total.hexdigest()
+
+    def remarks(self) -> list[str]:
+        """Return what the images are."""
+        first = self._items.first
+        channels, height, width = first.shape
+        what = "pixels" if first.dtype == torch.uint8 else "values of x_0"
+        return [f"  sizes    {width} x {height} {what} in {channels} channels, of {self._name}"]
+
+    def val_dataloader(self) -> Any:
+        """Return the held-out images or those of the second data set in one order, if any."""
+        if self._validation is None:
+            return super().val_dataloader()
+        world = self.trainer.world_size if self.trainer else 1
+        there = np.arange(len(self._validation))
+        batches = validation_batches(there, max(1, self.batch_size // world), self.rank, world)
+        return self._loader(batches, self._validation)
+
+    def setup(self, stage: str) -> None:
+        """Tell the user's module of its trainer; it was set up before."""
+        if self.module is not None:
+            self.module.trainer = self.trainer
+
+    def teardown(self, stage: str) -> None:
+        """Let the user's module end its work."""
+        if self.module is not None:
+            self.module.teardown(stage)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Let the user's module change a batch where it now is, seeded by its step."""
+        if not self._items.steps:
+            return batch
+        images, labels, step = batch
+        bits = int(
+            generator(self.seed, step, len(self._items) + 1 + self.rank, ITEM).integers(2**63)
+        )
+        torch.manual_seed(bits)
+        assert self.module is not None
+        return self.module.on_after_batch_transfer((images, labels), dataloader_idx)
+
+    def check(self, model: Model) -> None:
+        """Check that a model can be trained on these images.
+
+        Raises:
+            ValueError: size, channels, range or number of classes do not fit.
+        """
+        first, shape = self._items.first, model.denoiser.latent_shape
+        channels, height, width = shape
+        found, factor = tuple(first.shape), model.codec.factor
+        latent = isinstance(model.codec, VAECodec)
+        if first.dtype == torch.uint8:
+            if found[1:] != (height * factor, width * factor):
+                raise ValueError(
+                    f"{self._name} has images of {found[1]} x {found[2]} pixels: expected "
+                    f"{height * factor} x {width * factor}, the resolution of the model; set "
+                    f"resolution, or crop them"
+                )
+            if not latent and found[0] != channels:
+                raise ValueError(
+                    f"{self._name} has {found[0]} channels, the model {channels}: expected as many"
+                )
+        else:
+            if found != shape:
+                raise ValueError(
+                    f"{self._name} has x_0 of shape {found}: expected {shape}, that of the model"
+                )
+            if not latent:
+                self._check_range()
+        check_classes(len(self.class_names), model.class_conditional.num_classes)
+
+    def _check_range(self) -> None:
+        """Refuse floats that are no pixels from -1 to 1.
+
+        Raises:
+            ValueError: values beyond, or from 0 to 1, as torchvision's ToTensor makes them.
+        """
+        some = list(range(min(LOOKED_AT, len(self._items))))
+        images = self._items.__getitems__(Batch(0, some, [False] * len(some)))[0]
+        least, most = images.min().item(), images.max().item()
+        if least < -1 or most > 1 or (least >= 0 and most > 0):
+            raise ValueError(
+                f"{self._name} has images of floats from {least:.3g} to {most:.3g}: expected uint8 "
+                f"pixels (leave ToTensor out, or take PILToTensor), or x_0 from -1 to 1"
+            )
+
+
+def overridden(module: LightningDataModule, hook: str) -> bool:
+    """Whether a module has a hook of its own."""
+    return getattr(type(module), hook) is not getattr(LightningDataModule, hook)
+
+
+def map_loader(loader: Any, name: str) -> DataLoader[Any]:
+    """Return a loader whose data set can be put in the order of seed and step.
+
+    Raises:
+        ValueError: there is none or are several, it streams, or its order is its own.
+    """
+    if isinstance(loader, (list, tuple)) and len(loader) == 1:
+        loader = loader[0]
+    if not isinstance(loader, DataLoader):
+        raise ValueError(f"{name} returns a {type(loader).__name__}: expected one DataLoader")
+    if isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            f"{name} streams its items: expected a data set with a length and items by number, so "
+            f"that a run can go on where it stopped; tar shards can be read as data=folder "
+            f"data.root=SHARDS"
+        )
+    plain = loader.batch_size is not None
+    if not plain or type(loader.sampler) not in (RandomSampler, SequentialSampler):
+        what = loader.sampler if plain else loader.batch_sampler
+        raise ValueError(
+            f"{name} has a {type(what).__name__}, whose order would be lost: batches follow the "
+            f"seed and the step here; leave it out, and take data.balance=1 for classes alike"
+        )
+    return loader
