@@ -56,8 +56,8 @@ def _of_json(content: str, where: str) -> dict[str, Mark] | None:
     for place, row in enumerate(rows):
         pair = isinstance(row, (list, tuple)) and len(row) == 2
         name, mark = row if pair else (None, None)
-        named = isinstance(name, str) and not isinstance(mark, bool)
-        if not named or not isinstance(mark, (int, str)):
+        marked = isinstance(mark, (int, str)) and not isinstance(mark, bool)
+        if not isinstance(name, str) or mark is None or not marked:
             raise ValueError(
                 f"{where}: label {place} is {row!r:.80}; {example}; vectors cannot be trained on"
             )
