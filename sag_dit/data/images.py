@@ -196,16 +196,17 @@ def find_images(
             that cannot be read or name no image of it.
     """
     # All images there, and what says their classes.
-    place = Path(root).expanduser()
+    here = Path(root).expanduser()
     source, stated = "", class_names
-    if is_on_disk(place):
-        rows = HubRows(place, labels)
-        listed = _Listed(place, rows.names, rows.names, {}, rows)
+    if is_on_disk(here):
+        rows = HubRows(here, labels)
+        listed = _Listed(here, rows.names, rows.names, {}, rows)
         marks = None if rows.marks is None else dict(zip(rows.names, rows.marks, strict=True))
         source, stated = "its column", class_names or rows.class_names
     else:
-        listed = _listed(root, place)
-        marks, source = _stated_marks(root, listed, labels)
+        listed, marks = _listed(root, here), None
+        if listed.names:
+            marks, source = _stated_marks(root, listed, labels)
     if not listed.names:
         raise ValueError(
             f"data.root={root}: no image found; expected files ending in "
@@ -217,11 +218,12 @@ def find_images(
     # Class by class, in the order of their names.
     names = [name for name in listed.names if name in marks]
     numbers, called = numbered([marks[name] for name in names], stated, source or f"{root}")
-    order = sorted(range(len(names)), key=lambda number: (numbers[number], names[number]))
+    listed_numbers = numbers.tolist()
+    order = sorted(range(len(names)), key=lambda place: (listed_numbers[place], names[place]))
     aside = {why: sorted(names) for why, names in sorted(listed.left_out.items())}
     return ImageFiles(
         listed.root,
-        tuple(names[number] for number in order),
+        tuple(names[place] for place in order),
         numbers[order],
         called,
         aside,
@@ -251,9 +253,9 @@ def _listed(root: str | Path, place: Path) -> _Listed:
     Raises:
         ValueError: there is nothing of that kind, or an archive is damaged.
     """
-    shards = _shards(place)
-    if shards:
-        return _in_archives(place if place.exists() else place.parent, shards)
+    archives = archives_of(place)
+    if archives:
+        return _in_archives(place if place.exists() else place.parent, archives)
     if not place.is_dir():
         what = "is a file" if place.is_file() else "does not exist"
         raise ValueError(
@@ -267,8 +269,8 @@ def _listed(root: str | Path, place: Path) -> _Listed:
     return _Listed(place, names, names, left_out, None, folders)
 
 
-def _shards(place: Path) -> list[Path]:
-    """Return the archives that a root means; none if it means a folder of images."""
+def archives_of(place: Path) -> list[Path]:
+    """Return the archives that a root means: itself, or shards; none for a folder of images."""
     name = place.name.lower()
     if place.is_file():
         return [place] if name.endswith((*ARCHIVES, *COMPRESSED)) else []
@@ -279,7 +281,8 @@ def _shards(place: Path) -> list[Path]:
     # A pattern, or WebDataset's way to name shards.
     counted = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", place.name)
     if counted is None:
-        return sorted(each for each in place.parent.glob(place.name) if each.is_file())
+        found = place.parent.glob(place.name) if re.search(r"[*?\[]", place.name) else ()
+        return sorted(each for each in found if each.name.lower().endswith(ARCHIVES))
     start, first, last, end = counted.groups()
     numbers = range(int(first), min(int(last), int(first) + MOST_SHARDS) + 1)
     return [place.with_name(f"{start}{number:0{len(first)}d}{end}") for number in numbers]

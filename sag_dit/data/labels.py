@@ -56,8 +56,8 @@ def _of_json(content: str, where: str) -> dict[str, Mark] | None:
     for place, row in enumerate(rows):
         pair = isinstance(row, (list, tuple)) and len(row) == 2
         name, mark = row if pair else (None, None)
-        whole = isinstance(mark, int) and not isinstance(mark, bool)
-        if not isinstance(name, str) or not (whole or isinstance(mark, str)):
+        marked = isinstance(mark, (int, str)) and not isinstance(mark, bool)
+        if not isinstance(name, str) or mark is None or not marked:
             raise ValueError(
                 f"{where}: label {place} is {row!r:.80}; {example}; vectors cannot be trained on"
             )
@@ -147,15 +147,15 @@ def numbered(
         raise ValueError(f"data.class_names={list(stated)}: expected each name once")
     found = set(marks)
     if all(isinstance(mark, int) for mark in found):
-        least, most = min(found), max(found)  # type: ignore[type-var]
-        if not 0 <= int(least) <= int(most) < MOST_CLASSES:
-            bad = least if int(least) < 0 else most
+        least, most = min(map(int, found)), max(map(int, found))
+        if not 0 <= least <= most < MOST_CLASSES:
+            bad = least if least < 0 else most
             raise ValueError(f"{where}: class {bad}: expected 0 to {MOST_CLASSES - 1:,}")
-        names = stated or tuple(map(str, range(int(most) + 1)))
-        if int(most) >= len(names):
+        names = stated or tuple(map(str, range(most + 1)))
+        if most >= len(names):
             raise ValueError(
                 f"data.class_names: {len(names)} names, and {where} has class {most}: expected "
-                f"{int(most) + 1} or more"
+                f"{most + 1} or more"
             )
         return np.array(marks, dtype=np.int64), names
     if not all(isinstance(mark, str) for mark in found):

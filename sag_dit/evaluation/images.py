@@ -29,7 +29,6 @@ from torch.utils.data import Dataset, TensorDataset
 
 from sag_dit.bounds import Natural
 from sag_dit.checkpoints.files import sha256
-from sag_dit.data.archives import ARCHIVES, COMPRESSED
 from sag_dit.data.crop import (
     TRANSPARENT,
     WHITE,
@@ -40,7 +39,7 @@ from sag_dit.data.crop import (
     header_of,
     image_of,
 )
-from sag_dit.data.images import find_images, told_left_out, told_pages
+from sag_dit.data.images import archives_of, find_images, told_left_out, told_pages
 from sag_dit.data.splits import SPLITS, split
 from sag_dit.evaluation.metrics import Statistics
 from sag_dit.tensors import Labels
@@ -115,7 +114,8 @@ def open_images(source: Source, *, size: int | None = None, background: str = WH
     ``background`` is the colour behind what is transparent in the images of a folder.
 
     A folder is one of ``sample.py``, whose manifest tells each image's index, or class folders, or
-    any flat folder: there the order of the names does.
+    any flat folder: there the order of the names does. Archives, shards and data sets on disk are
+    read as :func:`sag_dit.data.images.find_images` does.
 
     Raises:
         ValueError: the source is no such set.
@@ -128,7 +128,7 @@ def open_images(source: Source, *, size: int | None = None, background: str = WH
     text, path = str(source), Path(source).expanduser()
     if text in SPLITS:
         return DatasetImages(TensorDataset(*split(text)), text)
-    if path.is_dir() or (path.is_file() and path.name.lower().endswith((*ARCHIVES, *COMPRESSED))):
+    if path.is_dir() or archives_of(path):
         return FolderImages(path, size, background)
     if path.is_file() and path.suffix == ".npz":
         return NpzImages(path)

@@ -288,7 +288,7 @@ class Streams(torch.utils.data.IterableDataset[Any]):
     [
         (lambda m: MapData.of(m.Module(sampler=True)), "has a WeightedRandomSampler, whose order"),
         (lambda m: MapData(Streams()), "Streams streams its items: expected a data set with a"),
-        (lambda m: MapData([]), "list: expected a length of 1 or more"),
+        (lambda m: MapData([]), "list: expected a data set with a length, of 1"),
         (lambda m: MapData([1]), r"list: item 0 is a int: expected \(image, label\)"),
         (lambda m: MapData([(torch.zeros(3), 0)]), r"image that is torch.float32 \(3,\): expected"),
         (lambda m: MapData([(torch.zeros(1, 2, 2), 0.5)]), "label 0.5: expected"),

@@ -234,6 +234,7 @@ def test_a_reference_reads_it(source: Source, photos: Path, tmp_path: Path) -> N
 
 def test_shards_are_named_by_a_pattern(photos: Path, tmp_path: Path) -> None:
     of_shards(photos, tmp_path)
+    assert len(open_images(tmp_path / "train-{000..001}.tar")) == 12
     write_tar(tmp_path / "val-000.tar", {"a.png": contents(photos)["dogs/01.png"], "a.cls": b"7"})
     train = find_images(tmp_path / "train-*.tar")
     assert len(train) == 12 and train.class_names == ("0", "1", "2")

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,20 @@ def test_half_precision_and_no_flips_store_less_of_the_same(command: Encode) -> 
     assert half.dtype == torch.float16 and torch.equal(half, full.half())
     plain = command("flip=false", out="plain").folder
     assert read_index(plain).flips == 1 and torch.equal(moments(plain), half[:, :1])
+
+
+def test_an_archive_and_a_rectangle_are_encoded(
+    command: Encode, photos: Path, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for file in photos.rglob("*.*g"):
+            archive.write(file, file.relative_to(photos))
+    packed = command("dtype=float32", root=tmp_path / "photos.zip", out="packed").folder
+    folder = command("dtype=float32").folder
+    assert torch.equal(moments(packed), moments(folder))
+    assert read_index(packed).class_names == ("cats", "dogs")
+    wide = command("dtype=float32", "data.size=[16,24]", out="wide").folder
+    assert read_index(wide).shape == (4, 8, 12) and moments(wide).shape[-2:] == (8, 12)
 
 
 def test_training_reads_what_was_written(command: Encode, photos: Path) -> None:
