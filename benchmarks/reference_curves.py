@@ -132,9 +132,10 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
         figure.savefig(temporary, format="png")
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """Return the table in Markdown: the last value of each column, its mean and deviation."""
-    lines = []
+def section(found: Mapping[str, Any]) -> str:
+    """Return the picture and a table in Markdown: the last value of each column over the seeds."""
+    names = ", ".join(found)
+    lines = [f"![Mean and range over seeds: {names}](images/{CURVES.stem}.png)", ""]
     for experiment, curves in found.items():
         asked, seeds = curves["arguments"], len(curves["seeds"])
         last = max(max(each["step"]) for each in curves["columns"].values())
@@ -200,7 +201,7 @@ def main() -> None:
     with atomic(CURVES) as temporary:
         temporary.write_text(json.dumps(found, indent=None) + "\n", encoding="utf-8")
     draw(found, CURVES.with_suffix(".png"))
-    text = page(PAGE.read_text(encoding="utf-8"), table(found), BEGIN)
+    text = page(PAGE.read_text(encoding="utf-8"), section(found), BEGIN)
     PAGE.write_text(text, encoding="utf-8")
 
 
