@@ -186,6 +186,9 @@ def main() -> None:
     asked = parser.parse_args()
     found = recorded()
     if asked.compare:
+        if asked.experiment not in found:
+            told = ", ".join(found) or "none yet"
+            parser.error(f"--experiment {asked.experiment}: curves are kept of {told}")
         print("\n".join(compared(found[asked.experiment], read(asked.compare))))
         return
     if asked.seeds < 2:
