@@ -116,11 +116,12 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
     axes = figure.subplots(len(found), len(SHOWN), squeeze=False)
     for row, (experiment, curves) in zip(axes, found.items(), strict=True):
         for axis, (name, title) in zip(row, SHOWN.items(), strict=True):
+            if name not in curves["columns"]:
+                axis.set_axis_off()
+                continue
             axis.set_title(f"{experiment}: {title}", fontsize=9)
             axis.set_xlabel("step", fontsize=8)
             axis.tick_params(labelsize=8)
-            if name not in curves["columns"]:
-                continue
             column = curves["columns"][name]
             steps, each = column["step"], list(zip(*column["values"], strict=True))
             few = len(steps) < 10
