@@ -116,11 +116,12 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
     axes = figure.subplots(len(found), len(SHOWN), squeeze=False)
     for row, (experiment, curves) in zip(axes, found.items(), strict=True):
         for axis, (name, title) in zip(row, SHOWN.items(), strict=True):
+            if name not in curves["columns"]:
+                axis.set_axis_off()
+                continue
             axis.set_title(f"{experiment}: {title}", fontsize=9)
             axis.set_xlabel("step", fontsize=8)
             axis.tick_params(labelsize=8)
-            if name not in curves["columns"]:
-                continue
             column = curves["columns"][name]
             steps, each = column["step"], list(zip(*column["values"], strict=True))
             few = len(steps) < 10
@@ -132,9 +133,10 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
         figure.savefig(temporary, format="png")
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """Return the table in Markdown: the last value of each column, its mean and deviation."""
-    lines = []
+def section(found: Mapping[str, Any]) -> str:
+    """Return the picture and a table in Markdown: the last value of each column over the seeds."""
+    names = ", ".join(found)
+    lines = [f"![Mean and range over seeds: {names}](images/{CURVES.stem}.png)", ""]
     for experiment, curves in found.items():
         asked, seeds = curves["arguments"], len(curves["seeds"])
         last = max(max(each["step"]) for each in curves["columns"].values())
@@ -185,6 +187,9 @@ def main() -> None:
     asked = parser.parse_args()
     found = recorded()
     if asked.compare:
+        if asked.experiment not in found:
+            told = ", ".join(found) or "none yet"
+            parser.error(f"--experiment {asked.experiment}: curves are kept of {told}")
         print("\n".join(compared(found[asked.experiment], read(asked.compare))))
         return
     if asked.seeds < 2:
@@ -200,7 +205,7 @@ def main() -> None:
     with atomic(CURVES) as temporary:
         temporary.write_text(json.dumps(found, indent=None) + "\n", encoding="utf-8")
     draw(found, CURVES.with_suffix(".png"))
-    text = page(PAGE.read_text(encoding="utf-8"), table(found), BEGIN)
+    text = page(PAGE.read_text(encoding="utf-8"), section(found), BEGIN)
     PAGE.write_text(text, encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import reference_curves
-from benchmarks.reference_curves import compared, draw, joined, read, recipe, recorded, table
+from benchmarks.reference_curves import compared, draw, joined, read, recipe, recorded, section
 from sag_dit.cli.composing import compose
 
 RUNS = [
@@ -51,8 +51,8 @@ def test_what_all_seeds_have_is_joined() -> None:
     assert columns.keys() == {"train/loss", "val/loss"}
 
 
-def test_the_table_and_a_comparison_tell_the_spread_over_seeds() -> None:
-    assert "| `train/loss` | 9 | 0.6 | 0.14 |" in table(curves())
+def test_the_page_and_a_comparison_tell_the_spread_over_seeds() -> None:
+    assert "| `train/loss` | 9 | 0.6 | 0.14 |" in section(curves())
     (line,) = compared(curves()["digits"], {"train/loss": {4: 2.0, 9: 0.6 + 0.2 * 2**-0.5}})
     assert line.startswith("train/loss") and "(+1.0 deviations)" in line and "row      9" in line
 

@@ -40,14 +40,14 @@ def train(in_process: Command, kept_references: Path, monkeypatch: pytest.Monkey
 
 
 def logged(folder: Path) -> dict[int, dict[str, float]]:
-    """Return the tracked metrics by step, from the run's table."""
+    """Return the tracked metrics by how many steps were made, from the run's table."""
     (file,) = (folder / "logs").rglob("metrics.csv")
     found: dict[int, dict[str, float]] = {}
     with file.open(newline="") as lines:
         for row in csv.DictReader(lines):
             values = {k: float(v) for k, v in row.items() if k.startswith("metrics/") and v}
             if values:
-                found[int(row["step"])] = values
+                found[int(row["step"]) + 1] = values
     return found
 
 
