@@ -417,6 +417,7 @@ def make_around(values: Mapping[str, Any], where: str, around: str) -> Any:
     target, kind = str(values.get("_target_") or ""), resolve_name(around).kind
     if not target or is_of_kind(target, around):
         return make(values, where, kind)
+    # What the target takes, and what is left for the thing around it.
     outer = _around_takes(around)
     own = names_taken(target) or arguments_of(target)
     mine = {

@@ -264,6 +264,7 @@ class Archives:
     def __init__(self, root: Path, files: Sequence[Path]) -> None:
         self.root, self._files = root, [*files]
         listed = [list_members(file) for file in files]
+        # A shard's name comes before those of its members, which others may have too.
         self.shards = root.is_dir()
         before = [f"{file.name}/" if self.shards else "" for file in files]
         self.names = [
@@ -280,6 +281,7 @@ class Archives:
         for prefix, members in zip(before, listed, strict=True):
             for why, names in members.left_out.items():
                 self.left_out.setdefault(why, []).extend(prefix + name for name in names)
+        # Where each member is.
         self._spans = np.concatenate([members.spans for members in listed])
         self._ends = np.cumsum([len(members.names) for members in listed])
         self._places = {name: place for place, name in enumerate(self.names)}

@@ -392,6 +392,7 @@ def _marks_of_folders(root: str | Path, listed: _Listed) -> tuple[dict[str, Mark
         ValueError: a class folder without image or with a name that is not UTF-8, or images beside
             class folders.
     """
+    # Folders whose names can be told, and no image beside them.
     folders, left_out = listed.folders, listed.left_out
     for name in folders:
         if os.fsencode(name) != name.encode(errors="replace"):
@@ -405,6 +406,7 @@ def _marks_of_folders(root: str | Path, listed: _Listed) -> tuple[dict[str, Mark
             f"data.root={root}: {len(loose)} images ({loose[0]}, ...) lie beside the folders "
             f"{some(folders)}; expected either class folders or images alone, or data.labels"
         )
+    # A flat folder, or a class for each folder.
     if not folders:
         path = listed.root.resolve()
         name = path.stem if listed.store is not None and path.is_file() else path.name

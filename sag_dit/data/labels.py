@@ -145,6 +145,7 @@ def numbered(
     stated = None if class_names is None else tuple(map(str, class_names))
     if stated is not None and len(set(stated)) < len(stated):
         raise ValueError(f"data.class_names={list(stated)}: expected each name once")
+    # Numbers, which are the classes themselves.
     found = set(marks)
     if all(isinstance(mark, int) for mark in found):
         least, most = min(map(int, found)), max(map(int, found))
@@ -158,6 +159,7 @@ def numbered(
                 f"{most + 1} or more"
             )
         return np.array(marks, dtype=np.int64), names
+    # Names, which are numbered in their order.
     if not all(isinstance(mark, str) for mark in found):
         odd = next(mark for mark in marks if isinstance(mark, str))
         raise ValueError(f"{where}: classes are numbers, and {odd!r:.60}: expected one kind")

@@ -435,6 +435,7 @@ class MapData(NamedData):
         Raises:
             ValueError: size, channels, range or number of classes do not fit.
         """
+        # Pixels have to be of the model's resolution, x_0 of its shape.
         first, shape = self._items.first, model.denoiser.latent_shape
         channels, height, width = shape
         found, factor = tuple(first.shape), model.codec.factor
