@@ -141,8 +141,9 @@ class VAECodec(Codec):
     ``encode`` (images in [-1, 1] to z, or to its mean and std), ``decode`` (z to images),
     ``factor`` and ``latent_channels``, and perhaps these statistics as attributes. The config of a
     folder is read at once, its weights only at first use, and diffusers is imported then. Always
-    ``slice_size`` images are coded at a time, and a shorter slice is padded: so memory is bounded, and the pixels of an image
-    do not depend on how many others are in its batch. ``sha256`` is the hash of the weights that
+    ``slice_size`` images are coded at a time, and a shorter slice is padded: so memory is bounded,
+    and the pixels of an image do not depend on how many others are in its batch. ``sha256`` is the
+    hash of the weights that
     ``config()`` tells; without it they are hashed.
 
     Raises:
