@@ -594,7 +594,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     ema: bool = True,
-    vae: str | Path | None = None,
+    vae: str | Path | Mapping[str, Any] | None = None,
     num_heads: int | None = None,
 ) -> LoadedModel:
     """Load a published name, a file or folder of any supported layout, or a hub repository.
@@ -626,7 +626,7 @@ def load_text(
     negative_prompt: str = "",
     size: tuple[int, int] | None = None,
     guidance: float | None = None,
-    vae: str | Path | None = None,
+    vae: str | Path | Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Load a text model as one whose classes are ``prompts``; see :func:`checkpoints.load_text`.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def load_text(
     negative_prompt: str = "",
     size: tuple[int, int] | None = None,
     guidance: float | None = None,
-    vae: str | Path | None = None,
+    vae: str | Path | Mapping[str, Any] | None = None,
 ) -> Model:
     """Load a text model as one whose classes are ``prompts``.
 
@@ -143,7 +143,8 @@ def load_text(
     part = "unet" if "unet" in index else "transformer"
     if not isinstance(index.get(part), list):
         raise ValueError(f"{folder / 'model_index.json'}: expected a unet or a transformer")
-    codec = find_codec(str(vae or folder / "vae"))
+    source = dict(vae) if isinstance(vae, Mapping) else str(vae or folder / "vae")
+    codec = find_codec(source)
     if not isinstance(codec, VAECodec):
         raise ValueError(f"{folder}: expected an autoencoder in {folder / 'vae'}")
     network = _text_network(folder / part, index[part][1])
@@ -194,7 +195,7 @@ def load_text(
         config=described,
         class_names=denoiser.class_names,
         defaults={"batch_size": BATCH_SIZE},
-        vae=str(vae or folder / "vae"),
+        vae=source,
     )
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sag_dit.methods import methods
+from sag_dit.untrusted import TARGET
 
 if TYPE_CHECKING:
     from sag_dit.denoiser import Denoiser
@@ -227,7 +228,9 @@ def _keys(recipe: Recipe) -> dict[str, Any]:
     for name, value in recipe.loading.items():
         if name == "dtype":
             raise ValueError(f"dtype={value}: only Python draws in it bit for bit")
-        if name != "device":  # sample.py finds its devices itself.
+        if isinstance(value, Mapping):  # A class of the user's own, and its arguments.
+            given |= {f"{name}.{key}": each for key, each in value.items()}
+        elif name != "device":  # sample.py finds its devices itself.
             given[OF_TEXT.get(name, name)] = _free(value)
     # Which images.
     if "requests" not in recipe.beside:
@@ -263,6 +266,14 @@ def _file(recipe: Recipe) -> str:
     return recipe.ckpt
 
 
+def _own_modules(recipe: Recipe) -> list[str]:
+    """Return the modules of the user's own that hold what is loaded."""
+    stated = recipe.beside.get("imports") or []
+    own = (each[TARGET] for each in recipe.loading.values() if isinstance(each, Mapping))
+    named = [stated] if isinstance(stated, str) else [*stated]
+    return sorted({*named, *(str(each).rpartition(".")[0] for each in own)})
+
+
 def _free(value: Any) -> Any:
     return _Free(value) if isinstance(value, str) else value
 
@@ -273,8 +284,9 @@ def python(recipe: Recipe) -> str:
     Raises:
         ValueError: a setting that the code cannot state in a few lines.
     """
-    if recipe.beside:
-        key, value = next(iter(recipe.beside.items()))
+    beside = {key: value for key, value in recipe.beside.items() if key != "imports"}
+    if beside:
+        key, value = next(iter(beside.items()))
         raise ValueError(f"{key}={value}: model.sample does not take it, sample.py does")
     imports: dict[str, set[str]] = {}
     guidance = [_constructor(term, imports) for term in recipe.terms.values()]
@@ -298,6 +310,7 @@ def python(recipe: Recipe) -> str:
         *([_python_cache(recipe, imports)] if recipe.caching else []),
     ]
     modules = ["import sag_dit", *(["import torch"] if "dtype" in recipe.loading else [])]
+    modules += [f"import {each}" for each in _own_modules(recipe)]
     lines = [f"from {home} import {', '.join(sorted(imports[home]))}" for home in sorted(imports)]
     draw = _call("model.sample", arguments)
     return "\n".join([*modules, *lines, "", f"model = {load}", f"out = {draw}"])

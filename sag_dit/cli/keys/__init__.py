@@ -797,6 +797,7 @@ class Studio(Closed):
         "python studio.py ckpt=outputs/train/RUN port=null",
     )
     ckpt: str = key(**CKPT)
+    imports: str | list[str] | None = key(**IMPORTS)
     prompt: str | None = key("prompt of a text model, at first", text=True, blank=True)
     folder: str | list[str] = key(
         "folder, or [several], whose checkpoints, runs and results can be opened",
