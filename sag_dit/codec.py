@@ -351,7 +351,7 @@ def stated_by(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-MEMBERS = ("encode", "decode", "factor", "latent_channels")
+ASKED_OF_OWN = ("encode", "decode", "factor", "latent_channels")
 """What an autoencoder of one's own has to have."""
 
 
@@ -361,14 +361,16 @@ def stated_by_module(vae: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: it lacks a member, or has statistics of another number of channels.
     """
-    lacking = [name for name in MEMBERS if not hasattr(vae, name)]
+    # What it is asked for, without which nothing can be encoded.
+    lacking = [name for name in ASKED_OF_OWN if not hasattr(vae, name)]
     if lacking:
         raise ValueError(
             f"vae={type(vae).__name__}: lacks {', '.join(lacking)}; expected a module with encode "
             f"(images in [-1, 1] to latents), decode, factor (pixels per latent cell along each "
             f"side) and latent_channels, or one of diffusers' {', '.join(AUTOENCODERS)}"
         )
-    found = {name: getattr(vae, name, None) for name in STATISTICS}
+    # Its statistics, as plain numbers, one for each channel where there are several.
+    found: dict[str, Any] = {name: getattr(vae, name, None) for name in STATISTICS}
     for name, value in found.items():
         if isinstance(value, (Tensor, list, tuple)):
             found[name] = torch.as_tensor(value).detach().cpu().double().flatten().tolist()
@@ -435,10 +437,12 @@ def read_vae_config(folder: Path) -> dict[str, Any]:
             f"vae={folder}: expected an {', '.join(AUTOENCODERS)}, and its config says {kind!r}; "
             f"another one can be named by vae._target_=MODULE.CLASS"
         )
+    # Sizes that a network can have.
     stated = checked(config, _VAEConfig, f"vae={folder}: {path.name}", open=True)
     for name, each in vars(stated).items():
         if isinstance(each, tuple) and "latents" not in name and not 1 <= len(each) <= 16:
             raise ValueError(f"vae={folder}: {path.name}: {name}={each}: expected 1 to 16 numbers")
+    # Statistics: the config's, or those of a file beside it.
     found = {**config, **stated_by(kind, config)}
     statistics = folder / STATISTICS_FILE
     if statistics.is_file():

@@ -250,8 +250,9 @@ def export(
     folder = check_out(out)
     denoiser, codec = model.class_conditional, model.codec
     check_finite(denoiser.network.state_dict(), model.name)
-    latent = isinstance(codec, VAECodec)
-    settings = {"_class_name": codec.kind, **codec.settings} if latent else {}
+    settings: dict[str, Any] = {}
+    if isinstance(codec, VAECodec):
+        settings = {"_class_name": codec.kind, **codec.settings}
     source = Source(denoiser.network, denoiser.process, model.description, settings)
     chosen = fitting(family_for(denoiser.network), layout, source)
     notes = chosen.notes(source)

@@ -375,13 +375,14 @@ def _path(network: type[Any]) -> str:
 
 
 def _own_family(network: type[Any]) -> Family:
-    if not (issubclass(network, nn.Module) and isinstance(getattr(network, "key", None), str)):
+    key = getattr(network, "key", None)
+    if not (issubclass(network, nn.Module) and isinstance(key, str)):
         raise ValueError(
             f"model.{TARGET}={_path(network)}: expected a torch module that has the members of "
             f"sag_dit.models.Network, such as a subclass of sag_dit.models.Backbone"
         )
     name = network.__name__
-    told = {"key": network.key, "title": name, "noun": f"a {name}", "of": network}
+    told = {"key": key, "title": name, "noun": f"a {name}", "of": network}
     made: Family = type(name, (_Own,), told)()
     return made
 

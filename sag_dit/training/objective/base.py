@@ -7,7 +7,7 @@ may own modules, such as a projector, and see the pixels that x_0 was made from.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -110,7 +110,8 @@ class Objective(ABC):
         Raises:
             ValueError: the objective sees pixels, and there are none.
         """
-        process, ask = denoiser.process, self.losses
+        process = denoiser.process
+        ask: Callable[..., Losses] = self.losses
         if self.sees_pixels:
             if pixels is None:
                 raise no_pixels(self)
@@ -169,7 +170,8 @@ def features_of(network: nn.Module, *names: str) -> Iterator[dict[str, Any]]:
         >>> features["0"].shape
         torch.Size([1, 3])
     """
-    modules, found = dict(network.named_modules()), {}
+    modules = dict(network.named_modules())
+    found: dict[str, Any] = {}
     for name in names:
         if name not in modules:
             raise ValueError(
