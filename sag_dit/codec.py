@@ -446,7 +446,7 @@ def read_vae_config(folder: Path) -> dict[str, Any]:
     found = {**config, **stated_by(kind, config)}
     statistics = folder / STATISTICS_FILE
     if statistics.is_file():
-        found |= read_statistics(statistics, found["latent_channels"])
+        found |= latent_statistics(statistics, found["latent_channels"])
     for name in ("latents_mean", "latents_std"):
         if found[name] is not None and len(found[name]) != found["latent_channels"]:
             raise ValueError(
@@ -456,7 +456,7 @@ def read_vae_config(folder: Path) -> dict[str, Any]:
     return found
 
 
-def read_statistics(file: Path, channels: int) -> dict[str, Any]:
+def latent_statistics(file: Path, channels: int) -> dict[str, Any]:
     """Read a file of ``mean`` and ``std``, each of one number a channel, and nothing else.
 
     Raises:

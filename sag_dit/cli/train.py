@@ -56,6 +56,7 @@ def make_model(config: Train, data: StepData) -> Model:
             "a fresh model needs model, resolution and patch_size: expected none of them null; "
             "size=S, B, L or XL fills model"
         )
+    # Its autoencoder, and what of the images' side the network and that divide.
     settings, takes = network_settings(config.model)
     vae = config.vae or data.vae
     codec = find_codec(vae)
@@ -66,12 +67,14 @@ def make_model(config: Train, data: StepData) -> Model:
             f"resolution={config.resolution}: expected a multiple of {cell}, the autoencoder's "
             f"factor {codec.factor} times patch_size={patch}"
         )
+    # The sizes of x_t, and the classes, as far as the network takes them.
     latent = isinstance(codec, VAECodec)
     channels = codec.latent_channels if isinstance(codec, VAECodec) else data.channels
     side, names = config.resolution // codec.factor, list(data.class_names)
     num_classes = config.num_classes or len(names)
     sizes = {"input_size": side, "in_channels": channels, **settings, "num_classes": num_classes}
     settings |= {name: value for name, value in sizes.items() if takes is None or name in takes}
+    # The model, described as a checkpoint describes it.
     description = {
         "model": settings,
         "process": to_dict(config.process),
@@ -202,7 +205,7 @@ def make_module(config: Train, model: Model) -> DiffusionModule:
     )
 
 
-def check_pixels(objective: Objective, data: StepData, config: Train) -> None:
+def check_objective(objective: Objective, data: StepData, config: Train) -> None:
     """Refuse an objective that sees pixels without data that has them, and the reverse.
 
     Raises:
@@ -349,7 +352,7 @@ def run_train(config: Train) -> None:
         model, told = adapt_model(config, base, data)
     data.check(model)
     module = make_module(config, model)
-    check_pixels(module.objective, data, config)
+    check_objective(module.objective, data, config)
     trainer = make_trainer(config, out)
     trainer.callbacks[:0] = trackers(config.track, model, out, trainer.strategy.root_device)  # type: ignore[attr-defined]
     data.rank_batch_size(trainer.world_size)
