@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sag_dit.checkpoints import from_denoiser, load
+from sag_dit.checkpoints import build, describe, from_denoiser, load
 from sag_dit.checkpoints.export import export
 from sag_dit.denoiser import ClassConditional
-from sag_dit.models import DiT, Family, families, family_of, register
+from sag_dit.models import Backbone, DiT, Family, families, family_for, family_of, register
 from sag_dit.models.network import MEMBERS, lacking
 from sag_dit.models.unet.network import UNet
 from sag_dit.process import DDPM
@@ -41,6 +44,54 @@ def test_a_network_without_a_member_is_refused_by_name() -> None:
     del network.null_label
     with pytest.raises(ValueError, match=r"network=Tiny: lacks null_label; expected all members"):
         ClassConditional(network, DDPM())
+
+
+class Wide(Backbone):
+    """A network of one's own, with arguments by place, by name and further ones."""
+
+    def __init__(self, side: int, channels: int = 1, *, width: int = 4, **further: int) -> None:
+        super().__init__()
+        self.input_size, self.in_channels, self.num_classes = (side, side), channels, 3
+        self.layer = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+class Narrow(DiT):
+    """Another arithmetic under the key of DiT."""
+
+
+def test_a_backbone_knows_its_arguments_and_is_built_from_them_again() -> None:
+    network = Wide(8, width=6, more=2)
+    assert lacking(network) == []
+    assert network.arguments == {"side": 8, "width": 6, "more": 2}
+    assert deepcopy(network).arguments == network.arguments
+    denoiser = ClassConditional(network, DDPM())
+    config = describe(denoiser)
+    assert config["model"] == {"_target_": f"{__name__}.Wide", "side": 8, "width": 6, "more": 2}
+    again = build(json.loads(json.dumps(config))).network
+    assert type(again) is Wide and again.arguments == network.arguments
+    # What it does not have, those who need it refuse.
+    assert denoiser.null(1) is None
+    with pytest.raises(ValueError, match="this model has no self-attention layers to read"):
+        denoiser.layer("auto")
+    with pytest.raises(ValueError, match="compile=true: Wide has no blocks to compile"):
+        denoiser.compile_blocks()
+    with pytest.raises(ValueError, match="checkpoint_blocks=true: Wide does not recompute"):
+        network.checkpoint_blocks = True
+    with pytest.raises(ValueError, match=r"model.side=.*: expected a number, a word, or a list"):
+        describe(ClassConditional(Wide(np.int64(8)), DDPM()))
+
+
+def test_a_subclass_is_no_member_of_its_parents_family(tiny_dit: DiT) -> None:
+    told = dict(tiny_dit.arguments)
+    assert family_for(tiny_dit) is families()["dit"]
+    narrow = Narrow(**told)
+    assert describe(ClassConditional(narrow, DDPM()))["model"]["_target_"] == f"{__name__}.Narrow"
+    # A class that torch has made around one is that one.
+    sharded = type("FSDPDiT", (DiT,), {"__module__": "torch.distributed.fsdp"})
+    assert family_for(sharded(**told)) is families()["dit"]
 
 
 def test_a_family_is_told_by_its_config_or_by_names(make_dit: MakeDiT) -> None:
