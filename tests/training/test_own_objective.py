@@ -117,6 +117,27 @@ def test_the_network_learns_from_its_features(tmp_path: Path) -> None:
     assert network.blocks[1].mlp.fc1.weight.grad is None
 
 
+@pytest.mark.parametrize("way", ["checkpointed", "compiled"])
+def test_features_are_seen_however_blocks_run(way: str) -> None:
+    """The same features, and the same gradients from them."""
+    found = []
+    pixels, labels = torch.randint(0, 256, (4, 1, 8, 8)).byte(), torch.arange(4)
+    for changed in (False, True):
+        model = fresh_model(class_dropout_prob=0.0)  # which seeds, the projector's weights too
+        module = DiffusionModule(model, objective=Repa())
+        network: Any = module.denoiser.network
+        if changed and way == "checkpointed":
+            network.checkpoint_blocks = True
+        elif changed:
+            for block in network.blocks:
+                block.compile(backend="eager")
+        torch.manual_seed(1)
+        losses = module.losses(module.denoiser, (pixels, labels))
+        losses.per_image.mean().backward()
+        found.append((losses.terms["apart"], network.blocks[0].mlp.fc1.weight.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
 def _level(denoiser: Denoiser, pixels: Tensor) -> tuple[NoiseLevel, Tensor]:
     level = denoiser.process.level(denoiser.process.time_at(torch.full((len(pixels),), 0.5)))
     return level, torch.randn(pixels.shape)

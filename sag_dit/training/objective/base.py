@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -178,19 +178,21 @@ def features_of(network: nn.Module, *names: str) -> Iterator[dict[str, Any]]:
                 f"{name!r}: {type(network).__name__} has no module of this name; expected one such "
                 f"as {', '.join([each for each in modules if each][:5])}"
             )
-    hooks = [
-        modules[name].register_forward_hook(
-            lambda _, given, output, name=name: found.__setitem__(name, output)
-        )
-        for name in names
-    ]
-    try:
+    # A compiled module runs no hook that it was not compiled with, and so is wrapped.
+    with ExitStack() as watched:
+        for name in names:
+            module, note = modules[name], partial(found.__setitem__, name)
+            compiled = module._compiled_call_impl
+            if compiled is None:
+                hook = module.register_forward_hook(lambda _, given, out, note=note: note(out))
+                watched.callback(hook.remove)
+            else:
+                module._compiled_call_impl = partial(_noted, compiled, note)
+                watched.callback(setattr, module, "_compiled_call_impl", compiled)
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def square_error(output: Images, target: Images) -> Float[Tensor, "b"]:
-    """Return |output - target|^2 averaged over channels and pixels, in float32, one per image."""
-    return (output.float() - target).square().flatten(1).mean(dim=1)
+def _noted(call: Callable[..., Any], note: Callable[[Any], None], *given: Any, **known: Any) -> Any:
+    output = call(*given, **known)
+    note(output)
+    return output
