@@ -196,3 +196,8 @@ def _noted(call: Callable[..., Any], note: Callable[[Any], None], *given: Any, *
     output = call(*given, **known)
     note(output)
     return output
+
+
+def square_error(output: Images, target: Images) -> Float[Tensor, "b"]:
+    """Return |output - target|^2 averaged over channels and pixels, in float32, one per image."""
+    return (output.float() - target).square().flatten(1).mean(dim=1)
