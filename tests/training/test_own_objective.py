@@ -117,6 +117,8 @@ def test_the_network_learns_from_its_features(tmp_path: Path) -> None:
     assert network.blocks[1].mlp.fc1.weight.grad is None
 
 
+# What compiles looks at every tensor, also at those of which torch warns.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("way", ["checkpointed", "compiled"])
 def test_features_are_seen_however_blocks_run(way: str) -> None:
     """The same features, and the same gradients from them."""
