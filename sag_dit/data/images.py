@@ -174,7 +174,7 @@ class ImageFiles:
 
 
 def find_images(
-    root: str | Path, labels: str | None = None, class_names: Sequence[str] | None = None
+    root: str | Path, labels: str | None = None, class_names: Sequence[str | int] | None = None
 ) -> ImageFiles:
     """List the images of a folder, an archive or a data set on disk, with their classes.
 
@@ -770,7 +770,7 @@ class ImageFolderData(NamedData):
         workers: int | None = None,
         background: str | None = None,
         labels: str | None = None,
-        class_names: Sequence[str] | None = None,
+        class_names: Sequence[str | int] | None = None,
         balance: float = 0.0,
     ) -> None:
         super().__init__(

@@ -132,7 +132,7 @@ def sample_of(name: str) -> str:
 
 
 def numbered(
-    marks: Sequence[Mark], class_names: Sequence[str] | None, where: str
+    marks: Sequence[Mark], class_names: Sequence[str | int] | None, where: str
 ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     """Return the class of each image as a number, and the names of the classes.
 

@@ -168,7 +168,7 @@ class Items(Dataset[Any]):
                 f"{self.name}: image {index} is {image.dtype} {tuple(image.shape)}, the first "
                 f"{first.dtype} {tuple(first.shape)}: expected one shape and type; crop them alike"
             )
-        return image
+        return torch.as_tensor(image)
 
     def __getitems__(self, batch: Batch) -> Any:
         # What the item draws at random is its own, and takes nothing from what comes after.

@@ -206,6 +206,7 @@ class DiffusionModule(LightningModule):
         """Yield the power-function averages with their sigma_rel."""
         for sigma_rel in map(float, self._further.sigma_rel):
             yield sigma_rel, cast(AveragedModel, self.further[place(sigma_rel)])
+
     @staticmethod
     def _trained(*parts: Any) -> list[Parameter]:
         """Return the parameters that are trained, of the parts that have any."""

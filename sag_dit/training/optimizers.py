@@ -122,6 +122,11 @@ class Muon(Optimizer):
         if hasattr(self, "_parts"):
             self._share()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made from: a state, and the settings of both optimisers."""
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, "_settings": self._settings, "_adamw_lr": self._adamw_lr}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up a state, as ``load_state_dict`` does, whose groups are new mappings."""
         super().__setstate__(state)
