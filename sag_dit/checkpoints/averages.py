@@ -134,7 +134,7 @@ def combination(
     Source: Karras et al. 2024, algorithm 3.
 
     Example:
-        >>> combination([50, 100] * 2, [0.05, 0.05, 0.1, 0.1], 100, 0.07).missing < 0.001
+        >>> combination([50, 100] * 2, [0.05, 0.05, 0.1, 0.1], 100, 0.07).missing < 0.01
         True
     """
     t, gammas = np.asarray(times, dtype=np.float64), exponent(sigma_rels)

@@ -64,8 +64,10 @@ class Autoguidance(BranchTerm):
                 "autoguidance needs a worse model: set ckpt (guidance.auto.ckpt=PATH) to a smaller "
                 "model or an earlier checkpoint, or give worse a denoiser; not both"
             )
-        if self.ckpt is not None and self.ema is None:
-            raise ValueError(f"ema={self.ema}: expected true, false or a number")
+        number = isinstance(self.ema, float) and 0 < self.ema < 1
+        absent = self.ema is None and self.ckpt is None
+        if not (isinstance(self.ema, bool) or number or absent):
+            raise ValueError(f"ema={self.ema!r}: expected true, false or a number between 0 and 1")
 
     def worse_than(self, model: Denoiser) -> Denoiser:
         """Return the worse model, to be asked as the model is."""

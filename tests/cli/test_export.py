@@ -101,7 +101,7 @@ def test_ema_chooses_the_weights(capsys: pytest.CaptureFixture[str], here: Path,
     [
         (["format=onnx"], "format=onnx: expected one of safetensors, dit"),
         (["format=null"], "format=null: expected one of safetensors"),
-        (["ema=perhaps"], "ema=perhaps: expected true or false"),
+        (["ema=perhaps"], "ema=perhaps: expected true, false, a decay"),
         (["ema=false"], "holds one set of weights"),
         (["ckpt=digts"], "did you mean digits"),
         (["fromat=dit"], "Did you mean format"),

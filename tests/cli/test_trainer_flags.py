@@ -238,15 +238,6 @@ def test_what_belongs_to_the_trainer_is_looked_for_there(in_process: Command, na
     assert outcome.code == 1 and f"did you mean trainer.{name}?" in outcome.err
 
 
-def test_what_only_watches_may_change_within_a_run() -> None:
-    from sag_dit.cli.keys.key import to_dict
-    from sag_dit.cli.run_identity import identity
-
-    plain = identity(to_dict(compose("train", SMALL)))
-    for each in ("profiler=simple", "max_time=00:01:00:00", "limit_val_batches=2"):
-        assert identity(to_dict(compose("train", [*SMALL, f"+trainer.{each}"]))) == plain, each
-
-
 def test_a_bar_of_ones_own_takes_the_place_of_ours(in_process: Command, tmp_path: Path) -> None:
     bar = "lightning.pytorch.callbacks.RichProgressBar"
     outcome = in_process("train", *SMALL, "out=run", f"trainer.callbacks=[{{_target_: {bar}}}]")

@@ -93,7 +93,8 @@ def test_published_formulas() -> None:
 
 
 def test_copies_of_the_reference() -> None:
-    assert value("density", REFERENCE) == pytest.approx(1, abs=1e-3)
+    # Itself and k - 1 others lie within each ball; the k-th is its surface, in or out by rounding.
+    assert 1 <= value("density", REFERENCE) <= 1 + 1 / 5
     assert value("coverage", REFERENCE) == 1
     assert value("mmd", REFERENCE) == pytest.approx(0, abs=1e-9)
     assert value("kd", REFERENCE) < 0  # the unbiased estimate of 0 leaves the copies' pairs in

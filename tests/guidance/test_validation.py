@@ -29,8 +29,11 @@ NAN, INF = float("nan"), float("inf")
         (lambda: CFGZero(2.0, zero_steps=1.5), "zero_steps=1.5: expected a whole number$"),
         (lambda: TSG(2.0, depth=2.5), "depth=2.5: expected a whole number$"),
         (lambda: TSG(2.0, depth=None), "depth=None: expected a whole number$"),
-        (lambda: Autoguidance(2.0, ckpt="a", ema="no"), "ema='no': expected true or false"),
-        (lambda: Autoguidance(2.0, ckpt="a", ema=1), "ema=1: expected true or false"),
+        (
+            lambda: Autoguidance(2.0, ckpt="a", ema="no"),
+            "ema='no': expected true, false or a number",
+        ),
+        (lambda: Autoguidance(2.0, ckpt="a", ema=1), "ema=1: expected true, false or a number"),
         (lambda: PAG(1.0, layers=True), "layers=True: expected the name or number"),
         (lambda: PAG(1.0, layers=[0, 1.5]), r"layers=\[0, 1.5\]: expected the name or number"),
         (lambda: PAG(1.0, layers=[]), r"layers=\[\]: expected the name or number"),

@@ -623,14 +623,12 @@ class TrainTrainerKeys(TrainerKeys):
     profiler: str | Open | None = key(
         "simple, advanced, pytorch, or a mapping with _target_",
         words="profiler",
-        determines="nothing",
         absent=True,
         added=True,
     )
     max_time: str | Open | None = key(
         "end after so long, DD:HH:MM:SS or {hours: 1}, counted from each start",
         words="max_time",
-        determines="nothing",
         absent=True,
         added=True,
     )
@@ -645,13 +643,11 @@ class TrainTrainerKeys(TrainerKeys):
     limit_val_batches: int | float | None = key(
         "validation batches, or a share of them",
         least=0,
-        determines="nothing",
         absent=True,
         added=True,
     )
     detect_anomaly: bool = key(
         "true: tell which operation made a gradient that is no number",
-        determines="nothing",
         absent=True,
         added=True,
     )

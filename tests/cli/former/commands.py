@@ -70,7 +70,7 @@ NAMED = {
         ("experiment=digits", "objective=min_snr", "trainer=ddp"),
         ("experiment=digits", "objective._target_=sag_dit.training.objective.squared_error.MSE"),
         ("experiment=digits", "process=flow", "objective=flow", "+process.start=1.0"),
-        ("experiment=digits", "+trainer.max_time=1", "schedule=warmup"),
+        ("experiment=digits", "+trainer.max_time=00:01:00:00", "schedule=warmup"),
         ("experiment=digits_unet", "schedule=cosine"),
         ("experiment=patches",),
         ("experiment=folder", "data.root=photos"),
