@@ -19,7 +19,7 @@ def test_help_fits_a_screen_and_names_every_key(
     assert composed(monkeypatch, name, "--help") == []
     lines = capsys.readouterr().out.splitlines()
     # A line of each method, and a screen.
-    assert len(lines) < 75 + len(methods())
+    assert len(lines) < 85 + len(methods())
     assert sum(line.startswith(f"python {name}.py") for line in lines) == 2
     keys = {line.split()[0] for line in lines if line.strip()}
     assert keys >= set(typed.groups(name))
@@ -72,7 +72,7 @@ def test_help_tells_keys_below_a_group_and_in_which_experiment_others_are(
     assert {"data.root", "data.batch_size", "trainer.devices", "process.num_timesteps"} <= set(keys)
     assert keys["freeze"].endswith("(experiment=finetune)")
     # Columns stand below each other, and lists of choices are wrapped.
-    table = [line for key, line in keys.items() if "null: " in line and key in ("out", "vae")]
+    table = [line for key, line in keys.items() if "null: " in line and key in ("out", "ckpt")]
     assert len({line.index("null  ") for line in table}) == 1
     choices = lines[next(i for i, line in enumerate(lines) if line.startswith("groups")) + 1 :]
     assert choices and max(map(len, choices)) <= 100

@@ -26,7 +26,8 @@ says of the first two images at step 4 of 10: their three guided channels at row
 
 def test_it_is_that_of_its_authors() -> None:
     eps = guided(MODELS["eps"], [REG(2.5)], step_at(MODELS["eps"].process, 4)).eps
-    assert_near(eps[:2, :3, 3, 4], torch.tensor(GOLDEN), 1e-5)
+    # Both take the gradient of a float32 network, which processors round differently.
+    assert_near(eps[:2, :3, 3, 4], torch.tensor(GOLDEN), 1e-4)
 
 
 def slope(model: ClassConditional, x: Tensor, y: Tensor, index: int, h: float = 1e-5) -> Tensor:
