@@ -1,13 +1,15 @@
 """Write docs/study.md's tables and figures: ``python -m benchmarks.study_page``.
 
 They follow from the cells that ``python -m benchmarks.study`` has written, finished or not; what is
-missing is told. The text around them is written by hand. A page of each family with samples, in
-``OUT/pages``, answers which method is best at which price.
+missing is told. The text around them is written by hand; ``study.json`` beside the figures holds
+the cells. A page of each family with samples, in ``OUT/pages``, answers which method is best at
+which price.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -212,6 +214,17 @@ def protocol(rules: Rules) -> str:
     return "\n".join(lines) + "\n"
 
 
+def cells(rows: Sequence[Row]) -> str:
+    """Return all cells as JSON, one in a line, without what says nothing."""
+    lines = [
+        json.dumps(
+            {key: value for key, value in asdict(row).items() if value not in ("", {}, None)}
+        )
+        for row in rows
+    ]
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
 def file_of(found: Findings) -> str:
     """Return the name of a family's figure."""
     return f"study_{re.sub(r'[^a-z0-9]+', '_', found.family.lower())}.png"
@@ -335,6 +348,8 @@ def write(study: Path, page: Path, images: Path) -> list[Findings]:
     images.mkdir(parents=True, exist_ok=True)
     with atomic(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    with atomic(images / "study.json") as temporary:
+        temporary.write_text(cells(rows), encoding="utf-8")
     for found in all_of:
         draw(found, images / file_of(found))
         print(write_page(found, study, study / "pages" / file_of(found).removesuffix(".png")))

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from sag_dit.denoiser import ClassConditional, Denoiser
 from sag_dit.denoiser.text_conditional import TextConditional
-from sag_dit.guidance.term import Asking, Question, Term
+from sag_dit.guidance.term import Asking, Question, Term, ratio
 from sag_dit.process import DDPM, NoiseLevel, Prediction, Step
 from sag_dit.process.ddpm import CLEAN, Posterior
 from sag_dit.sampler import Ancestral, Sampler
 from sag_dit.tensors import Images, Labels
+
+UNKNOWN = 1000.0
+"""Above this ratio of noise to image, x_t knows nothing of its class."""
 
 
 class Gradient(Denoiser):
@@ -60,8 +63,10 @@ class Gradient(Denoiser):
 class ClassifierGuidance(Term):
     """eps - s sigma grad log p(y | x_t), where a classifier of noisy images says p; s = 0 is off.
 
-    ``form`` is ``score``, as above, for any sampler: in v, -s sigma / alpha grad. At alpha = 0,
-    where x_t knows nothing of y, it is 0. ``mean`` shifts the mean of an ancestral step instead, as
+    ``form`` is ``score``, as above, for any sampler: in v, -s sigma / alpha grad. If sigma / alpha
+    is above 1,000 it does not act: x_t knows nothing of y there, so that the gradient is the
+    classifier's error, which the first step of a cosine schedule would multiply by 20,000. The
+    linear schedule begins at 160. ``mean`` shifts the mean of an ancestral step instead, as
     published for sampler=ddpm: mean + s variance grad, that is x_0 + s variance / c_0 grad, with
     c_0 the posterior's coefficient of x_0 and the variance that the network learned (else beta). A
     sampler that clamps x_0 does so before the classifier's shift, as the published code does.
@@ -156,6 +161,11 @@ class ClassifierGuidance(Term):
                 f"is {type(sampler).__name__}; use sampler=ddpm, or guidance.classifier.form=score"
             )
 
+    def active(self, step: Step) -> bool:
+        """Whether it acts at this step."""
+        known = self.form == "mean" or ratio(step.level) <= UNKNOWN
+        return super().active(step) and known
+
     def class_names(self, model: Denoiser) -> tuple[str, ...]:
         """Return the numbers of the classifier's classes where the model itself has none."""
         if self.off or getattr(model.network, "num_classes", True):
@@ -172,8 +182,7 @@ class ClassifierGuidance(Term):
         # How much of the gradient is added, for each unit of the scale.
         level = ask.step.level
         if self.form == "score":
-            alpha = float(level.alpha)
-            share: float | Tensor = float(level.sigma) / alpha if alpha else 0.0
+            share: float | Tensor = ratio(level)
         else:
             share = variance_share(clean, ask.step, ask.memory.get("before")) / float(level.sigma)
         ask.memory["before"] = level

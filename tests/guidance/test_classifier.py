@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sag_dit.denoiser import ClassConditional
 from sag_dit.guidance import SAG, ClassifierGuidance, GuidedDenoiser
 from sag_dit.noise import NoiseSource
-from sag_dit.process import DDPM
+from sag_dit.process import DDPM, Flow
 from sag_dit.process.ddpm import Posterior
 from sag_dit.sampler import Ancestral
 from tests.closeness import assert_near
@@ -66,6 +68,19 @@ def test_mean_form_shifts_the_ancestral_mean_by_variance_times_gradient(learned:
         shift = 5.0 * log_variance.exp() * gradient(before, float(step.level.t), y)
         assert_near(each.x - unguided, shift)
         before = each.x
+
+
+@pytest.mark.parametrize(
+    ("schedule", "form", "acts"),
+    [("cosine", "score", False), ("cosine", "mean", True), ("linear", "score", True)],
+)
+def test_it_is_not_asked_of_pure_noise(schedule: Any, form: Any, acts: bool) -> None:
+    """A cosine schedule's first step would multiply the classifier's error by 20,000."""
+    term = ClassifierGuidance(1.0, classifier=nn.Identity(), form=form)
+    process = DDPM(schedule)
+    assert term.active(step_at(process, 0, 20)) is acts
+    assert term.active(step_at(process, 1, 20))
+    assert not ClassifierGuidance(1.0, classifier=nn.Identity()).active(step_at(Flow(), 0, 20))
 
 
 def test_an_ideal_classifier_turns_no_class_into_a_class() -> None:
