@@ -432,7 +432,7 @@ def read_vae_config(folder: Path) -> dict[str, Any]:
             f"({error})"
         ) from None
     kind = config.get("_class_name")
-    if kind not in AUTOENCODERS:
+    if not isinstance(kind, str) or kind not in AUTOENCODERS:
         raise ValueError(
             f"vae={folder}: expected an {', '.join(AUTOENCODERS)}, and its config says {kind!r}; "
             f"another one can be named by vae._target_=MODULE.CLASS"

@@ -238,7 +238,8 @@ def check_optimizer(config: Train) -> None:
 
     schedule = config.schedule
     made = make(schedule, "schedule", LRScheduler) if schedule else None
-    check_alone(stand_in(make_optimizer(config)), made, config.ema.decay)
+    further = (*config.ema.further.decays, *config.ema.further.sigma_rel)
+    check_alone(stand_in(make_optimizer(config)), made, config.ema.decay, further)
     rules_of(make_rules(config))
 
 

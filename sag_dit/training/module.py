@@ -146,7 +146,7 @@ class DiffusionModule(LightningModule):
         self._like = None if optimizer is None else stand_in(optimizer)
         self._averages_itself = self._like is not None and averages_itself(self._like)
         if self._like is not None:
-            check_alone(self._like, schedule, ema_decay)
+            check_alone(self._like, schedule, ema_decay, (further or Further()).all)
         if ema_decay is not None:
             average: Any = warming_average if ema_warmup else get_ema_multi_avg_fn
             self.averaged = AveragedModel(self.denoiser, multi_avg_fn=average(ema_decay))
@@ -155,11 +155,6 @@ class DiffusionModule(LightningModule):
             self.averaged = AveragedModel(self.denoiser)
             self.averaged.requires_grad_(False)
         self._further = further or Further()
-        if self._averages_itself and self._further.all:
-            raise ValueError(
-                f"ema.further={self._further.all}: the optimiser averages the weights itself, and "
-                f"further averages would be of the points where it takes gradients; leave them out"
-            )
         self.further = nn.ModuleDict(self._further.averages_of(self.denoiser, ema_warmup))
         self.objective = objective or MSE()
         self.objective.check(self.denoiser)

@@ -316,8 +316,9 @@ def check_alone(
     optimizer: Optimizer,
     schedule: Callable[[Optimizer], LRScheduler] | None,
     ema_decay: float | None,
+    further: Sequence[float] = (),
 ) -> None:
-    """Refuse a schedule and a further average beside an optimiser that averages by itself.
+    """Refuse a schedule and further averages beside an optimiser that averages by itself.
 
     Raises:
         ValueError: one of them is set.
@@ -334,6 +335,11 @@ def check_alone(
         raise ValueError(
             f"ema.decay={ema_decay}: {told} averages the weights itself, and that average is what "
             f"is drawn with and saved: expected ema.decay=null"
+        )
+    if further:
+        raise ValueError(
+            f"ema.further={', '.join(map(str, further))}: {told} averages the weights itself; these "
+            f"would be averages of the points where it takes gradients: leave ema.further out"
         )
 
 

@@ -153,11 +153,13 @@ def test_schedule_free_stands_alone(in_process: Command, tmp_path: Path) -> None
     outcome = in_process("train", *free, "ema.decay=null", "schedule=cosine")
     assert "schedule: beside AdamWScheduleFree" in outcome.err
     assert "set optimizer.warmup_steps" in outcome.err
+    outcome = in_process("train", *free, "ema.decay=null", "ema.further.sigma_rel=[0.1]")
+    assert "ema.further=0.1: beside AdamWScheduleFree" in outcome.err
     outcome = in_process("train", *free, "ema.decay=null", "optimizer.lr=0.1")
     assert outcome.code == 0, outcome.err
     exported = load_file(tmp_path / "run" / "model.safetensors")
     saved = torch.load(checkpoints(tmp_path / "run")[-1], weights_only=True)["state_dict"]
-    name = "blocks.1.attn.qkv.weight"
+    name = "x_embedder.proj.weight"
     assert torch.equal(exported[name], saved[f"averaged.module.network.{name}"])
     assert not torch.equal(exported[name], saved[f"denoiser.network.{name}"])
 

@@ -89,10 +89,11 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def logged(out: Path) -> list[dict[str, str]]:
-    """The rows of the run's one log, but for what is measured in time."""
+    """The rows of the run's one log, but for what is measured of time and memory."""
     with (out / "logs" / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return [{key: value for key, value in row.items() if key != "images/s"} for row in rows]
+    measured = {"images/s", "memory_gb", "mfu"}
+    return [{key: row[key] for key in row.keys() - measured} for row in rows]
 
 
 def assert_bit_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:

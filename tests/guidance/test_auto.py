@@ -81,7 +81,7 @@ def test_a_term_takes_the_model_itself_and_says_how() -> None:
     told = r"worse=sag_dit.load\('a.pt'\).denoiser"
     with pytest.raises(ValueError, match=told):
         GuidedDenoiser(MODELS["eps"], [Autoguidance(2.0, ckpt="a.pt")])
-    with pytest.raises(ValueError, match=r"ema=None: expected true or false"):
+    with pytest.raises(ValueError, match=r"ema=None: expected true, false or a number"):
         Autoguidance(2.0, ckpt="a.pt", ema=None)
 
 
