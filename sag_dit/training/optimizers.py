@@ -338,7 +338,7 @@ def check_alone(
         )
     if further:
         raise ValueError(
-            f"ema.further={', '.join(map(str, further))}: {told} averages the weights itself; these "
+            f"ema.further={list(further)}: {told} averages the weights itself; these "
             f"would be averages of the points where it takes gradients: leave ema.further out"
         )
 

@@ -154,7 +154,7 @@ def test_schedule_free_stands_alone(in_process: Command, tmp_path: Path) -> None
     assert "schedule: beside AdamWScheduleFree" in outcome.err
     assert "set optimizer.warmup_steps" in outcome.err
     outcome = in_process("train", *free, "ema.decay=null", "ema.further.sigma_rel=[0.1]")
-    assert "ema.further=0.1: beside AdamWScheduleFree" in outcome.err
+    assert "ema.further=[0.1]: beside AdamWScheduleFree" in outcome.err
     outcome = in_process("train", *free, "ema.decay=null", "optimizer.lr=0.1")
     assert outcome.code == 0, outcome.err
     exported = load_file(tmp_path / "run" / "model.safetensors")
