@@ -162,6 +162,9 @@ def verdicts(all_of: Sequence[Findings]) -> str:
     """Return what helps, what harms, and what cannot be told, against each base."""
     lines = []
     for found in all_of:
+        if len(found.trainings) == 1:
+            lines += [f"{found.family}: one training, of which nothing can be told.", ""]
+            continue
         lines += [f"{found.family}:", ""]
         for against, title in AGAINST.items():
             changes = {name: found.change(name, against) for name in found.methods[1:]}
@@ -185,8 +188,9 @@ def lacking(all_of: Sequence[Findings], rows: Sequence[Row], rules: Rules) -> st
     """Return what has no number, and why."""
     lines = []
     for found in all_of:
-        for name, why in found.missing.items():
-            lines.append(f"- {found.family}, {name}: {why}")
+        # The same of every training is told once.
+        reasons = {(name.partition(", training ")[0], why) for name, why in found.missing.items()}
+        lines += [f"- {found.family}, {name}: {why}" for name, why in sorted(reasons)]
         partial = [name for name in found.methods if name not in found.whole()]
         if partial:
             lines.append(f"- {found.family}: not yet at all seeds: {', '.join(partial)}")
