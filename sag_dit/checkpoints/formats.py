@@ -211,11 +211,19 @@ def _read_folder(path: Path, ema: bool) -> Checkpoint:
 
 
 def _of_run(path: Path) -> list[Path]:
-    """Return the checkpoints in a run's folder; its best ones are asked for by their own paths."""
+    """Return the checkpoints in a run's folder; its best ones are asked for by their own paths.
+
+    Files from before a sharded checkpoint, such as what a sharded run began from, are no state of
+    the run any more.
+    """
+    there = [*(path / "checkpoints").glob("*")]
+    sharded = (each.stat().st_mtime_ns for each in there if (each / trainers.PIECES).is_file())
+    since = max(sharded, default=0)
     return [
         file
-        for file in (path / "checkpoints").glob("*")
+        for file in there
         if file.suffix in (".ckpt", ".pt") and file.is_file() and not file.name.startswith("best")
+        if file.stat().st_mtime_ns > since
     ]
 
 
