@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shlex
@@ -353,6 +354,7 @@ def test_two_ranks_that_were_stopped_go_on_to_the_same_weights(mine: Any, tmp_pa
         done = subprocess.run(
             [sys.executable, str(ROOT / "train.py"), *own],
             cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
             capture_output=True,
             text=True,
             check=False,
