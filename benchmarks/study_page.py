@@ -1,9 +1,8 @@
 """Write docs/study.md's tables and figures: ``python -m benchmarks.study_page``.
 
 They follow from the cells that ``python -m benchmarks.study`` has written, finished or not; what is
-missing is told. The text around them is written by hand; ``study.json`` beside the figures holds
-the cells. A page of each family with samples, in ``OUT/pages``, answers which method is best at
-which price.
+missing is told. The text around them is written by hand, and beside each figure stand its cells. A
+page of each family with samples, in ``OUT/pages``, answers which method is best at which price.
 """
 
 from __future__ import annotations
@@ -219,7 +218,7 @@ def protocol(rules: Rules) -> str:
 
 
 def cells(rows: Sequence[Row]) -> str:
-    """Return all cells as JSON, one in a line, without what says nothing."""
+    """Return cells as JSON, one in a line, without what says nothing."""
     lines = [
         json.dumps(
             {key: value for key, value in asdict(row).items() if value not in ("", {}, None)}
@@ -352,10 +351,10 @@ def write(study: Path, page: Path, images: Path) -> list[Findings]:
     images.mkdir(parents=True, exist_ok=True)
     with atomic(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    with atomic(images / "study.json") as temporary:
-        temporary.write_text(cells(rows), encoding="utf-8")
     for found in all_of:
         draw(found, images / file_of(found))
+        with atomic((images / file_of(found)).with_suffix(".json")) as temporary:
+            temporary.write_text(cells(found.rows), encoding="utf-8")
         print(write_page(found, study, study / "pages" / file_of(found).removesuffix(".png")))
     return all_of
 
