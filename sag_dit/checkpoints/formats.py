@@ -218,7 +218,7 @@ def _of_run(path: Path) -> list[Path]:
     """
     there = [*(path / "checkpoints").glob("*")]
     sharded = (each.stat().st_mtime_ns for each in there if (each / trainers.PIECES).is_file())
-    since = max(sharded, default=0)
+    since = max(sharded, default=-1)
     return [
         file
         for file in there
