@@ -95,10 +95,11 @@ def make_model(config: Train, data: StepData) -> Model:
         "class_names": names if len(names) == num_classes else [],
     }
     denoiser, name = build(description), str(config.name)
-    if TARGET in settings and denoiser.latent_shape != (channels, side, side):
+    shape = (channels, *grid)
+    if TARGET in settings and denoiser.latent_shape != shape:
         raise ValueError(
             f"model.{TARGET}={settings[TARGET]}: its x_t is {denoiser.latent_shape}: expected "
-            f"{(channels, side, side)}, that of the data at resolution={config.resolution}"
+            f"{shape}, that of the data at resolution={told_size(config.resolution)}"
         )
     defaults = to_dict(config.sampling)
     return from_denoiser(denoiser, name, codec=codec, defaults=defaults, vae=vae)

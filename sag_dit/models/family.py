@@ -225,16 +225,19 @@ class Family(ABC):
             ValueError: an argument is missing or unknown, or a value is impossible.
         """
         arguments = {n: value for n, value in model.items() if n not in (FAMILY, TARGET)}
-        parameters = self._parameters()
-        anything = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-        known = None if anything else tuple(parameters)
-        check_keys("the config's model", arguments, self.required(), known)
+        check_keys("the config's model", arguments, self.required(), self._known())
         network: Network = self.network()(**checked_arguments(self.network(), arguments))
         return network
 
     def _parameters(self) -> dict[str, inspect.Parameter]:
         _, *parameters = inspect.signature(self.network().__init__).parameters.items()
         return dict(parameters)
+
+    def _known(self) -> tuple[str, ...] | None:
+        """Return the names of the arguments that the constructor takes, None where it takes any."""
+        parameters = self._parameters()
+        anything = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        return None if anything else tuple(parameters)
 
     # --- files -----------------------------------------------------------------------------------
 
@@ -367,6 +370,15 @@ class _Own(Family):
             raise ValueError(
                 f"model.{lost[0]}: {self.title} was built with it, and its arguments lack it, "
                 f"from which a checkpoint builds it anew; expected arguments={{{lost[0]!r}: ...}}"
+            )
+        # A subclass of a network that records its own arguments, with another constructor.
+        known = self._known()
+        foreign = [] if known is None else recorded - {TARGET, FAMILY, *known}
+        if foreign:
+            raise ValueError(
+                f"model.{TARGET}={_path(self.of)}: its arguments hold {min(foreign)}, which its "
+                f"constructor does not take, so that no checkpoint could build it anew: have it "
+                f"take what its base class takes, or state arguments of its own"
             )
         return network
 

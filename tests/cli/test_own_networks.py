@@ -139,13 +139,22 @@ def test_what_a_network_lacks_is_told_by_the_method(in_process: Command, files: 
 
 PLAIN = """
 import torch
-from sag_dit.models import Backbone
+from sag_dit.models import Backbone, DiT
 from torch import nn
 
 class Plain(Backbone):
     def __init__(self, in_channels, num_classes, side=8, note=None):
         super().__init__()
         self.input_size, self.in_channels, self.num_classes = (side, side), in_channels, num_classes
+        self.layer = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+
+    def forward(self, x, t, y):
+        return self.layer(x)
+
+class Wide(Backbone):
+    def __init__(self, in_channels, num_classes):
+        super().__init__()
+        self.input_size, self.in_channels, self.num_classes = (16, 32), in_channels, num_classes
         self.layer = nn.Conv2d(in_channels, in_channels, 3, padding=1)
 
     def forward(self, x, t, y):
@@ -160,7 +169,28 @@ class Forgets(Plain):
 
 class Other(nn.Module):
     key = "other"
+
+class Narrow(DiT):
+    def __init__(self, input_size, in_channels, num_classes):
+        super().__init__(input_size=input_size, in_channels=in_channels, num_classes=num_classes,
+                         patch_size=4, hidden_size=24, depth=1, num_heads=2)
 """
+
+
+def test_one_of_rectangles_is_trained(in_process: Command, files: Path) -> None:
+    (files / "plain_net.py").write_text(PLAIN)
+    for name in "ab":
+        (files / "photos" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (32, 16), (60 * number, 9, 9)).save(
+                files / "photos" / name / f"{number}.png"
+            )
+    wide = ("experiment=folder", "data.root=photos", "resolution=[16,32]", "out=run")
+    own = ("model._target_=plain_net.Wide", "preview.guidance.sag=null", "max_steps=1", *CPU)
+    done = in_process("train", *wide, *own, "data.batch_size=4", "logger=none")
+    assert done.code == 0, done.err
+    refused = in_process("train", *wide, *own, "resolution=[32,16]", "out=other")
+    assert refused.code == 1 and "expected (3, 32, 16), that of the data at" in refused.err
 
 
 @pytest.mark.parametrize(
@@ -170,6 +200,7 @@ class Other(nn.Module):
         (("model._target_=plain_net.Plain", "model.side=4"), "its x_t is (1, 4, 4): expected (1"),
         (("model._target_=plain_net.Forgets",), "its arguments lack it"),
         (("model._target_=plain_net.Other",), "Other"),
+        (("model._target_=plain_net.Narrow",), "its arguments hold class_dropout_prob, which its"),
         (("model._target_=torch.nn.Linear",), "expected a torch module that has the members of"),
         (("model._target_=plain_net.None_",), "plain_net"),
     ],
