@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,11 +35,15 @@ from sag_dit.cli.orphans import end_with_parent
 from sag_dit.cli.schema import nearest
 from sag_dit.cli.sweep import Choice, expand
 from sag_dit.cli.typed import (
+    ANYTHING,
     HELP,
     check_added,
     check_arguments,
+    choices,
+    is_empty,
     is_group,
     keys_and_flags,
+    known,
     only_with,
 )
 from sag_dit.files import using
@@ -48,6 +53,20 @@ KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 TOLD_TO_STOP = (signal.SIGINT, signal.SIGTERM)
 """Signals that tell a command to stop: Ctrl-C, and what schedulers send."""
+
+OF_NO_USE = (
+    r"`isinstance\(treespec",
+    r"Checkpoint directory .* exists and is not empty",
+    r"The number of training batches .* is smaller than the logging interval",
+    r".*does not have many workers",
+    r"You're resuming from a checkpoint that ended before the epoch ended",
+    r"Be aware that when using `ckpt_path`, callbacks",
+    r"Total length of .* across ranks is zero",
+    r"The dirpath has changed from",
+    r"The `srun` command is available",
+    r".*`sync_dist=True`",
+)
+"""What Lightning warns of although a run of ours is right in doing so, as regular expressions."""
 
 LOST = r"[Cc]onnection (closed|reset) by peer|[Bb]roken pipe|remote process exited"
 """What communication between ranks says when one of them is gone."""
@@ -93,6 +112,11 @@ def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
     if with_it:
         told = " or ".join(f"experiment={each}" for each in with_it)
         return f"{typed.get(key, key)}: there is {key} with {told} alone; choose that as well"
+    group = key.partition(".")[0]
+    full = [each for each in choices(group) if not is_empty(group, each)] if is_group(group) else []
+    if "." in key and known(command, key) not in (None, ANYTHING) and full:
+        told = " or ".join(f"{group}={each}" for each in full)
+        return f"{typed.get(key, key)}: {group} is null: choose {told} as well"
     # With the user's choices of groups, since they bring keys of their own.
     groups = [each for each in arguments if is_group(each.partition("=")[0])]
     close = nearest(key, _paths(unresolved(command, groups)))
@@ -106,6 +130,16 @@ def _paths(values: object, prefix: str = "") -> list[str]:
     for key, value in values.items():
         found += [f"{prefix}{key}", *_paths(value, f"{prefix}{key}.")]
     return found
+
+
+def _told_by_lightning(error: Exception) -> bool:
+    """Whether Lightning refuses a setting, as its callbacks do of a number that nobody logs."""
+    if type(error).__name__ == "MisconfigurationException":
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, RuntimeError) and "lightning/pytorch/callbacks" in (
+        Path(frames[-1].filename).as_posix()
+    )
 
 
 def quiet_lightning() -> None:
@@ -127,7 +161,8 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("profilers.profiler", "callbacks.model_summary"):
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", module=r"lightning\..*")
+    for message in OF_NO_USE:
+        warnings.filterwarnings("ignore", message=message)
 
 
 def say(text: str) -> None:
@@ -291,8 +326,12 @@ def launch(
             if os.environ.get("SAG_DIT_DEBUG"):
                 raise
             fail(explain(error, config_name, keys))
-        except RuntimeError as error:
+        except Exception as error:
             if os.environ.get("SAG_DIT_DEBUG"):
+                raise
+            if _told_by_lightning(error):
+                fail(f"{error}; what is written is kept")
+            if not isinstance(error, RuntimeError):
                 raise
             first = str(error).partition("\n")[0]
             if re.search("out of memory", str(error), re.IGNORECASE):

@@ -23,11 +23,16 @@ ANY = object()
 """Stands for whatever value a key has."""
 
 
-def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what determines the weights of a run, given all its values."""
+def identity(config: Mapping[str, Any], *, as_before: bool = False) -> dict[str, Any]:
+    """Return what determines the weights of a run, given all its values.
+
+    With ``as_before`` also the keys that were taken to do so once.
+    """
     values = _copied(config)
+    before = [path for path, _, told in walk(Train) if told.named_before] if as_before else []
     for key in determining("train", "nothing"):
-        _drop(values, key)
+        if key not in before:
+            _drop(values, key)
     for key, value in later_keys("train").items():
         _drop(values, key, value)
     named: dict[str, Any] = _with_names(plain(values))
@@ -92,11 +97,17 @@ def run_folder(config: Mapping[str, Any]) -> Path:
     """Return the run's folder: ``out``, or one named after what determines the weights.
 
     Runs had names before there were the keys that are ``unnamed``, so the name tells of one only
-    where the name without it is taken by a run that differs in it.
+    where the name without it is taken by a run that differs in it. A run of the time when the keys
+    that are ``named_before`` stood in the name keeps it.
     """
     if config["out"]:
         return Path(config["out"])
-    values = identity(config)
+    former = _free_folder(config, identity(config, as_before=True))
+    return former if former.exists() else _free_folder(config, identity(config))
+
+
+def _free_folder(config: Mapping[str, Any], values: dict[str, Any]) -> Path:
+    """Return the folder that is named after values, and is no other run's."""
     unnamed = {key: selected(config, key) for key in _unnamed()}
     for key in unnamed:
         _drop(values, key)
@@ -248,7 +259,7 @@ def changes(config: Mapping[str, Any], out: Path) -> dict[str, list[Any]]:
     """
     there = recorded_config(out).get("config", {})
     found = {}
-    for key in _changeable():
+    for key in changeable():
         group, _, name = key.rpartition(".")
         before, now = (selected(each, group) if group else each for each in (there, config))
         # A key that is newer than the run says nothing of it.
@@ -260,7 +271,7 @@ def changes(config: Mapping[str, Any], out: Path) -> dict[str, list[Any]]:
     return found
 
 
-def _changeable() -> list[str]:
+def changeable() -> list[str]:
     """Return the keys that may change while a run goes on; its folder's name is told anyway."""
     return [key for key in determining("train", "nothing") if key != "out"]
 

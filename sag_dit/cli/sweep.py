@@ -69,6 +69,12 @@ def expand(arguments: Sequence[str]) -> list[Choice] | None:
     """
     if not any(argument in MULTIRUN for argument in arguments):
         return None
+    # Each setting has a folder of its own within out.
+    several = [each for each in arguments if re.match(r"\+*out=(?!['\"]).*,", each)]
+    if several:
+        raise ValueError(
+            f"{several[0]}: expected one folder; with -m every setting gets its own within it"
+        )
     # The keys of several values, and all others as they stand.
     parser = OverridesParser.create()
     kept: list[str] = []

@@ -14,6 +14,7 @@ from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import keys_of, mapping_of, to_dict
 from sag_dit.cli.run_identity import (
     begin_from,
+    changeable,
     changes,
     check_schedule,
     claim_data,
@@ -361,6 +362,33 @@ def check_objective(objective: Objective, data: StepData, config: Train) -> None
         )
 
 
+def check_validated(config: Train, data: StepData, trainer: Trainer) -> bool:
+    """Return whether a run validates; refuse what waits for a loss on held-out images in vain.
+
+    Raises:
+        ValueError: a callback that monitors it, or checkpoints by it, where there is none.
+    """
+    from sag_dit.training.resume import BestCheckpoints
+
+    limit = config.trainer.get("limit_val_batches")
+    if limit != 0 and data.val_dataloader():
+        return True
+    why = "no image is held out" if limit != 0 else "trainer.limit_val_batches is 0"
+    if config.keep.best > 1:
+        raise ValueError(
+            f"keep.best={config.keep.best}: {why}, so that there is no val/loss to choose them by: "
+            f"expected 0, or held-out images, such as data.held_out=0.1"
+        )
+    for each in trainer.callbacks:  # type: ignore[attr-defined]
+        monitor = str(getattr(each, "monitor", None))
+        if monitor.startswith("val/") and not isinstance(each, BestCheckpoints):
+            raise ValueError(
+                f"trainer.callbacks: {type(each).__name__} monitors {monitor}, but {why}: expected "
+                f"held-out images, such as data.held_out=0.1, or another number"
+            )
+    return False
+
+
 def listed(value: Any) -> list[Any]:
     """Return what may stand alone, or be left out, as a list."""
     if value is None:
@@ -387,13 +415,64 @@ def make_loggers(config: Train, out: Path, step: int) -> list[Logger]:
     ]
 
 
+def own_callbacks(config: Train) -> list[Callback]:
+    """Build the user's callbacks.
+
+    Raises:
+        ValueError: one is no callback, or two keep their state under one name.
+    """
+    from lightning.pytorch import Callback
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    made: list[Callback] = []
+    for place, settings in enumerate(listed(config.trainer.get("callbacks"))):
+        where = f"trainer.callbacks[{place}]"
+        each = make(settings, where, Callback)
+        twins = [there for there in made if there.state_key == each.state_key]
+        if twins and is_overridden("state_dict", each, parent=Callback):
+            raise ValueError(
+                f"{where}: a second {type(each).__name__} keeps its state in checkpoints under the "
+                f"name of the first, {each.state_key}: expected one, or a property state_key that "
+                f"tells them apart"
+            )
+        made.append(each)
+    return made
+
+
+def own_plugins(config: Train) -> list[Any]:
+    """Build the user's plugins.
+
+    Raises:
+        ValueError: one would take the place of what a run needs.
+    """
+    from lightning.pytorch.plugins import CheckpointIO, Precision
+
+    made = []
+    for place, settings in enumerate(listed(config.trainer.get("plugins"))):
+        where = f"trainer.plugins[{place}]"
+        each = make(settings, where) if isinstance(settings, Mapping) else settings
+        name = type(each).__name__
+        if isinstance(each, CheckpointIO):
+            raise ValueError(
+                f"{where}: {name} would write checkpoints in place of the run's own writer, which "
+                f"leaves none half written when it is killed: leave it out"
+            )
+        if isinstance(each, Precision) and config.trainer.get("precision") is not None:
+            raise ValueError(
+                f"{where}: {name} is a precision beside trainer.precision="
+                f"{config.trainer['precision']}: expected trainer.precision=null with it"
+            )
+        made.append(each)
+    return made
+
+
 def make_trainer(config: Train, out: Path) -> Trainer:
     """Build Lightning's Trainer with what watches, saves and stops a run; loggers come later.
 
     Raises:
         ValueError: a term of the previews is none.
     """
-    from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import ProgressBar
 
     from sag_dit.api import with_models
@@ -403,18 +482,16 @@ def make_trainer(config: Train, out: Path) -> Trainer:
     from sag_dit.training.resume import AtomicCheckpointIO, LastCheckpoints, best_checkpoint
 
     every, keep, preview = config.every_n_steps, config.keep, config.preview
+    log = min(every.log, config.max_steps)  # So that a short run logs its end.
     classes: Any = preview.classes or None
-    own = [
-        make(each, f"trainer.callbacks[{place}]", Callback)
-        for place, each in enumerate(listed(config.trainer.get("callbacks")))
-    ]
+    own = own_callbacks(config)
     has_bar = any(isinstance(each, ProgressBar) for each in own)
     shows_bar = config.trainer.get("enable_progress_bar", True) and (has_bar or on_a_terminal())
     callbacks: list[Callback] = [
         *own,
-        Speed(every.log),
-        LossByLevel(every.log),
-        RatesAndNorms(every.log),
+        Speed(log),
+        LossByLevel(log),
+        RatesAndNorms(log),
         Previews(
             out,
             every.preview,
@@ -436,7 +513,7 @@ def make_trainer(config: Train, out: Path) -> Trainer:
             if name not in ("logger", "callbacks")
         },
         "enable_progress_bar": shows_bar,
-        "plugins": listed(config.trainer.get("plugins")),
+        "plugins": own_plugins(config),
     }
     trainer: Trainer = make(
         {"enable_model_summary": False, "num_sanity_val_steps": 0, **stated},
@@ -446,7 +523,7 @@ def make_trainer(config: Train, out: Path) -> Trainer:
         logger=False,
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
-        log_every_n_steps=every.log,
+        log_every_n_steps=log,
         # Lightning counts batches here.
         val_check_interval=every.validation * config.trainer.get("accumulate_grad_batches", 1),
         check_val_every_n_epoch=None,
@@ -485,8 +562,8 @@ def go_on_training(
         )
 
 
-def disk_report(config: Train, module: DiffusionModule) -> str:
-    """Return in a line how much of the disk a run takes at most, where that is more than usual."""
+def disk_report(config: Train, module: DiffusionModule, validates: bool) -> str:
+    """Return in a line how much of the disk a run takes at most."""
     sizes = {id(each): each.numel() * each.element_size() for each in module.state_dict().values()}
     trained = [p for p in module.parameters() if p.requires_grad]
     # What Adam holds: two numbers for each that is trained.
@@ -495,10 +572,11 @@ def disk_report(config: Train, module: DiffusionModule) -> str:
     network = sum(p.numel() * p.element_size() for p in module.denoiser.parameters())
     number = min(keep.snapshots, -(-config.max_steps // config.every_n_steps.snapshot))
     # While a checkpoint is written, the one that it replaces is there as well.
-    total = (keep.last + keep.best + 1) * checkpoint + number * len(widths) * network
+    best = keep.best * validates
+    total = (keep.last + best + 1) * checkpoint + number * len(widths) * network
     snapshots = f", {number} snapshots of {len(widths)} averages" if widths else ""
     return (
-        f"disk: at most {total / 1e6:,.1f} MB for {keep.last} last and {keep.best} best "
+        f"disk: at most {total / 1e6:,.1f} MB for {keep.last} last and {best} best "
         f"checkpoints of {checkpoint / 1e6:,.1f} MB{snapshots}"
     )
 
@@ -519,7 +597,7 @@ def run_train(config: Train) -> None:
     from sag_dit.training.start import start_report
 
     # The folder follows from what determines the weights, a checkpoint's resolution included.
-    check_training(config.trainer)
+    check_training(config.trainer, config.max_steps)
     for where, each in loggers_of(config).items():
         check_logger(each, where)
     check_optimizer(config)
@@ -541,6 +619,7 @@ def run_train(config: Train) -> None:
     module = make_module(config, model)
     check_objective(module.objective, data, config)
     trainer = make_trainer(config, out)
+    validates = check_validated(config, data, trainer)
     device, at_previews = trainer.strategy.root_device, config.every_n_steps.preview
     tracked = trackers(config.track, model, out, device, at_previews)
     trainer.callbacks[:0] = tracked  # type: ignore[attr-defined]
@@ -559,7 +638,7 @@ def run_train(config: Train) -> None:
     check_schedule(settings, out)
     changed = changes(settings, out)
     remedy = f", or begin another run from it: resume_from={out}"
-    claim(out, identity(settings), settings, "a run", remedy * begun)
+    claim(out, identity(settings), settings, "a run", remedy * begun, changeable())
     with alone_in(out):
         if trainer.is_global_zero:
             claim_data(out, data.fingerprint(), on_purpose=config.changed_data)
@@ -582,7 +661,7 @@ def run_train(config: Train) -> None:
                 data.report(),
                 start_report(module, trainer, images, step, epoch),
                 module.groups_report(),
-                disk_report(config, module),
+                disk_report(config, module, validates),
             ]
             if parent is not None and config.resume_from is not None:
                 begin_from(out, parent.folder, parent.step)

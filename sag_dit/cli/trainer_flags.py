@@ -29,6 +29,7 @@ OF_TRAINING: Mapping[str, str] = {
     "enable_checkpointing": "a run goes on from its last two checkpoints; "
     "every_n_steps.checkpoint says how often they are saved",
     "barebones": "a run logs, validates and saves checkpoints; leave it out",
+    "model_registry": "checkpoints stay in the run's folder; leave it out",
 }
 """Why a training run does not take an argument, and what to do instead."""
 
@@ -47,18 +48,31 @@ OF_DRAWING: Mapping[str, str] = {
 """What to do instead of some of the rest."""
 
 
-def check_training(stated: Mapping[str, Any]) -> None:
-    """Refuse arguments of the Trainer that a training run cannot follow.
+def check_training(stated: Mapping[str, Any], max_steps: int) -> None:
+    """Refuse arguments of the Trainer that a training run of so many steps cannot follow.
 
     Raises:
         ValueError: such an argument is set; the message says what to do instead.
 
     Example:
-        >>> check_training({"devices": 1, "profiler": "simple"})
+        >>> check_training({"devices": 1, "profiler": "simple"}, max_steps=100)
     """
     for name in OF_TRAINING.keys() & stated.keys():
         if stated[name] is not None:
             raise ValueError(f"trainer.{name}={shown(stated[name])}: {OF_TRAINING[name]}")
+    least = stated.get("min_steps")
+    if least is not None and not 0 <= least <= max_steps:
+        raise ValueError(f"trainer.min_steps={least}: expected 0 to max_steps={max_steps}")
+    if stated.get("gradient_clip_algorithm") and not stated.get("gradient_clip_val"):
+        raise ValueError(
+            f"trainer.gradient_clip_algorithm={stated['gradient_clip_algorithm']}: expected "
+            f"trainer.gradient_clip_val too, such as 1.0"
+        )
+    strategy = str(stated.get("strategy"))
+    if "spawn" in strategy or "fork" in strategy:
+        raise ValueError(
+            f"trainer.strategy={strategy}: each rank is a command of its own here: expected ddp"
+        )
 
 
 def check_drawing(stated: Mapping[str, Any]) -> None:

@@ -15,7 +15,16 @@ from hydra._internal.utils import get_args_parser
 from sag_dit.bounds import parts
 from sag_dit.cli.composing import config_folder, own_targets, refuse_strangers
 from sag_dit.cli.keys import COMMANDS
-from sag_dit.cli.keys.key import Key, is_open, keys_of, mapping_of, selected, to_dict, walk
+from sag_dit.cli.keys.key import (
+    Key,
+    held_by,
+    is_open,
+    keys_of,
+    mapping_of,
+    selected,
+    to_dict,
+    walk,
+)
 from sag_dit.cli.schema import expected
 
 HELP = ("-h", "--help")
@@ -98,9 +107,15 @@ def check_arguments(command: str, arguments: Sequence[str], flags: Sequence[str]
                 f"several with -m"
             )
         # Hydra takes what stands in no file with a plus alone.
-        added = found is not None and found[1].added and not argument.startswith("+")
-        kept.append(f"++{argument}" if added else argument)
+        added = found is not None and (found[1].added or _takes_any(command, name))
+        kept.append(f"++{argument}" if added and not argument.startswith("+") else argument)
     return kept
+
+
+def _takes_any(command: str, path: str) -> bool:
+    """Whether a key stands right in a mapping of arguments, of which its target takes any."""
+    found = known(command, path.rpartition(".")[0]) if "." in path else None
+    return found is not None and held_by(found[0]) is Any
 
 
 def _refuse_spaces(arguments: Sequence[str], place: int) -> None:
@@ -274,4 +289,4 @@ def check_added(command: str, config: Any, arguments: Sequence[str]) -> None:
         try:
             refuse_strangers(parent, targets, [name])
         except ValueError as error:
-            raise ValueError(str(error).replace(path, argument, 1)) from None
+            raise ValueError(str(error).replace(path, argument.lstrip("+"), 1)) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,12 @@ def claim(
     config: Mapping[str, Any],
     what: str,
     remedy: str = "",
+    free: Collection[str] = (),
 ) -> None:
     """Make a folder belong to ``settings``, or find that it does.
 
-    ``remedy`` is what else can be done where it does not.
+    ``remedy`` is what else can be done where it does not. The keys in ``free`` may differ: they
+    are of a folder from a time in which they determined its results.
 
     ``settings``, an identity, determines the results; ``config`` is the whole configuration; both
     are written, unless the folder is this one and cannot be written to. A folder whose settings
@@ -49,7 +51,7 @@ def claim(
     """
     file = folder / CONFIG
     if file.exists():
-        differences = differing(recorded(folder).get("settings", {}), settings)
+        differences = differing(recorded(folder).get("settings", {}), settings, free)
         if differences:
             raise ValueError(
                 f"out={folder} holds {what} of other settings:\n  "
@@ -102,8 +104,10 @@ def _by_path(values: object, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return in which values two sets of settings differ, a text for each.
+def differing(
+    before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()
+) -> list[str]:
+    """Return in which values two sets of settings differ, a text for each; ``free`` keys may.
 
     Example:
         >>> differing({"data": {"size": 8}}, {"data": {"size": 16}})
@@ -112,6 +116,6 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     old, new = _by_path(before), _by_path(now)
     return [
         f"{key}: there {old.get(key, 'not set')}, now {new.get(key, 'not set')}"
-        for key in sorted(old.keys() | new.keys())
+        for key in sorted((old.keys() | new.keys()).difference(free))
         if not agree(old.get(key), new.get(key))
     ]

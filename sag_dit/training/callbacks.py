@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch.distributed.tensor import DTensor
@@ -25,7 +24,7 @@ from sag_dit.models.unfilled import unfilled
 from sag_dit.sampling import Request, Settings, draw_batch, drawn, labels_of
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.peaks import peak_flops
-from sag_dit.training.resume import best_checkpoint
+from sag_dit.training.resume import BestCheckpoints, best_checkpoint
 
 try:
     import resource
@@ -286,7 +285,7 @@ class Previews(Callback):
             drawn = draw_batch(model, requests, settings, twins=range(len(requests)))
         guided = drawn.images.cpu()
         unguided = torch.stack([drawn.twins[i].cpu() for i in range(len(requests))])
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._out.mkdir(parents=True, exist_ok=True)
         grid = make_grid(torch.cat([unguided, guided]), nrow=len(requests), padding=1)
@@ -368,7 +367,7 @@ class TrackMetrics(Callback):
         return suite.compute()
 
 
-def best_by(metric: str, out: Path, every_n_steps: int) -> ModelCheckpoint:
+def best_by(metric: str, out: Path, every_n_steps: int) -> BestCheckpoints:
     """Return a callback that keeps the checkpoint with the best value of a tracked metric."""
     mode = "max" if metric_kind(metric).higher_is_better else "min"
     return best_checkpoint(out, f"metrics/{metric}", f"best-{metric}", mode, every_n_steps)

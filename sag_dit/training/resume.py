@@ -76,6 +76,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, stream)
 
 
+class BestCheckpoints(ModelCheckpoint):
+    """A run's own best checkpoints, whose state has a place of its own in a checkpoint.
+
+    So it stands beside a ModelCheckpoint of the user's that watches the same number. Checkpoints
+    from before have the state under the name of Lightning's class, where it is found too.
+
+    Example::
+
+        trainer = Trainer(callbacks=[best_checkpoint(out), ModelCheckpoint(monitor="val/loss")])
+    """
+
+    @property
+    def _legacy_state_key(self) -> str:  # type: ignore[override]
+        return self.state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+
 def best_checkpoint(
     out: Path,
     monitor: str = "val/loss",
@@ -83,9 +99,9 @@ def best_checkpoint(
     mode: str = "min",
     every_n_steps: int | None = None,
     most: int = 1,
-) -> ModelCheckpoint:
+) -> BestCheckpoints:
     """Return a callback that keeps the ``most`` best checkpoints by what ``monitor`` logs."""
-    return ModelCheckpoint(
+    return BestCheckpoints(
         dirpath=out / FOLDER,
         filename=f"{name}-{{step:08d}}",
         auto_insert_metric_name=False,
@@ -147,7 +163,7 @@ class LastCheckpoints(Checkpoint):
         self._saved_at = time.monotonic()
         self._tells = trainer.is_global_zero
         for best in trainer.checkpoint_callbacks:
-            if isinstance(best, ModelCheckpoint):
+            if isinstance(best, BestCheckpoints):
                 self._forget(best, trainer)
         if trainer.is_global_zero:
             for left in self._folder.glob(".*.tmp"):  # by a process that was killed while saving
@@ -162,7 +178,7 @@ class LastCheckpoints(Checkpoint):
             )
 
     @staticmethod
-    def _forget(best: ModelCheckpoint, trainer: Trainer) -> None:
+    def _forget(best: BestCheckpoints, trainer: Trainer) -> None:
         """Delete the worst of the best checkpoints, where the run kept more of them before."""
         kept, most = best.best_k_models, best.save_top_k
         worst_first = sorted(kept, key=lambda path: float(kept[path]), reverse=best.mode == "min")

@@ -86,7 +86,7 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
     # Hydra's own message and the nearest keys
     "sag_scael=1": ("sag_scael=1: no such key", "Did you mean sag_scale"),
     "guidance.sag.layr=1": ("guidance.sag.layr: no such key", "guidance.sag.layer"),
-    "trainer.devcies=2": ("trainer.devcies: no such key", "trainer.devices"),
+    "trainer.devcies=2": ("trainer.devcies=2: ", "takes no devcies", "Did you mean devices"),
     "gallery.number=2": ("gallery.number=2: no such key", "gallery.num"),
     # Hydra's own message and the choices there are
     "sampler=ddmi": ("sampler=ddmi: expected one of", "ddim", "ddpm"),

@@ -312,7 +312,7 @@ def test_misspelt_keys_and_experiments(train: Command) -> None:
     assert "Did you mean max_steps" in outcome.err
     outcome = train("model.dept=3")  # known only to the experiment
     assert outcome.code == 1
-    assert "model.depth" in outcome.err
+    assert "model.dept=3: " in outcome.err and "Did you mean depth?" in outcome.err
     outcome = train("experiment=digit")
     assert outcome.code == 1
     assert "expected one of digits, digits_unet" in outcome.err

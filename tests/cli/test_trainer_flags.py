@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable
 from inspect import signature
 from io import StringIO
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sag_dit.cli.composing import compose
@@ -30,6 +32,13 @@ SMALL = (
     "every_n_steps.log=1",
     "max_steps=2",
 )
+
+
+class Keeps(Callback):
+    """Keeps something in checkpoints."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": 1}
 
 
 class Tells(Callback):
@@ -64,8 +73,22 @@ def test_the_tables_name_arguments_of_the_trainer() -> None:
 @pytest.mark.parametrize("name", sorted(OF_TRAINING))
 def test_training_refuses_with_the_reason(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^trainer\.{name}=3: \w+"):
-        check_training({"devices": 1, name: 3})
-    check_training({name: None})
+        check_training({"devices": 1, name: 3}, max_steps=9)
+    check_training({name: None}, max_steps=9)
+
+
+@pytest.mark.parametrize(
+    ("stated", "told"),
+    [
+        ({"min_steps": 10}, "trainer.min_steps=10: expected 0 to max_steps=9"),
+        ({"min_steps": -1}, "trainer.min_steps=-1: expected 0 to max_steps=9"),
+        ({"gradient_clip_algorithm": "value"}, "expected trainer.gradient_clip_val too"),
+        ({"strategy": "ddp_spawn"}, "each rank is a command of its own here: expected ddp"),
+    ],
+)
+def test_training_refuses_what_would_act_on_nothing(stated: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)):
+        check_training(stated, max_steps=9)
 
 
 @pytest.mark.parametrize("name", sorted(signature(Trainer).parameters.keys() - {*DRAWS}))
@@ -83,7 +106,10 @@ def test_a_trainer_of_ones_own_may_take_more() -> None:
 def test_no_experiment_states_what_is_refused(command: str) -> None:
     arguments = ["experiment=digits"] if command == "train" else []
     stated = compose(command, arguments).trainer
-    (check_training if command == "train" else check_drawing)(stated)
+    if command == "train":
+        check_training(stated, max_steps=9)
+    else:
+        check_drawing(stated)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +160,91 @@ def test_a_dev_run_leaves_nothing(in_process: Command, tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.err
     assert "fast_dev_run: 1 step ran and validated; nothing is kept" in outcome.out
     assert not (tmp_path / "run").exists()
+
+
+def test_previews_of_a_dev_run_leave_nothing(in_process: Command, tmp_path: Path) -> None:
+    often = ("every_n_steps.preview=1", "preview.steps=1", "preview.classes=[3]")
+    outcome = in_process("train", *SMALL, "out=run", "trainer.fast_dev_run=2", *often)
+    assert outcome.code == 0, outcome.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_callback_stands_beside_the_run_s_own(
+    in_process: Command, tmp_path: Path
+) -> None:
+    mine = (
+        "trainer.callbacks={_target_: lightning.pytorch.callbacks.ModelCheckpoint, "
+        "monitor: val/loss, mode: min, save_top_k: -1, dirpath: mine}"
+    )
+    run = (*SMALL, "out=run", "every_n_steps.validation=1", mine)
+    for steps in (2, 3):
+        outcome = in_process("train", *run, f"max_steps={steps}")
+        assert outcome.code == 0, outcome.err
+    assert len([*(tmp_path / "mine").iterdir()]) == 3
+    assert len([*(tmp_path / "run" / "checkpoints").glob("best-*.ckpt")]) == 1
+
+
+def test_what_watches_alone_may_come_and_go_while_a_run_goes_on(
+    in_process: Command, tmp_path: Path
+) -> None:
+    first = in_process("train", *SMALL, "out=run", "max_steps=1", "+trainer.max_time=00:01:00:00")
+    assert first.code == 0, first.err
+    # Runs from before have it among their settings.
+    file = tmp_path / "run" / "config.yaml"
+    record = yaml.safe_load(file.read_text())
+    assert "max_time" not in record["settings"]["trainer"]
+    record["settings"]["trainer"]["max_time"] = "00:01:00:00"
+    file.write_text(yaml.safe_dump(record))
+    for more in ("trainer.profiler=simple", "trainer.detect_anomaly=true"):
+        again = in_process("train", *SMALL, "out=run", "max_steps=2", more)
+        assert again.code == 0, again.err
+
+
+OF_NO_EFFECT = {
+    "keep.best=2 trainer.limit_val_batches=0": "keep.best=2: trainer.limit_val_batches is 0",
+    "trainer.limit_val_batches=0 trainer.callbacks={_target_: "
+    "lightning.pytorch.callbacks.EarlyStopping,monitor: val/loss}": "EarlyStopping monitors val",
+    "trainer.callbacks=[{_target_: tests.cli.test_trainer_flags.Keeps},{_target_: "
+    "tests.cli.test_trainer_flags.Keeps}]": "trainer.callbacks[1]: a second Keeps keeps its state",
+    "trainer.plugins={_target_: lightning.pytorch.plugins.io.AsyncCheckpointIO}": "leave it out",
+    "trainer.plugins={_target_: lightning.pytorch.plugins.precision.HalfPrecision}": (
+        "expected trainer.precision=null with it"
+    ),
+    "trainer.callbacks={_target_: lightning.pytorch.callbacks.EarlyStopping,monitor: lost} "
+    "every_n_steps.validation=1": "conditioned on metric `lost` which is not available",
+    "track.num_images=4": "track is null: choose track=fid as well",
+    "optimizer.lrr=1": "takes no lrr\nDid you mean lr?",
+    "trainer.benchmrak=true": "takes no benchmrak\nDid you mean benchmark?",
+    "-m out=a,b seed=0,1": "out=a,b: expected one folder",
+}
+
+
+@pytest.mark.parametrize("arguments", OF_NO_EFFECT)
+def test_what_would_act_on_nothing_is_refused(arguments: str, in_process: Command) -> None:
+    split = re.split(r" (?=[\w.]+=)", arguments.removeprefix("-m "))
+    multirun = ["-m"] * arguments.startswith("-m ")
+    outcome = in_process("train", *multirun, *SMALL, *split)
+    assert outcome.code == 1 and outcome.err.count("Traceback") == 0
+    assert OF_NO_EFFECT[arguments] in outcome.err
+
+
+def test_keys_of_the_optimiser_and_the_trainer_need_no_plus(
+    in_process: Command, tmp_path: Path
+) -> None:
+    stated = ("optimizer.eps=1e-6", "trainer.deterministic=true", "sampling.batch_size=4")
+    outcome = in_process("train", *SMALL, "out=run", *stated)
+    assert outcome.code == 0, outcome.err
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["config"]
+    assert config["optimizer"]["eps"] == 1e-6 and config["sampling"] == {"batch_size": 4}
+
+
+def test_a_run_shorter_than_an_interval_logs_its_end(in_process: Command, tmp_path: Path) -> None:
+    few = [each for each in SMALL if not each.startswith("every_n_steps.log")]
+    outcome = in_process("train", *few, "out=run", "max_steps=2")
+    assert outcome.code == 0 and "step 2 of 2: loss" in outcome.err
+    text = (tmp_path / "run" / "logs" / "metrics.csv").read_text()
+    rows = [*csv.DictReader(StringIO(text))]
+    assert [row["step"] for row in rows if row["train/loss"]] == ["1"]
 
 
 def trained(folder: Path, **options: Any) -> tuple[DiffusionModule, list[list[int]]]:

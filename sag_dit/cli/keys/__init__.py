@@ -584,7 +584,9 @@ class TrainTrainerKeys(TrainerKeys):
     """Lightning's Trainer, while training."""
 
     accumulate_grad_batches: int = key("batches that make one optimiser step", least=1)
-    gradient_clip_val: float | None = key("greatest norm of the gradients; null: no limit", least=0)
+    gradient_clip_val: float | None = key(
+        "greatest norm of the gradients; null or 0: no limit", least=0
+    )
     enable_progress_bar: bool = key("true: show a progress bar", determines="nothing")
     limit_train_batches: int = key(
         "training batches of what Lightning calls an epoch", least=1, absent=True, added=True
@@ -623,12 +625,16 @@ class TrainTrainerKeys(TrainerKeys):
     profiler: str | Open | None = key(
         "simple, advanced, pytorch, or a mapping with _target_",
         words="profiler",
+        determines="nothing",
+        named_before=True,
         absent=True,
         added=True,
     )
     max_time: str | Open | None = key(
         "end after so long, DD:HH:MM:SS or {hours: 1}, counted from each start",
         words="max_time",
+        determines="nothing",
+        named_before=True,
         absent=True,
         added=True,
     )
@@ -643,11 +649,15 @@ class TrainTrainerKeys(TrainerKeys):
     limit_val_batches: int | float | None = key(
         "validation batches, or a share of them",
         least=0,
+        determines="nothing",
+        named_before=True,
         absent=True,
         added=True,
     )
     detect_anomaly: bool = key(
         "true: tell which operation made a gradient that is no number",
+        determines="nothing",
+        named_before=True,
         absent=True,
         added=True,
     )
@@ -740,7 +750,9 @@ class FineTuning(Closed):
 class Recommended(Closed):
     """What the trained model recommends to sample with."""
 
-    batch_size: int | None = key("images computed at once", least=1, most=65_536, absent=True)
+    batch_size: int | None = key(
+        "images computed at once", least=1, most=65_536, absent=True, added=True
+    )
 
 
 @dataclass(kw_only=True)

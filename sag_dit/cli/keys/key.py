@@ -29,6 +29,7 @@ class Key(Bounds):
         added: it stands in no YAML file, and is recorded only if the user states it.
         later: of a key that is newer than some runs, the value that means what those runs did.
         unnamed: its value is left out of the first name of a run's folder.
+        named_before: it determined weights once, so that older runs are named after it too.
         keys: of an open mapping, the schema of the keys that have bounds of their own.
         asks: of an open mapping without ``_target_``, returns the paths of the classes or
             functions whose arguments it takes.
@@ -54,6 +55,7 @@ class Key(Bounds):
     added: bool = False
     later: Any = UNSET
     unnamed: bool = False
+    named_before: bool = False
     keys: type | None = None
     asks: Callable[[], Sequence[str]] = tuple
     around: str = ""
