@@ -94,7 +94,7 @@ class Text(Closed):
         "prompt of the null condition; empty: the model's own", text=True, blank=True
     )
     size: list[int] | None = key(
-        "[height, width] in pixels; null: the model's",
+        "[height, width] in pixels; null: that of ckpt",
         least=1,
         most=65_536,
         length=2,
@@ -144,7 +144,7 @@ class LoadsModel(Closed):
         published=True,
     )
     vae: str | Open | None = key(
-        "autoencoder: a folder or hub name, or a class by vae._target_; null: the model's own",
+        "autoencoder: a folder, file or hub name, or a class by vae._target_; null: that of ckpt",
         text=True,
         determines="model",
         published=True,
@@ -916,7 +916,7 @@ class Encode(Closed):
     )
     data: EncodeData = key("the images")
     vae: str | Open | None = key(
-        "autoencoder: a folder or hub name, or a class by vae._target_", text=True
+        "autoencoder: a folder, file or hub name, or a class by vae._target_", text=True
     )
     out: str | None = key("folder of the latents; null: outputs/latents/NAME-HASH", **OUT)
     flip: bool = key("true: encode mirror images as well")
