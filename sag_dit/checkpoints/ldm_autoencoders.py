@@ -33,17 +33,18 @@ NORM_GROUPS = 32
 def ldm_file(path: Path) -> Path | None:
     """Return the weights of an autoencoder that are a file, or the one file of a folder.
 
-    A folder with a config.json is one of diffusers' layout, and None is returned.
+    A folder with a config.json, or weights named by diffusers, is of its layout: None is returned.
 
     Raises:
         ValueError: a folder holds several files that it could be.
     """
     if path.is_file():
         return path
-    if not path.is_dir() or (path / "config.json").is_file():
+    names = [each.name for each in path.glob("*")]
+    if "config.json" in names or files.weights_name(names) is not None:
         return None
     found = sorted(
-        each for each in path.iterdir() if each.suffix in ENDINGS and each.name != STATISTICS_FILE
+        each for each in path.glob("*") if each.suffix in ENDINGS and each.name != STATISTICS_FILE
     )
     if len(found) > 1:
         raise ValueError(

@@ -18,7 +18,6 @@ from sag_dit.codec import Codec, IdentityCodec, VAECodec
 from sag_dit.denoiser import ClassConditional
 from sag_dit.models.family import WeightsFile, family_for, family_of
 from sag_dit.models.unet.adapter import CLASSIFIER_SOURCE, read_classifier
-from sag_dit.models.unfilled import unfilled
 from sag_dit.untrusted import TARGET, own_class
 
 if TYPE_CHECKING:
@@ -97,9 +96,7 @@ def filled(config: Mapping[str, Any], checkpoint: formats.Checkpoint) -> ClassCo
         ValueError: the config is of no network, or the weights do not fit it.
     """
     try:
-        # Without memory or initial values: the checkpoint has both.
-        with unfilled():
-            denoiser = build(config)
+        denoiser = build(config, to_fill=True)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
     source = family_for(denoiser.network).source

@@ -202,10 +202,10 @@ def adapt_model(config: Train, base: Model, data: StepData) -> tuple[Model, str]
     lora = lora_settings(config)
     if lora is None:
         return adapted.model, adaptation_report(base, adapted)
+    tables = family_for(network).label_tables(network)
     layers = add_adapters(network, lora, frozen)
     # New classes have no rows but those that are learned now.
-    table = family_for(network).label_table
-    if table in dict(network.named_parameters()):
+    for table in tables.keys() & dict(network.named_parameters()).keys():
         learned = table in adapted.remade and table not in frozen
         network.get_parameter(table).requires_grad_(learned)
     return replace(adapted.model, lora=lora.description), adaptation_report(base, adapted, layers)

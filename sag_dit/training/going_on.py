@@ -10,18 +10,19 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
 from sag_dit.checkpoints import averages, files, trainers
 from sag_dit.files import atomic
-from sag_dit.training.module import DiffusionModule
+from sag_dit.training.module import IMAGES, DiffusionModule, images_in_a_step
 from sag_dit.training.resume import FOLDER, step_checkpoint, steps_of
 
 SHOWN = 3
@@ -125,7 +126,10 @@ class Adopts(Callback):
         if self._weights:
             told, state = _adopted_weights(self._parent, module, self._where)
             yield from told
-            _link_snapshots(self._parent, self._out, averages.averages_in(state))
+            there, now = self._parent.state.get(IMAGES), images_in_a_step(trainer)
+            each = there / now if there and now else 1.0
+            yield from _counted_in(each, state)
+            _link_snapshots(self._parent, self._out, averages.averages_in(state), each)
         # The optimiser's state, under the options that it has now.
         configured = module.configure_optimizers()
         several = isinstance(configured, Mapping)
@@ -311,14 +315,41 @@ def _loops_at(trainer: Trainer, step: int, scheduled: bool) -> dict[str, Any]:
     return loops
 
 
-def _link_snapshots(parent: Parent, out: Path, kept: Mapping[float, str]) -> None:
-    """Give the new run the snapshots that its averages go on from, without a copy if it can."""
+def _counted_in(each: float, state: dict[str, Tensor]) -> Iterator[str]:
+    """Let power-function averages count the steps so far as so many of the new run's each.
+
+    Their time is that of images, as in Karras et al. 2024: a step of twice the images is two.
+    """
+    powers = {s: name for s, name in averages.averages_in(state).items() if s < averages.WIDEST}
+    for start in powers.values() if each != 1 else ():
+        updates = state[start + averages.UPDATES]
+        state[start + averages.UPDATES] = torch.full_like(updates, _scaled(int(updates), each))
+    if powers and each != 1:
+        yield f"averages over sigma_rel: a step so far counts as {each:g}, by its images"
+
+
+def _scaled(updates: int, each: float) -> int:
+    """Return a number of updates in others, at least one where there were any."""
+    return max(round(updates * each), min(updates, 1))
+
+
+def _link_snapshots(parent: Parent, out: Path, kept: Mapping[float, str], each: float) -> None:
+    """Give the new run the snapshots that its averages go on from, without a copy if it can.
+
+    Where a step counts as ``each`` of the new run's, they are written anew and say so.
+    """
     there = averages.snapshots_in(parent.folder / averages.FOLDER)
     for snapshot in there:
         if snapshot.taken.step > parent.step or snapshot.taken.sigma_rel not in kept:
             continue
         target = out / averages.FOLDER / snapshot.file.name
         target.parent.mkdir(parents=True, exist_ok=True)
+        if each != 1:
+            state, told = files.read_safetensors(snapshot.file)
+            taken = replace(snapshot.taken, updates=_scaled(snapshot.taken.updates, each))
+            with atomic(target) as temporary:
+                save_file(state, temporary, metadata=averages.snapshot_metadata(taken, told))
+            continue
         target.unlink(missing_ok=True)
         try:
             os.link(snapshot.file, target)

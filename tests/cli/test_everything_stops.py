@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tests.cli.test_going_on_stops import snapshots
 from tests.cli.test_own_networks import FILES, ROOT
@@ -98,22 +99,15 @@ def plugs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def state(out: Path) -> dict[str, torch.Tensor]:
+def state(out: Path, steps: int = STEPS) -> dict[str, torch.Tensor]:
     """All tensors of the last checkpoint and of the export, averages and optimiser included."""
     last = torch.load(checkpoints(out)[-1], weights_only=True)
-    assert last["global_step"] == STEPS
+    assert last["global_step"] == steps
     held = last["optimizer_states"][0]["state"]
     moments = {f"{i}.{n}": value for i, each in held.items() for n, value in each.items()}
     rates = [group["lr"] for group in last["optimizer_states"][0]["param_groups"]]
-    exported: dict[str, torch.Tensor] = load_exported(out)
+    exported = {f"exported.{n}": t for n, t in load_file(out / "model.safetensors").items()}
     return {**last["state_dict"], **moments, "rates": torch.tensor(rates), **exported}
-
-
-def load_exported(out: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    found = load_file(out / "model.safetensors")
-    return {f"exported.{name}": tensor for name, tensor in found.items()}
 
 
 def killed_at_random(out: Path, chance: random.Random, kills: int, begin: Callable[[], Any]) -> int:
@@ -154,3 +148,94 @@ def test_kills_of_a_run_of_many_plugs(plugs: Path, seed: int) -> None:
     assert snapshots(out) == snapshots(plugs / "whole")
     assert sorted({int(name.split("-")[1]) for name in snapshots(out)}) == [8, 16, 24, 32, STEPS]
     assert len(list((out / "checkpoints").glob("best-*"))) == 2
+
+
+KILLER = """
+import os
+import signal
+
+import torch
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+
+moment, save, restore = os.environ["KILLED"], torch.save, _CheckpointConnector.restore
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def saving(value, stream, *arguments, **options):
+    if moment == "before":
+        die()
+    save(value, stream, *arguments, **options)
+    if moment == "half":
+        stream.truncate(stream.tell() // 2)
+        stream.flush()
+    if moment in ("half", "unnamed"):
+        die()
+
+
+def restoring(*arguments, **options):
+    if moment == "named":
+        die()
+    return restore(*arguments, **options)
+
+
+torch.save = saving
+_CheckpointConnector.restore = restoring
+"""
+
+
+@pytest.mark.slow  # Each death is that of a process.
+def test_killed_while_it_takes_over_another_run(
+    plugs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, while and after the first checkpoint is written, one after the other."""
+    (plugs / "my_killer.py").write_text(KILLER)
+    finish(plugs / "parent", "max_steps=8", "schedule=constant", settings=SETTINGS)
+    changed = ("resume_from=parent", "optimizer.lr=5e-4", "data.batch_size=16", "max_steps=20")
+    finish(plugs / "whole", *changed, settings=SETTINGS)
+    for moment in ("before", "half", "unnamed", "named"):
+        monkeypatch.setenv("KILLED", moment)
+        process = start(plugs / "run", *changed, "imports=[my_killer]", settings=SETTINGS)
+        printed, _ = process.communicate(timeout=240)
+        assert process.returncode == -9, printed
+        assert bool(checkpoints(plugs / "run")) == (moment == "named")
+    printed = finish(plugs / "run", *changed, settings=SETTINGS)
+    assert "going on from step 8 of 20" in printed
+    assert_bit_equal(state(plugs / "run", 20), state(plugs / "whole", 20))
+    assert snapshots(plugs / "run") == snapshots(plugs / "whole")
+    names = [
+        [each.name for each in (plugs / n / "checkpoints").iterdir()] for n in ("run", "whole")
+    ]
+    assert sorted(names[0]) == sorted(names[1])
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_kills_of_a_run_that_goes_on_from_another(plugs: Path) -> None:
+    """At random moments of the first second after its folder was claimed, and later."""
+    finish(plugs / "parent", "max_steps=8", "schedule=constant", settings=SETTINGS)
+    changed = ("resume_from=parent", "optimizer.lr=5e-4", "data.batch_size=16")
+    finish(plugs / "whole", *changed, settings=SETTINGS)
+    chance, killed, runs = random.Random(5), 0, 0
+    while killed < 6:
+        out = plugs / f"run{runs}"
+        process = start(out, *changed, settings=SETTINGS)
+        if chance.random() < 0.6:
+            deadline = time.monotonic() + 60
+            while not (out / "config.yaml").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+        else:
+            seen = checkpoints(out)
+            wait_for_checkpoint(process, out, int(seen[-1].stem.split("-")[1]) if seen else 0)
+        time.sleep(chance.uniform(0, 1))
+        if process.poll() is None:
+            kill(process)
+            killed += 1
+        else:
+            process.communicate()
+            runs += 1
+    finish(out, *changed, settings=SETTINGS)
+    assert_bit_equal(state(out), state(plugs / "whole"))
+    assert snapshots(out) == snapshots(plugs / "whole")

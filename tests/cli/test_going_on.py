@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sag_dit.checkpoints import load
+from sag_dit.checkpoints.averages import exponent, snapshots_in
 from sag_dit.cli import train as train_command
 from sag_dit.cli.app import launch
 
@@ -99,6 +100,33 @@ def test_with_the_same_settings_it_is_as_if_the_run_had_never_ended(
     for ema in (0.9, 0.05, 0.15):
         states = [dict(load(o, ema=ema).denoiser.state_dict()) for o in ("child", "whole")]
         assert_same(*states)
+
+
+def test_a_power_functions_time_is_that_of_images(child: Command, parent: Path) -> None:
+    """With twice the images a step counts twice: EDM2's update, by batch and images so far."""
+    twice = ("data.batch_size=16", "trainer.accumulate_grad_batches=2", "optimizer.lr=0.01")
+    outcome = child(*twice, "every_n_steps.checkpoint=1", "max_steps=5", "out=child")
+    assert outcome.code == 0, outcome.err
+    assert "averages over sigma_rel: a step so far counts as 0.5, by its images" in outcome.out
+    before, after = (last("child", step)["state_dict"] for step in (4, 5))
+    for name, gamma in (("0_05", float(exponent(0.05))), ("0_1", float(exponent(0.1)))):
+        kept = (1 - 32 / (4 * 16 + 32)) ** (gamma + 1)
+        for key in [key for key in after if key.startswith(f"further.{name}.module.")]:
+            raw = after[key.replace(f"further.{name}.module.", "denoiser.")]
+            expected = kept * before[key].double() + (1 - kept) * raw.double()
+            torch.testing.assert_close(after[key].double(), expected, rtol=1e-5, atol=1e-7)
+        assert int(after[f"further.{name}.n_averaged"]) == 3
+    # A decay counts steps, and snapshots say what they mean in the new run; the parent's stay.
+    assert int(after["further.0_9.n_averaged"]) == int(after["averaged.n_averaged"]) == 5
+    said = {folder: snapshots_in(Path(folder, "averages")) for folder in ("child", str(parent))}
+    found = {folder: {each.taken.updates for each in held} for folder, held in said.items()}
+    assert found == {"child": {1, 2}, str(parent): {2, 4}}
+    states = [
+        load(Path(each, "checkpoints", "step-00000004.ckpt"), ema=0.1).denoiser.state_dict()
+        for each in ("child", parent)
+    ]
+    assert_same(*map(dict, states))
+    assert load("child", ema=0.07).denoiser is not None
 
 
 def test_what_differs_is_told_and_recorded_and_the_parent_is_needed_no_more(

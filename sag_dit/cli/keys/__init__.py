@@ -94,7 +94,7 @@ class Text(Closed):
         "prompt of the null condition; empty: the model's own", text=True, blank=True
     )
     size: list[int] | None = key(
-        "[height, width] in pixels; null: that of ckpt",
+        "[height, width] in pixels; null: the model's",
         least=1,
         most=65_536,
         length=2,
