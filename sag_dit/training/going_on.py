@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from sag_dit.checkpoints import averages, files, trainers
 from sag_dit.files import atomic
 from sag_dit.training.module import IMAGES, DiffusionModule, images_in_a_step
+from sag_dit.training.optimizers import names_of_state
 from sag_dit.training.resume import FOLDER, step_checkpoint, steps_of
 
 SHOWN = 3
@@ -84,8 +85,9 @@ class Adopts(Callback):
     """Writes a parent's checkpoint as the first one of a new run; rank 0 does, the others wait.
 
     ``step`` is where the new run begins. With ``weights`` the parent's weights and averages are
-    taken, else they are the module's own. With ``optimizer`` its state is taken; ``past`` are the
-    steps that the schedule of the learning rate takes to be over.
+    taken, else they are the module's own. With ``optimizer`` its state is taken, but for parameters
+    of the network that are in ``anew``; ``past`` are the steps that the schedule of the learning
+    rate takes to be over.
 
     Raises:
         ValueError: the parent is of another network, or its optimiser's state does not fit.
@@ -106,8 +108,10 @@ class Adopts(Callback):
         past: int,
         weights: bool = True,
         optimizer: bool = True,
+        anew: Collection[str] = (),
         where: str = "resume_from",
     ) -> None:
+        self._anew = {f"denoiser.network.{name}" for name in anew}
         self._parent, self._out, self.step, self._past = parent, out, step, past
         self._weights, self._optimizer, self._where = weights, optimizer, where
         self.file = step_checkpoint(out, step)
@@ -141,7 +145,7 @@ class Adopts(Callback):
                 for _ in range(self._past):
                     schedule.step()
         held, told_of = _adopted_optimizer(
-            self._parent, module, optimizer, self._where, take=self._optimizer
+            self._parent, module, optimizer, self._where, take=self._optimizer, anew=self._anew
         )
         yield told_of
         # As Lightning would have saved it.
@@ -227,11 +231,18 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _adopted_optimizer(
-    parent: Parent, module: DiffusionModule, optimizer: Optimizer, where: str, *, take: bool
+    parent: Parent,
+    module: DiffusionModule,
+    optimizer: Optimizer,
+    where: str,
+    *,
+    take: bool,
+    anew: Collection[str],
 ) -> tuple[dict[str, Any], str]:
     """Return an optimiser's state with the parent's moments, by the parameters' names, and a line.
 
-    The options, such as the rate, are the optimiser's own.
+    The options, such as the rate, are the optimiser's own. A parameter of which it keeps other
+    things than the parent's did, as Muon and AdamW do, begins anew.
 
     Raises:
         ValueError: the parent's is of another optimiser, or of none of the parameters.
@@ -261,22 +272,47 @@ def _adopted_optimizer(
     pairs = dict(zip(map(files.without_wrappers, known), indices, strict=False))
     tensors = parent.state.get("state_dict", {})
     before = {files.without_wrappers(name): value.shape for name, value in tensors.items()}
-    moments = {}
+    moments, kept, lacks = {}, _kept_of(module, names), set[str]()
     for name in trained:
         plain = files.without_wrappers(name)
         state = there["state"].get(pairs.get(plain))
-        if state is not None and before.get(plain) == shapes[name]:
+        if state is None or before.get(plain) != shapes[name] or plain in anew:
+            continue
+        if kept[name] <= state.keys():
             moments[name] = state
+        else:
+            lacks |= kept[name] - state.keys()
+    if lacks and not moments:
+        raise ValueError(
+            f"{where}: the optimiser's state in {parent.checkpoint} lacks "
+            f"{', '.join(sorted(lacks))}, which {type(optimizer).__name__} keeps with these "
+            f"settings; expected the same settings, or that it begins anew: {_anew(where)}"
+        )
     unfit = recorded is None and known is trained and len(known) != len(indices)
     if unfit or not moments:
         raise ValueError(
             f"{where}: the optimiser's state in {parent.checkpoint} is of other parameters "
             f"({len(indices)}, here {len(trained)}); expected that it begins anew: {_anew(where)}"
         )
-    anew = len(trained) - len(moments)
-    rest = f", {anew} begin anew" if anew else ""
+    fresh = len(trained) - len(moments)
+    rest = f", {fresh} begin anew" if fresh else ""
     told = f"optimiser: the state of {len(moments)} parameters taken over{rest}"
     return {"state": moments, "param_groups": groups}, told
+
+
+def _kept_of(module: DiffusionModule, names: Mapping[int, str]) -> dict[str, set[str]]:
+    """Return what the optimiser keeps of each parameter, nothing where it cannot tell."""
+    make = module._make_optimizer
+    assert make is not None  # Its optimiser was made.
+    known: dict[tuple[int, int], set[str]] = {}
+    found = {}
+    for place, (settings, members) in enumerate(module.groups()):
+        for each in members:
+            like = (place, each.parameter.ndim)
+            if like not in known:
+                known[like] = names_of_state(make, settings, each.parameter.ndim) or set()
+            found[names[id(each.parameter)]] = known[like]
+    return found
 
 
 def _anew(where: str) -> str:

@@ -259,6 +259,22 @@ def check_sharded(
         ) from error
 
 
+def names_of_state(
+    make: MakeOptimizer, settings: Mapping[str, Any], dimensions: int
+) -> set[str] | None:
+    """Return what an optimiser keeps of a parameter, None where a step cannot tell."""
+    parameter = Parameter(torch.zeros((2,) * dimensions))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        optimizer = make([{"params": [parameter], **settings}])
+        if averages_itself(optimizer):
+            optimizer.train()  # type: ignore[attr-defined]
+        optimizer.step()
+        return set(optimizer.state[parameter])
+    except Exception:  # Whatever an optimiser needs a device or larger tensors for.
+        return None
+
+
 def averages_itself(optimizer: Optimizer) -> bool:
     """Whether an optimiser keeps the average that is to be used, as the schedule-free ones do.
 

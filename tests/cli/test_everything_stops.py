@@ -155,9 +155,8 @@ import os
 import signal
 
 import torch
-from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
-moment, save, restore = os.environ["KILLED"], torch.save, _CheckpointConnector.restore
+moment, save, replace = os.environ["KILLED"], torch.save, os.replace
 
 
 def die():
@@ -175,14 +174,13 @@ def saving(value, stream, *arguments, **options):
         die()
 
 
-def restoring(*arguments, **options):
-    if moment == "named":
+def replacing(old, new):
+    replace(old, new)
+    if moment == "named" and str(new).endswith(".ckpt"):
         die()
-    return restore(*arguments, **options)
 
 
-torch.save = saving
-_CheckpointConnector.restore = restoring
+torch.save, os.replace = saving, replacing
 """
 
 

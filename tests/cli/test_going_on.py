@@ -295,5 +295,40 @@ def test_fine_tuning_can_keep_the_optimisers_state(in_process: Command, parent: 
     assert steps == {1.0, 5.0} and {float(s["step"]) for s in before["state"].values()} == {4.0}
     assert len(last("tuned", 1)["optimizer_parameters"]) == 31
     assert in_process("train", *tune, "data.classes=[3,4]", "optimizer.lr=0", "out=tuned").code == 0
+    # Moments of rows that are other classes' now would be another class's.
+    turned = in_process("train", *tune, "data.classes=[9,8,7,6,5,4,3,2,1,0]", "out=turned")
+    assert "the state of 30 parameters taken over, 1 begin anew" in turned.out, turned.err
     refused = in_process("train", *TUNE, "ckpt=digits", "finetune.optimizer=true")
     assert refused.code == 1 and "finetune.optimizer=true: " in refused.err
+
+
+def test_what_another_kind_of_step_keeps_is_not_taken_over(
+    train: Command, in_process: Command
+) -> None:
+    """Of a matrix Muon keeps a momentum, AdamW two moments; and amsgrad a third."""
+    muon = ("optimizer=muon", "logger=none")
+    assert train(*muon, "max_steps=2", "out=muon").code == 0
+    rule = "param_groups=[{match: 'blocks.0.*', use_muon: false}]"
+    on = ("resume_from=muon", "max_steps=3", "every_n_steps.checkpoint=1")
+    done = train(*muon, *on, rule, "out=mixed")
+    assert done.code == 0, done.err
+    matrices = 5 if "blocks.0.adaLN_modulation" in str(last("muon", 2)["state_dict"].keys()) else 4
+    assert f"the state of {31 - matrices} parameters taken over, {matrices} begin anew" in done.out
+    held = last("mixed", 3)
+    states = held["optimizer_states"][0]["state"]
+    names = held["optimizer_parameters"]
+    kept = {name: set(states[index]) for index, name in enumerate(names)}
+    assert kept["denoiser.network.blocks.0.attn.qkv.weight"] == {"step", "exp_avg", "exp_avg_sq"}
+    assert kept["denoiser.network.blocks.1.attn.qkv.weight"] == {"momentum_buffer"}
+    assert train("max_steps=2", "out=adamw").code == 0
+    again = ("resume_from=adamw", "max_steps=3", "+optimizer.amsgrad=true", "out=amsgrad")
+    refused = train(*again)
+    assert refused.code == 1 and "lacks max_exp_avg_sq, which AdamW keeps" in refused.err
+    assert train(*again, "resume_optimizer=false", "out=anew").code == 0
+    # Fine-tuning keeps what fits, and names the remedy where the optimiser is another one.
+    tune = ("train", *TUNE, "ckpt=muon", "finetune.weights=raw", "finetune.optimizer=true")
+    tuned = in_process(*tune, "optimizer=muon", "out=tuned")
+    assert "optimiser: the state of 31 parameters taken over" in tuned.out, tuned.err
+    other = in_process(*tune, "out=other")
+    assert other.code == 1 and "is of another optimiser than AdamW" in other.err
+    assert "finetune.optimizer=false" in other.err
