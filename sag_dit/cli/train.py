@@ -20,6 +20,7 @@ from sag_dit.cli.run_identity import (
     go_on_as_begun,
     identity,
     note_changes,
+    release,
     run_folder,
     told_differences,
 )
@@ -598,7 +599,13 @@ def run_train(config: Train) -> None:
         if told and trainer.is_global_zero:
             print(told)
         if not finished:
-            go_on_training(config, trainer, module, data, checkpoint, step)
+            try:
+                go_on_training(config, trainer, module, data, checkpoint, step)
+            except ValueError:
+                # What could not be taken over leaves the folder to other settings.
+                if parent is not None and trainer.is_global_zero and not steps_of(out / FOLDER):
+                    release(out)
+                raise
     if trainer.is_global_zero:
         print(f"run: {out.resolve()}")
 

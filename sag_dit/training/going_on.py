@@ -125,15 +125,14 @@ class Adopts(Callback):
 
     def _adopt(self, trainer: Trainer, module: DiffusionModule) -> Iterator[str]:
         """Write the checkpoint and yield what was taken over, in words."""
-        # Weights and averages; of power-function averages also their snapshots.
-        state: Mapping[str, Tensor] = module.state_dict()
+        # Weights and averages.
+        state, each = dict(module.state_dict()), 1.0
         if self._weights:
             told, state = _adopted_weights(self._parent, module, self._where)
             yield from told
             there, now = self._parent.state.get(IMAGES), images_in_a_step(trainer)
             each = there / now if there and now else 1.0
             yield from _counted_in(each, state)
-            _link_snapshots(self._parent, self._out, averages.averages_in(state), each)
         # The optimiser's state, under the options that it has now.
         configured = module.configure_optimizers()
         several = isinstance(configured, Mapping)
@@ -148,7 +147,9 @@ class Adopts(Callback):
             self._parent, module, optimizer, self._where, take=self._optimizer, anew=self._anew
         )
         yield told_of
-        # As Lightning would have saved it.
+        # Nothing is refused any more: snapshots of its averages, then what Lightning would save.
+        if self._weights:
+            _link_snapshots(self._parent, self._out, averages.averages_in(state), each)
         checkpoint = {
             "epoch": 0,
             "global_step": self.step,

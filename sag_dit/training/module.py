@@ -33,6 +33,7 @@ from sag_dit.training.objective import MSE, Losses, Objective
 from sag_dit.training.optimizers import (
     MakeOptimizer,
     averages_itself,
+    begin,
     check_alone,
     check_sharded,
     copy_averages,
@@ -270,7 +271,7 @@ class DiffusionModule(LightningModule):
             check_sharded(self._make_optimizer, [settings for settings, _ in groups], mesh)
         optimizer = self._make_optimizer(parameters_of(groups))
         if self._averages_itself:
-            optimizer.train()  # type: ignore[attr-defined]
+            begin(optimizer)
         # Gradients are looked at and clipped before the step: they are unscaled then, not in a
         # fused step, which Lightning would leave it to.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
