@@ -256,7 +256,8 @@ def _adopted_optimizer(
     ]
     trained = [name for group in groups for name in group["params"]]
     if not take:
-        return {"state": {}, "param_groups": groups}, "optimiser: begins anew"
+        none: dict[str, Any] = {name: {} for name in trained}
+        return {"state": none, "param_groups": groups}, "optimiser: begins anew"
     there = _optimizer_there(parent)
     if there is None or _options(there["param_groups"]) != _options(groups):
         raise ValueError(
@@ -298,7 +299,9 @@ def _adopted_optimizer(
     fresh = len(trained) - len(moments)
     rest = f", {fresh} begin anew" if fresh else ""
     told = f"optimiser: the state of {len(moments)} parameters taken over{rest}"
-    return {"state": moments, "param_groups": groups}, told
+    # Of all parameters, since sharded ones are not loaded from less.
+    state = {name: moments.get(name, {}) for name in trained}
+    return {"state": state, "param_groups": groups}, told
 
 
 def _kept_of(module: DiffusionModule, names: Mapping[int, str]) -> dict[str, set[str]]:
