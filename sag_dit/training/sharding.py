@@ -38,6 +38,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         Where one is not in pieces, torch leaves those as after a step that never was.
         """
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        assert self.model is not None
         for optimizer, held in zip(
             self.optimizers, checkpoint.get("optimizer_states", ()), strict=False
         ):
