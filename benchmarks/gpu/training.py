@@ -30,7 +30,7 @@ def ours(
     trainer = our_trainer(scale.training_rounds, "bf16-mixed")
     trainer.fit(module, DataLoader(turns, batch_size=None))
     memory = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else float("nan")
-    return statistics.median(turns.ours), batch * training_flops(module.model), memory
+    return statistics.median(turns.ours), batch * (training_flops(module.model) or 0), memory
 
 
 def theirs(

@@ -87,8 +87,11 @@ def describe(denoiser: ClassConditional) -> dict[str, Any]:
     }
 
 
-def build(config: Mapping[str, Any]) -> ClassConditional:
+def build(config: Mapping[str, Any], *, to_fill: bool = False) -> ClassConditional:
     """Build the denoiser that a config describes, with fresh weights.
+
+    With ``to_fill`` it is to be given others: its own are perhaps without memory, and no random
+    number is drawn.
 
     Raises:
         ValueError: a key is missing or unknown, or a value is impossible.
@@ -105,8 +108,10 @@ def build(config: Mapping[str, Any]) -> ClassConditional:
         raise ValueError(f"kind={config['kind']!r}: expected one of {get_args(OutputKind)}")
     check_keys("the config's model", config["model"], required=())
     found = checked(config, _Config, "the config", open=True)
+    family = family_of(config["model"])
+    made = family.build_to_fill if to_fill else family.build
     return ClassConditional(
-        family_of(config["model"]).build(config["model"]),
+        made(config["model"]),
         build_process(config["process"]),
         kind=found.kind,
         x_0_range=found.x_0_range,

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from sag_dit.bounds import checked
 from sag_dit.checkpoints import files, formats, zoo
 from sag_dit.checkpoints.config import Defaults, build, build_process
+from sag_dit.checkpoints.ldm_autoencoders import ldm_file, read_ldm_autoencoder
 from sag_dit.checkpoints.model import Model, from_denoiser
 from sag_dit.codec import Codec, IdentityCodec, VAECodec
 from sag_dit.denoiser import ClassConditional
 from sag_dit.models.family import WeightsFile, family_for, family_of
 from sag_dit.models.unet.adapter import CLASSIFIER_SOURCE, read_classifier
-from sag_dit.models.unfilled import unfilled
 from sag_dit.untrusted import TARGET, own_class
 
 if TYPE_CHECKING:
@@ -96,9 +96,7 @@ def filled(config: Mapping[str, Any], checkpoint: formats.Checkpoint) -> ClassCo
         ValueError: the config is of no network, or the weights do not fit it.
     """
     try:
-        # Without memory or initial values: the checkpoint has both.
-        with unfilled():
-            denoiser = build(config)
+        denoiser = build(config, to_fill=True)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
     source = family_for(denoiser.network).source
@@ -179,9 +177,9 @@ def autoencoder_named(vae: str | Path | Mapping[str, Any]) -> str | dict[str, An
 
 
 def find_codec(vae: Autoencoder | None, slice_size: int = 1) -> Codec:
-    """Find an autoencoder without reading its weights; none means pixels.
+    """Find an autoencoder; none means pixels.
 
-    ``slice_size`` images are coded at once.
+    The weights of diffusers' layout are read at first use. ``slice_size`` images are coded at once.
 
     Raises:
         ValueError: it is not found or incomplete, or a class that is not imported.
@@ -191,6 +189,9 @@ def find_codec(vae: Autoencoder | None, slice_size: int = 1) -> Codec:
     if isinstance(vae, Mapping):
         return VAECodec(own_autoencoder(vae), slice_size)
     folder = zoo.locate_vae(vae)
+    file = ldm_file(folder)
+    if file is not None:
+        return VAECodec(read_ldm_autoencoder(file), slice_size, sha256=files.sha256((file,)))
     weights = files.weights_files(folder)
     if not weights:
         raise ValueError(
@@ -216,7 +217,7 @@ def own_autoencoder(vae: Mapping[str, Any]) -> nn.Module:
 
 
 def choose_codec(config: Mapping[str, Any], vae: Autoencoder | None) -> Codec:
-    """Find a model's autoencoder and check that it fits, without reading its weights.
+    """Find a model's autoencoder and check that it fits.
 
     Raises:
         ValueError: it is not found, incomplete, or has another number of channels.

@@ -21,6 +21,7 @@ from sag_dit.cli.run_identity import (
     go_on_as_begun,
     identity,
     note_changes,
+    release,
     run_folder,
     told_differences,
 )
@@ -181,8 +182,10 @@ def lora_settings(config: Train) -> LoRA | None:
     return None if config.lora is None or config.lora.rank is None else LoRA(**to_dict(config.lora))
 
 
-def adapt_model(config: Train, base: Model, data: StepData) -> tuple[Model, str]:
+def adapt_model(config: Train, base: Model, data: StepData) -> tuple[Model, str, Collection[str]]:
     """Make a loaded model fit the data, and return it with the report of what was done.
+
+    The names are those of parameters that were made anew.
 
     Raises:
         ValueError: the data does not fit, or a pattern to freeze or to adapt matches nothing.
@@ -202,14 +205,15 @@ def adapt_model(config: Train, base: Model, data: StepData) -> tuple[Model, str]
     frozen = freeze(network, config.freeze or ())
     lora = lora_settings(config)
     if lora is None:
-        return adapted.model, adaptation_report(base, adapted)
+        return adapted.model, adaptation_report(base, adapted), adapted.remade
+    tables = family_for(network).label_tables(network)
     layers = add_adapters(network, lora, frozen)
     # New classes have no rows but those that are learned now.
-    table = family_for(network).label_table
-    if table in dict(network.named_parameters()):
+    for table in tables.keys() & dict(network.named_parameters()).keys():
         learned = table in adapted.remade and table not in frozen
         network.get_parameter(table).requires_grad_(learned)
-    return replace(adapted.model, lora=lora.description), adaptation_report(base, adapted, layers)
+    report = adaptation_report(base, adapted, layers)
+    return replace(adapted.model, lora=lora.description), report, adapted.remade
 
 
 def make_optimizer(config: Train) -> MakeOptimizer:
@@ -327,13 +331,16 @@ def parent_of(config: Train) -> Parent | None:
     return parent
 
 
-def adopting(config: Train, parent: Parent, out: Path) -> Adopts:
-    """Return what writes the first checkpoint of a run that takes over another one's state."""
+def adopting(config: Train, parent: Parent, out: Path, anew: Collection[str]) -> Adopts:
+    """Return what writes the first checkpoint of a run that takes over another one's state.
+
+    Parameters ``anew`` of the network have no state to take over.
+    """
     from sag_dit.training.going_on import Adopts
 
     if config.resume_from is None:
         where = "finetune.optimizer=true"
-        return Adopts(parent, out, step=0, past=0, weights=False, where=where)
+        return Adopts(parent, out, step=0, past=0, weights=False, anew=anew, where=where)
     return Adopts(
         parent,
         out,
@@ -611,10 +618,11 @@ def run_train(config: Train) -> None:
     torch.manual_seed(config.seed)
     data: StepData = make_around(config.data, "data", keys_of(Train)["data"][1].around)
     told = ""
+    anew: Collection[str] = ()
     if base is None:
         model = make_model(config, data)
     else:
-        model, told = adapt_model(config, base, data)
+        model, told, anew = adapt_model(config, base, data)
     data.check(model)
     module = make_module(config, model)
     check_objective(module.objective, data, config)
@@ -648,7 +656,7 @@ def run_train(config: Train) -> None:
         if checkpoint is None:  # Also where none of those that there are can be read.
             parent = parent or parent_of(config)
         if parent is not None:
-            adopts = adopting(config, parent, out)
+            adopts = adopting(config, parent, out, anew)
             trainer.callbacks.insert(0, adopts)  # type: ignore[attr-defined]
             checkpoint, step = adopts.file, adopts.step
         finished = step >= config.max_steps and exported_step(out) == step
@@ -670,7 +678,13 @@ def run_train(config: Train) -> None:
         if told and trainer.is_global_zero:
             print(told)
         if not finished:
-            go_on_training(config, trainer, module, data, checkpoint, step)
+            try:
+                go_on_training(config, trainer, module, data, checkpoint, step)
+            except ValueError:
+                # What could not be taken over leaves the folder to other settings.
+                if parent is not None and trainer.is_global_zero and not steps_of(out / FOLDER):
+                    release(out)
+                raise
     if trainer.is_global_zero:
         print(f"run: {out.resolve()}")
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sag_dit.bounds import fit, parts, wanted
 from sag_dit.identity import plain
 from sag_dit.models.network import Network
+from sag_dit.models.unfilled import unfilled
 from sag_dit.process import Process
 from sag_dit.untrusted import TARGET, own_class
 
@@ -172,6 +173,8 @@ class Family(ABC):
             DiT and UNet do, which are older than the word.
         label_table: the parameter with a row for each class, empty if it is not fine-tuned.
         fixed: parameters that are never trained.
+        weights_alone: whether weights are all that its network holds, so that it can be built
+            without memory to be given them. One that computes tensors of its own cannot.
 
     Example:
         >>> from sag_dit.models.dit.network import DiT
@@ -194,6 +197,7 @@ class Family(ABC):
     told_by: ClassVar[str] = ""
     label_table: ClassVar[str] = ""
     fixed: ClassVar[tuple[str, ...]] = ()
+    weights_alone: ClassVar[bool] = False
 
     @abstractmethod
     def network(self) -> type[Any]:
@@ -228,6 +232,18 @@ class Family(ABC):
         check_keys("the config's model", arguments, self.required(), self._known())
         network: Network = self.network()(**checked_arguments(self.network(), arguments))
         return network
+
+    def build_to_fill(self, model: Mapping[str, Any]) -> Network:
+        """Build the network of a config's ``model`` to be given its weights: no random number.
+
+        Raises:
+            ValueError: as :meth:`build`.
+        """
+        if self.weights_alone:
+            with unfilled():
+                return self.build(model)
+        with torch.random.fork_rng(devices=[]):
+            return self.build(model)
 
     def _parameters(self) -> dict[str, inspect.Parameter]:
         _, *parameters = inspect.signature(self.network().__init__).parameters.items()
@@ -281,6 +297,15 @@ class Family(ABC):
         raise NotImplementedError
 
     # --- fine-tuning -----------------------------------------------------------------------------
+
+    @property
+    def tunable(self) -> bool:
+        """Whether it can be fine-tuned."""
+        return bool(self.label_table)
+
+    def label_tables(self, network: Network) -> Mapping[str, int]:
+        """Return what of a network grows with its classes: names, and the dimension of classes."""
+        return {self.label_table: 0} if self.label_table in network.state_dict() else {}
 
     def resized(self, model: Mapping[str, Any], side: int, classes: int) -> dict[str, Any]:
         """Return a config's ``model`` for inputs of another side and another number of classes."""
@@ -360,7 +385,7 @@ class _Own(Family):
     def build(self, model: Mapping[str, Any]) -> Network:
         try:
             network = super().build(model)
-        except TypeError as error:
+        except (TypeError, RuntimeError) as error:
             raise ValueError(
                 f"model.{TARGET}={_path(self.of)}: cannot be built ({error})"
             ) from error
@@ -386,6 +411,87 @@ class _Own(Family):
         self, state: State, path: Path, stated: Mapping[str, Any], num_heads: int | None
     ) -> dict[str, Any]:
         return {**stated, **({} if num_heads is None else {"num_heads": num_heads})}
+
+    @property
+    def tunable(self) -> bool:
+        return True
+
+    def _takes(self, argument: str) -> bool:
+        known = self._known()
+        return known is None or argument in known
+
+    def label_tables(self, network: Network) -> Mapping[str, int]:
+        """Return what would be one larger, in one dimension, were there one class more."""
+        if not (network.num_classes and self._takes("num_classes")):
+            return {}
+        more = {**self.arguments(network), "num_classes": network.num_classes + 1}
+        there, tables = self.build_to_fill(more).state_dict(), {}
+        for name, each in network.state_dict().items():
+            larger = there[name].shape if name in there else each.shape
+            grown = [after - before for before, after in zip(each.shape, larger, strict=True)]
+            if each.is_floating_point() and sorted(grown, reverse=True)[:2] in ([1], [1, 0]):
+                tables[name] = grown.index(1)
+        return tables
+
+    def resized(self, model: Mapping[str, Any], side: int, classes: int) -> dict[str, Any]:
+        parameters = self._parameters()
+        default = parameters["num_classes"].default if "num_classes" in parameters else None
+        sizes = {"input_size": side}
+        # One without classes stays so.
+        if model.get("num_classes", default) != 0:
+            sizes["num_classes"] = classes
+        return {**model, **{name: each for name, each in sizes.items() if self._takes(name)}}
+
+    def refit(
+        self, before: Network, after: Network, names: Sequence[str], now: Sequence[str]
+    ) -> Refitted:
+        """Give new classes their rows; what is not trained is as the constructor computes it.
+
+        Raises:
+            ValueError: the classes are others and no table of labels grows with them, or a
+                parameter that is trained has another shape at the other resolution.
+        """
+        # Its classes: the same, or those of a table that grows.
+        tables = {} if tuple(names) == tuple(now) else self.label_tables(before)
+        if tuple(names) != tuple(now) and not tables and (before.num_classes or len(now) > 1):
+            why = (
+                f"nothing in {self.title} grows with its argument num_classes"
+                if before.num_classes and self._takes("num_classes")
+                else f"{self.title} has no argument num_classes"
+                if before.num_classes
+                else f"{self.title} was trained without classes"
+            )
+            raise ValueError(
+                f"model.{TARGET}={_path(self.of)}: {why}, so that it cannot learn others than "
+                f"{', '.join(names[:5])}{', ...' * (len(names) > 5)}: expected data of these "
+                f"classes, or a network with a row for each class, as nn.Embedding has them"
+            )
+        # Its weights: kept, relabelled, or computed for the other grid.
+        old, fresh = before.state_dict(), after.state_dict()
+        trained = {name for name, each in after.named_parameters() if each.requires_grad}
+        state, kept, remade = {}, tuple(now), {}
+        for name, each in fresh.items():
+            found = old.get(name)
+            if name in tables and found is not None:
+                turned, kept = relabelled(found.movedim(tables[name], 0), names, now)
+                state[name] = turned.movedim(0, tables[name]).contiguous()
+                remade[name] = f"{name}, a label table of {len(names)} classes: now {len(now)}"
+                found = state[name]
+            elif name not in trained and (found is None or found.shape != each.shape):
+                found, remade[name] = each, f"{name}: computed for {_sides(after)}"
+            if found is None or found.shape != each.shape:
+                raise ValueError(
+                    f"resolution: {name} of {self.title} is trained, and is "
+                    f"{'missing' if found is None else tuple(found.shape)} at {_sides(before)} and "
+                    f"{tuple(each.shape)} at {_sides(after)}: expected the checkpoint's "
+                    f"resolution, or a network whose trained parameters do not depend on it"
+                )
+            state[name] = found
+        return Refitted(state, kept, remade)
+
+
+def _sides(network: Network) -> str:
+    return " x ".join(map(str, network.input_size))
 
 
 def _path(network: type[Any]) -> str:

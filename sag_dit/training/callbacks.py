@@ -20,7 +20,7 @@ from sag_dit.checkpoints import Model, build
 from sag_dit.evaluation.suite import Suite, metric_kind
 from sag_dit.files import atomic
 from sag_dit.guidance import Term
-from sag_dit.models.unfilled import unfilled
+from sag_dit.models import family_for
 from sag_dit.sampling import Request, Settings, draw_batch, drawn, labels_of
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.peaks import peak_flops
@@ -35,22 +35,33 @@ BINS = 4
 """The loss is logged for this many equal parts of the process, 0 being the least noise."""
 
 
-def training_flops(model: Model) -> int:
-    """Return the floating-point operations of training on one image: three forwards."""
-    return 3 * forward_flops(model)
+def training_flops(model: Model) -> int | None:
+    """Return the floating-point operations of training on one image: three forwards.
+
+    None where they cannot be counted.
+    """
+    flops = forward_flops(model)
+    return None if flops is None else 3 * flops
 
 
-def forward_flops(model: Model) -> int:
+def forward_flops(model: Model) -> int | None:
     """Return the floating-point operations of one image's pass through the network.
 
-    Counted, on a copy of the network without memory.
+    Counted on a copy of the network, without memory where that can be. None where a network of
+    one's own does not compute on a CPU.
     """
-    with unfilled():
-        denoiser = build(model.description)
-        x = torch.empty(1, *denoiser.latent_shape)
-        label, t = torch.zeros(1, dtype=torch.long), torch.zeros(1)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            denoiser.evaluate(x, t, label)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        denoiser = build(model.description, to_fill=True).eval()
+        with torch.device(denoiser.device):
+            x = torch.empty(1, *denoiser.latent_shape)
+            label, t = torch.zeros(1, dtype=torch.long), torch.zeros(1)
+        try:
+            with FlopCounterMode(display=False) as counter:
+                denoiser.evaluate(x, t, label)
+        except Exception:  # Whatever it needs a device for.
+            if family_for(denoiser.network).weights_alone:
+                raise
+            return None
     return int(counter.get_total_flops())
 
 
@@ -77,14 +88,14 @@ class Speed(Callback):
         self._every = every_n_steps
         self._images = 0
         self._since = self._paused = self._drawn = 0.0
-        self._flops = 0
+        self._flops: int | None = None
         self._peak: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count operations and look the peak up."""
-        if isinstance(pl_module, DiffusionModule):
-            self._flops = training_flops(pl_module.model)
         self._peak = peak_flops(pl_module.device, str(trainer.precision))
+        if self._peak and isinstance(pl_module, DiffusionModule):
+            self._flops = training_flops(pl_module.model)
         self._begin(pl_module)
 
     def _begin(self, module: LightningModule) -> None:
@@ -101,7 +112,7 @@ class Speed(Callback):
         drawing = getattr(pl_module, "seconds_drawing", 0.0) - self._drawn
         rate = self._images / (time.perf_counter() - self._since - drawing)
         pl_module.log("images/s", rate)
-        if self._peak:
+        if self._peak and self._flops is not None:
             pl_module.log("mfu", rate * self._flops / (self._peak * trainer.world_size))
         held = most_memory(pl_module.device)
         if held is not None:

@@ -16,10 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from sag_dit.checkpoints import Model, build, from_denoiser
+from sag_dit.checkpoints import Model, from_denoiser
 from sag_dit.denoiser import ClassConditional
 from sag_dit.models import families, family_for
-from sag_dit.models.unfilled import unfilled
 from sag_dit.training.objective import MSE, FlowMatching, Hybrid, Objective
 
 SHOWN = 5
@@ -75,8 +74,8 @@ def adapt(base: Model, name: str, class_names: Sequence[str], resolution: int) -
     # What cannot be fine-tuned is refused before anything is built.
     before, names = base.class_conditional, tuple(class_names)
     family = family_for(before.network)
-    if not family.label_table:
-        tunable = (each.noun for each in families().values() if each.label_table)
+    if not family.tunable:
+        tunable = (each.noun for each in families().values() if each.tunable)
         raise ValueError(
             f"ckpt={base.name}: {family.noun}, which can be trained from the start but not "
             f"fine-tuned; expected {' or '.join(tunable)}"
@@ -89,16 +88,19 @@ def adapt(base: Model, name: str, class_names: Sequence[str], resolution: int) -
             f"resolution={resolution}: expected a multiple of {cell}, the autoencoder's factor "
             f"{base.codec.factor} times the checkpoint's patch size {before.network.patch_size}"
         )
-    # The same config but for size and classes, built without memory: its weights are the others'.
-    description = base.description
+    # The same network but for size and classes, whose weights are going to be the others'.
     side = resolution // base.codec.factor
-    description["model"] = family.resized(description["model"], side, len(names))
-    description["class_names"] = list(names)
-    with unfilled():
-        denoiser = build(description)
+    network = family.build_to_fill(family.resized(base.description["model"], side, len(names)))
+    if tuple(network.input_size) != (side, side):
+        raise ValueError(
+            f"resolution={resolution}: {family.title} has no argument input_size, and its x_t "
+            f"stays {network.input_size[0]} x {network.input_size[1]}: expected "
+            f"{resolution_of(base)}"
+        )
     # All weights are kept but for what the family fits to other classes and another grid.
-    refitted = family.refit(before.network, denoiser.network, before.class_names, names)
-    denoiser.network.load_state_dict(refitted.state, assign=True)
+    refitted = family.refit(before.network, network, before.class_names, names)
+    network.load_state_dict(refitted.state, assign=True)
+    denoiser = ClassConditional(network, before.process, before.kind, before.x_0_range, names)
     model = from_denoiser(
         denoiser.eval(), name, codec=base.codec, defaults=base.defaults, vae=base.vae
     )
@@ -173,7 +175,8 @@ def adaptation_report(base: Model, adapted: Adapted, adapters: Sequence[str] = (
         f"  classes  {len(adapted.kept)} known{_in_brackets(adapted.kept)}, "
         f"{len(adapted.new)} new{_in_brackets(adapted.new)}",
         f"  frozen   {count(frozen)} parameters in {len(frozen)} tensors{_in_brackets(frozen)}",
-        f"  trained  {count(trained)} of {count(parameters)} parameters; positions never are",
+        f"  trained  {count(trained)} of {count(parameters)} parameters"
+        f"{'; positions never are' * bool(fixed)}",
     ]
     if adapters:
         kinds = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in adapters)

@@ -9,19 +9,21 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
 from sag_dit.checkpoints import averages, files, trainers
 from sag_dit.files import atomic
-from sag_dit.training.module import DiffusionModule
+from sag_dit.training.module import IMAGES, DiffusionModule, images_in_a_step
+from sag_dit.training.optimizers import names_of_state
 from sag_dit.training.resume import FOLDER, step_checkpoint, steps_of
 
 SHOWN = 3
@@ -83,8 +85,9 @@ class Adopts(Callback):
     """Writes a parent's checkpoint as the first one of a new run; rank 0 does, the others wait.
 
     ``step`` is where the new run begins. With ``weights`` the parent's weights and averages are
-    taken, else they are the module's own. With ``optimizer`` its state is taken; ``past`` are the
-    steps that the schedule of the learning rate takes to be over.
+    taken, else they are the module's own. With ``optimizer`` its state is taken, but for parameters
+    of the network that are in ``anew``; ``past`` are the steps that the schedule of the learning
+    rate takes to be over.
 
     Raises:
         ValueError: the parent is of another network, or its optimiser's state does not fit.
@@ -105,8 +108,10 @@ class Adopts(Callback):
         past: int,
         weights: bool = True,
         optimizer: bool = True,
+        anew: Collection[str] = (),
         where: str = "resume_from",
     ) -> None:
+        self._anew = {f"denoiser.network.{name}" for name in anew}
         self._parent, self._out, self.step, self._past = parent, out, step, past
         self._weights, self._optimizer, self._where = weights, optimizer, where
         self.file = step_checkpoint(out, step)
@@ -120,12 +125,14 @@ class Adopts(Callback):
 
     def _adopt(self, trainer: Trainer, module: DiffusionModule) -> Iterator[str]:
         """Write the checkpoint and yield what was taken over, in words."""
-        # Weights and averages; of power-function averages also their snapshots.
-        state: Mapping[str, Tensor] = module.state_dict()
+        # Weights and averages.
+        state, each = dict(module.state_dict()), 1.0
         if self._weights:
             told, state = _adopted_weights(self._parent, module, self._where)
             yield from told
-            _link_snapshots(self._parent, self._out, averages.averages_in(state))
+            there, now = self._parent.state.get(IMAGES), images_in_a_step(trainer)
+            each = there / now if there and now else 1.0
+            yield from _counted_in(each, state)
         # The optimiser's state, under the options that it has now.
         configured = module.configure_optimizers()
         several = isinstance(configured, Mapping)
@@ -137,10 +144,12 @@ class Adopts(Callback):
                 for _ in range(self._past):
                     schedule.step()
         held, told_of = _adopted_optimizer(
-            self._parent, module, optimizer, self._where, take=self._optimizer
+            self._parent, module, optimizer, self._where, take=self._optimizer, anew=self._anew
         )
         yield told_of
-        # As Lightning would have saved it.
+        # Nothing is refused any more: snapshots of its averages, then what Lightning would save.
+        if self._weights:
+            _link_snapshots(self._parent, self._out, averages.averages_in(state), each)
         checkpoint = {
             "epoch": 0,
             "global_step": self.step,
@@ -223,11 +232,18 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _adopted_optimizer(
-    parent: Parent, module: DiffusionModule, optimizer: Optimizer, where: str, *, take: bool
+    parent: Parent,
+    module: DiffusionModule,
+    optimizer: Optimizer,
+    where: str,
+    *,
+    take: bool,
+    anew: Collection[str],
 ) -> tuple[dict[str, Any], str]:
     """Return an optimiser's state with the parent's moments, by the parameters' names, and a line.
 
-    The options, such as the rate, are the optimiser's own.
+    The options, such as the rate, are the optimiser's own. A parameter of which it keeps other
+    things than the parent's did, as Muon and AdamW do, begins anew.
 
     Raises:
         ValueError: the parent's is of another optimiser, or of none of the parameters.
@@ -240,7 +256,8 @@ def _adopted_optimizer(
     ]
     trained = [name for group in groups for name in group["params"]]
     if not take:
-        return {"state": {}, "param_groups": groups}, "optimiser: begins anew"
+        none: dict[str, Any] = {name: {} for name in trained}
+        return {"state": none, "param_groups": groups}, "optimiser: begins anew"
     there = _optimizer_there(parent)
     if there is None or _options(there["param_groups"]) != _options(groups):
         raise ValueError(
@@ -257,22 +274,49 @@ def _adopted_optimizer(
     pairs = dict(zip(map(files.without_wrappers, known), indices, strict=False))
     tensors = parent.state.get("state_dict", {})
     before = {files.without_wrappers(name): value.shape for name, value in tensors.items()}
-    moments = {}
+    moments, kept, lacks = {}, _kept_of(module, names), set[str]()
     for name in trained:
         plain = files.without_wrappers(name)
         state = there["state"].get(pairs.get(plain))
-        if state is not None and before.get(plain) == shapes[name]:
+        if state is None or before.get(plain) != shapes[name] or plain in anew:
+            continue
+        if kept[name] <= state.keys():
             moments[name] = state
+        else:
+            lacks |= kept[name] - state.keys()
+    if lacks and not moments:
+        raise ValueError(
+            f"{where}: the optimiser's state in {parent.checkpoint} lacks "
+            f"{', '.join(sorted(lacks))}, which {type(optimizer).__name__} keeps with these "
+            f"settings; expected the same settings, or that it begins anew: {_anew(where)}"
+        )
     unfit = recorded is None and known is trained and len(known) != len(indices)
     if unfit or not moments:
         raise ValueError(
             f"{where}: the optimiser's state in {parent.checkpoint} is of other parameters "
             f"({len(indices)}, here {len(trained)}); expected that it begins anew: {_anew(where)}"
         )
-    anew = len(trained) - len(moments)
-    rest = f", {anew} begin anew" if anew else ""
+    fresh = len(trained) - len(moments)
+    rest = f", {fresh} begin anew" if fresh else ""
     told = f"optimiser: the state of {len(moments)} parameters taken over{rest}"
-    return {"state": moments, "param_groups": groups}, told
+    # Of all parameters, since sharded ones are not loaded from less.
+    state = {name: moments.get(name, {}) for name in trained}
+    return {"state": state, "param_groups": groups}, told
+
+
+def _kept_of(module: DiffusionModule, names: Mapping[int, str]) -> dict[str, set[str]]:
+    """Return what the optimiser keeps of each parameter, nothing where it cannot tell."""
+    make = module._make_optimizer
+    assert make is not None  # Its optimiser was made.
+    known: dict[tuple[int, int], set[str]] = {}
+    found = {}
+    for place, (settings, members) in enumerate(module.groups()):
+        for each in members:
+            like = (place, each.parameter.ndim)
+            if like not in known:
+                known[like] = names_of_state(make, settings, each.parameter.ndim) or set()
+            found[names[id(each.parameter)]] = known[like]
+    return found
 
 
 def _anew(where: str) -> str:
@@ -311,14 +355,41 @@ def _loops_at(trainer: Trainer, step: int, scheduled: bool) -> dict[str, Any]:
     return loops
 
 
-def _link_snapshots(parent: Parent, out: Path, kept: Mapping[float, str]) -> None:
-    """Give the new run the snapshots that its averages go on from, without a copy if it can."""
+def _counted_in(each: float, state: dict[str, Tensor]) -> Iterator[str]:
+    """Let power-function averages count the steps so far as so many of the new run's each.
+
+    Their time is that of images, as in Karras et al. 2024: a step of twice the images is two.
+    """
+    powers = {s: name for s, name in averages.averages_in(state).items() if s < averages.WIDEST}
+    for start in powers.values() if each != 1 else ():
+        updates = state[start + averages.UPDATES]
+        state[start + averages.UPDATES] = torch.full_like(updates, _scaled(int(updates), each))
+    if powers and each != 1:
+        yield f"averages over sigma_rel: a step so far counts as {each:g}, by its images"
+
+
+def _scaled(updates: int, each: float) -> int:
+    """Return a number of updates in others, at least one where there were any."""
+    return max(round(updates * each), min(updates, 1))
+
+
+def _link_snapshots(parent: Parent, out: Path, kept: Mapping[float, str], each: float) -> None:
+    """Give the new run the snapshots that its averages go on from, without a copy if it can.
+
+    Where a step counts as ``each`` of the new run's, they are written anew and say so.
+    """
     there = averages.snapshots_in(parent.folder / averages.FOLDER)
     for snapshot in there:
         if snapshot.taken.step > parent.step or snapshot.taken.sigma_rel not in kept:
             continue
         target = out / averages.FOLDER / snapshot.file.name
         target.parent.mkdir(parents=True, exist_ok=True)
+        if each != 1:
+            state, told = files.read_safetensors(snapshot.file)
+            taken = replace(snapshot.taken, updates=_scaled(snapshot.taken.updates, each))
+            with atomic(target) as temporary:
+                save_file(state, temporary, metadata=averages.snapshot_metadata(taken, told))
+            continue
         target.unlink(missing_ok=True)
         try:
             os.link(snapshot.file, target)

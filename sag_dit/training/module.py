@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -33,6 +33,7 @@ from sag_dit.training.objective import MSE, Losses, Objective
 from sag_dit.training.optimizers import (
     MakeOptimizer,
     averages_itself,
+    begin,
     check_alone,
     check_sharded,
     copy_averages,
@@ -44,6 +45,16 @@ from sag_dit.training.param_groups import Group, describe_groups, grouped, train
 
 TRAINING = 3
 """Purpose of the random streams of training steps, see :func:`sag_dit.noise.generator`."""
+
+
+IMAGES = "images_in_a_step"
+"""Where a checkpoint says how many images a step has seen, over all ranks."""
+
+
+def images_in_a_step(trainer: Trainer) -> int | None:
+    """Return how many images a step sees over all ranks, None of other data than a StepData."""
+    size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    return size * trainer.accumulate_grad_batches if isinstance(size, int) else None
 
 
 @contextmanager
@@ -260,7 +271,7 @@ class DiffusionModule(LightningModule):
             check_sharded(self._make_optimizer, [settings for settings, _ in groups], mesh)
         optimizer = self._make_optimizer(parameters_of(groups))
         if self._averages_itself:
-            optimizer.train()  # type: ignore[attr-defined]
+            begin(optimizer)
         # Gradients are looked at and clipped before the step: they are unscaled then, not in a
         # fused step, which Lightning would leave it to.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
@@ -291,6 +302,7 @@ class DiffusionModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what rebuilds the denoiser beside its weights, as plain values."""
         checkpoint["hyper_parameters"] = self.model.description
+        checkpoint[IMAGES] = None if self._trainer is None else images_in_a_step(self._trainer)
         if self._trainer is not None and self._trainer.optimizers:
             # Which parameter each state of the optimiser is of, so that other groups can take it.
             names = {id(each): name for name, each in self.named_parameters()}

@@ -247,7 +247,7 @@ def check_sharded(
     try:
         optimizer = make(groups)
         if averages_itself(optimizer):
-            optimizer.train()  # type: ignore[attr-defined]
+            begin(optimizer)
         optimizer.step()
         if averages_itself(optimizer):
             optimizer.eval()  # type: ignore[attr-defined]
@@ -259,6 +259,22 @@ def check_sharded(
         ) from error
 
 
+def names_of_state(
+    make: MakeOptimizer, settings: Mapping[str, Any], dimensions: int
+) -> set[str] | None:
+    """Return what an optimiser keeps of a parameter, None where a step cannot tell."""
+    parameter = Parameter(torch.zeros((2,) * dimensions))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        optimizer = make([{"params": [parameter], **settings}])
+        if averages_itself(optimizer):
+            begin(optimizer)
+        optimizer.step()
+        return set(optimizer.state[parameter])
+    except Exception:  # Whatever an optimiser needs a device or larger tensors for.
+        return None
+
+
 def averages_itself(optimizer: Optimizer) -> bool:
     """Whether an optimiser keeps the average that is to be used, as the schedule-free ones do.
 
@@ -267,6 +283,17 @@ def averages_itself(optimizer: Optimizer) -> bool:
     Source: Defazio et al. 2024, "The Road Less Scheduled" (arXiv 2405.15682).
     """
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
+def begin(optimizer: Optimizer) -> None:
+    """Switch an optimiser that averages by itself to training, with nothing in its state.
+
+    Asked for the state of a parameter, it would keep an empty one. A state that is not empty is
+    taken to be complete where sharded ones are loaded, and those of the parameters would be lost.
+    """
+    optimizer.train()  # type: ignore[attr-defined]
+    for parameter in [each for each, state in optimizer.state.items() if not state]:
+        del optimizer.state[parameter]
 
 
 @torch.no_grad()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 
@@ -26,3 +29,20 @@ class FullyShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a checkpoint, and no state of the optimiser for parameters of which it holds none.
+
+        Where one is not in pieces, torch leaves those as after a step that never was.
+        """
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        assert self.model is not None
+        for optimizer, held in zip(
+            self.optimizers, checkpoint.get("optimizer_states", ()), strict=False
+        ):
+            for name, parameter in self.model.named_parameters():
+                if not held["state"].get(name):
+                    optimizer.state.pop(parameter, None)
+        return checkpoint

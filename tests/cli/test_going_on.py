@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sag_dit.checkpoints import load
+from sag_dit.checkpoints.averages import exponent, snapshots_in
 from sag_dit.cli import train as train_command
 from sag_dit.cli.app import launch
 
@@ -99,6 +100,33 @@ def test_with_the_same_settings_it_is_as_if_the_run_had_never_ended(
     for ema in (0.9, 0.05, 0.15):
         states = [dict(load(o, ema=ema).denoiser.state_dict()) for o in ("child", "whole")]
         assert_same(*states)
+
+
+def test_a_power_functions_time_is_that_of_images(child: Command, parent: Path) -> None:
+    """With twice the images a step counts twice: EDM2's update, by batch and images so far."""
+    twice = ("data.batch_size=16", "trainer.accumulate_grad_batches=2", "optimizer.lr=0.01")
+    outcome = child(*twice, "every_n_steps.checkpoint=1", "max_steps=5", "out=child")
+    assert outcome.code == 0, outcome.err
+    assert "averages over sigma_rel: a step so far counts as 0.5, by its images" in outcome.out
+    before, after = (last("child", step)["state_dict"] for step in (4, 5))
+    for name, gamma in (("0_05", float(exponent(0.05))), ("0_1", float(exponent(0.1)))):
+        kept = (1 - 32 / (4 * 16 + 32)) ** (gamma + 1)
+        for key in [key for key in after if key.startswith(f"further.{name}.module.")]:
+            raw = after[key.replace(f"further.{name}.module.", "denoiser.")]
+            expected = kept * before[key].double() + (1 - kept) * raw.double()
+            torch.testing.assert_close(after[key].double(), expected, rtol=1e-5, atol=1e-7)
+        assert int(after[f"further.{name}.n_averaged"]) == 3
+    # A decay counts steps, and snapshots say what they mean in the new run; the parent's stay.
+    assert int(after["further.0_9.n_averaged"]) == int(after["averaged.n_averaged"]) == 5
+    said = {folder: snapshots_in(Path(folder, "averages")) for folder in ("child", str(parent))}
+    found = {folder: {each.taken.updates for each in held} for folder, held in said.items()}
+    assert found == {"child": {1, 2}, str(parent): {2, 4}}
+    states = [
+        load(Path(each, "checkpoints", "step-00000004.ckpt"), ema=0.1).denoiser.state_dict()
+        for each in ("child", parent)
+    ]
+    assert_same(*map(dict, states))
+    assert load("child", ema=0.07).denoiser is not None
 
 
 def test_what_differs_is_told_and_recorded_and_the_parent_is_needed_no_more(
@@ -267,5 +295,42 @@ def test_fine_tuning_can_keep_the_optimisers_state(in_process: Command, parent: 
     assert steps == {1.0, 5.0} and {float(s["step"]) for s in before["state"].values()} == {4.0}
     assert len(last("tuned", 1)["optimizer_parameters"]) == 31
     assert in_process("train", *tune, "data.classes=[3,4]", "optimizer.lr=0", "out=tuned").code == 0
+    # Moments of rows that are other classes' now would be another class's.
+    turned = in_process("train", *tune, "data.classes=[9,8,7,6,5,4,3,2,1,0]", "out=turned")
+    assert "the state of 30 parameters taken over, 1 begin anew" in turned.out, turned.err
     refused = in_process("train", *TUNE, "ckpt=digits", "finetune.optimizer=true")
     assert refused.code == 1 and "finetune.optimizer=true: " in refused.err
+
+
+def test_what_another_kind_of_step_keeps_is_not_taken_over(
+    train: Command, in_process: Command
+) -> None:
+    """Of a matrix Muon keeps a momentum, AdamW two moments; and amsgrad a third."""
+    muon = ("optimizer=muon", "logger=none")
+    assert train(*muon, "max_steps=2", "out=muon").code == 0
+    rule = "param_groups=[{match: 'blocks.0.*', use_muon: false}]"
+    on = ("resume_from=muon", "max_steps=3", "every_n_steps.checkpoint=1")
+    done = train(*muon, *on, rule, "out=mixed")
+    assert done.code == 0, done.err
+    matrices = 5 if "blocks.0.adaLN_modulation" in str(last("muon", 2)["state_dict"].keys()) else 4
+    assert f"the state of {31 - matrices} parameters taken over, {matrices} begin anew" in done.out
+    held = last("mixed", 3)
+    states = held["optimizer_states"][0]["state"]
+    names = held["optimizer_parameters"]
+    kept = {name: set(states[index]) for index, name in enumerate(names)}
+    assert kept["denoiser.network.blocks.0.attn.qkv.weight"] == {"step", "exp_avg", "exp_avg_sq"}
+    assert kept["denoiser.network.blocks.1.attn.qkv.weight"] == {"momentum_buffer"}
+    assert train("max_steps=2", "out=adamw").code == 0
+    again = ("resume_from=adamw", "max_steps=3", "+optimizer.amsgrad=true", "out=amsgrad")
+    refused = train(*again)
+    assert refused.code == 1 and "lacks max_exp_avg_sq, which AdamW keeps" in refused.err
+    # What was refused has trained nothing: the remedy goes into the same folder.
+    assert not Path("amsgrad", "config.yaml").exists() and not Path("amsgrad", "averages").exists()
+    assert train(*again, "resume_optimizer=false").code == 0
+    # Fine-tuning keeps what fits, and names the remedy where the optimiser is another one.
+    tune = ("train", *TUNE, "ckpt=muon", "finetune.weights=raw", "finetune.optimizer=true")
+    tuned = in_process(*tune, "optimizer=muon", "out=tuned")
+    assert "optimiser: the state of 31 parameters taken over" in tuned.out, tuned.err
+    other = in_process(*tune, "out=other")
+    assert other.code == 1 and "is of another optimiser than AdamW" in other.err
+    assert "finetune.optimizer=false" in other.err

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from sag_dit.checkpoints import load
 from tests.cli.test_train_stops import (
+    SMALL,
     STEPS,
     assert_bit_equal,
     checkpoints,
@@ -104,3 +105,33 @@ def test_copied_and_sharded_ranks_go_on_from_one_to_the_same_averages(tmp_path: 
         torch.testing.assert_close(states[0][name], tensor, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="in pieces that only unpickling reads"):
         load(tmp_path / "fsdp", ema=0.9)
+
+
+@pytest.mark.slow  # two processes, twice
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("resume_from=parent", "resume_optimizer=false"),
+        (
+            *("experiment=finetune", "ckpt=parent", "data=digits", "data.classes=[3,4]"),
+            *("finetune.optimizer=true", "finetune.weights=raw"),
+        ),
+    ],
+    ids=["resume_from", "finetune"],
+)
+def test_an_optimiser_begins_anew_on_copied_and_sharded_ranks_alike(
+    changed: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of its state, or that of the new rows alone: as if there never had been any."""
+    monkeypatch.chdir(tmp_path)
+    finish(tmp_path / "parent", "max_steps=2")
+    settings = (
+        *(SMALL if "resume_from=parent" in changed else ()),
+        *(*changed, "data.batch_size=16", "max_steps=5"),
+        *("trainer.accelerator=cpu", "trainer.devices=2"),
+    )
+    for strategy in ("fsdp", "ddp"):
+        printed = finish(tmp_path / strategy, f"trainer={strategy}", settings=settings)
+        assert "begins anew" in printed or "1 begin anew" in printed
+    exported = [load_file(tmp_path / each / "model.safetensors") for each in ("fsdp", "ddp")]
+    assert_bit_equal(*exported)

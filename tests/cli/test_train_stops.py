@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,10 @@ SMALL = (
 )
 
 
-def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(out: Path, *arguments: str, settings: Sequence[str] = SMALL) -> subprocess.Popen[str]:
     """Start ``train.py`` in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *SMALL, f"out={out}", *arguments],
+        [sys.executable, str(ROOT / "train.py"), *settings, f"out={out}", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -65,8 +66,8 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def finish(out: Path, *arguments: str) -> str:
-    process = start(out, *arguments)
+def finish(out: Path, *arguments: str, settings: Sequence[str] = SMALL) -> str:
+    process = start(out, *arguments, settings=settings)
     printed, _ = process.communicate(timeout=240)
     assert process.returncode == 0, printed
     return printed

@@ -144,7 +144,7 @@ class LoadsModel(Closed):
         published=True,
     )
     vae: str | Open | None = key(
-        "autoencoder: a folder or hub name, or a class by vae._target_; null: the model's own",
+        "autoencoder: a folder, file or hub name, or a class by vae._target_; null: that of ckpt",
         text=True,
         determines="model",
         published=True,
@@ -928,7 +928,7 @@ class Encode(Closed):
     )
     data: EncodeData = key("the images")
     vae: str | Open | None = key(
-        "autoencoder: a folder or hub name, or a class by vae._target_", text=True
+        "autoencoder: a folder, file or hub name, or a class by vae._target_", text=True
     )
     out: str | None = key("folder of the latents; null: outputs/latents/NAME-HASH", **OUT)
     flip: bool = key("true: encode mirror images as well")

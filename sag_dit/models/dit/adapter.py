@@ -104,6 +104,7 @@ class DiTFamily(Family):
     diffusers = "DiTTransformer2DModel"
     told_by = "hidden_size"
     label_table = TABLE
+    weights_alone = True
     fixed = (POSITIONS,)
 
     def network(self) -> type[DiT]:

@@ -264,6 +264,7 @@ class UNetFamily(Family):
 
     told_by = "model_channels"
     label_table = TABLE
+    weights_alone = True
 
     def network(self) -> type[UNet]:
         """Return UNet."""
