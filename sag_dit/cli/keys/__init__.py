@@ -525,6 +525,14 @@ class DataKeys:
         least=0,
         most=1,
     )
+    buckets: int | list[list[int]] | None = key(
+        "sizes [height, width] of which each batch has one, such as [[256,256],[192,320]], or the "
+        "step in pixels of those of about one area; null: one size",
+        **SIZE,
+        expected="sizes such as [[256,256],[192,320]], or the step of a rule, such as 64, or null",
+        later=None,
+        words="enable_bucket bucket_reso_steps aspect_ratio_buckets",
+    )
     batch_size: int = key("images in a batch, over all devices", least=1, most=2**20, words="bs")
     workers: int | None = key(
         "reader processes; null: chosen automatically", least=0, most=1024, determines="nothing"
