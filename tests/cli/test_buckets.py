@@ -94,12 +94,10 @@ def test_the_rule_fine_tuning_and_a_unet_take_buckets(
     )
     assert not equal(first, tuned)
     unet = (
-        *("experiment=folder", "size=unet", "model.model_channels=32", "model.num_res_blocks=1"),
-        *("resolution=8", "model.channel_mult=[1,2]", "model.attention_resolutions=[4]"),
-        *SMALL[6:],
+        *("experiment=folder", "size=digits_unet", "resolution=8", "patch_size=1"),
+        *(*SMALL[6:], "max_steps=3", "out=unet", "preview.steps=2"),
     )
-    wide = "data.buckets=[[8,8],[6,12],[12,6]]"
-    done = in_process("train", *unet, root, wide, "out=unet", "max_steps=3", "preview.classes=[0]")
+    done = in_process("train", *unet, root, BUCKETS)
     assert done.code == 0, done.err
     for wrong, told in (("3", "expected a multiple of 2"), ("[[8,8],[6]]", "[6]"), ("a", "step")):
         refused = in_process("train", *SMALL, root, f"data.buckets={wrong}", "max_steps=1")
@@ -115,7 +113,11 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}",
+            "OMP_NUM_THREADS": "1",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -151,7 +153,6 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path: Path) 
 NOISELESS = '''
 import torch
 
-from sag_dit.process.base import NoiseLevel
 from sag_dit.training.objective import MSE
 
 
@@ -159,19 +160,19 @@ class Fixed(MSE):
     """The loss at one level and noise, which ranks would otherwise draw for themselves."""
 
     def losses(self, denoiser, x_0, cond, level, eps):
-        t = torch.full((len(x_0),), 400, device=x_0.device)
-        return super().losses(denoiser, x_0, cond, denoiser.process.level(t), x_0.flip(-1))
+        half = denoiser.process.time_at(torch.full((len(x_0),), 0.5))
+        return super().losses(denoiser, x_0, cond, denoiser.process.level(half), x_0.flip(-1))
 '''
 
 
 @pytest.mark.slow  # two ranks are two processes
-def test_two_ranks_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_train_as_one(tmp_path: Path) -> None:
     (tmp_path / "noiseless.py").write_text(NOISELESS)
     own = (
         *(*SMALL, shards(tmp_path), BUCKETS, "max_steps=6", "data.flip=true"),
         *("objective._target_=noiseless.Fixed", "model.class_dropout_prob=0"),
-        # So large an epsilon that rounding stays rounding, see docs of AdamW.
-        *("optimizer.eps=1e-2", "optimizer.lr=1e-2", "preview.guidance.sag=null"),
+        # So large an epsilon that rounding stays rounding.
+        *("+optimizer.eps=1e-2", "optimizer.lr=1e-2", "preview.guidance.sag=null"),
     )
     finish(tmp_path, *own, "out=one", "trainer.devices=1")
     finish(tmp_path, *own, "out=two", "trainer.devices=2", "trainer=ddp")
