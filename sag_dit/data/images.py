@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sag_dit.checkpoints import Model
-from sag_dit.data.archives import ARCHIVES, CLASS, COMPRESSED, Archives
+from sag_dit.data.archives import ARCHIVES, CLASS, COMPRESSED, JSON, Archives
 from sag_dit.data.crop import (
     MODES,
     TRANSPARENT,
@@ -60,7 +60,7 @@ from sag_dit.data.training_batches import (
     readable,
     some,
 )
-from sag_dit.untrusted import read_text
+from sag_dit.untrusted import parse_json, read_text
 
 
 def latent_size(size: int, factor: int = 1, patch_size: int = 1) -> int:
@@ -186,7 +186,7 @@ def find_images(
     it, or a single class if it has none; in an archive ``dataset.json`` or the ``.cls`` of each
     image goes before. ``labels`` names a CSV or JSON file, from here or within the root, or the
     column of a data set. Images that it does not name are left out. ``class_names`` names the
-    classes in their order.
+    classes in their order. Of shards ``labels`` may also be a key of the ``.json`` of each sample.
 
     Folders are searched in depth. Hidden files and folders, and files without an image's ending,
     are left out; images of other endings, links to nothing, and links to a folder that they lie
@@ -329,9 +329,14 @@ def _stated_marks(
             found = read_labels(read_text(Path(file), LABELS_SIZE), file)
         elif archive is not None and labels in archive:
             file, found = labels, _labels_within(archive, labels)
+        elif archive is not None and archive.described and not labels.endswith((".csv", JSON)):
+            source = f"{labels} in the {JSON} of each image"
+            return _marks_described(listed, archive, labels), source
         else:
+            key = f", or a key of the {JSON} beside each image" * (archive is not None)
             raise ValueError(
-                f"data.labels={labels}: no such file here or in {root}: expected a CSV or JSON file"
+                f"data.labels={labels}: no such file here or in {root}: expected a CSV or JSON "
+                f"file{key}"
             )
     elif archive is not None and DATASET_JSON in archive:
         file, found = DATASET_JSON, _labels_within(archive, DATASET_JSON)
@@ -373,18 +378,63 @@ def _labels_within(archive: Archives, name: str) -> dict[str, Mark] | None:
 
 def _marks_beside(listed: _Listed, archive: Archives) -> dict[str, Mark]:
     """Return the class of each image from the ``.cls`` of its sample, as WebDataset has it."""
+    held = {name.removesuffix(CLASS): text for name, text in archive.classes.items()}
+    return beside_images(_beside(listed, held.keys(), CLASS), held)
+
+
+def _marks_described(listed: _Listed, archive: Archives, key: str) -> dict[str, Mark]:
+    """Return the class of each image from a key of the ``.json`` of its sample, as timm reads it.
+
+    Raises:
+        ValueError: one cannot be read, lacks the key, or has no class there.
+    """
+    images = _beside(listed, {name.removesuffix(JSON) for name in archive.described}, JSON)
+
+    def mark(image: str) -> Mark:
+        name = f"{sample_of(image)}{JSON}"
+        where = str(archive.root / name)
+        try:
+            values = parse_json(archive.read(name).decode("utf-8-sig", "replace"), where)
+        except (UnreadableImageError, OSError) as error:
+            raise ValueError(f"{error}; copy or download the archive again") from None
+        has = sorted(map(str, values)) if isinstance(values, Mapping) else []
+        if key not in has:
+            raise ValueError(
+                f"data.labels={key}: {where} has no such key: expected one of {some(has) or 'them'}"
+            )
+        found = values[key]
+        if not isinstance(found, (int, str)) or isinstance(found, bool):
+            raise ValueError(
+                f"data.labels={key}: {where} has {found!r:.60} there: expected a class, its number "
+                f"or its name"
+            )
+        return found
+
+    with ThreadPoolExecutor(8) as pool:
+        marks = [*pool.map(mark, images)]
+    found = dict(zip(images, marks, strict=True))
+    texts = {sample_of(name): each for name, each in found.items() if isinstance(each, str)}
+    return beside_images(images, texts) if len(texts) == len(images) else found
+
+
+def _beside(listed: _Listed, samples: Collection[str], ending: str) -> list[str]:
+    """Return the images of the samples that have a member of that ending; the others are left out.
+
+    Raises:
+        ValueError: there are none.
+    """
     further = {name for name in listed.names if "." in name.removeprefix(f"{sample_of(name)}.")}
     images = [name for name in listed.names if name not in further]
-    marks = beside_images(images, archive.classes)
-    without = [name for name in images if name not in marks]
-    aside = {"further image of its sample": sorted(further), f"no {CLASS} beside it": without}
+    found = [name for name in images if sample_of(name) in samples]
+    without = [name for name in images if sample_of(name) not in samples]
+    aside = {"further image of its sample": sorted(further), f"no {ending} beside it": without}
     listed.left_out.update({why: names for why, names in aside.items() if names})
-    if not marks:
+    if not found:
         raise ValueError(
-            f"data.root={listed.root}: {CLASS} files, but none beside an image: expected both of a "
-            f"sample under one name, such as 0001.jpg and 0001{CLASS}"
+            f"data.root={listed.root}: {ending} files, but none beside an image: expected both of "
+            f"a sample under one name, such as 0001.jpg and 0001{ending}"
         )
-    return marks
+    return found
 
 
 def _marks_of_folders(root: str | Path, listed: _Listed) -> tuple[dict[str, Mark], Sequence[str]]:
@@ -727,6 +777,11 @@ def suspicions(files: ImageFiles) -> list[str]:
         found.append(
             f"{DATASET_JSON} lies there and is not read; data.labels={DATASET_JSON} takes the "
             f"classes from it"
+        )
+    if isinstance(files.store, Archives) and f"{sample_of(files.names[0])}{JSON}" in files.store:
+        found.append(
+            f"a {JSON} lies beside each image and is not read; data.labels=KEY takes the classes "
+            f"from a key in it"
         )
     # The parent of train/ and val/: the classes lie one level below.
     inside: dict[str, set[str]] = {name: set() for name in files.class_names}

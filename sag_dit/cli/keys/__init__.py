@@ -514,7 +514,8 @@ class DataKeys:
         later=None,
     )
     labels: str | None = key(
-        "CSV or JSON file of each image's class, or a column; null: class folders",
+        "CSV or JSON file of each image's class, a column, or a key of the .json of each; null: "
+        "class folders",
         text=True,
     )
     class_names: list[str | int] | None = key(
@@ -894,7 +895,9 @@ class EncodeData(Closed):
 
     root: str = key("folder, archive or shards of the images", text=True)
     labels: str | None = key(
-        "CSV or JSON file of each image's class, or a column; null: class folders", text=True
+        "CSV or JSON file of each image's class, a column, or a key of the .json of each; null: "
+        "class folders",
+        text=True,
     )
     class_names: list[str | int] | None = key(
         "names of the classes, in their order; null: those of the data", names=True
