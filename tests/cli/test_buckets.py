@@ -77,10 +77,17 @@ def test_runs_from_shards_are_stopped_changed_in_nothing_and_drawn(
     assert not equal(run, train(*own, "out=square", "data.buckets=null", "max_steps=6"))
     refused = in_process("train", *own, "out=parts", "data.buckets=[[8,8],[6,12]]", "max_steps=7")
     assert refused.code == 1 and "data.buckets" in refused.err
-    drawn = in_process("sample", f"ckpt={run}", "num_images=1", "steps=2")
-    assert drawn.code == 0, drawn.err
-    with Image.open(drawn.folder() / "images" / "000000.png") as image:
-        assert image.size == (8, 8)
+    folders = set()
+    for size, asked in (((8, 8), "null"), ((12, 6), "[6,12]"), ((6, 12), "[12,6]")):
+        own_size = (f"text.size={asked}", "sag_scale=0.5", "guidance.sag.kernel_size=3")
+        drawn = in_process("sample", f"ckpt={run}", "num_images=1", "steps=2", *own_size)
+        assert drawn.code == 0, drawn.err
+        folders.add(drawn.folder())
+        with Image.open(drawn.folder() / "images" / "000000.png") as image:
+            assert image.size == size
+    assert len(folders) == 3
+    wrong = in_process("sample", f"ckpt={run}", "num_images=1", "text.size=[7,12]")
+    assert wrong.code == 1 and "text.size=[7,12]: expected multiples of 2" in wrong.err
 
 
 def test_the_rule_fine_tuning_and_a_unet_take_buckets(

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sag_dit.checkpoints import from_denoiser
+from sag_dit.checkpoints.loading import at_size
 from sag_dit.data.crop import buckets_by_rule, read_crop
 from sag_dit.data.images import ImageFolderData
 from sag_dit.data.training_batches import TrainingBatches, validation_batches
 from sag_dit.denoiser import ClassConditional
 from sag_dit.models import DiT
+from sag_dit.models.unet.network import UNet
 from sag_dit.process import DDPM
 from tests.data.making import picture, same, trainer, truncate
 
@@ -199,6 +201,23 @@ def test_balance_holds_with_buckets(tmp_path: Path) -> None:
     seen = Counter(i for step in range(total) for i in batches.batch(step).indices)
     for index, times in repeated.items():
         assert abs(seen[index] / epochs - times) <= 0.2 * times
+
+
+def test_a_model_draws_at_a_bucket_with_the_positions_it_was_trained_with() -> None:
+    network = tiny().eval()
+    torch.nn.init.normal_(network.final_layer.linear.weight)
+    x, t, y = torch.randn(2, 3, 6, 12), torch.tensor([5, 900]), torch.tensor([0, 1])
+    with torch.no_grad():
+        trained = network(x, t, y)
+        resized = at_size(ClassConditional(network, DDPM()), (6, 12))
+        assert torch.equal(resized.network(x, t, y), trained)
+    assert resized.latent_shape == (3, 6, 12)
+    assert resized.network.arguments["input_size"] == [6, 12]
+    assert {layer.grid for layer in resized.layers.values()} == {(3, 6)}
+    small = {"model_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 2]}
+    unet = ClassConditional(UNet(8, attention_resolutions=[4], **small), DDPM())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"text.size=\[6,12\]: a UNet draws images of its own si"):
+        at_size(unet, (6, 12))
 
 
 def test_the_rule_is_that_of_kohya() -> None:

@@ -43,9 +43,9 @@ PLUS_STD = (
 )
 
 
-def arrays() -> list[np.ndarray[Any, Any]]:
+def arrays(shape: tuple[int, int, int] = SHAPE) -> list[np.ndarray[Any, Any]]:
     """Mean and standard deviation of five images."""
-    places = np.arange(np.prod(SHAPE), dtype=np.float64).reshape(SHAPE)
+    places = np.arange(np.prod(shape), dtype=np.float64).reshape(shape)
     found = []
     for number in range(5):
         array = np.sin(places * 0.37 + number * 1.3) * 4 + 1
@@ -54,11 +54,11 @@ def arrays() -> list[np.ndarray[Any, Any]]:
     return found
 
 
-def edm2_zip(file: Path, labelled: bool = True) -> Path:
+def edm2_zip(file: Path, labelled: bool = True, shape: tuple[int, int, int] = SHAPE) -> Path:
     """What ``dataset_tool.py encode --dest=FILE`` leaves: stored .npy, and dataset.json."""
     labels = []
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for number, array in enumerate(arrays()):
+        for number, array in enumerate(arrays(shape)):
             name = f"{number:08d}"[:5] + f"/img-mean-std-{number:08d}.npy"
             content = io.BytesIO()
             np.save(content, array)

@@ -94,7 +94,7 @@ class Text(Closed):
         "prompt of the null condition; empty: the model's own", text=True, blank=True
     )
     size: list[int] | None = key(
-        "[height, width] in pixels; null: the model's",
+        "[height, width] in pixels, of a DiT of classes too; null: the model's",
         least=1,
         most=65_536,
         length=2,
