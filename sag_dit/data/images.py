@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -590,6 +590,10 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         self._groups = np.zeros(len(files), dtype=np.bool_) if groups is None else groups
         # Shared with loader processes, so that an image that one has met is known to all.
         self._unreadable = torch.zeros(len(files), dtype=torch.bool).share_memory_()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what was read of the headers, which no loader process needs.
+        return {name: each for name, each in vars(self).items() if name != "_all_headers"}
 
     @property
     def skipped(self) -> list[str]:
