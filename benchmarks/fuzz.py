@@ -16,6 +16,7 @@ files.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import math
@@ -200,6 +201,15 @@ def kinds(root: Path) -> Iterator[tuple[str, Kind]]:
         stated = lambda f, n=name: find_images(f / "set.zip", str(f / n))  # noqa: E731
         yield name, Kind(folder, name, stated)  # type: ignore[misc]
 
+    described = {"0.png": (root / "png" / "image.png").read_bytes(), "0.json": b'{"label": 1}'}
+    with tarfile.open(folder / "described.tar", "w") as tar:
+        for name, content in described.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    by_key = lambda f: find_images(f / "described.tar", "label")  # noqa: E731
+    yield "described .tar", Kind(folder, "described.tar", by_key, writes=True)
+
     # What stands beside: requests, latents.
     folder = new("requests")
     (folder / "requests.csv").write_text("seed,class\n0,2\n1,cat\n7,3\n")
@@ -211,6 +221,15 @@ def kinds(root: Path) -> Iterator[tuple[str, Kind]]:
     yield "index.json", Kind(folder, "index.json", latents)
     yield "latents", Kind(folder, "latents-00000.safetensors", latents)
     yield "latents' config.json", Kind(folder, "config.json", latents)
+
+    folder = new("edm2")
+    for number in range(2):
+        np.save(folder / f"{number}.npy", drawn.random((8, 2, 2), dtype=np.float32))
+    named = [[f"{number}.npy", number] for number in range(2)]
+    (folder / "dataset.json").write_text(json.dumps({"labels": named}))
+    raw = lambda f: LatentData(f, batch_size=2, workers=0).dataset[0]  # noqa: E731
+    yield ".npy", Kind(folder, "0.npy", raw)
+    yield "dataset.json", Kind(folder, "dataset.json", raw)
 
     # What runs leave, and what diffusers does.
     folder = new("run")

@@ -596,11 +596,13 @@ def load(
     ema: bool | float = True,
     vae: str | Path | Mapping[str, Any] | None = None,
     num_heads: int | None = None,
+    size: tuple[int, int] | None = None,
 ) -> LoadedModel:
     """Load a published name, a file or folder of any supported layout, or a hub repository.
 
     ``device`` and ``dtype`` are those of :meth:`LoadedModel.to`; without them the model is on the
-    CPU, in float32. ``ema``, ``vae`` and ``num_heads`` are those of :func:`checkpoints.load`.
+    CPU, in float32. ``ema``, ``vae``, ``num_heads`` and ``size`` are those of
+    :func:`checkpoints.load`.
 
     Raises:
         ValueError: the checkpoint or its autoencoder is not found, damaged, foreign or does not
@@ -611,8 +613,9 @@ def load(
         (1, 8, 8)
     """
     place = None if device is None else _usable(device)
-    model = checkpoints.load(_checkpoint(ckpt), ema=ema, vae=vae, num_heads=num_heads)
-    told = _given(ckpt=ckpt, ema=None if ema is True else ema, vae=vae, num_heads=num_heads)
+    model = checkpoints.load(_checkpoint(ckpt), ema=ema, vae=vae, num_heads=num_heads, size=size)
+    ema_told = None if ema is True else ema
+    told = _given(ckpt=ckpt, ema=ema_told, vae=vae, num_heads=num_heads, size=size)
     return replace(LoadedModel.of(model), loaded=told).to(place, dtype)
 
 

@@ -291,7 +291,10 @@ class VAECodec(Codec):
     def encode(self, images: Pixels, noise: Images | None = None) -> Images:
         """Return (mean + std noise - shift) scale of the posterior, or of its mean."""
         mean, std = self._moments(images)
-        z = mean if noise is None else mean + std * noise.to(mean)
+        return self.scaled(mean if noise is None else mean + std * noise.to(mean))
+
+    def scaled(self, z: Images) -> Images:
+        """Return x_0 = (z - shift) scale of what the encoder put out."""
         scale, shift = self._scale_and_shift(z)
         return (z - shift) * scale
 

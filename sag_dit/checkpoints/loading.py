@@ -17,6 +17,7 @@ from sag_dit.checkpoints.model import Model, from_denoiser
 from sag_dit.codec import Codec, IdentityCodec, VAECodec
 from sag_dit.denoiser import ClassConditional
 from sag_dit.models.family import WeightsFile, family_for, family_of
+from sag_dit.models.network import Resizable
 from sag_dit.models.unet.adapter import CLASSIFIER_SOURCE, read_classifier
 from sag_dit.untrusted import TARGET, own_class
 
@@ -33,6 +34,7 @@ def load(
     ema: bool | float = True,
     vae: str | Path | Mapping[str, Any] | None = None,
     num_heads: int | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Model:
     """Load a published name, a file or folder of any supported layout, or a hub repository.
 
@@ -41,7 +43,8 @@ def load(
     :mod:`sag_dit.checkpoints.averages`. ``vae`` overrides the autoencoder of a latent model: a
     folder, ``ema``, ``mse`` or a hub repository, or {"_target_": "my_vae.Mine", ...}, a class of
     your own and its arguments. ``num_heads`` overrides what the checkpoint says
-    or what is assumed of it.
+    or what is assumed of it. ``size`` is the height and width in pixels of other images than it
+    draws by itself, see :func:`at_size`.
 
     Raises:
         ValueError: the checkpoint or its autoencoder is not found, damaged, foreign or does not
@@ -57,14 +60,48 @@ def load(
     # Before the weights are copied, so that a missing autoencoder is told at once.
     source = autoencoder(config, vae or checkpoint.vae)
     codec = choose_codec(config, source)
+    denoiser = filled(config, checkpoint)
     return from_denoiser(
-        filled(config, checkpoint),
+        denoiser if size is None else at_size(denoiser, size, codec.factor),
         found.name,
         codec=codec,
         sha256=files.sha256(checkpoint.files),
         weights=_weights(ema),
         defaults=config.get("defaults"),
         vae=source,
+    )
+
+
+def at_size(denoiser: ClassConditional, size: tuple[int, int], factor: int = 1) -> ClassConditional:
+    """Return a DiT's denoiser of images of another height and width, in pixels.
+
+    Its positions there are its own, resized, as in training on aspect buckets. ``factor`` is the
+    autoencoder's pixels per cell. The network is changed in place.
+
+    Raises:
+        ValueError: the network is no DiT, or the size no multiple of factor and patch.
+
+    Example:
+        >>> from sag_dit.models import DiT
+        >>> from sag_dit.process import DDPM
+        >>> network = DiT(input_size=8, in_channels=1, hidden_size=32, depth=1, num_heads=2)
+        >>> at_size(ClassConditional(network, DDPM()), (6, 12)).latent_shape
+        (1, 6, 12)
+    """
+    network, told = denoiser.network, f"text.size=[{size[0]},{size[1]}]"
+    if not isinstance(network, Resizable):
+        raise ValueError(
+            f"{told}: a {type(network).__name__} draws images of its own size alone: expected null"
+        )
+    cell = factor * network.patch_size
+    if size[0] % cell or size[1] % cell:
+        raise ValueError(
+            f"{told}: expected multiples of {cell}, the autoencoder's factor {factor} times the "
+            f"network's patch_size={network.patch_size}"
+        )
+    network.resize((size[0] // factor, size[1] // factor))
+    return ClassConditional(
+        network, denoiser.process, denoiser.kind, denoiser.x_0_range, denoiser.class_names
     )
 
 

@@ -22,11 +22,14 @@ def load_model(config: Draws, requests: str | None = None) -> Model:
     from sag_dit.data.requests import prompts_in
 
     prompt, text = config.prompt, config.text
+    size = None if text.size is None else (text.size[0], text.size[1])
     if prompt is not None and (requests is not None or config.classes is not None):
         raise ValueError("prompt: expected it alone; give several prompts by requests=FILE")
     if prompt is None and (requests is None or not is_text(config.ckpt)):
         _refuse_text(text, config.ckpt)
-        return load(config.ckpt, ema=config.ema, vae=config.vae, num_heads=config.num_heads)
+        return load(
+            config.ckpt, ema=config.ema, vae=config.vae, num_heads=config.num_heads, size=size
+        )
     if config.num_heads is not None:
         raise ValueError(f"num_heads={config.num_heads}: a text model's folder tells; leave it out")
     if config.ema is not True:
@@ -35,7 +38,7 @@ def load_model(config: Draws, requests: str | None = None) -> Model:
         config.ckpt,
         [prompt] if prompt is not None else prompts_in(requests or ""),
         negative_prompt=text.negative or "",
-        size=None if text.size is None else (text.size[0], text.size[1]),
+        size=size,
         guidance=None if text.guidance is None else float(text.guidance),
         vae=config.vae,
     )
@@ -51,7 +54,7 @@ def _refuse_text(text: Text, ckpt: str) -> None:
 
     for name, value in to_dict(text).items():
         # A text model without a prompt is told of that.
-        if value not in (None, "") and not is_text(ckpt):
+        if name != "size" and value not in (None, "") and not is_text(ckpt):
             raise ValueError(
                 f"text.{name}={value}: ckpt={ckpt} is asked with classes, and text is for "
                 f"models that are asked with prompt or requests; leave it out"

@@ -28,6 +28,8 @@ COMPRESSED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.z
 """Endings of tar files in which nothing can be found without unpacking all before it."""
 CLASS = ".cls"
 """Ending of the members that hold a class, in WebDataset's layout."""
+JSON = ".json"
+"""Ending of the members that describe a sample there."""
 LARGEST = 256 << 20
 """Bytes that a member may have, unpacked."""
 LONGEST_CLASS = 256
@@ -288,6 +290,11 @@ class Archives:
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
+
+    @property
+    def described(self) -> list[str]:
+        """The members that describe a sample."""
+        return [name for name in self.names if name.endswith(JSON)]
 
     def stamp(self, name: str) -> int:
         """Return what tells that a member has changed: its size in bytes, unpacked."""

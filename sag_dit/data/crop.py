@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeAlias
@@ -26,6 +27,8 @@ TRANSPARENT, MORE_BITS = "transparent", "of more than 8 bits"
 
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 """Two tags of TIFF, and a value of the second."""
+ORIENTATION, ON_ITS_SIDE = 274, (5, 6, 7, 8)
+"""The camera's note how to turn a photo, and those by which width and height change places."""
 
 
 class UnreadableImageError(ValueError):
@@ -245,7 +248,8 @@ class Header(NamedTuple):
     """What an image file says of itself before its pixels.
 
     ``unlike_before`` says what of it was read otherwise before there was a background, or nothing;
-    ``pages`` whether it holds several images, of which the first is read.
+    ``pages`` whether it holds several images, of which the first is read; ``on_its_side`` whether
+    width and height change places when it is turned upright.
 
     Example::
 
@@ -257,6 +261,7 @@ class Header(NamedTuple):
     grey: bool
     unlike_before: str
     pages: bool
+    on_its_side: bool
 
 
 def read_header(path: Path) -> Header:
@@ -281,9 +286,60 @@ def header_of(stream: IO[bytes], path: Path) -> Header:
             transparent = TRANSPARENT if image.has_transparency_data else ""
             unlike = MORE_BITS if image.mode in DEEP else transparent
             pages = bool(getattr(image, "is_animated", False))
-            return Header(*image.size, image.mode in GREY, unlike, pages)
+            return Header(*image.size, image.mode in GREY, unlike, pages, _on_its_side(image))
     except Exception as error:  # decoders raise almost any type
         raise UnreadableImageError(f"{path} cannot be decoded ({error!r})") from None
+
+
+def _on_its_side(image: Image.Image) -> bool:
+    # Pillow has turned the size of a TIFF already.
+    if "exif" not in image.info or image.format == "TIFF":
+        return False
+    try:
+        return image.getexif().get(ORIENTATION) in ON_ITS_SIDE
+    except Exception:  # of a note that is damaged; decoders raise almost any type
+        return False
+
+
+def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) -> int:
+    """Return which bucket (height, width) has an image's aspect ratio most nearly.
+
+    The distance is |log(width / height) - log(bucket's width / height)|, so that an image and the
+    same one on its side are treated alike. Of equals the first is taken.
+
+    Example:
+        >>> nearest_bucket(1200, 800, [(256, 256), (192, 320), (320, 192)])
+        1
+    """
+    ratio = math.log(width / height)
+    distances = [abs(ratio - math.log(wide / high)) for high, wide in buckets]
+    return distances.index(min(distances))
+
+
+def buckets_by_rule(size: Side, step: int) -> list[tuple[int, int]]:
+    """Return the buckets (height, width) of about one area: sides are multiples of ``step``.
+
+    For each width from half to double the side of a square of that area, the greatest height whose
+    rectangle is not larger, and the same on its side; with ``size`` itself, which is the first.
+
+    Source: kohya-ss/sd-scripts, make_bucket_resolutions, with the half and the double as the bounds
+    that it has by default at 512 pixels; after NovelAI's aspect ratio bucketing (2022).
+
+    Example:
+        >>> buckets_by_rule(64, 32)
+        [(64, 64), (128, 32), (96, 32), (32, 128), (32, 96)]
+    """
+    height, width = sides(size)
+    area, side = height * width, math.isqrt(height * width)
+    found = set()
+    for one in range(-(-side // 2 // step) * step, 2 * side + 1, step):
+        other = min(2 * side, area // one) // step * step
+        if other >= side / 2:
+            found |= {(one, other), (other, one)}
+    # Of a ratio the largest alone, and instead of it that of the run.
+    chosen = {high / wide: (high, wide) for high, wide in sorted(found)}
+    chosen.pop(height / width, None)
+    return [(height, width), *sorted(chosen.values(), reverse=True)]
 
 
 def check_background(background: str | None) -> None:

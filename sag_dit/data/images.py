@@ -6,13 +6,13 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sag_dit.checkpoints import Model
-from sag_dit.data.archives import ARCHIVES, CLASS, COMPRESSED, Archives
+from sag_dit.data.archives import ARCHIVES, CLASS, COMPRESSED, JSON, Archives
 from sag_dit.data.crop import (
     MODES,
     TRANSPARENT,
@@ -31,9 +31,11 @@ from sag_dit.data.crop import (
     PixelArray,
     Side,
     UnreadableImageError,
+    buckets_by_rule,
     check_background,
     crop_of,
     header_of,
+    nearest_bucket,
     read_header,
     sides,
     told_size,
@@ -58,7 +60,7 @@ from sag_dit.data.training_batches import (
     readable,
     some,
 )
-from sag_dit.untrusted import read_text
+from sag_dit.untrusted import parse_json, read_text
 
 
 def latent_size(size: int, factor: int = 1, patch_size: int = 1) -> int:
@@ -184,7 +186,7 @@ def find_images(
     it, or a single class if it has none; in an archive ``dataset.json`` or the ``.cls`` of each
     image goes before. ``labels`` names a CSV or JSON file, from here or within the root, or the
     column of a data set. Images that it does not name are left out. ``class_names`` names the
-    classes in their order.
+    classes in their order. Of shards ``labels`` may also be a key of the ``.json`` of each sample.
 
     Folders are searched in depth. Hidden files and folders, and files without an image's ending,
     are left out; images of other endings, links to nothing, and links to a folder that they lie
@@ -327,9 +329,14 @@ def _stated_marks(
             found = read_labels(read_text(Path(file), LABELS_SIZE), file)
         elif archive is not None and labels in archive:
             file, found = labels, _labels_within(archive, labels)
+        elif archive is not None and archive.described and not labels.endswith((".csv", JSON)):
+            source = f"{labels} in the {JSON} of each image"
+            return _marks_described(listed, archive, labels), source
         else:
+            key = f", or a key of the {JSON} beside each image" * (archive is not None)
             raise ValueError(
-                f"data.labels={labels}: no such file here or in {root}: expected a CSV or JSON file"
+                f"data.labels={labels}: no such file here or in {root}: expected a CSV or JSON "
+                f"file{key}"
             )
     elif archive is not None and DATASET_JSON in archive:
         file, found = DATASET_JSON, _labels_within(archive, DATASET_JSON)
@@ -371,18 +378,63 @@ def _labels_within(archive: Archives, name: str) -> dict[str, Mark] | None:
 
 def _marks_beside(listed: _Listed, archive: Archives) -> dict[str, Mark]:
     """Return the class of each image from the ``.cls`` of its sample, as WebDataset has it."""
+    held = {name.removesuffix(CLASS): text for name, text in archive.classes.items()}
+    return beside_images(_beside(listed, held.keys(), CLASS), held)
+
+
+def _marks_described(listed: _Listed, archive: Archives, key: str) -> dict[str, Mark]:
+    """Return the class of each image from a key of the ``.json`` of its sample, as timm reads it.
+
+    Raises:
+        ValueError: one cannot be read, lacks the key, or has no class there.
+    """
+    images = _beside(listed, {name.removesuffix(JSON) for name in archive.described}, JSON)
+
+    def mark(image: str) -> Mark:
+        name = f"{sample_of(image)}{JSON}"
+        where = str(archive.root / name)
+        try:
+            values = parse_json(archive.read(name).decode("utf-8-sig", "replace"), where)
+        except (UnreadableImageError, OSError) as error:
+            raise ValueError(f"{error}; copy or download the archive again") from None
+        has = sorted(map(str, values)) if isinstance(values, Mapping) else []
+        if key not in has:
+            raise ValueError(
+                f"data.labels={key}: {where} has no such key: expected one of {some(has) or 'them'}"
+            )
+        found = values[key]
+        if not isinstance(found, (int, str)) or isinstance(found, bool):
+            raise ValueError(
+                f"data.labels={key}: {where} has {found!r:.60} there: expected a class, its number "
+                f"or its name"
+            )
+        return found
+
+    with ThreadPoolExecutor(8) as pool:
+        marks = [*pool.map(mark, images)]
+    found = dict(zip(images, marks, strict=True))
+    texts = {sample_of(name): each for name, each in found.items() if isinstance(each, str)}
+    return beside_images(images, texts) if len(texts) == len(images) else found
+
+
+def _beside(listed: _Listed, samples: Collection[str], ending: str) -> list[str]:
+    """Return the images of the samples that have a member of that ending; the others are left out.
+
+    Raises:
+        ValueError: there are none.
+    """
     further = {name for name in listed.names if "." in name.removeprefix(f"{sample_of(name)}.")}
     images = [name for name in listed.names if name not in further]
-    marks = beside_images(images, archive.classes)
-    without = [name for name in images if name not in marks]
-    aside = {"further image of its sample": sorted(further), f"no {CLASS} beside it": without}
+    found = [name for name in images if sample_of(name) in samples]
+    without = [name for name in images if sample_of(name) not in samples]
+    aside = {"further image of its sample": sorted(further), f"no {ending} beside it": without}
     listed.left_out.update({why: names for why, names in aside.items() if names})
-    if not marks:
+    if not found:
         raise ValueError(
-            f"data.root={listed.root}: {CLASS} files, but none beside an image: expected both of a "
-            f"sample under one name, such as 0001.jpg and 0001{CLASS}"
+            f"data.root={listed.root}: {ending} files, but none beside an image: expected both of "
+            f"a sample under one name, such as 0001.jpg and 0001{ending}"
         )
-    return marks
+    return found
 
 
 def _marks_of_folders(root: str | Path, listed: _Listed) -> tuple[dict[str, Mark], Sequence[str]]:
@@ -504,7 +556,9 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
     In place of an image that cannot be decoded stands the next image of its group, the same one
     every time, and the name of the unreadable one is logged once. With ``strict`` it is an error.
     ``groups`` says which images are to train on and which are held out, so that neither stands in
-    for the other.
+    for the other. With ``buckets``, several sizes, an image is cropped to the one that has its
+    aspect ratio most nearly, see :func:`sag_dit.data.crop.nearest_bucket`; the images of a batch
+    have to be of one bucket.
 
     Raises:
         ValueError: a value out of its range.
@@ -525,20 +579,35 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         background: str | None = WHITE,
         strict: bool = False,
         groups: NDArray[np.bool_] | None = None,
+        buckets: Sequence[tuple[int, int]] = (),
     ) -> None:
         if channels not in MODES:
             raise ValueError(f"channels={channels}: expected 3 (colour) or 1 (grey)")
         check_background(background)
         self.files, self.size, self.channels = files, sides(size), channels
+        self.buckets = tuple(buckets) or (self.size,)
         self.upright, self.background, self.strict = upright, background, strict
         self._groups = np.zeros(len(files), dtype=np.bool_) if groups is None else groups
         # Shared with loader processes, so that an image that one has met is known to all.
         self._unreadable = torch.zeros(len(files), dtype=torch.bool).share_memory_()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what was read of the headers, which no loader process needs.
+        return {name: each for name, each in vars(self).items() if name != "_all_headers"}
+
     @property
     def skipped(self) -> list[str]:
         """Names of the images that could not be decoded so far."""
         return [self.files.names[i] for i in self._unreadable.nonzero().flatten().tolist()]
+
+    @cached_property
+    def bucket_of(self) -> Indices:
+        """The bucket of each image; one whose header cannot be read is in the fullest."""
+        if len(self.buckets) == 1:
+            return np.zeros(len(self.files), dtype=np.int64)
+        found = np.array(self._all_headers.buckets, dtype=np.int64)
+        counts = np.bincount(found[found >= 0], minlength=len(self.buckets))
+        return np.where(found < 0, counts.argmax(), found)
 
     def read(self, index: int) -> PixelArray | None:
         """Return one crop, or None if the image cannot be decoded.
@@ -550,7 +619,8 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
             return None
         try:
             content, path = self.files.read(index), self.files.path(index)
-            return crop_of(content, path, self.size, self.channels, self.upright, self.background)
+            size = self.buckets[self.bucket_of[index]]
+            return crop_of(content, path, size, self.channels, self.upright, self.background)
         except UnreadableImageError as error:
             self.note_unreadable(index, error)
             return None
@@ -568,8 +638,8 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         return images[0], labels[0]
 
     def __getitems__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        shape = (len(batch.indices), self.channels, *self.size)
-        images = np.empty(shape, dtype=np.uint8)
+        size = self.buckets[self.bucket_of[batch.indices[0]]]
+        images = np.empty((len(batch.indices), self.channels, *size), dtype=np.uint8)
         labels = np.empty(len(batch.indices), dtype=np.int64)
         for place, (wanted, mirrored) in enumerate(zip(batch.indices, batch.mirrored, strict=True)):
             index, pixels = self._next_readable(wanted)
@@ -582,6 +652,8 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
             index = (wanted + further) % len(self.files)
             if self._groups[index] != self._groups[wanted]:
                 continue
+            if self.bucket_of[index] != self.bucket_of[wanted]:
+                continue
             pixels = self.read(index)
             if pixels is not None:
                 return index, pixels
@@ -593,10 +665,21 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
     def inspect(self, most: int | None = None) -> Inspection:
         """Read the headers of all images, or of ``most`` of them, evenly spaced.
 
+        With several buckets all are read, and only once.
+
         Raises:
             ValueError: with ``strict``, an image that cannot be read or is too small.
         """
+        if len(self.buckets) > 1:
+            return self._all_headers
+        count = len(self.files)
+        return self._look_at(range(count) if most is None else range(0, count, -(-count // most)))
 
+    @cached_property
+    def _all_headers(self) -> Inspection:
+        return self._look_at(range(len(self.files)))
+
+    def _look_at(self, looked: range) -> Inspection:
         def header(index: int) -> Header | UnreadableImageError:
             try:
                 return self.files.header(index)
@@ -604,22 +687,25 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
                 return error
 
         # Several threads read the headers; what is found is told in the order of the files.
-        count = len(self.files)
-        looked = range(count) if most is None else range(0, count, -(-count // most))
-        inspection = Inspection(len(looked), [], [], {}, [])
+        inspection = Inspection(len(looked), [], [], {}, [], [])
         with ThreadPoolExecutor(8) as pool:
             for index, found in zip(looked, pool.map(header, looked), strict=True):
                 if isinstance(found, UnreadableImageError):
                     self.note_unreadable(index, found)
+                    inspection.buckets.append(-1)
                     continue
                 inspection.sizes.append((found.width, found.height))
                 if found.pages:
                     inspection.pages.append(index)
                 if found.unlike_before:
                     inspection.unlike_before.setdefault(found.unlike_before, []).append(index)
-                if found.height < self.size[0] or found.width < self.size[1]:
+                turned = self.upright and found.on_its_side
+                width, height = (found.width, found.height)[:: -1 if turned else 1]
+                inspection.buckets.append(nearest_bucket(width, height, self.buckets))
+                crop = self.buckets[inspection.buckets[-1]]
+                if height < crop[0] or width < crop[1]:
                     if self.strict:
-                        size = told_size(self.size)
+                        size = told_size(crop)
                         raise ValueError(
                             f"{self.files.path(index)} has {found.width} x {found.height} pixels: "
                             f"expected {size} or more on each side; remove it, or set "
@@ -638,6 +724,7 @@ class Inspection(NamedTuple):
         small: which are smaller than the crop.
         unlike_before: which were read otherwise before there was a background, by the reason.
         pages: which hold several images.
+        buckets: of each, the number of its bucket, -1 where it cannot be read.
 
     Example::
 
@@ -649,6 +736,7 @@ class Inspection(NamedTuple):
     small: list[int]
     unlike_before: dict[str, list[int]]
     pages: list[int]
+    buckets: list[int]
 
     def told(self, crops: Crops) -> list[str]:
         """Return a text for each thing that is done to some of the images."""
@@ -670,9 +758,10 @@ class Inspection(NamedTuple):
         if self.pages:
             said.append(told_pages([names[index] for index in self.pages]))
         if self.small:
-            size = told_size(crops.size)
+            several = len(crops.buckets) > 1
+            size = "their bucket" if several else f"{told_size(crops.size)} pixels"
             said.append(
-                f"{len(self.small)} of {self.looked} images are smaller than {size} pixels "
+                f"{len(self.small)} of {self.looked} images are smaller than {size} "
                 f"and are enlarged, the first is {crops.files.path(self.small[0])}"
             )
         return said
@@ -692,6 +781,11 @@ def suspicions(files: ImageFiles) -> list[str]:
         found.append(
             f"{DATASET_JSON} lies there and is not read; data.labels={DATASET_JSON} takes the "
             f"classes from it"
+        )
+    if isinstance(files.store, Archives) and f"{sample_of(files.names[0])}{JSON}" in files.store:
+        found.append(
+            f"a {JSON} lies beside each image and is not read; data.labels=KEY takes the classes "
+            f"from a key in it"
         )
     # The parent of train/ and val/: the classes lie one level below.
     inside: dict[str, set[str]] = {name: set() for name in files.class_names}
@@ -721,6 +815,41 @@ def suspicions(files: ImageFiles) -> list[str]:
     return found
 
 
+def stated_buckets(buckets: int | Sequence[Sequence[int]], size: Side) -> list[tuple[int, int]]:
+    """Return buckets (height, width) that were stated as a list, or by the step of the rule.
+
+    Raises:
+        ValueError: one is no size, two have one aspect ratio, or ``size`` is not among them.
+
+    Example:
+        >>> stated_buckets([[64, 64], [48, 80]], 64)
+        [(64, 64), (48, 80)]
+    """
+    if isinstance(buckets, int):
+        if buckets < 1:
+            raise ValueError(f"data.buckets={buckets}: expected 1 or more pixels")
+        return buckets_by_rule(size, buckets)
+    found: dict[float, tuple[int, int]] = {}
+    for each in buckets:
+        if len(each) != 2 or min(each) < 1:
+            raise ValueError(
+                f"data.buckets: {list(each)}: expected [height, width], 1 or more pixels each"
+            )
+        height, width = each
+        other = found.setdefault(height / width, (height, width))
+        if other != (height, width):
+            raise ValueError(
+                f"data.buckets: {told_size(other)} and {told_size(each)} have one aspect ratio, by "
+                f"which images are put into buckets: expected one of them"
+            )
+    if sides(size) not in found.values():
+        raise ValueError(
+            f"data.buckets: {told_size(size)} is not among them: expected the resolution of the "
+            f"run too, at which previews and images are drawn"
+        )
+    return [*found.values()]
+
+
 CLASS_IN_NAME = re.compile(r"(n\d{8}(?=_)|.*[^\W\d_])[\W\d_]*\d[\W_]*$")
 """The name of a file that ends in a number, before that; ImageNet's classes are numbers too."""
 
@@ -728,7 +857,9 @@ CLASS_IN_NAME = re.compile(r"(n\d{8}(?=_)|.*[^\W\d_])[\W\d_]*\d[\W_]*$")
 class ImageFolderData(NamedData):
     """Batches (uint8 images (b, c, size, size), labels) of a folder or archive of images.
 
-    ``size`` may also be [height, width].
+    ``size`` may also be [height, width]. With ``buckets`` each batch is of one of several sizes,
+    and each image is cropped to the one that has its aspect ratio most nearly: a list of [height,
+    width], one of which is ``size``, or the step of :func:`sag_dit.data.crop.buckets_by_rule`.
 
     What ``root`` may be, and what ``labels`` and ``class_names`` say, tells :func:`find_images`.
     ``balance`` repeats the images of small classes, see :func:`balanced`.
@@ -753,6 +884,7 @@ class ImageFolderData(NamedData):
         "labels": None,
         "class_names": None,
         "balance": 0.0,
+        "buckets": None,
     }
 
     def __init__(
@@ -772,6 +904,7 @@ class ImageFolderData(NamedData):
         labels: str | None = None,
         class_names: Sequence[str | int] | None = None,
         balance: float = 0.0,
+        buckets: int | Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size, seed=seed, flip=flip, held_out=held_out, workers=workers
@@ -789,7 +922,9 @@ class ImageFolderData(NamedData):
             background=background,
             strict=strict,
             groups=self.held_out_images,
+            buckets=() if buckets is None else stated_buckets(buckets, size),
         )
+        self.buckets = buckets
 
     @property
     def dataset(self) -> Crops:
@@ -811,9 +946,32 @@ class ImageFolderData(NamedData):
         """The images of an epoch, those of small classes repeated."""
         return balanced(super().training_images, self.labels, self.balance)
 
+    def buckets_of(self, images: Indices) -> Indices | None:
+        """Return the bucket of each of some images, None where there is one size."""
+        return None if self.buckets is None else self._crops.bucket_of[images]
+
     def listing_sha256(self) -> str:
         """Return the sha256 of the images' names and sizes in bytes, and of labels beside them."""
         return listing_sha256(self.files)
+
+    def _told_buckets(self) -> str:
+        """Return how many images to train on each bucket has, with those that are short of some."""
+        crops = self._crops
+        images = self.training_images
+        counts = np.bincount(crops.bucket_of[images], minlength=len(crops.buckets)).tolist()
+        told = [f"{told_size(size)} ({n:,})" for size, n in zip(crops.buckets, counts, strict=True)]
+        line = f"  buckets  {', '.join(told)}"
+        few = [
+            told_size(size)
+            for size, n in zip(crops.buckets, counts, strict=True)
+            if 0 < n < self.batch_size
+        ]
+        if few:
+            line += (
+                f"\n  note: {', '.join(few)}: fewer images than a batch of {self.batch_size}, so "
+                f"that it has some of them twice; fewer buckets avoid it"
+            )
+        return line
 
     def remarks(self) -> list[str]:
         """Return the images' sizes, what is left out or changed, and what looks like a mistake."""
@@ -826,6 +984,8 @@ class ImageFolderData(NamedData):
             wide, high = (_range(each) for each in zip(*inspection.sizes, strict=True))
             of = "" if few else f", of {inspection.looked:,} of them"
             lines.append(f"  sizes    {wide} pixels wide, {high} high{of}")
+        if self.buckets is not None:
+            lines.append(self._told_buckets())
         if self.files.labels_from:
             lines.append(f"  labels   from {readable(self.files.labels_from)}")
         left_out = {**self.files.left_out}
@@ -862,6 +1022,21 @@ class ImageFolderData(NamedData):
                 f"data.size={size}: expected {wanted}, the resolution of the model "
                 f"({height} x {width} cells of {factor} pixels)"
             )
+        # Every bucket has to be one that the network can be given.
+        if len(crops.buckets) > 1 and model.denoiser.size_multiple is None:
+            raise ValueError(
+                f"data.buckets: {type(model.class_conditional.network).__name__} takes images of "
+                f"one size: expected null, or a network that says any_size = True"
+            )
+        cell = factor * patch_size
+        for bucket in crops.buckets:
+            if bucket[0] % cell or bucket[1] % cell:
+                where = f"={self.buckets}" if isinstance(self.buckets, int) else ""
+                raise ValueError(
+                    f"data.buckets{where}: {told_size(bucket)} are no multiples of {cell} pixels, "
+                    f"the autoencoder's factor {factor} times patch_size={patch_size}: expected "
+                    f"{'a multiple' if where else 'multiples'} of {cell}"
+                )
         if factor == 1 and channels != crops.channels:
             raise ValueError(
                 f"data.channels={crops.channels}: expected {channels}, the channels of the model"

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sag_dit.data.archives import CLASS
 from sag_dit.untrusted import csv_rows, parse_json
 
 Mark = int | str
@@ -111,13 +110,11 @@ def _numbers_if_all(texts: Mapping[str, Mark]) -> dict[str, Mark]:
 
 
 def beside_images(names: Sequence[str], classes: Mapping[str, str]) -> dict[str, Mark]:
-    """Return the class of each image from the ``.cls`` beside it, as WebDataset has them.
+    """Return the class of each image from those of the samples, as WebDataset has them.
 
     A sample is what has the same name up to the first dot.
     """
-    held = {name.removesuffix(CLASS): text for name, text in classes.items()}
-    keys = ((name, sample_of(name)) for name in names)
-    return _numbers_if_all({name: held[key] for name, key in keys if key in held})
+    return _numbers_if_all({name: classes[sample_of(name)] for name in names})
 
 
 def sample_of(name: str) -> str:

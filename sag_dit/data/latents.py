@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from sag_dit.checkpoints import Model
 from sag_dit.codec import Pixels, VAECodec, encoder_of, hash_tensors
 from sag_dit.data.images import Crops, find_images, listing_sha256
+from sag_dit.data.npy_latents import NpyLatents, holds_npy
 from sag_dit.data.shards import REMEDY, Index, Rows, map_shard, read_index, verify
 from sag_dit.data.training_batches import (
     Batch,
@@ -150,13 +151,29 @@ def sample_posterior(moments: Moments, seed: int, step: int, rank: int) -> Image
     return torch.addcmul(mean, std, z)
 
 
-def _second(folder: Path, first: Index) -> Latents:
+def open_latents(root: Path, images: str | Path | None = None) -> Latents | NpyLatents:
+    """Return the latents of a folder that ``encode.py`` wrote, or of EDM2's dataset_tool.py.
+
+    Raises:
+        ValueError: they are incomplete or damaged, or not those of ``images``.
+    """
+    if not holds_npy(root):
+        return Latents(root, read_index(root), images)
+    if images is not None:
+        raise ValueError(
+            f"data.images={images}: latents of EDM2 do not tell which images they are of: expected "
+            f"null, or latents of encode.py"
+        )
+    return NpyLatents(root)
+
+
+def _second(folder: Path, first: Index) -> Latents | NpyLatents:
     """Return the latents to validate with.
 
     Raises:
         ValueError: they are not of the classes and the autoencoder of those to train on.
     """
-    second = Latents(folder.expanduser(), read_index(folder.expanduser()))
+    second = open_latents(folder.expanduser())
     encoder = "encoder_sha256"
     here = (first.class_names, first.shape, first.config.get(encoder))
     if (second.index.class_names, second.index.shape, second.index.config.get(encoder)) != here:
@@ -168,7 +185,11 @@ def _second(folder: Path, first: Index) -> Latents:
 
 
 class LatentData(NamedData):
-    """Batches (x_0 (b, c, h, w) float32, labels) of a folder that ``encode.py`` wrote.
+    """Batches (x_0 (b, c, h, w) float32, labels) of latents that ``encode.py`` or EDM2 wrote.
+
+    ``root`` is a folder of the first, or a zip or folder of .npy files of NVlabs/edm2's
+    dataset_tool.py. Those hold z as the encoder put it out, and the statistics of the model's
+    autoencoder make x_0 of it, by default those of :class:`sag_dit.checkpoints.EDM2Autoencoder`.
 
     Loader processes only copy means and standard deviations. x_0 is drawn from them on the model's
     device, since drawing takes far longer than copying. ``flip`` takes an image or its mirror image
@@ -206,7 +227,8 @@ class LatentData(NamedData):
     ) -> None:
         # What the folder holds, and what to validate with: a share of it, or a second folder.
         folder = Path(root).expanduser()
-        self.index = read_index(folder)
+        self._raw = open_latents(folder, images) if holds_npy(folder) else None
+        self.index = read_index(folder) if self._raw is None else self._raw.index
         if validation is not None and held_out:
             raise ValueError(
                 f"held_out={held_out} and validation={validation}: expected one of them; either a "
@@ -239,9 +261,9 @@ class LatentData(NamedData):
         self.channels, self.vae = self.index.shape[0], self.index.vae
 
     @cached_property
-    def dataset(self) -> Latents:
+    def dataset(self) -> Latents | NpyLatents:
         """The latents."""
-        return Latents(self._folder, self.index, self.images)
+        return self._raw or Latents(self._folder, self.index, self.images)
 
     @property
     def gives_pixels(self) -> bool:
@@ -273,7 +295,12 @@ class LatentData(NamedData):
         return DataLoader(self._validation, batch_sampler=batches, collate_fn=as_it_is)
 
     def listing_sha256(self) -> str:
-        """Return the sha256 of the shards' names and contents, as the index says."""
+        """Return the sha256 of the shards' names and contents, as the index says.
+
+        Of .npy files, of their names, sizes and labels.
+        """
+        if isinstance(self.dataset, NpyLatents):
+            return self.dataset.listing_sha256()
         listing = "".join(f"{shard.file} {shard.sha256}\n" for shard in self.index.shards)
         return hashlib.sha256(listing.encode()).hexdigest()
 
@@ -295,7 +322,17 @@ class LatentData(NamedData):
     ) -> tuple[Images, Labels, *tuple[Pixels, ...]]:
         """Draw x_0, where the batch now is."""
         moments, labels, step, *pixels = batch
-        return sample_posterior(moments, self.seed, step, self.rank), labels, *pixels
+        drawn = sample_posterior(moments, self.seed, step, self.rank)
+        if self._raw is not None:
+            module: Any = self.trainer and self.trainer.lightning_module
+            codec = getattr(getattr(module, "model", None), "codec", None)
+            if not isinstance(codec, VAECodec):
+                raise ValueError(
+                    f"data.root={self._folder} holds latents without a scale: expected a "
+                    f"DiffusionModule whose model has the autoencoder that tells it"
+                )
+            drawn = codec.scaled(drawn)
+        return drawn, labels, *pixels
 
     def check(self, model: Model) -> None:
         """Check that a model can be trained on these latents; this reads its autoencoder.
@@ -310,6 +347,12 @@ class LatentData(NamedData):
                 f"change the model's input_size and in_channels"
             )
         check_classes(len(self.class_names), model.class_conditional.num_classes)
+        if self._raw is not None:
+            if not isinstance(model.codec, VAECodec):
+                raise ValueError(
+                    f"data.root={self._folder} holds latents: expected a model with an autoencoder"
+                )
+            return
         here = self.index.config.get("encoder_sha256")
         there = encoder_sha256(model.codec) if isinstance(model.codec, VAECodec) else None
         if here != there:

@@ -110,7 +110,8 @@ def read_index(folder: Path) -> Index:
     file = folder / INDEX
     if not file.is_file():
         raise ValueError(
-            f"data.root={folder}: no {INDEX}; expected a folder that encode.py has finished"
+            f"data.root={folder}: no {INDEX}; expected a folder that encode.py has finished, "
+            f"or a zip of EDM2's latents"
         )
     # Read the index, and check that its parts agree with each other.
     try:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 SHUFFLE = 2
 """Purpose of the random streams that order the data, see :func:`sag_dit.noise.generator`."""
 
+TURNS = 11
+"""Purpose of the random streams that order an epoch's buckets."""
+
 FLIP = 8
 """Purpose of the random streams that mirror images, see :func:`sag_dit.noise.generator`."""
 
@@ -61,6 +64,11 @@ class TrainingBatches(Sampler[Batch]):
     them. So a batch depends on (seed, step) alone: not on workers, and not on where a run was
     resumed.
 
+    With ``buckets``, the bucket of each of the chosen images, every bucket is such a sequence, and
+    the images of a step are of one bucket, on all ranks the same. After e epochs of the whole,
+    bucket b of n_b images has had floor(e n_b / (w batch_size)) steps, so its share is right to a
+    batch. In which order an epoch's buckets take their turns is drawn at random.
+
     Which images are mirrored is drawn for the batch of all ranks together. So it does not depend on
     how many ranks share the batch.
 
@@ -80,49 +88,94 @@ class TrainingBatches(Sampler[Batch]):
         first: Callable[[], int] = int,
         rank: int = 0,
         world: int = 1,
+        buckets: Indices | None = None,
     ) -> None:
-        self._chosen, self._batch_size, self._seed, self._flip = chosen, batch_size, seed, flip
+        self._batch_size, self._seed, self._flip = batch_size, seed, flip
         self._first, self._rank, self._world = first, rank, world
-        self._shuffled: tuple[int, Indices] | None = None
+        # The images of each bucket, those without any in its place left out.
+        of = np.zeros(len(chosen), dtype=np.int64) if buckets is None else buckets
+        self._buckets = [chosen[of == bucket] for bucket in np.unique(of)]
+        self._counts = np.array([len(each) for each in self._buckets], dtype=np.int64)
+        self._shuffled: dict[int, tuple[int, Indices]] = {}
+        self._turns: tuple[int, Indices] | None = None
 
-    def order(self, epoch: int) -> Indices:
-        """Return the order of the images' places in one epoch."""
-        if self._shuffled is None or self._shuffled[0] != epoch:
-            order = generator(self._seed, epoch, 0, SHUFFLE).permutation(len(self._chosen))
-            self._shuffled = (epoch, order)
-        return self._shuffled[1]
+    def order(self, epoch: int, bucket: int = 0) -> Indices:
+        """Return the order of a bucket's images in one epoch of its own."""
+        known = self._shuffled.get(bucket)
+        if known is None or known[0] != epoch:
+            stream = generator(self._seed, epoch, bucket, SHUFFLE)
+            known = self._shuffled[bucket] = (epoch, stream.permutation(self._counts[bucket]))
+        return known[1]
+
+    def _steps_before(self, epoch: int) -> Indices:
+        """Return how many steps each bucket has had before an epoch: floor(e n_b / batch)."""
+        return epoch * self._counts // (self._batch_size * self._world)
+
+    def place(self, step: int) -> tuple[int, int]:
+        """Return the bucket of a step, and how many steps that bucket has had before."""
+        if len(self._buckets) == 1:
+            return 0, step
+        # The epoch, by halving: the last one before which there are no more steps than this.
+        batch, images = self._batch_size * self._world, int(self._counts.sum())
+        first, last = 0, (step + len(self._buckets) + 1) * batch // images + 1
+        while last - first > 1:
+            middle = (first + last) // 2
+            if int(self._steps_before(middle).sum()) <= step:
+                first = middle
+            else:
+                last = middle
+        # The turns of its buckets.
+        before = self._steps_before(first)
+        if self._turns is None or self._turns[0] != first:
+            each = self._steps_before(first + 1) - before
+            turns = np.repeat(np.arange(len(each)), each)
+            self._turns = (first, generator(self._seed, first, 0, TURNS).permutation(turns))
+        turns, turn = self._turns[1], step - int(before.sum())
+        bucket = int(turns[turn])
+        return bucket, int(before[bucket] + np.count_nonzero(turns[:turn] == bucket))
 
     def batch(self, step: int) -> Batch:
         """Return this rank's part of one step."""
-        # The places, which may run on into the next epoch.
+        # The places, which may run on into the bucket's next epochs.
         size = self._batch_size
-        epoch, offset = divmod((step * self._world + self._rank) * size, len(self._chosen))
-        places = self.order(epoch)[offset : offset + size]
-        if len(places) < size:
-            places = np.concatenate([places, self.order(epoch + 1)[: size - len(places)]])
+        bucket, number = self.place(step)
+        images = self._buckets[bucket]
+        epoch, offset = divmod((number * self._world + self._rank) * size, len(images))
+        places = self.order(epoch, bucket)[offset : offset + size]
+        while len(places) < size:
+            epoch += 1
+            places = np.concatenate([places, self.order(epoch, bucket)[: size - len(places)]])
         # This rank's coins.
         mirrored = [False] * size
         if self._flip:
             coins = generator(self._seed, step, 0, FLIP).random(size * self._world) < 0.5
             mirrored = coins[self._rank * size : (self._rank + 1) * size].tolist()
-        return Batch(step, self._chosen[places].tolist(), mirrored)
+        return Batch(step, images[places].tolist(), mirrored)
 
     def __iter__(self) -> Iterator[Batch]:
         return map(self.batch, count(self._first()))
 
 
 def validation_batches(
-    chosen: Indices, batch_size: int, rank: int = 0, world: int = 1
+    chosen: Indices,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    buckets: Indices | None = None,
 ) -> list[Batch]:
     """Return one rank's share of held-out images in order, none mirrored.
 
     All ranks get the same number of batches, since ranks that reduce a metric together would
     otherwise wait for ever. Where the count is no multiple of the ranks the first images are
-    repeated.
+    repeated. With ``buckets``, the bucket of each image, all this holds of each bucket.
     """
-    each = -(-len(chosen) // world)
-    share = chosen[(np.arange(each) * world + rank) % len(chosen)].tolist()
-    parts = [share[start : start + batch_size] for start in range(0, each, batch_size)]
+    of = np.zeros(len(chosen), dtype=np.int64) if buckets is None else buckets
+    parts: list[list[int]] = []
+    for bucket in np.unique(of):
+        images = chosen[of == bucket]
+        each = -(-len(images) // world)
+        share = images[(np.arange(each) * world + rank) % len(images)].tolist()
+        parts += [share[start : start + batch_size] for start in range(0, each, batch_size)]
     return [
         Batch(VALIDATION + number, part, [False] * len(part)) for number, part in enumerate(parts)
     ]
@@ -325,6 +378,13 @@ class StepData(LightningDataModule, ABC):
         """The images of an epoch."""
         return np.flatnonzero(~self.held_out_images)
 
+    def buckets_of(self, images: Indices) -> Indices | None:
+        """Return the bucket of each of some images, None where all images have one shape.
+
+        The images of a batch are of one bucket.
+        """
+        return None
+
     @property
     def gives_pixels(self) -> bool:
         """Whether batches hold the images themselves, for objectives that see pixels."""
@@ -374,15 +434,17 @@ class StepData(LightningDataModule, ABC):
         Also after an "epoch" that ``limit_train_batches`` ends; ``overfit_batches`` begins anew.
         """
         world = self.trainer.world_size if self.trainer else 1
+        images = self.training_images
         return self._loader(
             TrainingBatches(
-                self.training_images,
+                images,
                 self.rank_batch_size(world),
                 self.seed,
                 flip=self.flip,
                 first=self._first_batch,
                 rank=self.rank,
                 world=world,
+                buckets=self.buckets_of(images),
             )
         )
 
@@ -399,7 +461,8 @@ class StepData(LightningDataModule, ABC):
         if not len(chosen):
             return []
         batch_size = max(1, self.batch_size // world)
-        return self._loader(validation_batches(chosen, batch_size, self.rank, world))
+        buckets = self.buckets_of(chosen)
+        return self._loader(validation_batches(chosen, batch_size, self.rank, world, buckets))
 
     def _loader(
         self, batches: TrainingBatches | list[Batch], dataset: Dataset[Any] | None = None

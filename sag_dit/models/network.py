@@ -221,6 +221,22 @@ class ClassEmbedded(Protocol):
         """The module that turns labels (b,) into embeddings (b, d)."""
 
 
+@runtime_checkable
+class Resizable(Protocol):
+    """A network that can be made one of images of another size.
+
+    Example:
+        >>> from sag_dit.models import DiT
+        >>> isinstance(DiT(input_size=8, hidden_size=32, depth=1, num_heads=2), Resizable)
+        True
+    """
+
+    patch_size: int
+
+    def resize(self, input_size: tuple[int, int]) -> None:
+        """Be a network of x_t of that height and width from now on."""
+
+
 class Fork(NamedTuple):
     """Rows of a batch that join it before a block, as copies of rows that are there already.
 

@@ -323,7 +323,9 @@ class DiffusionModule(LightningModule):
         if encoded:
             return objective(denoiser, images, labels, **told)
         codec = self.model.codec
-        shape = (len(images), *denoiser.latent_shape)
+        # Of the images' own size, which need not be that of all others.
+        sides = (side // codec.factor for side in images.shape[2:])
+        shape = (len(images), denoiser.latent_shape[0], *sides)
         noise = torch.randn(shape, device=images.device) if isinstance(codec, VAECodec) else None
         x_0 = codec.encode(images, noise)
         return objective(denoiser, x_0, labels, **told)

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from sag_dit.cli.composing import compose, make_around
 from sag_dit.data.map_data import MapData
 from sag_dit.data.training_batches import Batch, StepData
-from tests.data.making import image_folder, same, trainer
+from tests.data.making import image_folder, same, save_vae, trainer
+from tests.data.test_npy_latents import edm2_zip
 from tests.data.test_sources import contents, of_shards, write_tar, write_zip
 
 Command = Callable[..., Any]
@@ -389,6 +390,11 @@ def as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
     samples = {n.replace("/", "-"): content for n, content in files.items()}
     labels = {f"{n.split('.')[0]}.cls": str(int(n[0] == "d")).encode() for n in samples}
     write_tar(tmp_path / "shards" / "train-000.tar", {**samples, **labels})
+    (tmp_path / "described").mkdir()
+    told = {name.replace(".cls", ".json"): b'{"label": %s}' % each for name, each in labels.items()}
+    write_tar(tmp_path / "described" / "train-000.tar", {**samples, **told})
+    edm2_zip(tmp_path / "img16-sd.zip", shape=(8, 8, 8))
+    save_vae(tmp_path / "vae")
     for name, text in FILES:
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -400,7 +406,7 @@ def as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
 
 def test_the_page_s_files_and_commands_run(as_documented: Path, in_process: Command) -> None:
     ran = [shlex.split(line) for block in BLOCKS for line in block.splitlines()]
-    assert len(ran) == 6 and len(FILES) == 2
+    assert len(ran) == 11 and len(FILES) == 2
     for start, module, package, command, *arguments in ran:
         assert (start, module, package) == ("python", "-m", "sag_dit")
         small = SMALL[1:4] if command == "train" else ()

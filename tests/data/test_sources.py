@@ -106,6 +106,7 @@ def of_json(photos: Path, to: Path) -> dict[str, Any]:
 
 def of_shards(photos: Path, to: Path) -> dict[str, Any]:
     """WebDataset's layout; shards so filled that their order is that of the classes' images."""
+    to.mkdir(exist_ok=True)
     shards: list[Files] = [{}, {}]
     for number, (name, content) in enumerate(sorted(contents(photos).items())):
         folder, _, file = name.partition("/")
@@ -118,6 +119,26 @@ def of_shards(photos: Path, to: Path) -> dict[str, Any]:
     for number, samples in enumerate(shards):
         write_tar(to / f"train-{number:03d}.tar", samples)
     return {"root": to, "class_names": CLASSES}
+
+
+def of_described_shards(photos: Path, to: Path) -> dict[str, Any]:
+    """As img2dataset and timm have it: the class is a key of each sample's .json."""
+    made = of_shards(photos, to / "before")
+    (to / "shards").mkdir()
+    for number, shard in enumerate(sorted((to / "before").glob("*.tar"))):
+        samples: Files = {}
+        with tarfile.open(shard) as archive:
+            for name in archive.getnames():
+                stream = archive.extractfile(name)
+                assert stream is not None
+                content = stream.read()
+                if name.endswith(".cls"):
+                    told = {"caption": "a photo", "width": 20, "label": int(content)}
+                    samples[name.replace(".cls", ".json")] = json.dumps(told).encode()
+                elif not name.endswith(".json"):
+                    samples[name] = content
+        write_tar(to / "shards" / f"train-{number:03d}.tar", samples)
+    return {**made, "root": to / "shards", "labels": "label"}
 
 
 def of_hub(photos: Path, to: Path) -> dict[str, Any]:
@@ -142,7 +163,8 @@ def of_hub(photos: Path, to: Path) -> dict[str, Any]:
 
 Source = Callable[[Path, Path], dict[str, Any]]
 SOURCES: list[Source] = [
-    *(of_zip, of_deflated_zip, of_tar, of_edm2, of_csv, of_json, of_shards, of_hub),
+    *(of_zip, of_deflated_zip, of_tar, of_edm2, of_csv, of_json, of_shards),
+    *(of_described_shards, of_hub),
 ]
 each_source = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.__name__)
 
@@ -255,6 +277,45 @@ def test_samples_without_an_image_or_a_class_are_told(photos: Path, tmp_path: Pa
         "further image of its sample": ["1.seg.png"],
         "no .cls beside it": ["2.png"],
     }
+
+
+@pytest.mark.parametrize(
+    ("described", "labels", "told"),
+    [
+        ({"label": 1, "url": "x"}, "class", "has no such key: expected one of label, url"),
+        ({"label": [1, 0]}, "label", r"has \[1, 0\] there: expected a class, its number or its"),
+        ([1], "label", "has no such key: expected one of them"),
+        (None, "label", "expected a readable JSON file"),
+    ],
+)
+def test_a_description_that_has_no_class_is_told(
+    described: Any, labels: str, told: str, photos: Path, tmp_path: Path
+) -> None:
+    content = b"{" if described is None else json.dumps(described).encode()
+    image = contents(photos)["cats/00.jpg"]
+    write_tar(tmp_path / "a.tar", {"0001.jpg": image, "0001.json": content})
+    with pytest.raises(ValueError, match=told) as caught:
+        find_images(tmp_path, labels)
+    assert "0001.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_names_in_descriptions_are_classes_and_none_is_told_of(
+    photos: Path, tmp_path: Path
+) -> None:
+    images = contents(photos)
+    files: Files = {"0003.png": images["mice/02.png"]}
+    for number, name in enumerate(("cats/00.jpg", "dogs/01.png")):
+        files[f"{number:04d}.{name[-3:]}"] = images[name]
+        files[f"{number:04d}.json"] = json.dumps({"class": name[:4]}).encode()
+    file = write_tar(tmp_path / "a.tar", files)
+    found = find_images(file, "class")
+    assert found.class_names == ("cats", "dogs") and len(found) == 2
+    assert found.left_out == {"no .json beside it": ["0003.png"]}
+    assert found.labels_from == "class in the .json of each image"
+    told = ImageFolderData(file, 8, 1).report()
+    assert "a .json lies beside each image and is not read; data.labels=KEY takes" in told
+    with pytest.raises(ValueError, match=r"or a key of the .json beside each image"):
+        find_images(file, "labels.csv")
 
 
 def test_an_archive_without_labels_is_one_class(photos: Path, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ class Text(Closed):
         "prompt of the null condition; empty: the model's own", text=True, blank=True
     )
     size: list[int] | None = key(
-        "[height, width] in pixels; null: the model's",
+        "[height, width] in pixels, of a DiT of classes too; null: the model's",
         least=1,
         most=65_536,
         length=2,
@@ -514,7 +514,8 @@ class DataKeys:
         later=None,
     )
     labels: str | None = key(
-        "CSV or JSON file of each image's class, or a column; null: class folders",
+        "CSV or JSON file of each image's class, a column, or a key of the .json of each; null: "
+        "class folders",
         text=True,
     )
     class_names: list[str | int] | None = key(
@@ -524,6 +525,14 @@ class DataKeys:
         "0: an epoch has every image once; 1: it has all classes equally often",
         least=0,
         most=1,
+    )
+    buckets: int | list[list[int]] | None = key(
+        "sizes [height, width] of which each batch has one, such as [[256,256],[192,320]], or the "
+        "step in pixels of those of about one area; null: one size",
+        **SIZE,
+        expected="sizes such as [[256,256],[192,320]], or the step of a rule, such as 64, or null",
+        later=None,
+        words="enable_bucket bucket_reso_steps aspect_ratio_buckets",
     )
     batch_size: int = key("images in a batch, over all devices", least=1, most=2**20, words="bs")
     workers: int | None = key(
@@ -898,7 +907,9 @@ class EncodeData(Closed):
 
     root: str = key("folder, archive or shards of the images", text=True)
     labels: str | None = key(
-        "CSV or JSON file of each image's class, or a column; null: class folders", text=True
+        "CSV or JSON file of each image's class, a column, or a key of the .json of each; null: "
+        "class folders",
+        text=True,
     )
     class_names: list[str | int] | None = key(
         "names of the classes, in their order; null: those of the data", names=True

@@ -360,6 +360,20 @@ class DiT(nn.Module):
         resized = F.interpolate(own, grid, mode="bicubic", align_corners=False)
         return resized.flatten(2).transpose(1, 2).to(self.pos_embed)
 
+    def resize(self, input_size: tuple[int, int]) -> None:
+        """Be a network of another size from now on, with the positions that it had there before.
+
+        Raises:
+            ValueError: the size is not divisible by ``patch_size``.
+        """
+        if input_size[0] % self.patch_size or input_size[1] % self.patch_size:
+            raise ValueError(
+                f"input_size={input_size}: expected multiples of patch_size={self.patch_size}"
+            )
+        grid = (input_size[0] // self.patch_size, input_size[1] // self.patch_size)
+        self.pos_embed = nn.Parameter(self.positions(grid).detach(), requires_grad=False)
+        self.input_size, self.grid = input_size, grid
+
     def unpatchify(self, x: Float[Tensor, "b n p"], grid: tuple[int, int] | None = None) -> Images:
         """Lay the patches' values out as images (b, out_channels, h, w), by default of its size."""
         (rows, columns), size = grid or self.grid, self.patch_size
