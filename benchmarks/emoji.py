@@ -182,7 +182,7 @@ class Run:
             *(f"every_n_steps.validation={every}", f"every_n_steps.checkpoint={4 * every}"),
             *(f"every_n_steps.preview={2 * steps}", f"schedule.num_warmup_steps={steps // 40}"),
             # Should the machine become slower: the weights are exported then too.
-            f"+trainer.max_time={clock(left)}",
+            f"trainer.max_time={clock(left)}",
         )
         self.note("training_seconds", took)
         self.note(

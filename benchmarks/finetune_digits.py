@@ -32,7 +32,7 @@ from sag_dit.training.finetune import adapt
 
 SMALL = ["model.hidden_size=64", "model.depth=3"]
 ONE_CPU = ["trainer.accelerator=cpu", "trainer.devices=1"]
-QUIET = ["logger=none", "preview.steps=2", "++trainer.enable_progress_bar=false"]
+QUIET = ["logger=none", "preview.steps=2", "trainer.enable_progress_bar=false"]
 FULL = ["optimizer.lr=1e-3"]
 LORA = ["lora.rank=8", "optimizer.lr=5e-3"]
 FIRST, NEW = range(8), (8, 9)

@@ -1,4 +1,4 @@
-"""docs/training.md: the commands of two sections are run, as a reader would, in few steps."""
+"""docs/training.md: the commands of three sections are run, as a reader would, in few steps."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sag_dit.cli.schema import determining
+from sag_dit.cli.trainer_flags import OF_TRAINING
 from tests.pages import ROOT, Page, run
 
 PAGE = Page.of("training.md")
@@ -21,6 +22,21 @@ def commands(title: str) -> list[str]:
     lines = PAGE.section(title).commands
     fewer = [re.sub(r"max_steps=(\d+)00\b", r"max_steps=\1", each) for each in lines]
     return [re.sub(r"snapshot=\d+", "snapshot=1", each) for each in fewer]
+
+
+def test_it_names_the_trainer_s_arguments_that_are_refused() -> None:
+    text = PAGE.section("Arguments of the Trainer").text.split("These are refused")[1]
+    assert set(re.findall(r"`(\w+)`", text)) == {*OF_TRAINING}
+
+
+@pytest.mark.slow  # each command is a process of its own, as a reader starts it
+def test_the_commands_of_the_trainer_run(tmp_path: Path) -> None:
+    found = PAGE.section("Arguments of the Trainer").commands
+    for command in found:
+        program, *arguments = shlex.split(command)
+        assert program == "python"
+        run([*arguments, *SMALL], tmp_path)
+    assert {each.name for each in tmp_path.iterdir()} == {"stops", "logs", "again", "second"}
 
 
 @pytest.mark.slow  # each command is a process of its own, as a reader starts it
