@@ -63,6 +63,8 @@ OF_NO_USE = (
     r"Be aware that when using `ckpt_path`, callbacks",
     r"Total length of .* across ranks is zero",
     r"The dirpath has changed from",
+    r"There is a wandb run already in progress",
+    r"`precision=.*` is supported for historical reasons",
     r"The `srun` command is available",
     r".*`sync_dist=True`",
 )

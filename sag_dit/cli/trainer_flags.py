@@ -69,7 +69,8 @@ def check_training(stated: Mapping[str, Any], max_steps: int) -> None:
             f"trainer.gradient_clip_val too, such as 1.0"
         )
     strategy = str(stated.get("strategy"))
-    if "spawn" in strategy or "fork" in strategy:
+    others = strategy.startswith("ddp_") and not strategy.startswith("ddp_find_unused")
+    if others or "spawn" in strategy:
         raise ValueError(
             f"trainer.strategy={strategy}: each rank is a command of its own here: expected ddp"
         )
