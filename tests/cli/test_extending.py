@@ -2,52 +2,35 @@
 
 from __future__ import annotations
 
-import os
-import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import sag_dit
 from sag_dit.study import compare
+from tests.pages import Page, run
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-FILES = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL)
-COMMANDS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+PAGE = Page.of("extending.md")
 QUICK = ("trainer.accelerator=cpu", "trainer.devices=1")
 
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name, text in FILES:
-        (tmp_path / name).write_text(text, encoding="utf-8")
+    PAGE.write(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("commands", COMMANDS, ids=["sampler", "metric", "data", "method"])
-def test_its_commands_run(commands: str, files: Path) -> None:
-    for command in commands.splitlines():
+@pytest.mark.parametrize("commands", PAGE.blocks, ids=["sampler", "metric", "data", "method"])
+def test_its_commands_run(commands: list[str], files: Path) -> None:
+    for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "python"
-        done = subprocess.run(
-            [sys.executable, *arguments, *QUICK],
-            cwd=files,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-        assert done.returncode == 0, (command, done.stderr)
-        if "evaluate" in arguments:
-            assert "brightness" in done.stdout
+        told = run([*arguments, *QUICK], files)
+        assert "evaluate" not in arguments or "brightness" in told
 
 
 def test_its_classes_are_used_from_python(files: Path) -> None:

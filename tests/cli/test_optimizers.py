@@ -25,14 +25,11 @@ from tests.cli.test_train_stops import (
     start,
     wait_for_checkpoint,
 )
+from tests.pages import Page
 from tests.training.making import fresh_model, make_trainer
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-SECTION = PAGE[PAGE.index("## Optimisers") : PAGE.index("\n## ", PAGE.index("## Optimisers") + 4)]
-FILES = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", SECTION, re.DOTALL)
-OWN = re.findall(r"```bash\n(.*?)```", SECTION, re.DOTALL)
-COMMANDS = [line.strip() for line in SECTION.splitlines() if line.startswith("    python train.py")]
+SECTION = Page.of("training.md").section("Optimisers")
+COMMANDS = re.findall(r"^    (python train.py .*)", SECTION.text, re.MULTILINE)
 TINY = ("model.hidden_size=48", "model.depth=2", "model.num_heads=3", "data.batch_size=16")
 QUICK = (*TINY, "max_steps=2", "every_n_steps.log=1", "trainer.accelerator=cpu", "logger=none")
 
@@ -42,8 +39,7 @@ Command = Callable[..., Any]
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The files of the section, where Python finds them."""
-    for name, text in FILES:
-        (tmp_path / name).write_text(text, encoding="utf-8")
+    SECTION.write(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
@@ -70,7 +66,7 @@ def test_the_commands_of_the_docs_run(command: str, in_process: Command, tmp_pat
 
 
 def test_an_optimizer_and_a_rule_from_a_file(in_process: Command, files: Path) -> None:
-    (command,) = OWN
+    (command,) = SECTION.commands
     python, dash, module, name, *arguments = shlex.split(command)
     assert (python, dash, module, name) == ("python", "-m", "sag_dit", "train")
     outcome = in_process(name, *arguments, *TINY, "trainer.accelerator=cpu", "logger=none")

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.pages import ROOT, Page, run
+
 Command = Callable[..., Any]
 
-ROOT = Path(__file__).resolve().parents[2]
-SECTION = (ROOT / "docs" / "training.md").read_text("utf-8").split("\n## Watching\n")[1]
-SECTION = SECTION.split("\n## ")[0]
-FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", SECTION, re.DOTALL))
-COMMANDS = re.findall(r"```bash\n(.*?)```", SECTION, re.DOTALL)
+SECTION = Page.of("training.md").section("Watching")
 SMALL = (
     "experiment=digits",
     "model.hidden_size=24",
@@ -62,7 +57,7 @@ def test_a_run_tells_what_it_is_and_where_it_goes_on(in_process: Command, tmp_pa
     assert "going on from step 2 of 3" in again.out
     assert len(columns(tmp_path / "run")["metrics/fid"]) == 1
     # The page names every column.
-    named = set(re.findall(r"`([\w/]+)`", SECTION)) | {
+    named = set(re.findall(r"`([\w/]+)`", SECTION.text)) | {
         f"loss_by_level/{part}_of_4" for part in range(1, 5)
     }
     assert found.keys() <= named, found.keys() - named
@@ -89,21 +84,11 @@ def test_settings_of_a_sweep_lie_beside_each_other_and_go_on(
 
 
 def test_the_page_s_files_and_commands_run(tmp_path: Path) -> None:
-    for name, text in FILES.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
+    SECTION.write(tmp_path)
     quick = ["trainer.accelerator=cpu", "model.hidden_size=24", "model.depth=1"]
-    commands = [[*shlex.split(each)[1:], *quick] for each in COMMANDS]
+    commands = [[*shlex.split(each)[1:], *quick] for each in SECTION.commands]
     for arguments in [*commands, ["my_run.py"]]:
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stderr
+        run(arguments, tmp_path)
     for folder in ("watched", "by_hand"):
         found = columns(tmp_path / folder)
         assert len(found["train/loss_spread"]) == 2
