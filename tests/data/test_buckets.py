@@ -18,7 +18,7 @@ from sag_dit.checkpoints import from_denoiser
 from sag_dit.checkpoints.loading import at_size
 from sag_dit.data.crop import buckets_by_rule, read_crop
 from sag_dit.data.images import ImageFolderData
-from sag_dit.data.training_batches import TrainingBatches, validation_batches
+from sag_dit.data.training_batches import Batch, TrainingBatches, validation_batches
 from sag_dit.denoiser import ClassConditional
 from sag_dit.models import DiT
 from sag_dit.models.unet.network import UNet
@@ -27,7 +27,7 @@ from tests.data.making import picture, same, trainer, truncate
 
 BUCKETS = ((8, 8), (6, 12), (12, 6))
 COUNTS = (7, 4, 3)
-"""Images of each bucket; all but one class are of them all."""
+"""Images of each bucket."""
 
 
 def photos(root: Path, counts: tuple[int, ...] = COUNTS) -> Path:
@@ -164,16 +164,10 @@ def test_an_image_that_cannot_be_read_gives_way_to_one_of_its_bucket(tmp_path: P
     crops = data.dataset
     names = list(data.files.names)
     assert crops.bucket_of[names.index("cats/00.jpg")] == 0
-    images, _ = crops.__getitems__(_batch([names.index("cats/07.png")]))
+    images, _ = crops.__getitems__(Batch(0, [names.index("cats/07.png")], [False]))
     assert images.shape[2:] == BUCKETS[1]
     assert {"cats/00.jpg", "cats/07.png"} == {*crops.skipped}
     assert len(steps(data)) == 9
-
-
-def _batch(indices: list[int]) -> Any:
-    from sag_dit.data.training_batches import Batch
-
-    return Batch(0, indices, [False] * len(indices))
 
 
 def test_held_out_images_are_validated_with_bucket_by_bucket(tmp_path: Path) -> None:
@@ -214,7 +208,7 @@ def test_a_model_draws_at_a_bucket_with_the_positions_it_was_trained_with() -> N
     assert resized.latent_shape == (3, 6, 12)
     assert resized.network.arguments["input_size"] == [6, 12]
     assert {layer.grid for layer in resized.layers.values()} == {(3, 6)}
-    small = {"model_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 2]}
+    small = {"model_channels": 32, "num_heads": 1, "num_res_blocks": 1, "channel_mult": [1, 2]}
     unet = ClassConditional(UNet(8, attention_resolutions=[4], **small), DDPM())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"text.size=\[6,12\]: a UNet draws images of its own si"):
         at_size(unet, (6, 12))
