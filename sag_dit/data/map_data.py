@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import random
+import traceback
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.seed import isolate_rng
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import (
@@ -49,9 +51,11 @@ LOOKED_AT = 16
 """Images that a fingerprint looks at, where a data set has none of its own."""
 MANY = 1_000
 """Items that are read one by one for their labels without a word."""
+CHANNELS = (1, 3, 4)
+"""Channels that images have: where they are last, and not first, the axes are in another order."""
 EXPECTED = (
-    "expected (image, label): uint8 pixels (c, h, w) or an image of Pillow, or x_0 as floats; and "
-    "a whole number"
+    "expected (image, label): uint8 pixels (c, h, w), a tensor or an array of numpy, or an image of "
+    "Pillow, or x_0 as floats; and a whole number"
 )
 
 log = logging.getLogger(__name__)
@@ -62,7 +66,8 @@ class LabelledImages(Protocol):
     """What a data set must have to be trained on.
 
     An image is uint8 pixels (c, h, w), an image of Pillow, or x_0 itself as floats: of pixels from
-    -1 to 1, or latents. All have one shape. A label is a whole number, 0 or more.
+    -1 to 1, or latents. Pixels and x_0 are tensors or arrays of numpy. All have one shape. A label
+    is a whole number, 0 or more.
 
     A data set may also have
 
@@ -135,15 +140,22 @@ class Items(Dataset[Any]):
         seed_item(self.seed, step, index)
         try:
             return self.dataset[index]
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{self.name}: item {index}: {error}") from error
+        except Exception as error:
+            what = f"{error}"
+            if not isinstance(error, (ValueError, OSError)):  # A mistake in code: where it is.
+                file, line = traceback.extract_tb(error.__traceback__)[-1][:2]
+                what = f"{type(error).__name__}: {what} ({file}, line {line})"
+            raise ValueError(f"{self.name}: item {index}: {what}") from error
 
     def _pair(self, found: Any, index: int) -> tuple[Any, int]:
         told = f"{self.name}: item {index} is"
-        if not isinstance(found, (tuple, list)) or len(found) != 2:
-            raise ValueError(f"{told} a {type(found).__name__}: {EXPECTED}")
+        several = isinstance(found, (tuple, list))
+        if not several or len(found) != 2:
+            count = f" of {len(found)} values" if several else ""
+            raise ValueError(f"{told} a {type(found).__name__}{count}: {EXPECTED}")
         image, label = found
-        number = label.item() if isinstance(label, Tensor) and label.numel() == 1 else label
+        single = isinstance(label, (Tensor, np.ndarray)) and np.prod(label.shape) == 1
+        number = label.item() if single else label
         if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)):
             raise ValueError(f"{told} of label {label!r:.60}: {EXPECTED}")
         if number < 0:
@@ -155,17 +167,17 @@ class Items(Dataset[Any]):
             grey = image.mode in ("1", "L")
             pixels = np.asarray(image.convert("L" if grey else "RGB"))
             image = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy()
-        if isinstance(image, np.ndarray):
-            image = torch.from_numpy(np.ascontiguousarray(image))
-        tensor = isinstance(image, Tensor)
-        if not tensor or image.ndim != 3 or image.dtype in (torch.bool, torch.int64, torch.int32):
-            what = f"{image.dtype} {tuple(image.shape)}" if tensor else type(image).__name__
+        array = isinstance(image, (Tensor, np.ndarray))
+        if not array or len(image.shape) != 3 or not _pixels_or_floats(image):
+            what = f"{image.dtype} {tuple(image.shape)}" if array else type(image).__name__
             raise ValueError(f"{self.name}: item {index} has an image that is {what}: {EXPECTED}")
+        if isinstance(image, np.ndarray):
+            image = torch.from_numpy(image.copy())
         image = image if image.dtype == torch.uint8 else image.float()
         first = self.__dict__.get("first", image)
         if (image.shape, image.dtype) != (first.shape, first.dtype):
             raise ValueError(
-                f"{self.name}: image {index} is {image.dtype} {tuple(image.shape)}, the first "
+                f"{self.name}: item {index} is {image.dtype} {tuple(image.shape)}, the first "
                 f"{first.dtype} {tuple(first.shape)}: expected one shape and type; crop them alike"
             )
         return torch.as_tensor(image)
@@ -185,12 +197,20 @@ class Items(Dataset[Any]):
     def _collated(self, found: Any) -> tuple[Tensor, Tensor]:
         pair = isinstance(found, (tuple, list)) and len(found) == 2
         images, labels = found if pair else (None, None)
-        if not (isinstance(images, Tensor) and images.ndim == 4 and isinstance(labels, Tensor)):
+        tensors = isinstance(images, Tensor) and isinstance(labels, Tensor)
+        if not tensors or images.ndim != 4 or not _pixels_or_floats(images):
+            what = f"{images.dtype} {tuple(images.shape)}" if tensors else type(found).__name__
             raise ValueError(
-                f"{self.name}: its collate_fn makes a {type(found).__name__}: expected images "
-                f"(b, c, h, w) and labels (b)"
+                f"{self.name}: its collate_fn makes a {what}: expected images (b, c, h, w), uint8 "
+                f"or floats, and labels (b)"
             )
         return images if images.dtype == torch.uint8 else images.float(), labels.long()
+
+
+def _pixels_or_floats(image: Tensor | NDArray[Any]) -> bool:
+    if isinstance(image, np.ndarray):
+        return image.dtype in (np.uint8, np.float16, np.float32, np.float64)
+    return image.dtype == torch.uint8 or image.dtype.is_floating_point
 
 
 class MapData(NamedData):
@@ -440,12 +460,20 @@ class MapData(NamedData):
         channels, height, width = shape
         found, factor = tuple(first.shape), model.codec.factor
         latent = isinstance(model.codec, VAECodec)
-        if first.dtype == torch.uint8:
-            if found[1:] != (height * factor, width * factor):
+        pixels = first.dtype == torch.uint8
+        wanted = (height * factor, width * factor) if pixels else (height, width)
+        last = found[-1] in CHANNELS and found[0] not in CHANNELS
+        if last and found[1:] != wanted:
+            raise ValueError(
+                f"{self._name} has images of shape {found}: expected (c, h, w), channels first; "
+                f"permute them, a tensor by .permute(2, 0, 1), an array by .transpose(2, 0, 1)"
+            )
+        if pixels:
+            if found[1:] != wanted:
                 raise ValueError(
                     f"{self._name} has images of {found[1]} x {found[2]} pixels: expected "
-                    f"{height * factor} x {width * factor}, the resolution of the model; set "
-                    f"resolution, or crop them"
+                    f"{wanted[0]} x {wanted[1]}, the resolution of the model; set resolution, or "
+                    f"crop them"
                 )
             if not latent and found[0] != channels:
                 raise ValueError(
