@@ -54,7 +54,7 @@ MANY = 1_000
 CHANNELS = (1, 3, 4)
 """Channels that images have: where they are last, and not first, the axes are in another order."""
 EXPECTED = (
-    "expected (image, label): uint8 pixels (c, h, w), a tensor or an array of numpy, or an image of "
+    "expected (image, label): uint8 pixels (c, h, w), a tensor or numpy array, or an image of "
     "Pillow, or x_0 as floats; and a whole number"
 )
 

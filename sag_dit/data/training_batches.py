@@ -402,7 +402,10 @@ class StepData(LightningDataModule, ABC):
         held_out = int(self.held_out_images.sum())
         count = len(self.held_out_images) - held_out
         beside = f", {held_out:,} held out" if held_out else ""
-        return f"data: {count:,} images in {len(self.class_names):,} classes{beside}"
+        told = f"data: {count:,} images in {len(self.class_names):,} classes{beside}"
+        if self.val_dataloader() in (None, []):
+            told += "\n  note: no images are held out: val/loss is not computed"
+        return told
 
     @property
     def rank(self) -> int:
@@ -520,6 +523,9 @@ class NamedData(StepData):
         single = [name for name, count in counts.items() if count == 1]
         if single:
             lines.append(f"  warning: {len(single)} classes have a single image: {some(single)}")
+        empty = [name for name, count in counts.items() if count == 0]
+        if empty:
+            lines.append(f"  warning: {len(empty)} classes have no image: {some(empty)}")
         return "\n".join(lines)
 
     def remarks(self) -> list[str]:

@@ -320,7 +320,7 @@ class Streams(torch.utils.data.IterableDataset[Any]):
         (lambda m: MapData([]), "list: expected a data set with a length, of 1"),
         (lambda m: MapData([1]), r"list: item 0 is a int: expected \(image, label\)"),
         (lambda m: MapData([(torch.zeros(3), 0)]), r"image that is torch.float32 \(3,\): expected"),
-        (lambda m: MapData([(torch.zeros(1, 2, 2).short(), 0)]), r"is torch.int16 \(1, 2, 2\): exp"),
+        (lambda m: MapData([(torch.zeros(1, 2, 2).short(), 0)]), r"is torch.int16 \(1, 2, 2\)"),
         (lambda m: MapData([(np.zeros((1, 2, 2), np.uint16), 0)]), r"that is uint16 \(1, 2, 2\)"),
         (lambda m: MapData([(torch.zeros(1, 2, 2), 0, "a")]), "item 0 is a tuple of 3 values: exp"),
         (lambda m: MapData([None]), "item 0 is a NoneType: expected"),

@@ -49,7 +49,8 @@ def test_every_image_is_found_in_its_shard(tmp_path: Path, dtype: torch.dtype) -
 
 def test_report_tells_what_was_left_out_when_encoding(tmp_path: Path) -> None:
     root = latent_folder(tmp_path)
-    whole = ["data: 12 images in 2 classes", "  classes  even (6), odd (6)"]
+    without = "  note: no images are held out: val/loss is not computed"
+    whole = ["data: 12 images in 2 classes", without, "  classes  even (6), odd (6)"]
     assert LatentData(root, 4).report().splitlines() == whole
     index = json.loads((root / INDEX).read_text())
     index["shards"][1]["skipped"] = ["odd/a.png"]
