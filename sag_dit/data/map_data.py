@@ -243,6 +243,7 @@ class MapData(NamedData):
         workers: int | None = None,
         validation: Any = None,
         collate: Callable[[list[Any]], Any] | None = None,
+        validation_collate: Callable[[list[Any]], Any] | None = None,
         module: LightningDataModule | None = None,
     ) -> None:
         super().__init__(
@@ -269,8 +270,15 @@ class MapData(NamedData):
         self._items = Items(dataset, self._name, seed, collate, hooked)
         self._validation = None
         if validation is not None:
-            self._validation = Items(validation, self._name, seed, collate, hooked)
+            self._validation = Items(validation, self._name, seed, validation_collate, hooked)
         self._items.first  # noqa: B018, so that loader processes know it
+        if self._validation is not None:
+            one, other = self._items.first, self._validation.first
+            if (one.shape, one.dtype) != (other.shape, other.dtype):
+                raise ValueError(
+                    f"{self._name} trains on {one.dtype} {tuple(one.shape)} and validates with "
+                    f"{other.dtype} {tuple(other.shape)}: expected one shape and type"
+                )
         self.channels = len(self._items.first)
         # Its classes.
         named = self._told("class_names", "classes")
@@ -302,7 +310,8 @@ class MapData(NamedData):
         in the order of ``seed`` and step.
 
         Raises:
-            ValueError: it has a sampler or hooks that this order leaves no room for, or streams.
+            ValueError: it has a sampler, hooks or state that this order leaves no room for, or
+                streams.
         """
         if isinstance(thing, StepData):
             return thing
@@ -322,6 +331,12 @@ class MapData(NamedData):
                     f"{name} has its own {hook}, which is not called here: expected "
                     f"on_after_batch_transfer, or the same done in its data set"
                 )
+        for hook in ("state_dict", "load_state_dict"):
+            if overridden(thing, hook):
+                raise ValueError(
+                    f"{name} has its own {hook}, which is not called here, since batches follow "
+                    f"the seed and the step: expected a module without state; leave it out"
+                )
         # As Lightning does it, in one process of each machine.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             thing.prepare_data()
@@ -331,7 +346,7 @@ class MapData(NamedData):
         if overridden(thing, "val_dataloader"):
             found = thing.val_dataloader()
             if found:
-                validation = map_loader(found, f"{name}.val_dataloader").dataset
+                validation = map_loader(found, f"{name}.val_dataloader")
         return cls(
             loader.dataset,
             loader.batch_size if batch_size is None else batch_size,  # type: ignore[arg-type]
@@ -339,8 +354,9 @@ class MapData(NamedData):
             held_out=held_out,
             balance=balance,
             workers=loader.num_workers if workers is None else workers,
-            validation=validation,
-            collate=None if loader.collate_fn is default_collate else loader.collate_fn,
+            validation=None if validation is None else validation.dataset,
+            collate=own_collate(loader),
+            validation_collate=None if validation is None else own_collate(validation),
             module=thing,
         )
 
@@ -437,6 +453,11 @@ class MapData(NamedData):
         if self.module is not None:
             self.module.teardown(stage)
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Let the user's module see what has ended its training."""
+        if self.module is not None:
+            self.module.on_exception(exception)
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Let the user's module change a batch where it now is, seeded by its step."""
         if not self._items.steps:
@@ -518,7 +539,10 @@ def map_loader(loader: Any, name: str) -> DataLoader[Any]:
     if isinstance(loader, (list, tuple)) and len(loader) == 1:
         loader = loader[0]
     if not isinstance(loader, DataLoader):
-        raise ValueError(f"{name} returns a {type(loader).__name__}: expected one DataLoader")
+        raise ValueError(
+            f"{name} returns a {type(loader).__name__}: expected one DataLoader; of several data "
+            f"sets make one by torch.utils.data.ConcatDataset"
+        )
     if isinstance(loader.dataset, IterableDataset):
         raise ValueError(
             f"{name} streams its items: expected a data set with a length and items by number, so "
@@ -532,4 +556,14 @@ def map_loader(loader: Any, name: str) -> DataLoader[Any]:
             f"{name} has a {type(what).__name__}, whose order would be lost: batches follow the "
             f"seed and the step here; leave it out, and take data.balance=1 for classes alike"
         )
+    if loader.worker_init_fn is not None:
+        raise ValueError(
+            f"{name} has a worker_init_fn, which is not called here: leave it out; what is drawn "
+            f"at random is seeded for each image, and a file is opened at the first item"
+        )
     return loader
+
+
+def own_collate(loader: DataLoader[Any]) -> Callable[[list[Any]], Any] | None:
+    """Return how a loader makes a batch of items, None where it stacks them."""
+    return None if loader.collate_fn is default_collate else loader.collate_fn

@@ -102,8 +102,9 @@ class Module(LightningDataModule):
 
     class_names = ("disc", "square")
 
-    def __init__(self, batch_size=8, sampler=False, shuffle=True):
+    def __init__(self, batch_size=8, sampler=False, shuffle=True, **loader):
         super().__init__()
+        self.loader = loader
         self.batch_size, self.sampler, self.shuffle = batch_size, sampler, shuffle
         self.made = []
 
@@ -118,10 +119,20 @@ class Module(LightningDataModule):
         if self.sampler:
             sampler = WeightedRandomSampler([1.0] * 40, 40)
             return DataLoader(self.train, self.batch_size, sampler=sampler)
-        return DataLoader(self.train, self.batch_size, shuffle=self.shuffle)
+        return DataLoader(self.train, self.batch_size, shuffle=self.shuffle, **self.loader)
 
     def val_dataloader(self):
         return DataLoader(self.val, self.batch_size)
+
+
+class Stateful(Module):
+    def state_dict(self):
+        return {"place": 3}
+
+
+class TwoLoaders(Module):
+    def val_dataloader(self):
+        return [super().val_dataloader()] * 2
 
 
 class Noisy(Module):
@@ -307,6 +318,27 @@ def test_a_module_brings_its_loaders(mine: Any) -> None:
     assert MapData.of(data) is data
 
 
+def test_each_loader_keeps_its_collate_fn_and_processes(mine: Any) -> None:
+    def brighter(items: list[Any]) -> Any:
+        images, labels = torch.utils.data.default_collate(items)
+        return images.clamp(min=1), labels
+
+    module = mine.Module(collate_fn=brighter, num_workers=2)
+    data = MapData.of(module)
+    assert data.workers == 2 and MapData.of(module, workers=0).workers == 0
+    data.workers = 0
+    training, held_out = data.train_dataloader(), data.val_dataloader()
+    least = [next(iter(loader))[0].min().item() for loader in (training, held_out)]
+    assert least == [1, 0]
+
+
+def test_a_module_hears_of_what_ends_its_training(mine: Any) -> None:
+    module, heard = mine.Module(), []
+    module.on_exception = heard.append
+    MapData.of(module).on_exception(failure := KeyError("lost"))
+    assert heard == [failure]
+
+
 class Streams(torch.utils.data.IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         return iter([])
@@ -316,6 +348,13 @@ class Streams(torch.utils.data.IterableDataset[Any]):
     ("make", "told"),
     [
         (lambda m: MapData.of(m.Module(sampler=True)), "has a WeightedRandomSampler, whose order"),
+        (lambda m: MapData.of(m.Module(worker_init_fn=print)), "has a worker_init_fn, which is"),
+        (lambda m: MapData.of(m.Stateful()), "Stateful has its own state_dict, which is not call"),
+        (lambda m: MapData.of(m.TwoLoaders()), "val_dataloader returns a list: .*ConcatDataset"),
+        (
+            lambda m: MapData(m.Shapes(), validation=m.Shapes(size=16)),
+            r"on torch.uint8 \(1, 8, 8\) and validates with torch.uint8 \(1, 16, 16\): expected",
+        ),
         (lambda m: MapData(Streams()), "Streams streams its items: expected a data set with a"),
         (lambda m: MapData([]), "list: expected a data set with a length, of 1"),
         (lambda m: MapData([1]), r"list: item 0 is a int: expected \(image, label\)"),
