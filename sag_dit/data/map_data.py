@@ -197,9 +197,11 @@ class Items(Dataset[Any]):
     def _collated(self, found: Any) -> tuple[Tensor, Tensor]:
         pair = isinstance(found, (tuple, list)) and len(found) == 2
         images, labels = found if pair else (None, None)
-        tensors = isinstance(images, Tensor) and isinstance(labels, Tensor)
-        if not tensors or images.ndim != 4 or not _pixels_or_floats(images):
-            what = f"{images.dtype} {tuple(images.shape)}" if tensors else type(found).__name__
+        fits = isinstance(images, Tensor) and images.ndim == 4 and _pixels_or_floats(images)
+        if not isinstance(images, Tensor) or not isinstance(labels, Tensor) or not fits:
+            what = type(found).__name__
+            if isinstance(images, Tensor):
+                what += f" with images {images.dtype} {tuple(images.shape)}"
             raise ValueError(
                 f"{self.name}: its collate_fn makes a {what}: expected images (b, c, h, w), uint8 "
                 f"or floats, and labels (b)"

@@ -349,6 +349,12 @@ class Streams(torch.utils.data.IterableDataset[Any]):
     [
         (lambda m: MapData.of(m.Module(sampler=True)), "has a WeightedRandomSampler, whose order"),
         (lambda m: MapData.of(m.Module(worker_init_fn=print)), "has a worker_init_fn, which is"),
+        (
+            lambda m: MapData.of(
+                m.Module(collate_fn=lambda _: (torch.zeros(8, 3), torch.zeros(8)))
+            ),
+            r"collate_fn makes a tuple with images torch.float32 \(8, 3\): expected images",
+        ),
         (lambda m: MapData.of(m.Stateful()), "Stateful has its own state_dict, which is not call"),
         (lambda m: MapData.of(m.TwoLoaders()), "val_dataloader returns a list: .*ConcatDataset"),
         (
