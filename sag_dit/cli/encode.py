@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sag_dit.cli.app import alone_in, launch, quiet_lightning
 from sag_dit.cli.composing import make
 from sag_dit.cli.keys import Encode
+from sag_dit.cli.trainer_flags import check_encoding
 from sag_dit.identity import LATER, digest, settings
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ def progress_bar() -> Progress:
 
 def run_encode(config: Encode) -> None:
     """Encode what is missing; rank 0 then checks that all is there and writes the index."""
+    check_encoding(config.trainer)
     quiet_lightning()
     from lightning.fabric import Fabric
 

@@ -95,3 +95,23 @@ def check_drawing(stated: Mapping[str, Any]) -> None:
         if name in signature(Trainer).parameters:
             told = OF_DRAWING.get(name, "that is for training; leave it out")
             raise ValueError(f"trainer.{name}={shown(stated[name])}: {told}")
+
+
+ENCODES = ("_target_", "accelerator", "strategy", "devices", "num_nodes")
+"""What Lightning's Fabric takes of a command that encodes."""
+
+
+def check_encoding(stated: Mapping[str, Any]) -> None:
+    """Refuse arguments of Lightning's Fabric that change nothing of an encoding.
+
+    Raises:
+        ValueError: such an argument is set.
+
+    Example:
+        >>> check_encoding({"devices": 2})
+    """
+    for name in stated.keys() - {*ENCODES}:
+        if stated[name] is not None:
+            raise ValueError(
+                f"trainer.{name}={shown(stated[name])}: an encoding makes no use of it; leave it out"
+            )

@@ -26,6 +26,8 @@ ARCHIVES = (".zip", ".tar")
 """Endings of the archives that are read."""
 COMPRESSED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 """Endings of tar files in which nothing can be found without unpacking all before it."""
+PACKED = (*ARCHIVES, *COMPRESSED, ".gz", ".rar", ".7z")
+"""Endings of what may hold images."""
 CLASS = ".cls"
 """Ending of the members that hold a class, in WebDataset's layout."""
 JSON = ".json"

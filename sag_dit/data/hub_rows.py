@@ -83,6 +83,7 @@ class HubRows:
             self.marks = self._marks(rows.data.column(column).to_pylist(), column)
             if isinstance(features[column], datasets.ClassLabel):
                 self.class_names = tuple(features[column].names)
+        self.other_columns = [name for name in features if name != self._image]
         self.names = [f"{number:08d}" for number in range(len(rows))]
 
     def _only(self, what: str, found: Sequence[str], usual: Sequence[str]) -> str:

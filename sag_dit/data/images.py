@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sag_dit.checkpoints import Model
-from sag_dit.data.archives import ARCHIVES, CLASS, COMPRESSED, JSON, Archives
+from sag_dit.data.archives import ARCHIVES, CLASS, COMPRESSED, JSON, PACKED, Archives
 from sag_dit.data.crop import (
     MODES,
     TRANSPARENT,
@@ -51,6 +51,7 @@ from sag_dit.data.labels import (
     sample_of,
 )
 from sag_dit.data.training_batches import (
+    SHOWN,
     Batch,
     Indices,
     NamedData,
@@ -211,7 +212,7 @@ def find_images(
             marks, source = _stated_marks(root, listed, labels)
     if not listed.names:
         raise ValueError(
-            f"data.root={root}: no image found; expected files ending in "
+            f"data.root={root}: no image found{_packed(listed)}; expected files ending in "
             f"{', '.join(EXTENSIONS)}{_also(listed.left_out)}"
         )
     if marks is None:
@@ -271,6 +272,28 @@ def _listed(root: str | Path, place: Path) -> _Listed:
     return _Listed(place, names, names, left_out, None, folders)
 
 
+def _packed(listed: _Listed) -> str:
+    """Return which archive lies there unread, and what to do with it."""
+    if isinstance(listed.store, Archives):
+        within = [name for name in listed.store.names if name.lower().endswith(PACKED)]
+        return f", but {readable(within[0])} in it; unpack that" if within else ""
+    files = sorted(file for file in listed.root.rglob("*") if file.name.lower().endswith(PACKED))
+    if not files:
+        return ""
+    read = [file for file in files if file.name.lower().endswith(ARCHIVES)]
+    first = (read or files)[0]
+    told = f", but {readable(str(first.relative_to(listed.root)))}"
+    if read:
+        alike = [
+            file for file in read if (file.parent, file.suffix) == (first.parent, first.suffix)
+        ]
+        root = f"'{first.parent}/*{first.suffix}'" if len(alike) > 1 else f"{first}"
+        return f"{told}; data.root={readable(root)} reads it"
+    if first.name.lower().endswith((".tar.gz", ".tgz")):
+        return f"{told}, which is compressed; gunzip makes a tar of it, for data.root"
+    return f"{told}, which is not read; unpack it"
+
+
 def archives_of(place: Path) -> list[Path]:
     """Return the archives that a root means: itself, or shards; none for a folder of images."""
     name = place.name.lower()
@@ -324,7 +347,7 @@ def _stated_marks(
     file, found = "", None
     if labels is not None:
         near, within = Path(labels).expanduser(), listed.root / labels
-        if near.is_file() or (archive is None and within.is_file()):
+        if near.is_file() or within.is_file():
             file = str(near if near.is_file() else within)
             found = read_labels(read_text(Path(file), LABELS_SIZE), file)
         elif archive is not None and labels in archive:
@@ -774,19 +797,9 @@ def _range(values: Sequence[int]) -> str:
 
 def suspicions(files: ImageFiles) -> list[str]:
     """Return what makes the classes look like others than were meant, a sentence each."""
-    found = []
     if files.labels_from:
         return []
-    if files.store is None and (files.root / DATASET_JSON).is_file():
-        found.append(
-            f"{DATASET_JSON} lies there and is not read; data.labels={DATASET_JSON} takes the "
-            f"classes from it"
-        )
-    if isinstance(files.store, Archives) and f"{sample_of(files.names[0])}{JSON}" in files.store:
-        found.append(
-            f"a {JSON} lies beside each image and is not read; data.labels=KEY takes the classes "
-            f"from a key in it"
-        )
+    found = _unread_labels(files)
     # The parent of train/ and val/: the classes lie one level below.
     inside: dict[str, set[str]] = {name: set() for name in files.class_names}
     for name in files.names:
@@ -813,6 +826,50 @@ def suspicions(files: ImageFiles) -> list[str]:
                 f"make a folder for each"
             )
     return found
+
+
+def _unread_labels(files: ImageFiles) -> list[str]:
+    """Return what lies beside the images and may hold their classes, a sentence each."""
+    one = len(files.class_names) == 1
+    if isinstance(files.store, HubRows):
+        return [
+            f"one class, and the columns {some(files.store.other_columns)} are not read; "
+            f"data.labels=COLUMN takes the classes from one"
+        ] * bool(files.store.other_columns)
+    # A member or file beside each image, as of WebDataset's samples.
+    archive = files.store if isinstance(files.store, Archives) else None
+    sample = sample_of(files.names[0])
+    found = []
+    for ending in (JSON, ".txt", CLASS):
+        beside = f"{sample}{ending}"
+        if beside in archive if archive is not None else one and (files.root / beside).is_file():
+            if archive is not None and ending == JSON:
+                found.append(
+                    f"a {JSON} lies beside each image and is not read; data.labels=KEY takes the "
+                    f"classes from a key in it"
+                )
+            elif one:
+                how = f"rename them to {CLASS}, or " * (archive is not None)
+                found.append(
+                    f"one class, and {readable(beside)} lies beside its image and is not read; if "
+                    f"such files hold the classes, {how}list them in a CSV, data.labels=FILE"
+                )
+    # Tables of all.
+    names = [*archive.names] if archive is not None else []
+    if files.root.is_dir():
+        names += sorted(file.name for file in files.root.iterdir() if file.is_file())
+    samples = {sample_of(name) for name in files.names} if one else set()
+    tables = []
+    for name in names:
+        own = Path(name).name.lower()
+        table = own.endswith((".csv", JSON)) or re.fullmatch(r".*(label|class).*\.txt", own)
+        if name == DATASET_JSON or (one and table and sample_of(name) not in samples):
+            tables.append(name)
+    return found + [
+        f"{readable(name)} lies there and is not read; data.labels={readable(name)} takes the "
+        f"classes from it"
+        for name in tables[:SHOWN]
+    ]
 
 
 def stated_buckets(buckets: int | Sequence[Sequence[int]], size: Side) -> list[tuple[int, int]]:

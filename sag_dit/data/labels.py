@@ -78,10 +78,10 @@ def _of_csv(content: str, where: str) -> dict[str, Mark]:
     file, label = (0, 1) if None in columns else columns
     if None not in columns:
         rows = rows[1:]
-    elif len(names) != 2:
+    elif len(names) != 2 or "." not in names[0]:
         raise ValueError(
             f"{where}, line 1: {names!r:.80}: expected columns called file and label, or "
-            f"two columns, a file and its class"
+            f"two columns, a file such as cats/0.png and its class"
         )
     assert file is not None and label is not None
     texts: dict[str, Mark] = {}

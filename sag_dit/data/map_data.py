@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import random
+import traceback
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.seed import isolate_rng
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import (
@@ -49,9 +51,11 @@ LOOKED_AT = 16
 """Images that a fingerprint looks at, where a data set has none of its own."""
 MANY = 1_000
 """Items that are read one by one for their labels without a word."""
+CHANNELS = (1, 3, 4)
+"""Channels that images have: where they are last, and not first, the axes are in another order."""
 EXPECTED = (
-    "expected (image, label): uint8 pixels (c, h, w) or an image of Pillow, or x_0 as floats; and "
-    "a whole number"
+    "expected (image, label): uint8 pixels (c, h, w), a tensor or numpy array, or an image of "
+    "Pillow, or x_0 as floats; and a whole number"
 )
 
 log = logging.getLogger(__name__)
@@ -62,7 +66,8 @@ class LabelledImages(Protocol):
     """What a data set must have to be trained on.
 
     An image is uint8 pixels (c, h, w), an image of Pillow, or x_0 itself as floats: of pixels from
-    -1 to 1, or latents. All have one shape. A label is a whole number, 0 or more.
+    -1 to 1, or latents. Pixels and x_0 are tensors or arrays of numpy. All have one shape. A label
+    is a whole number, 0 or more.
 
     A data set may also have
 
@@ -135,15 +140,22 @@ class Items(Dataset[Any]):
         seed_item(self.seed, step, index)
         try:
             return self.dataset[index]
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{self.name}: item {index}: {error}") from error
+        except Exception as error:
+            what = f"{error}"
+            if not isinstance(error, (ValueError, OSError)):  # A mistake in code: where it is.
+                file, line = traceback.extract_tb(error.__traceback__)[-1][:2]
+                what = f"{type(error).__name__}: {what} ({file}, line {line})"
+            raise ValueError(f"{self.name}: item {index}: {what}") from error
 
     def _pair(self, found: Any, index: int) -> tuple[Any, int]:
         told = f"{self.name}: item {index} is"
-        if not isinstance(found, (tuple, list)) or len(found) != 2:
-            raise ValueError(f"{told} a {type(found).__name__}: {EXPECTED}")
+        several = isinstance(found, (tuple, list))
+        if not several or len(found) != 2:
+            count = f" of {len(found)} values" if several else ""
+            raise ValueError(f"{told} a {type(found).__name__}{count}: {EXPECTED}")
         image, label = found
-        number = label.item() if isinstance(label, Tensor) and label.numel() == 1 else label
+        single = isinstance(label, (Tensor, np.ndarray)) and np.prod(label.shape) == 1
+        number = label.item() if single else label
         if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)):
             raise ValueError(f"{told} of label {label!r:.60}: {EXPECTED}")
         if number < 0:
@@ -155,17 +167,17 @@ class Items(Dataset[Any]):
             grey = image.mode in ("1", "L")
             pixels = np.asarray(image.convert("L" if grey else "RGB"))
             image = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy()
-        if isinstance(image, np.ndarray):
-            image = torch.from_numpy(np.ascontiguousarray(image))
-        tensor = isinstance(image, Tensor)
-        if not tensor or image.ndim != 3 or image.dtype in (torch.bool, torch.int64, torch.int32):
-            what = f"{image.dtype} {tuple(image.shape)}" if tensor else type(image).__name__
+        array = isinstance(image, (Tensor, np.ndarray))
+        if not array or len(image.shape) != 3 or not _pixels_or_floats(image):
+            what = f"{image.dtype} {tuple(image.shape)}" if array else type(image).__name__
             raise ValueError(f"{self.name}: item {index} has an image that is {what}: {EXPECTED}")
+        if isinstance(image, np.ndarray):
+            image = torch.from_numpy(image.copy())
         image = image if image.dtype == torch.uint8 else image.float()
         first = self.__dict__.get("first", image)
         if (image.shape, image.dtype) != (first.shape, first.dtype):
             raise ValueError(
-                f"{self.name}: image {index} is {image.dtype} {tuple(image.shape)}, the first "
+                f"{self.name}: item {index} is {image.dtype} {tuple(image.shape)}, the first "
                 f"{first.dtype} {tuple(first.shape)}: expected one shape and type; crop them alike"
             )
         return torch.as_tensor(image)
@@ -185,12 +197,22 @@ class Items(Dataset[Any]):
     def _collated(self, found: Any) -> tuple[Tensor, Tensor]:
         pair = isinstance(found, (tuple, list)) and len(found) == 2
         images, labels = found if pair else (None, None)
-        if not (isinstance(images, Tensor) and images.ndim == 4 and isinstance(labels, Tensor)):
+        fits = isinstance(images, Tensor) and images.ndim == 4 and _pixels_or_floats(images)
+        if not isinstance(images, Tensor) or not isinstance(labels, Tensor) or not fits:
+            what = type(found).__name__
+            if isinstance(images, Tensor):
+                what += f" with images {images.dtype} {tuple(images.shape)}"
             raise ValueError(
-                f"{self.name}: its collate_fn makes a {type(found).__name__}: expected images "
-                f"(b, c, h, w) and labels (b)"
+                f"{self.name}: its collate_fn makes a {what}: expected images (b, c, h, w), uint8 "
+                f"or floats, and labels (b)"
             )
         return images if images.dtype == torch.uint8 else images.float(), labels.long()
+
+
+def _pixels_or_floats(image: Tensor | NDArray[Any]) -> bool:
+    if isinstance(image, np.ndarray):
+        return image.dtype in (np.uint8, np.float16, np.float32, np.float64)
+    return image.dtype == torch.uint8 or image.dtype.is_floating_point
 
 
 class MapData(NamedData):
@@ -223,6 +245,7 @@ class MapData(NamedData):
         workers: int | None = None,
         validation: Any = None,
         collate: Callable[[list[Any]], Any] | None = None,
+        validation_collate: Callable[[list[Any]], Any] | None = None,
         module: LightningDataModule | None = None,
     ) -> None:
         super().__init__(
@@ -249,8 +272,15 @@ class MapData(NamedData):
         self._items = Items(dataset, self._name, seed, collate, hooked)
         self._validation = None
         if validation is not None:
-            self._validation = Items(validation, self._name, seed, collate, hooked)
+            self._validation = Items(validation, self._name, seed, validation_collate, hooked)
         self._items.first  # noqa: B018, so that loader processes know it
+        if self._validation is not None:
+            one, other = self._items.first, self._validation.first
+            if (one.shape, one.dtype) != (other.shape, other.dtype):
+                raise ValueError(
+                    f"{self._name} trains on {one.dtype} {tuple(one.shape)} and validates with "
+                    f"{other.dtype} {tuple(other.shape)}: expected one shape and type"
+                )
         self.channels = len(self._items.first)
         # Its classes.
         named = self._told("class_names", "classes")
@@ -282,7 +312,8 @@ class MapData(NamedData):
         in the order of ``seed`` and step.
 
         Raises:
-            ValueError: it has a sampler or hooks that this order leaves no room for, or streams.
+            ValueError: it has a sampler, hooks or state that this order leaves no room for, or
+                streams.
         """
         if isinstance(thing, StepData):
             return thing
@@ -302,6 +333,12 @@ class MapData(NamedData):
                     f"{name} has its own {hook}, which is not called here: expected "
                     f"on_after_batch_transfer, or the same done in its data set"
                 )
+        for hook in ("state_dict", "load_state_dict"):
+            if overridden(thing, hook):
+                raise ValueError(
+                    f"{name} has its own {hook}, which is not called here, since batches follow "
+                    f"the seed and the step: expected a module without state; leave it out"
+                )
         # As Lightning does it, in one process of each machine.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             thing.prepare_data()
@@ -311,7 +348,7 @@ class MapData(NamedData):
         if overridden(thing, "val_dataloader"):
             found = thing.val_dataloader()
             if found:
-                validation = map_loader(found, f"{name}.val_dataloader").dataset
+                validation = map_loader(found, f"{name}.val_dataloader")
         return cls(
             loader.dataset,
             loader.batch_size if batch_size is None else batch_size,  # type: ignore[arg-type]
@@ -319,8 +356,9 @@ class MapData(NamedData):
             held_out=held_out,
             balance=balance,
             workers=loader.num_workers if workers is None else workers,
-            validation=validation,
-            collate=None if loader.collate_fn is default_collate else loader.collate_fn,
+            validation=None if validation is None else validation.dataset,
+            collate=own_collate(loader),
+            validation_collate=None if validation is None else own_collate(validation),
             module=thing,
         )
 
@@ -417,6 +455,11 @@ class MapData(NamedData):
         if self.module is not None:
             self.module.teardown(stage)
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Let the user's module see what has ended its training."""
+        if self.module is not None:
+            self.module.on_exception(exception)
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Let the user's module change a batch where it now is, seeded by its step."""
         if not self._items.steps:
@@ -440,12 +483,20 @@ class MapData(NamedData):
         channels, height, width = shape
         found, factor = tuple(first.shape), model.codec.factor
         latent = isinstance(model.codec, VAECodec)
-        if first.dtype == torch.uint8:
-            if found[1:] != (height * factor, width * factor):
+        pixels = first.dtype == torch.uint8
+        wanted = (height * factor, width * factor) if pixels else (height, width)
+        last = found[-1] in CHANNELS and found[0] not in CHANNELS
+        if last and found[1:] != wanted:
+            raise ValueError(
+                f"{self._name} has images of shape {found}: expected (c, h, w), channels first; "
+                f"permute them, a tensor by .permute(2, 0, 1), an array by .transpose(2, 0, 1)"
+            )
+        if pixels:
+            if found[1:] != wanted:
                 raise ValueError(
                     f"{self._name} has images of {found[1]} x {found[2]} pixels: expected "
-                    f"{height * factor} x {width * factor}, the resolution of the model; set "
-                    f"resolution, or crop them"
+                    f"{wanted[0]} x {wanted[1]}, the resolution of the model; set resolution, or "
+                    f"crop them"
                 )
             if not latent and found[0] != channels:
                 raise ValueError(
@@ -490,7 +541,10 @@ def map_loader(loader: Any, name: str) -> DataLoader[Any]:
     if isinstance(loader, (list, tuple)) and len(loader) == 1:
         loader = loader[0]
     if not isinstance(loader, DataLoader):
-        raise ValueError(f"{name} returns a {type(loader).__name__}: expected one DataLoader")
+        raise ValueError(
+            f"{name} returns a {type(loader).__name__}: expected one DataLoader; of several data "
+            f"sets make one by torch.utils.data.ConcatDataset"
+        )
     if isinstance(loader.dataset, IterableDataset):
         raise ValueError(
             f"{name} streams its items: expected a data set with a length and items by number, so "
@@ -504,4 +558,14 @@ def map_loader(loader: Any, name: str) -> DataLoader[Any]:
             f"{name} has a {type(what).__name__}, whose order would be lost: batches follow the "
             f"seed and the step here; leave it out, and take data.balance=1 for classes alike"
         )
+    if loader.worker_init_fn is not None:
+        raise ValueError(
+            f"{name} has a worker_init_fn, which is not called here: leave it out; what is drawn "
+            f"at random is seeded for each image, and a file is opened at the first item"
+        )
     return loader
+
+
+def own_collate(loader: DataLoader[Any]) -> Callable[[list[Any]], Any] | None:
+    """Return how a loader makes a batch of items, None where it stacks them."""
+    return None if loader.collate_fn is default_collate else loader.collate_fn

@@ -402,7 +402,15 @@ class StepData(LightningDataModule, ABC):
         held_out = int(self.held_out_images.sum())
         count = len(self.held_out_images) - held_out
         beside = f", {held_out:,} held out" if held_out else ""
-        return f"data: {count:,} images in {len(self.class_names):,} classes{beside}"
+        lines = [f"data: {count:,} images in {len(self.class_names):,} classes{beside}"]
+        lines += self.details()
+        if self.val_dataloader() in (None, []):
+            lines.append("  note: no images are held out: val/loss is not computed")
+        return "\n".join(lines)
+
+    def details(self) -> list[str]:
+        """Return further lines of the report."""
+        return []
 
     @property
     def rank(self) -> int:
@@ -509,21 +517,24 @@ class NamedData(StepData):
     def name_hashes(self) -> Indices:
         """:func:`name_hash` of every image."""
 
-    def report(self) -> str:
-        """Return in a few lines what there is to train on, and what of it looks like a mistake."""
+    def details(self) -> list[str]:
+        """Return the images of each class, remarks, and classes that look like mistakes."""
         counts = self.class_counts
         first = [f"{readable(name)} ({count:,})" for name, count in list(counts.items())[:SHOWN]]
         if len(counts) > SHOWN:
             fewest, most = min(counts.values()), max(counts.values())
             first.append(f"... of {fewest:,} to {most:,} images each")
-        lines = [super().report(), f"  classes  {', '.join(first)}", *self.remarks()]
+        lines = [f"  classes  {', '.join(first)}", *self.remarks()]
         single = [name for name, count in counts.items() if count == 1]
         if single:
             lines.append(f"  warning: {len(single)} classes have a single image: {some(single)}")
-        return "\n".join(lines)
+        empty = [name for name, count in counts.items() if count == 0]
+        if empty:
+            lines.append(f"  warning: {len(empty)} classes have no image: {some(empty)}")
+        return lines
 
     def remarks(self) -> list[str]:
-        """Return further lines of the report."""
+        """Return what a subclass has to tell in the report."""
         return []
 
     def fingerprint(self) -> dict[str, Any]:

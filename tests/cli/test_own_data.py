@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,6 +26,7 @@ from sag_dit.data.training_batches import Batch, StepData
 from tests.data.making import image_folder, same, save_vae, trainer
 from tests.data.test_npy_latents import edm2_zip
 from tests.data.test_sources import contents, of_shards, write_tar, write_zip
+from tests.pages import Page
 
 Command = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
@@ -70,13 +72,39 @@ class Bare(Dataset):
         return Image.new("L", (8, 8), 20 * index), torch.tensor(index % 3)
 
 
+class Failing(Dataset):
+    """Its second item has a mistake."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return torch.zeros(1, 2, 2), 0 if index == 0 else {}["lost"]
+
+
+class ChannelsLast(Dataset):
+    """Images of numpy, of colour in the last axis."""
+
+    labels = [0, 1] * 8
+
+    def __init__(self, floats=False):
+        self.dtype = np.float32 if floats else np.uint8
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return np.zeros((8, 8, 3), self.dtype), self.labels[index]
+
+
 class Module(LightningDataModule):
     """Loaders of shapes."""
 
     class_names = ("disc", "square")
 
-    def __init__(self, batch_size=8, sampler=False, shuffle=True):
+    def __init__(self, batch_size=8, sampler=False, shuffle=True, **loader):
         super().__init__()
+        self.loader = loader
         self.batch_size, self.sampler, self.shuffle = batch_size, sampler, shuffle
         self.made = []
 
@@ -91,10 +119,20 @@ class Module(LightningDataModule):
         if self.sampler:
             sampler = WeightedRandomSampler([1.0] * 40, 40)
             return DataLoader(self.train, self.batch_size, sampler=sampler)
-        return DataLoader(self.train, self.batch_size, shuffle=self.shuffle)
+        return DataLoader(self.train, self.batch_size, shuffle=self.shuffle, **self.loader)
 
     def val_dataloader(self):
         return DataLoader(self.val, self.batch_size)
+
+
+class Stateful(Module):
+    def state_dict(self):
+        return {"place": 3}
+
+
+class TwoLoaders(Module):
+    def val_dataloader(self):
+        return [super().val_dataloader()] * 2
 
 
 class Noisy(Module):
@@ -280,6 +318,27 @@ def test_a_module_brings_its_loaders(mine: Any) -> None:
     assert MapData.of(data) is data
 
 
+def test_each_loader_keeps_its_collate_fn_and_processes(mine: Any) -> None:
+    def brighter(items: list[Any]) -> Any:
+        images, labels = torch.utils.data.default_collate(items)
+        return images.clamp(min=1), labels
+
+    module = mine.Module(collate_fn=brighter, num_workers=2)
+    data = MapData.of(module)
+    assert data.workers == 2 and MapData.of(module, workers=0).workers == 0
+    data.workers = 0
+    training, held_out = data.train_dataloader(), data.val_dataloader()
+    least = [next(iter(loader))[0].min().item() for loader in (training, held_out)]
+    assert least == [1, 0]
+
+
+def test_a_module_hears_of_what_ends_its_training(mine: Any) -> None:
+    module, heard = mine.Module(), []
+    module.on_exception = heard.append
+    MapData.of(module).on_exception(failure := KeyError("lost"))
+    assert heard == [failure]
+
+
 class Streams(torch.utils.data.IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         return iter([])
@@ -289,11 +348,31 @@ class Streams(torch.utils.data.IterableDataset[Any]):
     ("make", "told"),
     [
         (lambda m: MapData.of(m.Module(sampler=True)), "has a WeightedRandomSampler, whose order"),
+        (lambda m: MapData.of(m.Module(worker_init_fn=print)), "has a worker_init_fn, which is"),
+        (
+            lambda m: MapData.of(
+                m.Module(collate_fn=lambda _: (torch.zeros(8, 3), torch.zeros(8)))
+            ),
+            r"collate_fn makes a tuple with images torch.float32 \(8, 3\): expected images",
+        ),
+        (lambda m: MapData.of(m.Stateful()), "Stateful has its own state_dict, which is not call"),
+        (lambda m: MapData.of(m.TwoLoaders()), "val_dataloader returns a list: .*ConcatDataset"),
+        (
+            lambda m: MapData(m.Shapes(), validation=m.Shapes(size=16)),
+            r"on torch.uint8 \(1, 8, 8\) and validates with torch.uint8 \(1, 16, 16\): expected",
+        ),
         (lambda m: MapData(Streams()), "Streams streams its items: expected a data set with a"),
         (lambda m: MapData([]), "list: expected a data set with a length, of 1"),
         (lambda m: MapData([1]), r"list: item 0 is a int: expected \(image, label\)"),
         (lambda m: MapData([(torch.zeros(3), 0)]), r"image that is torch.float32 \(3,\): expected"),
+        (lambda m: MapData([(torch.zeros(1, 2, 2).short(), 0)]), r"is torch.int16 \(1, 2, 2\)"),
+        (lambda m: MapData([(np.zeros((1, 2, 2), np.uint16), 0)]), r"that is uint16 \(1, 2, 2\)"),
+        (lambda m: MapData([(torch.zeros(1, 2, 2), 0, "a")]), "item 0 is a tuple of 3 values: exp"),
+        (lambda m: MapData([None]), "item 0 is a NoneType: expected"),
+        (lambda m: MapData([(torch.zeros(1, 2, 2), 0), {}]), "item 1 is a dict: expected"),
+        (lambda m: MapData(m.Failing()), r"Failing: item 1: KeyError: 'lost' \(.*my_data.py, line"),
         (lambda m: MapData([(torch.zeros(1, 2, 2), 0.5)]), "label 0.5: expected"),
+        (lambda m: MapData([(torch.zeros(1, 2, 2), True)]), "label True: expected"),
         (lambda m: MapData([(torch.zeros(1, 2, 2), -1)]), "label -1: expected 0 or more"),
         (lambda m: MapData(m.Shapes(), held_out=1.0), "held_out=1.0: expected a share"),
         (lambda m: MapData.of(m.Module(), held_out=0.1), "brings images to validate with"),
@@ -307,8 +386,16 @@ def test_what_cannot_be_trained_on_is_told(make: Any, told: str, mine: Any) -> N
 
 def test_images_of_several_shapes_are_told() -> None:
     data = MapData([(torch.zeros(1, side, side), 0) for side in (2, 3)], 2, workers=0)
-    with pytest.raises(ValueError, match=r"image 1 is torch.float32 \(1, 3, 3\), the first"):
+    with pytest.raises(ValueError, match=r"item 1 is torch.float32 \(1, 3, 3\), the first"):
         data.dataset.__getitems__(Batch(0, [0, 1], [False, False]))
+
+
+@pytest.mark.parametrize("label", [np.int64, np.array, torch.tensor, lambda n: torch.tensor([n])])
+def test_arrays_of_numpy_and_single_numbers_are_read(label: Any) -> None:
+    pixels = np.arange(8, dtype=np.uint8).reshape(2, 1, 2, 2)[..., ::-1]
+    data = MapData([(pixels[n], label(n)) for n in range(2)], 2, workers=0)
+    images, labels = data.dataset.__getitems__(Batch(0, [0, 1], [False, False]))
+    assert images.tolist() == pixels.tolist() and labels.tolist() == [0, 1]
 
 
 def test_what_an_item_draws_at_random_disturbs_nothing_else(mine: Any) -> None:
@@ -327,6 +414,8 @@ def test_what_an_item_draws_at_random_disturbs_nothing_else(mine: Any) -> None:
             ["data._target_=my_data.Shapes", "data.size=16"],
             "images of 16 x 16 pixels: expected 8",
         ),
+        (["data._target_=my_data.ChannelsLast"], r"images of shape \(8, 8, 3\): .*permute them"),
+        (["data._target_=my_data.ChannelsLast", "data.floats=true"], "permute them, a tensor by"),
         (["data._target_=my_data.Shapes", "num_classes=5"], "2 classes and the model 5"),
         (["data._target_=my_data.Nothing"], "my_data"),
         (["data._target_=fractions.Fraction"], "Fraction"),
@@ -373,10 +462,7 @@ def test_step_data_stays_what_it_is() -> None:
     assert isinstance(data, StepData) and not isinstance(data, MapData)
 
 
-PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-SECTION = PAGE.split("\n## Data of your own\n")[1].split("\n## ")[0]
-FILES = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", SECTION, re.DOTALL)
-BLOCKS = re.findall(r"```bash\n(.*?)```", SECTION, re.DOTALL)
+SECTION = Page.of("training.md").section("Data of your own")
 
 
 @pytest.fixture
@@ -395,18 +481,17 @@ def as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
     write_tar(tmp_path / "described" / "train-000.tar", {**samples, **told})
     edm2_zip(tmp_path / "img16-sd.zip", shape=(8, 8, 8))
     save_vae(tmp_path / "vae")
-    for name, text in FILES:
-        (tmp_path / name).write_text(text, encoding="utf-8")
+    SECTION.write(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
-    for name, _ in FILES:
+    for name in SECTION.files:
         sys.modules.pop(name.removesuffix(".py"), None)
 
 
 def test_the_page_s_files_and_commands_run(as_documented: Path, in_process: Command) -> None:
-    ran = [shlex.split(line) for block in BLOCKS for line in block.splitlines()]
-    assert len(ran) == 11 and len(FILES) == 2
+    ran = [shlex.split(line) for line in SECTION.commands]
+    assert len(ran) == 11 and len(SECTION.files) == 2
     for start, module, package, command, *arguments in ran:
         assert (start, module, package) == ("python", "-m", "sag_dit")
         small = SMALL[1:4] if command == "train" else ()

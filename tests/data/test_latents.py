@@ -49,13 +49,14 @@ def test_every_image_is_found_in_its_shard(tmp_path: Path, dtype: torch.dtype) -
 
 def test_report_tells_what_was_left_out_when_encoding(tmp_path: Path) -> None:
     root = latent_folder(tmp_path)
+    without = "  note: no images are held out: val/loss is not computed"
     whole = ["data: 12 images in 2 classes", "  classes  even (6), odd (6)"]
-    assert LatentData(root, 4).report().splitlines() == whole
+    assert LatentData(root, 4).report().splitlines() == [*whole, without]
     index = json.loads((root / INDEX).read_text())
     index["shards"][1]["skipped"] = ["odd/a.png"]
     (root / INDEX).write_text(json.dumps(index))
     left_out = "  left out 1 (could not be decoded): odd/a.png"
-    assert LatentData(root, 4).report().splitlines() == [*whole, left_out]
+    assert LatentData(root, 4).report().splitlines() == [*whole, left_out, without]
 
 
 def test_fingerprint_follows_what_the_index_says(tmp_path: Path) -> None:

@@ -520,7 +520,13 @@ def test_a_cache_that_cannot_be_written_is_told_and_not_needed(
             "a,b,c\n1,2,3",
             r"line 1: \['a', 'b', 'c'\]: expected columns",
         ),
-        ("a.csv", 'x,"\n', "line 1: no row of CSV|expected a file and its class|not in"),
+        (
+            "a.csv",
+            "path,species\ncats/00.jpg,cat",
+            r"line 1: \['path', 'species'\]: expected columns",
+        ),
+        ("a.csv", "id,breed\n0001,cat", r"line 1: \['id', 'breed'\]: expected columns called file"),
+        ("a.csv", 'x,"\n', "line 1: no row of CSV|expected columns called file"),
         ("a.json", "{", "expected a readable JSON file"),
         ("a.json", "[1, 2]", "no labels in it; expected"),
         ("a.json", '{"labels": 3}', "labels=3; expected"),
@@ -570,6 +576,90 @@ def test_a_folder_with_dataset_json_is_read_as_before_with_a_warning(
     data = data_of({"root": made["root"]})
     assert data.class_names == ("00000",)
     assert "data.labels=dataset.json takes the classes from it" in data.report()
+
+
+def beside(files: Files, name: str) -> Files:
+    """All images without folders, with a file beside each or all of them."""
+    flat = {name.replace("/", "-"): content for name, content in files.items()}
+    each = {f"{image.partition('.')[0]}{name}": b"cats" for image in flat}
+    return {**flat, **(each if name.startswith(".") else {name: b"cats-00.jpg,cat"})}
+
+
+@pytest.mark.parametrize("write", ["folder", "zip", "shards"])
+@pytest.mark.parametrize("name", [".txt", ".cls", ".json", "labels.csv", "labels.json"])
+def test_a_single_class_tells_of_what_may_be_labels(
+    name: str, write: str, photos: Path, tmp_path: Path
+) -> None:
+    files = beside(contents(photos), name)
+    if write == "zip":
+        root = write_zip(tmp_path / "a.zip", files)
+    elif write == "shards":
+        root = write_tar(tmp_path / "a.tar", files).parent
+    else:
+        root = tmp_path / "flat"
+        root.mkdir()
+        for each, content in files.items():
+            (root / each).write_bytes(content)
+    data = ImageFolderData(root, 8, 1)
+    told = [line for line in data.report().splitlines() if "is not read" in line]
+    if name == ".cls" and write != "folder":
+        assert data.class_names == ("cats",) and not told
+        return
+    assert len(data.class_names) == 1 and len(told) == 1
+    within = "a.tar/" * (write == "shards")
+    first = f"{within}cats-00{name}" if name.startswith(".") else f"{within}{name}"
+    remedy = "data.labels=FILE" if name.startswith(".") else f"data.labels={first} takes"
+    if name == ".json" and write != "folder":
+        first, remedy = "a .json lies beside each", "data.labels=KEY"
+    assert first in told[0] and remedy in told[0]
+    # With labels that are stated, and with class folders, there is nothing to tell.
+    (tmp_path / "all.csv").write_text(
+        "".join(f"{n},{n.split('-')[0][-4:]}\n" for n in data.files.names)
+    )
+    stated = ImageFolderData(root, 8, 1, labels=str(tmp_path / "all.csv"))
+    assert len(stated.class_names) == 3 and "is not read" not in stated.report()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("a.tar.gz", "but a.tar.gz, which is compressed; gunzip makes a tar of it"),
+        ("more/a.zip", "but more/a.zip; data.root=.*/root/more/a.zip reads it"),
+        ("a.zip b.zip", r"but a.zip; data.root='.*/root/\*.zip' reads it"),
+        ("a.rar", "but a.rar, which is not read; unpack it"),
+        ("a.7z", "but a.7z, which is not read; unpack it"),
+        ("notes.txt", "no image found; expected files ending in .jpg"),
+    ],
+)
+def test_a_folder_of_archives_says_how_they_are_read(name: str, told: str, tmp_path: Path) -> None:
+    for each in name.split():
+        file = tmp_path / "root" / each
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match=told) as caught:
+        find_images(tmp_path / "root")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_archive_of_archives_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no image found, but a/b.tar in it; unpack that"):
+        find_images(write_zip(tmp_path / "a.zip", {"a/b.tar": b"no image"}))
+
+
+def test_classes_without_images_are_told(photos: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "few.csv"
+    labels.write_text("cats/00.jpg,5\ncats/03.jpg,6\ndogs/01.png,6\n")
+    told = ImageFolderData(photos, 8, 1, labels=str(labels)).report()
+    assert "warning: 5 classes have no image: 0, 1, 2, 3, 4\n" in f"{told}\n"
+    named = ImageFolderData(photos, 8, 1, class_names=[*CLASSES, "owls"]).report()
+    assert "warning: 1 classes have no image: owls" in named
+    assert "no image:" not in ImageFolderData(photos, 8, 1).report()
+
+
+def test_that_nothing_is_held_out_is_told(photos: Path) -> None:
+    told = "no images are held out: val/loss is not computed"
+    assert told in ImageFolderData(photos, 8, 1).report()
+    assert told not in ImageFolderData(photos, 8, 1, held_out=0.1).report()
 
 
 def test_small_classes_are_shown_more_often(photos: Path, tmp_path: Path) -> None:

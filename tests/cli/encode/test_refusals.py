@@ -63,7 +63,6 @@ def test_other_settings_are_refused_by_name(
         (("trainer.precision=16",), "trainer.precision"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:You passed `Fabric")  # of the precision, before it is refused
 def test_bad_values_are_refused_before_anything_is_written(
     command: Encode, arguments: tuple[str, ...], message: str
 ) -> None:
