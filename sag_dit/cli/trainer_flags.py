@@ -113,5 +113,5 @@ def check_encoding(stated: Mapping[str, Any]) -> None:
     for name in stated.keys() - {*ENCODES}:
         if stated[name] is not None:
             raise ValueError(
-                f"trainer.{name}={shown(stated[name])}: an encoding makes no use of it; leave it out"
+                f"trainer.{name}={shown(stated[name])}: encoding makes no use of it; leave it out"
             )
