@@ -368,6 +368,24 @@ def check_objective(objective: Objective, data: StepData, config: Train) -> None
         )
 
 
+def check_previews(config: Train, model: Model) -> None:
+    """Refuse guidance of the previews that the model cannot have, before a folder is claimed.
+
+    Raises:
+        ValueError: the reason, and the key that leaves it out.
+    """
+    from sag_dit.api import with_models
+
+    terms = with_models(make_terms(config.preview.guidance, "preview.guidance"))
+    for name, term in terms.items():
+        try:
+            if not term.off:
+                term.check(model.denoiser)
+        except ValueError as error:
+            key = f"preview.guidance.{name}"
+            raise ValueError(f"{key}: {error}; of the previews alone: {key}=null") from error
+
+
 def listed(value: Any) -> list[Any]:
     """Return what may stand alone, or be left out, as a list."""
     if value is None:
@@ -548,6 +566,7 @@ def run_train(config: Train) -> None:
     data.check(model)
     module = make_module(config, model)
     check_objective(module.objective, data, config)
+    check_previews(config, model)
     trainer = make_trainer(config, out)
     device, at_previews = trainer.strategy.root_device, config.every_n_steps.preview
     tracked = trackers(config.track, model, out, device, at_previews)

@@ -121,6 +121,7 @@ def test_what_a_network_lacks_is_told_by_the_method(in_process: Command, files: 
     plain = ("experiment=digits", "model._target_=plain_net.Plain", *SHORT, "out=run")
     shown = in_process("train", *plain)
     assert shown.code == 1 and "this model has no self-attention layers to read" in shown.err
+    assert "preview.guidance.sag=null" in shown.err and not (files / "run").exists()
     done = in_process("train", *plain, "preview.guidance.sag=null")
     assert done.code == 0, done.err
     draw = ("sample", "ckpt=run", "imports=[plain_net]", *CPU, "num_images=1", "steps=2")
@@ -130,6 +131,7 @@ def test_what_a_network_lacks_is_told_by_the_method(in_process: Command, files: 
         }
         refused = in_process(*draw, *off.values(), "out=drawn")
         assert refused.code == 1 and told in refused.err, refused.err
+        assert scale != "sag_scale=1" or "leave SAG out: sag_scale=0" in refused.err
     drawn = in_process(*draw, "sag_scale=0", "blur_scale=1", "gallery.num=0", "out=drawn")
     assert drawn.code == 0, drawn.err
     for option in ("compile=true", "checkpoint_blocks=true"):
