@@ -237,7 +237,16 @@ def lora_settings(config: Train) -> LoRA | None:
     """
     from sag_dit.training.finetune import LoRA
 
-    return None if config.lora is None or config.lora.rank is None else LoRA(**to_dict(config.lora))
+    if config.lora is None:
+        return None
+    if config.lora.rank is None:
+        if config.lora.alpha is not None:
+            raise ValueError(
+                f"lora.alpha={config.lora.alpha}: scales adapters, and lora.rank=null trains none: "
+                f"expected lora.rank=8 or another beside it, or no lora.alpha"
+            )
+        return None
+    return LoRA(**to_dict(config.lora))
 
 
 def adapt_model(config: Train, base: Model, data: StepData) -> tuple[Model, str, Collection[str]]:
@@ -604,6 +613,12 @@ def run_train(config: Train) -> None:
 
     # The folder follows from what determines the weights, a checkpoint's resolution included.
     check_training(config.trainer)
+    clipping = config.trainer.get("gradient_clip_algorithm")
+    if clipping is not None and config.trainer.get("gradient_clip_val") is None:
+        raise ValueError(
+            f"trainer.gradient_clip_algorithm={clipping}: nothing is clipped without "
+            f"trainer.gradient_clip_val; set it too, such as trainer.gradient_clip_val=1"
+        )
     for where, each in loggers_of(config).items():
         check_logger(each, where)
     check_optimizer(config)
