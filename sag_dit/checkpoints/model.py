@@ -21,6 +21,10 @@ BATCH_SIZE = 16
 class Model:
     """A denoiser, its codec and its name, ready to sample.
 
+    It is not made by hand: :func:`sag_dit.load` reads one, and
+    :func:`sag_dit.checkpoints.from_denoiser` makes one of a network in memory,
+    ``from_denoiser(ClassConditional(network, DDPM()), "mine")``.
+
     Attributes:
         denoiser: as loaded, in eval mode, float32, on the CPU; see :attr:`class_conditional`.
         codec: pixels <-> the denoiser's x_0; an autoencoder's weights are read at first use.
