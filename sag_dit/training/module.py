@@ -125,8 +125,8 @@ class DiffusionModule(LightningModule):
 
         from lightning.pytorch import Trainer
 
-        # Of a network of one's own; sag_dit.load(...) gives a model to go on from.
-        denoiser = ClassConditional(Mine(32, 3, num_classes=10), Flow(), "v", x_0_range=(-1, 1))
+        # Of a network of one's own for pixels; sag_dit.load(...) gives a model to go on from.
+        denoiser = ClassConditional(network, Flow(), "v", x_0_range=(-1, 1))
         model = sag_dit.checkpoints.from_denoiser(denoiser, "mine")
         adamw = lambda parameters: torch.optim.AdamW(parameters, lr=1e-4)
         module = DiffusionModule(model, optimizer=adamw, ema_decay=0.9999)
