@@ -41,6 +41,22 @@ class AttentionLayer:
         """Where the image's tokens are, as an edit can hold it."""
         return None if self.tokens is None else (self.tokens.start, self.tokens.stop)
 
+    def check(self, sequence: int) -> None:
+        """Refuse a sequence whose tokens are not those of the grid.
+
+        Raises:
+            ValueError: it has others; ``tokens`` may say which are the image's.
+        """
+        height, width = self.grid
+        found = len(range(*(self.tokens or slice(None)).indices(sequence)))
+        if found != height * width:
+            among = "" if self.tokens is None else f", of which tokens={self.tokens} are {found}"
+            raise ValueError(
+                f"layer {self.name!r}: it attends to {sequence} tokens{among}, and its "
+                f"grid={self.grid} has {height * width}: expected an AttentionLayer whose "
+                f"tokens=slice(START, STOP) are those of the grid"
+            )
+
 
 @dataclass(frozen=True)
 class Capture:

@@ -176,7 +176,8 @@ class AttentionTap:
 
     def _attention_names(self) -> list[str]:
         def attends(module: nn.Module) -> bool:
-            return "Attention" in type(module).__name__
+            named = type(module).__name__.lower()
+            return "attention" in named or "attn" in named
 
         return [
             name
@@ -281,6 +282,7 @@ class AttentionTap:
         # Read what is to be captured of this layer.
         for capture in self._captures:
             if capture.layer.name == name:
+                capture.layer.check(key.shape[-2])
                 read = saliency if capture.kind == "saliency" else attention_map
                 q, k, by = query[capture.rows], key[capture.rows], scale
                 if capture.heads is not None:

@@ -10,6 +10,7 @@ from typing import Any
 from sag_dit.checkpoints.config import describe
 from sag_dit.codec import Codec, IdentityCodec
 from sag_dit.denoiser import ClassConditional, Denoiser
+from sag_dit.denoiser.checking import check_network
 from sag_dit.identity import name_of
 from sag_dit.untrusted import TARGET
 
@@ -19,6 +20,10 @@ BATCH_SIZE = 16
 @dataclass(frozen=True, eq=False)
 class Model:
     """A denoiser, its codec and its name, ready to sample.
+
+    It is not made by hand: :func:`sag_dit.load` reads one, and
+    :func:`sag_dit.checkpoints.from_denoiser` makes one of a network in memory,
+    ``from_denoiser(ClassConditional(network, DDPM()), "mine")``.
 
     Attributes:
         denoiser: as loaded, in eval mode, float32, on the CPU; see :attr:`class_conditional`.
@@ -101,8 +106,11 @@ def from_denoiser(
     ``codec`` may be left out for pixel models. ``weights`` tells averaged ("ema") from raw ("raw")
     ones where a file holds both.
 
+    A network whose class is not one of this package's is asked once, see
+    :func:`sag_dit.denoiser.checking.check_network`.
+
     Raises:
-        ValueError: a latent model without a codec.
+        ValueError: a latent model without a codec, or a network whose answer cannot be used.
 
     Example:
         >>> from sag_dit.models import DiT
@@ -120,6 +128,8 @@ def from_denoiser(
                 f"VAECodec(AutoencoderKL.from_pretrained(...))"
             )
         codec = IdentityCodec()
+    if type(denoiser.network).__module__.partition(".")[0] != "sag_dit":
+        check_network(denoiser)
     # What determines its results, which the identity of a run holds.
     config = {**describe(denoiser), "weights": weights, "codec": codec.config()}
     del config["class_names"]  # names determine no pixel

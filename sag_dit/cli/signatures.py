@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -36,6 +37,31 @@ def names_taken(target: str) -> frozenset[str] | None:
             case ast.ClassDef() if node.name == name:
                 return _of_class(node, module)
     return None
+
+
+def names_along(kind: type[object]) -> frozenset[str]:
+    """Return what the constructor of an imported class names, and those of bases that it reaches.
+
+    It reaches the next one where it takes ``**options``.
+
+    Example:
+        >>> class Base:
+        ...     def __init__(self, width=1): ...
+        >>> class Mine(Base):
+        ...     def __init__(self, depth=2, **options): ...
+        >>> sorted(names_along(Mine))
+        ['depth', 'width']
+    """
+    named: set[str] = set()
+    for each in kind.__mro__:
+        if "__init__" not in vars(each):
+            continue
+        parameters = list(inspect.signature(vars(each)["__init__"]).parameters.values())[1:]
+        variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        named |= {one.name for one in parameters if one.kind not in variable}
+        if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters):
+            break
+    return frozenset(named)
 
 
 def _statements(module: str) -> Iterator[ast.stmt]:

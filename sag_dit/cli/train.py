@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
-from sag_dit.cli.app import alone_in, launch, quiet_lightning
-from sag_dit.cli.composing import arguments_of, check_target, fitted, make, make_around, placed
+from sag_dit.cli.app import alone_in, fail, launch, quiet_lightning
+from sag_dit.cli.composing import (
+    arguments_of,
+    check_target,
+    config_folder,
+    fitted,
+    make,
+    make_around,
+    placed,
+)
 from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import keys_of, mapping_of, to_dict
 from sag_dit.cli.run_identity import (
@@ -25,9 +34,10 @@ from sag_dit.cli.run_identity import (
     run_folder,
     told_differences,
 )
+from sag_dit.cli.signatures import names_along, names_taken
 from sag_dit.cli.trainer_flags import check_training
 from sag_dit.cli.values import as_callable, check_logger, make_terms
-from sag_dit.untrusted import TARGET
+from sag_dit.untrusted import TARGET, read_yaml
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
@@ -40,6 +50,52 @@ if TYPE_CHECKING:
     from sag_dit.training.module import DiffusionModule
     from sag_dit.training.objective import Objective
     from sag_dit.training.optimizers import MakeOptimizer
+
+
+def for_own_network(command: str, arguments: Sequence[str]) -> list[str]:
+    """Return the arguments as they are meant for a network that they name by its class.
+
+    Sizes of a DiT or UNet that the files fill in, and that a constructor with ``**options`` does
+    not name, are null. Those that are stated, and that the class does not take, are refused.
+    """
+    typed = dict(each.lstrip("+").partition("=")[::2] for each in arguments)
+    target = typed.get(f"model.{TARGET}", "")
+    taken = _taken(target) if target else None
+    if taken is not None:
+        stated = {"patch_size": ["patch_size"]} if typed.get("patch_size", "null") != "null" else {}
+        size = config_folder() / "size" / f"{typed.get('size')}.yaml"
+        if size.is_file():
+            stated["size"] = list(read_yaml(size))
+        for key, names in stated.items():
+            if not {*taken}.intersection(names):
+                fail(
+                    f"{key}={typed[key]}: {target} takes no {' or '.join(names)}; leave {key} out, "
+                    f"and set what it takes as model.NAME"
+                )
+        return list(arguments)
+    named = _named(target) if target else frozenset()
+    if not named:
+        return list(arguments)
+    foreign = keys_of(mapping_of(*keys_of(Train)["model"])).keys() - {*named, TARGET}
+    keys = sorted(f"model.{name}" for name in foreign)
+    return [*(f"{key}=null" for key in keys if key not in typed), *arguments]
+
+
+def _taken(target: str) -> Collection[str] | None:
+    """Return what a class takes by name, None of one that takes anything or cannot be imported."""
+    try:
+        return names_taken(target) or arguments_of(target)
+    except Exception:  # What is wrong with its file is told when it is made.
+        return None
+
+
+def _named(target: str) -> frozenset[str]:
+    """Return what a class with ``**options`` and its bases name; nothing if it cannot be told."""
+    try:
+        thing = resolve_name(target)
+        return names_along(thing) if isinstance(thing, type) else frozenset()
+    except Exception:  # What is wrong with it is told when it is made.
+        return frozenset()
 
 
 def make_model(config: Train, data: StepData) -> Model:
@@ -121,7 +177,10 @@ def network_settings(
     stated = {name: value for name, value in model.items() if value is not None}
     if TARGET in stated:
         _, given = check_target(stated, "model")
-        return {TARGET: stated[TARGET], **given}, arguments_of(stated[TARGET])
+        takes: Collection[str] | None = arguments_of(stated[TARGET])
+        if takes is None:
+            takes = _named(stated[TARGET]) or None
+        return {TARGET: stated[TARGET], **given}, takes
     own = {name: value for name, value in stated.items() if name not in declared}
     return stated | fitted(own, "model", told.asks()), None
 
@@ -179,7 +238,16 @@ def lora_settings(config: Train) -> LoRA | None:
     """
     from sag_dit.training.finetune import LoRA
 
-    return None if config.lora is None or config.lora.rank is None else LoRA(**to_dict(config.lora))
+    if config.lora is None:
+        return None
+    if config.lora.rank is None:
+        if config.lora.alpha is not None:
+            raise ValueError(
+                f"lora.alpha={config.lora.alpha}: scales adapters, and lora.rank=null trains none: "
+                f"expected lora.rank=8 or another beside it, or no lora.alpha"
+            )
+        return None
+    return LoRA(**to_dict(config.lora))
 
 
 def adapt_model(config: Train, base: Model, data: StepData) -> tuple[Model, str, Collection[str]]:
@@ -394,6 +462,24 @@ def check_validated(config: Train, data: StepData, trainer: Trainer) -> bool:
                 f"held-out images, such as data.held_out=0.1, or another number"
             )
     return False
+
+
+def check_previews(config: Train, model: Model) -> None:
+    """Refuse guidance of the previews that the model cannot have, before a folder is claimed.
+
+    Raises:
+        ValueError: the reason, and the key that leaves it out.
+    """
+    from sag_dit.api import with_models
+
+    terms = with_models(make_terms(config.preview.guidance, "preview.guidance"))
+    for name, term in terms.items():
+        try:
+            if not term.off:
+                term.check(model.denoiser)
+        except ValueError as error:
+            key = f"preview.guidance.{name}"
+            raise ValueError(f"{key}: {error}; of the previews alone: {key}=null") from error
 
 
 def listed(value: Any) -> list[Any]:
@@ -626,6 +712,7 @@ def run_train(config: Train) -> None:
     data.check(model)
     module = make_module(config, model)
     check_objective(module.objective, data, config)
+    check_previews(config, model)
     trainer = make_trainer(config, out)
     validates = check_validated(config, data, trainer)
     device, at_previews = trainer.strategy.root_device, config.every_n_steps.preview
@@ -689,5 +776,5 @@ def run_train(config: Train) -> None:
         print(f"run: {out.resolve()}")
 
 
-main = partial(launch, "train", run_train)
+main = partial(launch, "train", run_train, prepare=for_own_network)
 """Run ``train.py``, with the arguments of the command line unless others are given."""

@@ -18,6 +18,19 @@ Layer = str | int
 """The name of a self-attention layer, or its number in the order of the model's."""
 
 
+def check_attends(term: BranchTerm, model: Denoiser) -> None:
+    """Refuse a model without self-attention layers for a term that reads or edits them.
+
+    Raises:
+        ValueError: there are none; how the term is left out is told.
+    """
+    if not model.layers:
+        raise ValueError(
+            f"{term.key}_scale={term.scale}: this model has no self-attention layers to read; "
+            f"leave {term.title} out: {term.key}_scale=0"
+        )
+
+
 def layers_of(model: Denoiser, wanted: Layer | Sequence[Layer]) -> tuple[AttentionLayer, ...]:
     """Return layers by name (``auto`` is the middle of the depth) or by number.
 
@@ -94,6 +107,7 @@ class Perturbed(BranchTerm):
     def check(self, model: Denoiser) -> None:
         """Refuse layers or a branch that the model does not have."""
         super().check(model)
+        check_attends(self, model)
         layers_of(model, self.layers)
 
     def identity(self, model: Denoiser) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sag_dit.attention import AttentionLayer, capture_key
 from sag_dit.denoiser import Denoiser
 from sag_dit.guidance.blur import gaussian_blur
-from sag_dit.guidance.perturbed import Layer, checked_layers, layers_of
+from sag_dit.guidance.perturbed import Layer, check_attends, checked_layers, layers_of
 from sag_dit.guidance.term import Asking, Branch, BranchName, BranchTerm, Question
 from sag_dit.identity import LATER
 from sag_dit.process import Prediction
@@ -267,6 +267,7 @@ class SAG(BlurGuidance):
         Where the layer's projections have names that are not known, the first evaluation refuses.
         """
         super().check(model)
+        check_attends(self, model)
         layers = self.layers(model)
         if self.heads is None:
             return

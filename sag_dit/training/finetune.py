@@ -257,9 +257,14 @@ def add_adapters(network: nn.Module, lora: LoRA, frozen: Collection[str] = ()) -
     for pattern in lora.targets:
         found = matching(linear, pattern)
         if not found:
+            kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in linear)
             raise ValueError(
-                f"lora.targets: {pattern!r} matches no linear layer; expected names or patterns "
-                f"such as {', '.join(TARGETS)}, {linear[-1]}"
+                f"lora.targets: {pattern!r} matches no linear layer"
+                + (
+                    f"; expected names or patterns such as {', '.join([*kinds][:SHOWN])}"
+                    if kinds
+                    else f", of which {type(network).__name__} has none; leave lora.rank out"
+                )
             )
         chosen |= found
     layers = [name for name in linear if name in chosen and f"{name}.weight" not in frozen]

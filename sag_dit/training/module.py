@@ -32,6 +32,7 @@ from sag_dit.training.fitting import out_of_memory, too_large
 from sag_dit.training.objective import MSE, Losses, Objective
 from sag_dit.training.optimizers import (
     MakeOptimizer,
+    Muon,
     averages_itself,
     begin,
     check_alone,
@@ -124,7 +125,11 @@ class DiffusionModule(LightningModule):
 
         from lightning.pytorch import Trainer
 
-        module = DiffusionModule(model, ema_decay=0.9999)
+        # Of a network of one's own for pixels; sag_dit.load(...) gives a model to go on from.
+        denoiser = ClassConditional(network, Flow(), "v", x_0_range=(-1, 1))
+        model = sag_dit.checkpoints.from_denoiser(denoiser, "mine")
+        adamw = lambda parameters: torch.optim.AdamW(parameters, lr=1e-4)
+        module = DiffusionModule(model, optimizer=adamw, ema_decay=0.9999)
         Trainer(max_steps=1000).fit(module, data)
     """
 
@@ -169,6 +174,7 @@ class DiffusionModule(LightningModule):
         self.further = nn.ModuleDict(self._further.averages_of(self.denoiser, ema_warmup))
         self.objective = objective or MSE()
         self.objective.check(self.denoiser)
+        self.objective.check_modules()
         self.averaged_objective: AveragedModel | None = None
         own = self._trained(self.objective)
         if self.averaged is not None and own and self.objective.averaged:
@@ -292,7 +298,10 @@ class DiffusionModule(LightningModule):
             raise ValueError("optimizer=None: expected an optimiser to train with")
         own = getattr(self._like, "group_rule", None)
         trained = trained_parameters(self.denoiser, self.objective)
-        return grouped(trained, self._param_groups, self._like.defaults, own)
+        found = grouped(trained, self._param_groups, self._like.defaults, own)
+        if isinstance(self._like, Muon):
+            self._like.check_groups([settings for settings, _ in found])
+        return found
 
     def groups_report(self) -> str:
         """Return the groups in words where there are several, else nothing."""

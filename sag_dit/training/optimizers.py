@@ -105,6 +105,19 @@ class Muon(Optimizer):
             return {"use_muon": True}
         return {} if self._adamw_lr is None else {"lr": self._adamw_lr}
 
+    def check_groups(self, settings: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse groups of which none is Muon's.
+
+        Raises:
+            ValueError: with a remedy.
+        """
+        if not any(each.get("use_muon") for each in settings):
+            raise ValueError(
+                "optimizer=muon: no matrix that is trained is in a block of the network, so that "
+                "AdamW would train all: expected optimizer=adamw, a network that lists its blocks "
+                "in self.blocks, or param_groups=[{match: PATTERN, use_muon: true}]"
+            )
+
     def _share(self) -> None:
         """Build torch's two optimisers over the groups and the state of this one."""
         self._parts: list[Optimizer] = []

@@ -51,8 +51,8 @@ class Trained:
         return 0 < self.depth < self.last
 
 
-Rule: TypeAlias = Callable[[Trained], Mapping[str, Any]]
-"""Returns the settings of a parameter, such as ``{"weight_decay": 0.0}``, empty for none.
+Rule: TypeAlias = Callable[[Trained], Mapping[str, Any] | None]
+"""Returns the settings of a parameter, such as ``{"weight_decay": 0.0}``, or nothing.
 
 They are those of the optimiser's groups, and ``lr_scale``, which multiplies the learning rate.
 """
@@ -132,7 +132,17 @@ class LayerDecay:
             )
 
     def __call__(self, each: Trained) -> Mapping[str, Any]:
-        """Return the share of the rate that a parameter has."""
+        """Return the share of the rate that a parameter has.
+
+        Raises:
+            ValueError: the network has no blocks.
+        """
+        if each.last == 1:
+            raise ValueError(
+                f"param_groups: layer_decay: {shown(self.factor)}: the network has no blocks by "
+                f"which depth is told, and all rates would change alike: expected a network that "
+                f"lists them in self.blocks, or another optimizer.lr"
+            )
         return {LR_SCALE: self.factor ** (each.last - each.depth)}
 
 
@@ -264,13 +274,18 @@ def _told(entry: Any) -> Any:
 
 
 def _added(
-    settings: Mapping[str, Any], more: Mapping[str, Any], defaults: Mapping[str, Any], where: str
+    settings: Mapping[str, Any],
+    more: Mapping[str, Any] | None,
+    defaults: Mapping[str, Any],
+    where: str,
 ) -> dict[str, Any]:
     """Return settings with those of one more rule; ``lr_scale`` is worked into the rate.
 
     Raises:
         ValueError: a setting that the optimiser does not have, or a rate that is none.
     """
+    if more is None:
+        return dict(settings)
     if not isinstance(more, Mapping):
         raise ValueError(
             f"{where}: a rule returned {shown(more)}: expected a mapping of settings, such as "

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import sag_dit
 from sag_dit.checkpoints.config import build
 from sag_dit.checkpoints.loading import find_codec
+from sag_dit.cli.train import for_own_network
 from sag_dit.data.images import Crops, find_images
 from sag_dit.data.shards import read_index
 from tests.data.making import image_folder
@@ -67,7 +68,7 @@ def test_its_commands_run(commands: str, files: Path, monkeypatch: pytest.Monkey
     image_folder(files / "photos", side=24)
     for command in commands.splitlines():
         program, *arguments = shlex.split(command)
-        cpu = () if arguments[2] == "export" else CPU
+        cpu = CPU if {"train", "sample", "encode"} & {*arguments} else ()
         assert program == "python"
         done = subprocess.run(
             [sys.executable, *arguments, *cpu],
@@ -121,6 +122,7 @@ def test_what_a_network_lacks_is_told_by_the_method(in_process: Command, files: 
     plain = ("experiment=digits", "model._target_=plain_net.Plain", *SHORT, "out=run")
     shown = in_process("train", *plain)
     assert shown.code == 1 and "this model has no self-attention layers to read" in shown.err
+    assert "preview.guidance.sag=null" in shown.err and not (files / "run").exists()
     done = in_process("train", *plain, "preview.guidance.sag=null")
     assert done.code == 0, done.err
     draw = ("sample", "ckpt=run", "imports=[plain_net]", *CPU, "num_images=1", "steps=2")
@@ -130,6 +132,7 @@ def test_what_a_network_lacks_is_told_by_the_method(in_process: Command, files: 
         }
         refused = in_process(*draw, *off.values(), "out=drawn")
         assert refused.code == 1 and told in refused.err, refused.err
+        assert scale != "sag_scale=1" or "leave SAG out: sag_scale=0" in refused.err
     drawn = in_process(*draw, "sag_scale=0", "blur_scale=1", "gallery.num=0", "out=drawn")
     assert drawn.code == 0, drawn.err
     for option in ("compile=true", "checkpoint_blocks=true"):
@@ -160,6 +163,10 @@ class Wide(Backbone):
     def forward(self, x, t, y):
         return self.layer(x)
 
+class HandsOn(Plain):
+    def __init__(self, kernel=3, **options):
+        super().__init__(**options)
+
 class Forgets(Plain):
     arguments = {}
 
@@ -175,6 +182,34 @@ class Narrow(DiT):
         super().__init__(input_size=input_size, in_channels=in_channels, num_classes=num_classes,
                          patch_size=4, hidden_size=24, depth=1, num_heads=2)
 """
+
+
+def test_options_that_are_handed_on(in_process: Command, files: Path) -> None:
+    """What ``**options`` reach is what the bases name: no patch_size, which nobody stated."""
+    (files / "plain_net.py").write_text(PLAIN)
+    own = ("model._target_=plain_net.HandsOn", "preview.guidance.sag=null", "model.note=a")
+    arguments = ("experiment=digits", *own, *SHORT, "max_steps=1", "out=run")
+    done = in_process("train", *for_own_network("train", arguments))
+    assert done.code == 0, done.err
+    config = sag_dit.load("run").description["model"]
+    told = {"_target_": "plain_net.HandsOn", "note": "a", "in_channels": 1, "num_classes": 10}
+    assert config == told
+
+
+@pytest.mark.parametrize(
+    ("stated", "told"),
+    [("patch_size=2", "takes no patch_size"), ("size=XL", "takes no hidden_size or depth or num_")],
+)
+def test_sizes_that_a_class_does_not_take_are_refused(
+    stated: str, told: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (files / "plain_net.py").write_text(PLAIN)
+    arguments = ["experiment=digits", "model._target_=plain_net.Plain"]
+    assert for_own_network("train", arguments) == arguments
+    assert for_own_network("train", ["model.depth=2", stated]) == ["model.depth=2", stated]
+    with pytest.raises(SystemExit):
+        for_own_network("train", [*arguments, stated])
+    assert f"{stated}: plain_net.Plain {told}" in capsys.readouterr().err
 
 
 def test_one_of_rectangles_is_trained(in_process: Command, files: Path) -> None:
@@ -199,6 +234,7 @@ def test_one_of_rectangles_is_trained(in_process: Command, files: Path) -> None:
         (("model._target_=plain_net.Plain", "model.sid=8"), "takes no sid\nDid you mean side?"),
         (("model._target_=plain_net.Plain", "model.side=4"), "its x_t is (1, 4, 4): expected (1"),
         (("model._target_=plain_net.Forgets",), "its arguments lack it"),
+        (("model._target_=plain_net.HandsOn", "model.sid=8"), "cannot be built"),
         (("model._target_=plain_net.Other",), "Other"),
         (("model._target_=plain_net.Narrow",), "its arguments hold class_dropout_prob, which its"),
         (("model._target_=torch.nn.Linear",), "expected a torch module that has the members of"),

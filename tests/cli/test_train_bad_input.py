@@ -217,3 +217,23 @@ def test_the_last_good_checkpoint_is_named(
     data = (f"data.root={photos}", "logger=none", "max_steps=1")
     tuned = in_process("train", "experiment=finetune", f"ckpt={diverged}", *data)
     assert_refused(tuned, f"ckpt={diverged}: weights that are NaN or infinite")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ("experiment=digits", "+trainer.gradient_clip_algorithm=value"),
+            "trainer.gradient_clip_algorithm=value: nothing is clipped",
+        ),
+        (
+            ("experiment=finetune", "ckpt=digits", "data=digits", "lora.alpha=2"),
+            "lora.alpha=2: scales adapters, and lora.rank=null trains none",
+        ),
+    ],
+)
+def test_what_acts_on_nothing_is_refused(
+    arguments: tuple[str, ...], told: str, in_process: Command
+) -> None:
+    done = in_process("train", *arguments, "max_steps=1", "out=run")
+    assert done.code == 1 and told in done.err, done.err

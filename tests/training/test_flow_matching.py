@@ -53,7 +53,7 @@ def test_logit_normal_times(mean: float, std: float) -> None:
 def test_uniform_times() -> None:
     torch.manual_seed(0)
     n = 40_000
-    for objective in (MSE(), FlowMatching("uniform", mean=3.0)):
+    for objective in (MSE(), FlowMatching("uniform")):
         u = objective.quantiles(n, torch.device("cpu"))
         assert u.min() >= 0 and u.max() < 1
         counts = torch.histc(u, 10, 0, 1) / n
@@ -74,3 +74,10 @@ def test_flow_matching_refuses_other_models(make_dit: MakeDiT) -> None:
     with pytest.raises(ValueError, match=r"expected a network of kind 'v'.*is 'eps'"):
         FlowMatching().check(ClassConditional(make_dit(), Flow(), "eps"))
     FlowMatching().check(ClassConditional(make_dit(), Flow(), "v"))
+
+
+@pytest.mark.parametrize("settings", [{"mean": 2.0}, {"std": 2.0}])
+def test_uniform_times_refuse_what_they_do_not_look_at(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="uniform times have none"):
+        FlowMatching(**settings)
+    FlowMatching("logit_normal", **settings)

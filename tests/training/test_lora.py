@@ -89,7 +89,9 @@ def test_adapters_that_cannot_be_merged(make_dit: MakeDiT) -> None:
 
 def test_targets_that_cannot_be(make_dit: MakeDiT) -> None:
     network = make_dit().requires_grad_(True)
-    with pytest.raises(ValueError, match=r"'blocks\.\*\.norm1' matches no linear layer.*attn"):
+    with pytest.raises(
+        ValueError, match=r"'blocks\.\*\.norm1' matches no linear layer.* blocks\.\*\.attn\.qkv"
+    ):
         add_adapters(network, LoRA(rank=2, targets=["blocks.*.attn", "blocks.*.norm1"]))
     with pytest.raises(ValueError, match="all of them are frozen"):
         add_adapters(network, LoRA(rank=2), freeze(network, ["blocks"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from sag_dit.data.digits import Digits
 from sag_dit.denoiser import Denoiser
 from sag_dit.process import NoiseLevel
 from sag_dit.training.module import DiffusionModule
-from sag_dit.training.objective import Frozen, Losses, Objective, features_of, mse
+from sag_dit.training.objective import Frozen, Losses, Objective, base, features_of, mse
 from sag_dit.training.resume import LastCheckpoints, export_run, newest_checkpoint
 from tests.training.making import STEADY_ADAM, fresh_model, make_trainer
 
@@ -180,3 +181,30 @@ def test_what_cannot_be_is_told() -> None:
         features_of(network, "blocks.9"),
     ):
         pass
+
+
+def test_a_module_in_what_is_none_is_refused() -> None:
+    class Holds(Objective):
+        def __init__(self, part: object) -> None:
+            self.part = part
+
+        def losses(self, *_: Any) -> Losses:
+            raise NotImplementedError
+
+    for part in (nn.Linear(2, 2), [nn.Linear(2, 2)], nn.Parameter(torch.zeros(2))):
+        with pytest.raises(
+            ValueError, match=r"its part would be neither .*\(Objective, nn.Module\)"
+        ):
+            DiffusionModule(fresh_model(), objective=Holds(part))
+    for part in (Frozen(nn.Linear(2, 2)), nn.Linear(2, 2).requires_grad_(False), torch.ones(2)):
+        DiffusionModule(fresh_model(), objective=Holds(part))
+
+
+def test_terms_that_training_logs_itself_are_refused() -> None:
+    folder = Path(base.__file__).parents[1]
+    source = "".join((folder / f"{name}.py").read_text() for name in ("module", "callbacks"))
+    assert {*base.LOGGED} == {*re.findall(r'"train/(\w+)"', source)}
+    level = fresh_model().denoiser.process.grid(2)[0]
+    for name in base.LOGGED:
+        with pytest.raises(ValueError, match=f"training logs train/{name} itself"):
+            Losses(torch.zeros(2), level, {name: torch.zeros(2)})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from sag_dit.denoiser import ClassConditional
 from sag_dit.models.unet.network import UNet
 from sag_dit.process import DDPM
+from sag_dit.training.module import DiffusionModule
 from sag_dit.training.optimizers import Muon, parameters_of
 from sag_dit.training.param_groups import Trained, describe_groups, grouped, trained_parameters
 from tests.training.making import fresh_model
@@ -154,7 +157,8 @@ def nonsense(each: Trained) -> Any:
         ([{"match": "blocks", "ratio": 2}], ("ratio: the optimiser has no such setting", "betas")),
         (["no_decay", nonsense], ("param_groups[1]: momentun", "no such setting")),
         (["no_decay", "no_decay"], ("param_groups[1]=no_decay changes nothing",)),
-        ([lambda each: None], ("a rule returned null: expected a mapping",)),
+        ([lambda each: 3], ("a rule returned 3: expected a mapping",)),
+        ([lambda each: None], ("changes nothing",)),
     ],
 )
 def test_rules_that_are_none_are_refused(rules: list[Any], parts: tuple[str, ...]) -> None:
@@ -172,3 +176,25 @@ def test_no_decay_beside_no_decay_at_all_is_refused() -> None:
 def test_an_optimiser_that_finds_its_rate_has_no_share_of_it() -> None:
     with pytest.raises(ValueError, match=r"finds its own rate.*set optimizer\.lr"):
         grouped(trained_parameters(dit()), [{"layer_decay": 0.5}], {**ADAMW, "lr": None})
+
+
+def test_a_rule_may_return_nothing() -> None:
+    trained = trained_parameters(dit())
+
+    def rule(each: Trained) -> Mapping[str, Any] | None:
+        return {"lr": 0.5} if each.in_block else None
+
+    groups = grouped(trained, [rule], ADAMW)
+    assert names(groups, lr=0.5) == {each.name for each in trained if each.in_block}
+
+
+def test_a_network_without_blocks() -> None:
+    """Nothing there has a depth, and nothing is a block's matrix."""
+    denoiser = dit()
+    denoiser.network.blocks = torch.nn.ModuleList()
+    trained = trained_parameters(denoiser)
+    with pytest.raises(ValueError, match=r"layer_decay: 0.5: the network has no blocks"):
+        grouped(trained, [{"layer_decay": 0.5}], ADAMW)
+    model = replace(fresh_model(), denoiser=denoiser)
+    with pytest.raises(ValueError, match="optimizer=muon: no matrix that is trained is in a block"):
+        DiffusionModule(model, optimizer=partial(Muon, lr=1e-3))

@@ -24,6 +24,9 @@ from sag_dit.models.network import takes
 from sag_dit.process import NoiseLevel
 from sag_dit.tensors import Images
 
+LOGGED = ("loss", "lr", "grad_norm", "weight_norm", "skipped")
+"""What training logs itself, as ``train/loss`` and so on: no names of terms."""
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -31,6 +34,9 @@ class Losses:
 
     ``per_image`` is to be averaged and minimised; ``level`` is where each image was asked, its
     ``t`` one time per image; ``terms`` are the parts of a composite loss by name, for logging.
+
+    Raises:
+        ValueError: a term is named as what training logs itself.
 
     Example::
 
@@ -41,6 +47,14 @@ class Losses:
     per_image: Float[Tensor, "b"]
     level: NoiseLevel
     terms: Mapping[str, Float[Tensor, "b"]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        taken = [name for name in self.terms if name in LOGGED]
+        if taken:
+            raise ValueError(
+                f"terms={{{taken[0]!r}: ...}}: training logs train/{taken[0]} itself; expected "
+                f"another name"
+            )
 
 
 class Objective(ABC):
@@ -90,6 +104,25 @@ class Objective(ABC):
         Raises:
             ValueError: the process or the network is of a kind this objective is not for.
         """
+
+    def check_modules(self) -> None:
+        """Refuse trainable modules that an objective holds without being a module itself.
+
+        Raises:
+            ValueError: they would be neither trained nor saved; the attribute is named.
+        """
+        if isinstance(self, nn.Module):
+            return
+        for name, value in getattr(self, "__dict__", {}).items():
+            held = list(value.values()) if isinstance(value, Mapping) else value
+            for each in held if isinstance(held, (list, tuple)) else [held]:
+                parameters = each.parameters() if isinstance(each, nn.Module) else [each]
+                if any(isinstance(p, Tensor) and p.requires_grad for p in parameters):
+                    own = type(self).__name__
+                    raise ValueError(
+                        f"objective={own}: its {name} would be neither trained nor saved: make it "
+                        f"class {own}(Objective, nn.Module), or hold what is not trained in Frozen"
+                    )
 
     def quantiles(self, count: int, device: torch.device) -> Float[Tensor, "b"]:
         """Draw where in the process, from its image (0) to its noise (1), images are asked."""

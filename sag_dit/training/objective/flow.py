@@ -35,7 +35,8 @@ class FlowMatching(Objective):
     (Stable Diffusion 3), equation 19, where mean 0 and std 1 did best.
 
     Raises:
-        ValueError: unknown ``times``, or a ``mean`` or ``std`` that no distribution has.
+        ValueError: unknown ``times``, a ``mean`` or ``std`` that no distribution has, or one that
+            uniform times do not look at.
 
     Example::
 
@@ -59,6 +60,12 @@ class FlowMatching(Objective):
             raise ValueError(f"mean={self.mean}: expected a finite number; 0 is usual")
         if not 0 < self.std < math.inf:
             raise ValueError(f"std={self.std}: expected a finite number above 0; 1 is usual")
+        for name in ("mean", "std") if self.times == "uniform" else ():
+            if getattr(self, name) != getattr(FlowMatching, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: uniform times have none: expected "
+                    f"times=logit_normal beside it, or {name} left out"
+                )
 
     def check(self, denoiser: Denoiser) -> None:
         """Refuse a process that is no flow, and a network that does not put out v."""

@@ -1,0 +1,122 @@
+"""A network of one's own is asked once before it is used: what no training could use is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sag_dit.attention import AttentionLayer
+from sag_dit.checkpoints import from_denoiser
+from sag_dit.denoiser import ClassConditional, checking
+from sag_dit.models import Backbone
+from sag_dit.process import DDPM
+
+
+class SelfAttn(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        q, k, v = self.qkv(tokens)[:, None].chunk(3, dim=-1)
+        return F.scaled_dot_product_attention(q, k, v)[:, 0]
+
+
+class Plain(Backbone):
+    """A token for the time, then one for each pixel; ``answer`` is what is made of its output."""
+
+    answer: Callable[[Tensor], Any] = staticmethod(lambda output: output)
+
+    def __init__(self, layer: str = "attn", tokens: slice | None = slice(1, None)) -> None:
+        super().__init__()
+        self.input_size, self.in_channels, self.num_classes, self.null_label = (4, 4), 2, 3, 3
+        self.first, self.last, self.attn = nn.Linear(2, 8), nn.Linear(8, 2), SelfAttn(8)
+        self.label, self.norm = nn.Embedding(4, 8), nn.BatchNorm1d(17)
+        self.layers = {layer: AttentionLayer(layer, (4, 4), tokens)}
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Any:
+        told = self.label(y)[:, None] + torch.rand(1, 1, 8, device=x.device)
+        tokens = self.attn(self.norm(torch.cat([told, self.first(x.flatten(2).mT)], dim=1)))
+        return type(self).answer(self.last(tokens[:, 1:]).mT.unflatten(2, (4, 4)))
+
+
+def model_of(network: Any) -> Any:
+    return from_denoiser(ClassConditional(network, DDPM()), "plain", codec=None)
+
+
+@pytest.fixture(params=["as it is", "without memory"], autouse=True)
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "without memory":
+        monkeypatch.setattr(checking, "LARGE", 0)
+    return str(request.param)
+
+
+def asked(network: Any) -> None:
+    checking.check_network(ClassConditional(network, DDPM()))
+
+
+def test_a_network_is_left_as_it_was() -> None:
+    network = Plain()
+    network.attn.eval()
+    before = {name: each.clone() for name, each in network.state_dict().items()}
+    state = torch.get_rng_state()
+    asked(network)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert network.training and network.norm.training and not network.attn.training
+    for name, each in network.state_dict().items():
+        assert torch.equal(each, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (lambda out: out.mean((2, 3), keepdim=True), r"\(2, 2, 1, 1\) .* expected \(2, 2, 4, 4\)"),
+        (lambda out: out[:1], r"returns \(1, 2, 4, 4\) .* expected \(2, 2, 4, 4\)"),
+        (lambda out: out.repeat(1, 3, 1, 1), r"returns \(2, 6, 4, 4\) .* expected \(2, 2, 4, 4\)"),
+        (lambda out: out.repeat(1, 2, 1, 1), "the variance, state learn_sigma = True"),
+        (lambda out: (out,), "returns a tuple: expected one tensor"),
+        (lambda out: out.double(), "returns float64 for x_t in float32: expected float32"),
+        (lambda out: out.view(3, 3), r"fails with RuntimeError: .*test_checking.py, line \d+"),
+    ],
+)
+def test_a_wrong_answer_is_refused(answer: Callable[[Tensor], Any], told: str) -> None:
+    with pytest.raises(ValueError, match=r"test_checking\.Wrong: its forward") as refused:
+        asked(type("Wrong", (Plain,), {"answer": staticmethod(answer)})())
+    assert refused.match(told)
+
+
+def test_channels_of_the_variance() -> None:
+    with pytest.raises(ValueError, match=r"expected \(2, 4, 4, 4\).* learn_sigma is true"):
+        asked(type("Sigma", (Plain,), {"learn_sigma": True})())
+    twice = {"learn_sigma": True, "answer": staticmethod(lambda out: out.repeat(1, 2, 1, 1))}
+    asked(type("Sigma", (Plain,), twice)())
+
+
+@pytest.mark.parametrize(
+    ("layer", "tokens", "told"),
+    [
+        ("attn", None, r"layer 'attn': it attends to 17 tokens, and its grid=\(4, 4\) has 16: .*"),
+        ("attn", slice(2, None), r".*17 tokens, of which tokens=slice\(2, None, None\) are 15"),
+        ("blocks.9.attn", None, "layer 'blocks.9.attn' does not exist in Plain; .* are attn"),
+        ("norm", None, "layer norm: no call of fused attention was seen there"),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused(layer: str, tokens: slice | None, told: str) -> None:
+    with pytest.raises(ValueError, match=r"test_checking\.Plain: " + told):
+        asked(Plain(layer, tokens))
+
+
+def test_models_are_asked_when_they_are_made() -> None:
+    def wrong(made: Tensor) -> Tensor:
+        return made[:1]
+
+    network = type("Wrong", (Plain,), {"answer": staticmethod(wrong)})()
+    network.in_channels = 1
+    network.first, network.last = nn.Linear(1, 8), nn.Linear(8, 1)
+    with pytest.raises(ValueError, match=r"Wrong: its forward returns \(1, 1, 4, 4\)"):
+        model_of(network)
