@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
 from inspect import signature
@@ -221,7 +222,7 @@ def _refuse_unused(make: MakeOptimizer, made: Optimizer) -> None:
     """
     if not _of_timm(make):
         return
-    inner = getattr(made, "_base_optimizer", made)
+    inner = _inner(made)
     takes = {*inner.defaults, *signature(type(inner)).parameters, "opt", "foreach"}
     for name, value in getattr(make, "keywords", {}).items():
         if name not in takes and value is not None:
@@ -259,10 +260,23 @@ def check_sharded(
         ) from error
 
 
-def names_of_state(
+@dataclass(frozen=True)
+class Kept:
+    """The names of what an optimiser keeps after a step: of a parameter, and in its group.
+
+    Example:
+        >>> sorted(kept_after_a_step(torch.optim.Adam, {}, dimensions=2).of_parameter)
+        ['exp_avg', 'exp_avg_sq', 'step']
+    """
+
+    of_parameter: set[str]
+    of_group: set[str]
+
+
+def kept_after_a_step(
     make: MakeOptimizer, settings: Mapping[str, Any], dimensions: int
-) -> set[str] | None:
-    """Return what an optimiser keeps of a parameter, None where a step cannot tell."""
+) -> Kept | None:
+    """Return what an optimiser keeps after a step, None where one cannot be taken here."""
     parameter = Parameter(torch.zeros((2,) * dimensions))
     parameter.grad = torch.ones_like(parameter)
     try:
@@ -270,9 +284,27 @@ def names_of_state(
         if averages_itself(optimizer):
             begin(optimizer)
         optimizer.step()
-        return set(optimizer.state[parameter])
+        return Kept(set(optimizer.state[parameter]), set(optimizer.param_groups[0]))
     except Exception:  # Whatever an optimiser needs a device or larger tensors for.
         return None
+
+
+def options_of(make: MakeOptimizer, optimizer: Optimizer) -> set[str]:
+    """Return the names of what an optimiser is told: the arguments of its class and of its maker.
+
+    What else stands in its groups it counts itself there, as the schedule-free ones do.
+    """
+    kinds = [*type(optimizer).__mro__, *type(_inner(optimizer)).__mro__]
+    own = [kind for kind in kinds if issubclass(kind, Optimizer)]
+    return {name for kind in own for name in signature(kind).parameters} | {
+        *getattr(make, "keywords", {})
+    }
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    """Return the optimiser that timm's Lookahead goes around, or the one that is given."""
+    inner: Optimizer = getattr(optimizer, "_base_optimizer", optimizer)
+    return inner
 
 
 def averages_itself(optimizer: Optimizer) -> bool:
