@@ -394,6 +394,22 @@ def make_loggers(config: Train, out: Path, step: int) -> list[Logger]:
     ]
 
 
+def check_batches(flags: Mapping[str, Any]) -> None:
+    """Refuse a number of batches that is no whole number of steps, since the last would be small.
+
+    Raises:
+        ValueError: it is no multiple of ``trainer.accumulate_grad_batches``.
+    """
+    each = flags.get("accumulate_grad_batches") or 1
+    for name in ("limit_train_batches", "overfit_batches"):
+        stated = flags.get(name)
+        if isinstance(stated, int) and stated % each:
+            raise ValueError(
+                f"trainer.{name}={stated}: a step has trainer.accumulate_grad_batches={each} "
+                f"batches; expected a multiple of it, such as {-(-stated // each) * each}"
+            )
+
+
 def make_trainer(config: Train, out: Path) -> Trainer:
     """Build Lightning's Trainer with what watches, saves and stops a run; loggers come later.
 
@@ -405,7 +421,14 @@ def make_trainer(config: Train, out: Path) -> Trainer:
 
     from sag_dit.api import with_models
     from sag_dit.training.averaging import Snapshots
-    from sag_dit.training.callbacks import LossByLevel, Previews, RatesAndNorms, Speed
+    from sag_dit.training.callbacks import (
+        LossByLevel,
+        Monitored,
+        Previews,
+        RatesAndNorms,
+        Speed,
+        check_callbacks,
+    )
     from sag_dit.training.console import Progress, on_a_terminal
     from sag_dit.training.resume import AtomicCheckpointIO, LastCheckpoints, best_checkpoint
 
@@ -415,9 +438,14 @@ def make_trainer(config: Train, out: Path) -> Trainer:
         make(each, f"trainer.callbacks[{place}]", Callback)
         for place, each in enumerate(listed(config.trainer.get("callbacks")))
     ]
+    flags = config.trainer
+    epochs = "limit_train_batches" in flags or bool(flags.get("overfit_batches"))
+    check_callbacks(own, epochs=epochs)
     has_bar = any(isinstance(each, ProgressBar) for each in own)
     shows_bar = config.trainer.get("enable_progress_bar", True) and (has_bar or on_a_terminal())
     callbacks: list[Callback] = [
+        # First, so that it speaks before the others ask.
+        Monitored(),
         *own,
         Speed(every.log),
         LossByLevel(every.log),
@@ -450,6 +478,8 @@ def make_trainer(config: Train, out: Path) -> Trainer:
         "trainer",
         Trainer,
         max_steps=config.max_steps,
+        # Lightning makes it one beside min_steps, and a run has no epochs.
+        min_epochs=0,
         logger=False,
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
@@ -522,11 +552,13 @@ def run_train(config: Train) -> None:
 
     from sag_dit.cli.tracking import trackers
     from sag_dit.output.claim import claim
+    from sag_dit.training.optimizers import check_steps
     from sag_dit.training.resume import FOLDER, exported_step, newest_checkpoint, steps_of
     from sag_dit.training.start import start_report
 
     # The folder follows from what determines the weights, a checkpoint's resolution included.
     check_training(config.trainer)
+    check_batches(config.trainer)
     for where, each in loggers_of(config).items():
         check_logger(each, where)
     check_optimizer(config)
@@ -549,6 +581,7 @@ def run_train(config: Train) -> None:
     module = make_module(config, model)
     check_objective(module.objective, data, config)
     trainer = make_trainer(config, out)
+    check_steps(make_optimizer(config), module.groups(), trainer.strategy.root_device)
     device, at_previews = trainer.strategy.root_device, config.every_n_steps.preview
     tracked = trackers(config.track, model, out, device, at_previews)
     trainer.callbacks[:0] = tracked  # type: ignore[attr-defined]
