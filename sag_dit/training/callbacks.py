@@ -136,7 +136,7 @@ class Monitored(Callback):
         """Look for what each one monitors, before the first of them does."""
         there = trainer.callback_metrics
         for each in trainer.early_stopping_callbacks:
-            if each is not None and each.strict and each.monitor not in there:
+            if each.strict and each.monitor not in there:
                 raise ValueError(
                     f"trainer.callbacks: EarlyStopping monitors {each.monitor}, which nothing has "
                     f"logged by step {trainer.global_step}; expected one of "

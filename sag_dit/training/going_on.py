@@ -154,7 +154,8 @@ class Adopts(Callback):
             self._parent, module, optimizer, self._where, take=self._optimizer, anew=self._anew
         )
         yield told_of
-        loops, states = _loops_at(trainer, self.step, schedule is not None), {}
+        loops = _loops_at(trainer, self.step, schedule is not None)
+        states: dict[str, Any] = {}
         if self._weights:
             states, told = _adopted_callbacks(self._parent, trainer.callbacks)  # type: ignore[attr-defined]
             yield from told

@@ -217,7 +217,7 @@ def _step(make: MakeOptimizer, settings: Mapping[str, Any], parameter: Parameter
     """Take a step with a parameter as Lightning does; whether that has asked for its gradient."""
     calls = []
 
-    def closure() -> Tensor:
+    def closure() -> Any:
         calls.append(1)
         parameter.grad = torch.ones_like(parameter)
         return torch.zeros((), device=parameter.device)
