@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 
@@ -26,3 +27,6 @@ class FullyShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
+        # Lightning shares out the cores on rank 0 alone here; on others products would be added up
+        # in another order than under DDP.
+        _set_num_threads_if_needed(self.num_processes)
