@@ -559,6 +559,22 @@ def own_plugins(config: Train) -> list[Any]:
     return made
 
 
+def check_batches(flags: Mapping[str, Any]) -> None:
+    """Refuse a number of batches that is no whole number of steps, since the last would be small.
+
+    Raises:
+        ValueError: it is no multiple of ``trainer.accumulate_grad_batches``.
+    """
+    each = flags.get("accumulate_grad_batches") or 1
+    for name in ("limit_train_batches", "overfit_batches"):
+        stated = flags.get(name)
+        if isinstance(stated, int) and stated % each:
+            raise ValueError(
+                f"trainer.{name}={stated}: a step has trainer.accumulate_grad_batches={each} "
+                f"batches; expected a multiple of it, such as {-(-stated // each) * each}"
+            )
+
+
 def make_trainer(config: Train, out: Path) -> Trainer:
     """Build Lightning's Trainer with what watches, saves and stops a run; loggers come later.
 
@@ -570,17 +586,28 @@ def make_trainer(config: Train, out: Path) -> Trainer:
 
     from sag_dit.api import with_models
     from sag_dit.training.averaging import Snapshots
-    from sag_dit.training.callbacks import LossByLevel, Previews, RatesAndNorms, Speed
+    from sag_dit.training.callbacks import (
+        LossByLevel,
+        Monitored,
+        Previews,
+        RatesAndNorms,
+        Speed,
+        check_callbacks,
+    )
     from sag_dit.training.console import Progress, on_a_terminal
     from sag_dit.training.resume import AtomicCheckpointIO, LastCheckpoints, best_checkpoint
 
     every, keep, preview = config.every_n_steps, config.keep, config.preview
     log = min(every.log, config.max_steps)  # So that a short run logs its end.
     classes: Any = preview.classes or None
-    own = own_callbacks(config)
+    own, flags = own_callbacks(config), config.trainer
+    epochs = "limit_train_batches" in flags or bool(flags.get("overfit_batches"))
+    check_callbacks(own, epochs=epochs)
     has_bar = any(isinstance(each, ProgressBar) for each in own)
     shows_bar = config.trainer.get("enable_progress_bar", True) and (has_bar or on_a_terminal())
     callbacks: list[Callback] = [
+        # First, so that it speaks before the others ask.
+        Monitored(),
         *own,
         Speed(log),
         LossByLevel(log),
@@ -613,6 +640,8 @@ def make_trainer(config: Train, out: Path) -> Trainer:
         "trainer",
         Trainer,
         max_steps=config.max_steps,
+        # Lightning makes it one beside min_steps, and a run has no epochs.
+        min_epochs=0,
         logger=False,
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
@@ -686,11 +715,13 @@ def run_train(config: Train) -> None:
 
     from sag_dit.cli.tracking import trackers
     from sag_dit.output.claim import claim
+    from sag_dit.training.optimizers import check_steps
     from sag_dit.training.resume import FOLDER, exported_step, newest_checkpoint, steps_of
     from sag_dit.training.start import start_report
 
     # The folder follows from what determines the weights, a checkpoint's resolution included.
     check_training(config.trainer, config.max_steps)
+    check_batches(config.trainer)
     for where, each in loggers_of(config).items():
         check_logger(each, where)
     check_optimizer(config)
@@ -715,6 +746,7 @@ def run_train(config: Train) -> None:
     check_previews(config, model)
     trainer = make_trainer(config, out)
     validates = check_validated(config, data, trainer)
+    check_steps(make_optimizer(config), module.groups(), trainer.strategy.root_device)
     device, at_previews = trainer.strategy.root_device, config.every_n_steps.preview
     tracked = trackers(config.track, model, out, device, at_previews)
     trainer.callbacks[:0] = tracked  # type: ignore[attr-defined]

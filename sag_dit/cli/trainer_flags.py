@@ -65,8 +65,8 @@ def check_training(stated: Mapping[str, Any], max_steps: int) -> None:
         raise ValueError(f"trainer.min_steps={least}: expected 0 to max_steps={max_steps}")
     if stated.get("gradient_clip_algorithm") and not stated.get("gradient_clip_val"):
         raise ValueError(
-            f"trainer.gradient_clip_algorithm={stated['gradient_clip_algorithm']}: expected "
-            f"trainer.gradient_clip_val too, such as 1.0"
+            f"trainer.gradient_clip_algorithm={stated['gradient_clip_algorithm']}: nothing is "
+            f"clipped without trainer.gradient_clip_val: set it too, such as 1.0"
         )
     strategy = str(stated.get("strategy"))
     others = strategy.startswith("ddp_") and not strategy.startswith("ddp_find_unused")

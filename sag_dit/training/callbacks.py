@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch.distributed.tensor import DTensor
@@ -33,6 +46,102 @@ except ImportError:  # Windows
 
 BINS = 4
 """The loss is logged for this many equal parts of the process, 0 being the least noise."""
+
+
+NO_EPOCHS = "a run counts steps and not epochs"
+UNFIT: Sequence[tuple[type[Callback], str]] = (
+    (
+        StochasticWeightAveraging,
+        f"{NO_EPOCHS}, at whose end it averages; expected ema.decay, or ema.further for more",
+    ),
+    (
+        WeightAveraging,
+        "it exchanges the weights that checkpoints hold, and a run averages them itself; expected "
+        "ema.decay, or ema.further for more",
+    ),
+    (
+        GradientAccumulationScheduler,
+        "checkpoints and validation count on one number of batches in all steps; expected "
+        "trainer.accumulate_grad_batches",
+    ),
+    (
+        LearningRateFinder,
+        "it trains before the run and goes back, which a run that goes on cannot repeat; expected "
+        "several short runs, by -m optimizer.lr=1e-4,3e-4,1e-3",
+    ),
+    (
+        BatchSizeFinder,
+        "batches follow from data.batch_size, which it would change; expected data.batch_size, of "
+        "which the start of a run tells the memory",
+    ),
+    (
+        BaseFinetuning,
+        f"{NO_EPOCHS}, at which it sets weights free; expected freeze, and a second run by "
+        f"resume_from to train more of them",
+    ),
+    (
+        ModelPruning,
+        f"{NO_EPOCHS}, at whose end it prunes, and it renames the weights that checkpoints and "
+        f"averages hold; expected to prune the exported model",
+    ),
+)
+"""Callbacks of Lightning's that cannot work in a run, and what does."""
+
+OF_EPOCHS: Sequence[tuple[type[Callback], Callable[[Any], bool], str]] = (
+    (ModelCheckpoint, lambda each: each._every_n_epochs > 1, "every_n_train_steps"),
+    (ModelCheckpoint, lambda each: each._save_on_train_epoch_end, "save_on_train_epoch_end=false"),
+    (EarlyStopping, lambda each: each._check_on_train_epoch_end, "check_on_train_epoch_end=false"),
+    (LearningRateMonitor, lambda each: each.logging_interval == "epoch", "logging_interval=step"),
+    (Timer, lambda each: each._interval == "epoch", "interval=step"),
+)
+"""Those whose settings make them wait for the end of an epoch, and the setting that acts."""
+
+
+def check_callbacks(callbacks: Iterable[Callback], *, epochs: bool = False) -> None:
+    """Refuse callbacks of Lightning's that would do nothing in a run, or take it over.
+
+    With ``epochs`` the Trainer ends some, as by ``limit_train_batches``.
+
+    Raises:
+        ValueError: such a callback; the message says what to set instead.
+
+    Example:
+        >>> check_callbacks([EarlyStopping("val/loss")])
+    """
+    for each in callbacks:
+        name = type(each).__name__
+        for kind, reason in UNFIT:
+            if isinstance(each, kind):
+                raise ValueError(f"trainer.callbacks: {name} cannot work here: {reason}")
+        for kind, waits, remedy in OF_EPOCHS:
+            if isinstance(each, kind) and waits(each) and not epochs:
+                raise ValueError(
+                    f"trainer.callbacks: {name} waits for the end of an epoch, and {NO_EPOCHS}; "
+                    f"expected {remedy}"
+                )
+
+
+class Monitored(Callback):
+    """Refuses in a sentence to watch a metric that nothing logs, at the first validation.
+
+    Raises:
+        ValueError: an ``EarlyStopping`` monitors one; those that there are, are named.
+
+    Example::
+
+        trainer = Trainer(callbacks=[EarlyStopping("val/loss"), Monitored()])
+    """
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look for what each one monitors, before the first of them does."""
+        there = trainer.callback_metrics
+        for each in trainer.early_stopping_callbacks:
+            if each.strict and each.monitor not in there:
+                raise ValueError(
+                    f"trainer.callbacks: EarlyStopping monitors {each.monitor}, which nothing has "
+                    f"logged by step {trainer.global_step}; expected one of "
+                    f"{', '.join(sorted(there))}"
+                )
 
 
 def training_flops(model: Model) -> int | None:
@@ -228,8 +337,10 @@ class RatesAndNorms(Callback):
         """Log them if it is time."""
         if not _due(trainer, self._every):
             return
-        for name, rate in self._rates.items():
-            pl_module.log(name, rate)
+        groups = [group for each in trainer.optimizers for group in each.param_groups]
+        for (name, rate), group in zip(self._rates.items(), groups, strict=False):
+            # Those that warm up by themselves, as the schedule-free ones do, say so at the step.
+            pl_module.log(name, float(group.get("scheduled_lr", rate)))
         trained = [
             weight.detach()
             for optimizer in trainer.optimizers

@@ -11,25 +11,32 @@ import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sag_dit.bounds import shown
 from sag_dit.checkpoints import averages, files, trainers
 from sag_dit.files import atomic
+from sag_dit.identity import plain as plain_values
 from sag_dit.training.module import IMAGES, DiffusionModule, images_in_a_step
-from sag_dit.training.optimizers import names_of_state
+from sag_dit.training.optimizers import Kept, kept_after_a_step, options_of
 from sag_dit.training.resume import FOLDER, step_checkpoint, steps_of
+from sag_dit.untrusted import TARGET
 
 SHOWN = 3
 AVERAGED = "averaged"
 BOOKKEEPING = {"params", "param_names", "initial_lr"}
-"""What stands in an optimiser's groups beside its options."""
+"""What stands in an optimiser's groups beside its options and what it counts there."""
+OF_SCHEDULES = {"max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
+"""What torch's schedules put there besides ``initial_lr``; it is the new schedule's."""
 
 
 @dataclass(frozen=True)
@@ -147,16 +154,21 @@ class Adopts(Callback):
             self._parent, module, optimizer, self._where, take=self._optimizer, anew=self._anew
         )
         yield told_of
+        loops = _loops_at(trainer, self.step, schedule is not None)
+        states: dict[str, Any] = {}
+        if self._weights:
+            states, told = _adopted_callbacks(self._parent, trainer.callbacks)  # type: ignore[attr-defined]
+            yield from told
         # Nothing is refused any more: snapshots of its averages, then what Lightning would save.
         if self._weights:
             _link_snapshots(self._parent, self._out, averages.averages_in(state), each)
         checkpoint = {
-            "epoch": 0,
+            "epoch": loops["fit_loop"]["epoch_progress"]["current"]["completed"],
             "global_step": self.step,
             "pytorch-lightning_version": self._parent.state["pytorch-lightning_version"],
             "state_dict": dict(state),
-            "loops": _loops_at(trainer, self.step, schedule is not None),
-            "callbacks": {},
+            "loops": loops,
+            "callbacks": states,
             "optimizer_states": [held],
             "lr_schedulers": [] if schedule is None else [schedule.state_dict()],
         }
@@ -194,6 +206,7 @@ def _adopted_weights(
             f"first is {odd[0]}, there {sizes[0]} and here {sizes[1]}; repeat the run's settings "
             f"of the network, or fit it to others by experiment=finetune ckpt={parent.folder}"
         )
+    _refuse_other_settings(parent, module.model.description["model"], where)
     state = {name: there[plain(name)] for name in network}
     # Each average as a whole, or from the weights as they are; the first update copies them.
     lines, begun = [], []
@@ -223,12 +236,56 @@ def _adopted_weights(
     return lines, state
 
 
+def _refuse_other_settings(parent: Parent, here: Mapping[str, Any], where: str) -> None:
+    """Refuse a network of the same shapes that computes other things of them, as by its heads.
+
+    How often it drops something while it is trained may differ. What the settings of a network of
+    one's own mean is not known.
+
+    Raises:
+        ValueError: a setting differs; it is named.
+    """
+    there = (parent.state.get("hyper_parameters") or {}).get("model") or {}
+    if TARGET in there or TARGET in here:
+        return
+    for name in sorted(there.keys() & here.keys()):
+        if plain_values(there[name]) != plain_values(here[name]) and "drop" not in name:
+            raise ValueError(
+                f"{where}: {parent.checkpoint} is of another network: model.{name} is "
+                f"{shown(there[name])} there and {shown(here[name])} here, which changes what its "
+                f"weights mean; repeat model.{name}={shown(there[name])}"
+            )
+
+
 def _average(start: str) -> str:
     return "ema" if start == AVERAGED else start.rpartition(".")[2].replace("_", ".")
 
 
 def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)}"
+
+
+def _adopted_callbacks(
+    parent: Parent, callbacks: Sequence[Callback]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the states of callbacks that a parent has, and in words which, of the user's own.
+
+    What keeps checkpoints knows the files of its own run, and a timer counts from each start.
+    """
+    there = parent.state.get("callbacks") or {}
+    states, taken, fresh = dict[str, Any](), list[str](), list[str]()
+    for each in callbacks:
+        if isinstance(each, (Checkpoint, Timer)) or type(each).state_dict is Callback.state_dict:
+            continue
+        key, own = each.state_key, not type(each).__module__.startswith("sag_dit.")
+        if key in there:
+            states[key] = there[key]
+            if isinstance(each, EarlyStopping):
+                # A setting, which its state holds too.
+                states[key] = {**there[key], "patience": each.patience}
+        (taken if key in there else fresh).extend([type(each).__name__] * own)
+    told = (("taken over", taken), ("not in the run, and so fresh", fresh))
+    return states, [f"callbacks {what}: {', '.join(names)}" for what, names in told if names]
 
 
 def _adopted_optimizer(
@@ -258,8 +315,8 @@ def _adopted_optimizer(
     if not take:
         none: dict[str, Any] = {name: {} for name in trained}
         return {"state": none, "param_groups": groups}, "optimiser: begins anew"
-    there = _optimizer_there(parent)
-    if there is None or _options(there["param_groups"]) != _options(groups):
+    there, after = _optimizer_there(parent), _kept_of(module)
+    if there is None or not _same_kind(there["param_groups"], groups, after):
         raise ValueError(
             f"{where}: the optimiser's state in {parent.checkpoint} is of another optimiser than "
             f"{type(optimizer).__name__}; expected the same, or that it begins anew: "
@@ -274,49 +331,84 @@ def _adopted_optimizer(
     pairs = dict(zip(map(files.without_wrappers, known), indices, strict=False))
     tensors = parent.state.get("state_dict", {})
     before = {files.without_wrappers(name): value.shape for name, value in tensors.items()}
-    moments, kept, lacks = {}, _kept_of(module, names), set[str]()
+    taken, lacks = dict[str, Mapping[str, Any]](), set[str]()
     for name in trained:
-        plain = files.without_wrappers(name)
-        state = there["state"].get(pairs.get(plain))
-        if state is None or before.get(plain) != shapes[name] or plain in anew:
+        plain, kept = files.without_wrappers(name), after[name].of_parameter if after else set()
+        if plain not in pairs or before.get(plain) != shapes[name] or plain in anew:
             continue
-        if kept[name] <= state.keys():
-            moments[name] = state
+        state = there["state"].get(pairs[plain], {})
+        if kept <= state.keys():
+            taken[name] = state
         else:
-            lacks |= kept[name] - state.keys()
-    if lacks and not moments:
+            lacks |= kept - state.keys()
+    if lacks and not taken:
         raise ValueError(
             f"{where}: the optimiser's state in {parent.checkpoint} lacks "
             f"{', '.join(sorted(lacks))}, which {type(optimizer).__name__} keeps with these "
             f"settings; expected the same settings, or that it begins anew: {_anew(where)}"
         )
     unfit = recorded is None and known is trained and len(known) != len(indices)
-    if unfit or not moments:
+    if unfit or not taken:
         raise ValueError(
             f"{where}: the optimiser's state in {parent.checkpoint} is of other parameters "
             f"({len(indices)}, here {len(trained)}); expected that it begins anew: {_anew(where)}"
         )
-    fresh = len(trained) - len(moments)
+    # What the optimiser counts in its groups, from the group that its parameters were in.
+    told = _told_in_groups(module, optimizer)
+    group_of = {each: group for group in there["param_groups"] for each in group["params"]}
+    for group in groups:
+        name = next((each for each in group["params"] if each in taken), None)
+        former = {} if name is None else group_of[pairs[files.without_wrappers(name)]]
+        group |= {key: value for key, value in former.items() if key not in told}
+    fresh = len(trained) - len(taken)
     rest = f", {fresh} begin anew" if fresh else ""
-    told = f"optimiser: the state of {len(moments)} parameters taken over{rest}"
+    line = f"optimiser: the state of {len(taken)} parameters taken over{rest}"
     # Of all parameters, since sharded ones are not loaded from less.
-    state = {name: moments.get(name, {}) for name in trained}
-    return {"state": state, "param_groups": groups}, told
+    state = {name: taken.get(name, {}) for name in trained}
+    return {"state": state, "param_groups": groups}, line
 
 
-def _kept_of(module: DiffusionModule, names: Mapping[int, str]) -> dict[str, set[str]]:
-    """Return what the optimiser keeps of each parameter, nothing where it cannot tell."""
+def _kept_of(module: DiffusionModule) -> dict[str, Kept] | None:
+    """Return what the optimiser keeps of each parameter, None where it cannot tell."""
     make = module._make_optimizer
     assert make is not None  # Its optimiser was made.
-    known: dict[tuple[int, int], set[str]] = {}
+    names = {id(each): name for name, each in module.named_parameters()}
+    known: dict[tuple[int, int], Kept] = {}
     found = {}
     for place, (settings, members) in enumerate(module.groups()):
         for each in members:
             like = (place, each.parameter.ndim)
             if like not in known:
-                known[like] = names_of_state(make, settings, each.parameter.ndim) or set()
+                kept = kept_after_a_step(make, settings, each.parameter.ndim)
+                if kept is None:
+                    return None
+                known[like] = kept
             found[names[id(each.parameter)]] = known[like]
     return found
+
+
+def _same_kind(
+    there: Sequence[Mapping[str, Any]],
+    here: Sequence[Mapping[str, Any]],
+    after: Mapping[str, Kept] | None,
+) -> bool:
+    """Whether groups are those of one kind of optimiser, by the names of what stands in them.
+
+    Some add names at their first step, as LAMB does.
+    """
+    beside = BOOKKEEPING | OF_SCHEDULES
+    own, theirs = (({*chain(*groups)} - beside) for groups in (here, there))
+    if after is None:
+        return own <= theirs
+    return own <= theirs <= own.union(*(each.of_group for each in after.values()))
+
+
+def _told_in_groups(module: DiffusionModule, optimizer: Optimizer) -> set[str]:
+    """Return the names in groups that are settings of the new command; others are state."""
+    make = module._make_optimizer
+    assert make is not None  # Its optimiser was made.
+    rules = {name for settings, _ in module.groups() for name in settings}
+    return options_of(make, optimizer) | rules | BOOKKEEPING | OF_SCHEDULES
 
 
 def _anew(where: str) -> str:
@@ -331,25 +423,31 @@ def _optimizer_there(parent: Parent) -> Mapping[str, Any] | None:
     return found if whole else None
 
 
-def _options(groups: Sequence[Mapping[str, Any]]) -> set[str]:
-    return {name for group in groups for name in group} - BOOKKEEPING
-
-
 def _loops_at(trainer: Trainer, step: int, scheduled: bool) -> dict[str, Any]:
-    """Return the progress of Lightning's loops after so many steps of this trainer's batches."""
+    """Return the progress that a run of this trainer saves at the end of a step."""
     loops: dict[str, Any] = trainer._checkpoint_connector._get_loops_state_dict()
     if step == 0:
         return loops
-    fit, batches = loops["fit_loop"], step * trainer.accumulate_grad_batches
+    fit, each = loops["fit_loop"], trainer.accumulate_grad_batches
+    # The batches so far, in all and in what Lightning calls an epoch, which may have no end.
+    batches, length = step * each, trainer.limit_train_batches
+    ends = isinstance(length, int)
+    epochs = (batches - 1) // length if ends else 0
+    over = {"total": 0, "current": int(epochs * length) if epochs else 0}
+    # As it is between the end of a batch and its validation.
     progress = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
     steps = [progress["step"], progress["zero_grad"]]
     if scheduled:
         steps.append(fit["epoch_loop.scheduler_progress"])
-    for each, number in (*((s, step) for s in steps), (fit["epoch_loop.batch_progress"], batches)):
-        for counted in (each["total"], each["current"]):
-            counted |= dict.fromkeys(counted, number)
-    for counted in (fit["epoch_progress"]["total"], fit["epoch_progress"]["current"]):
-        counted |= {"ready": 1, "started": 1}
+    at_batch = fit["epoch_loop.batch_progress"]
+    for which, before in over.items():
+        for counted in steps:
+            counted[which] |= dict.fromkeys(counted[which], step - before // each)
+        at_batch[which] |= dict.fromkeys(at_batch[which], batches - before)
+        at_batch[which]["completed"] -= 1
+        fit["epoch_progress"][which] |= {"ready": epochs + 1, "started": epochs + 1}
+        fit["epoch_progress"][which] |= {"processed": epochs, "completed": epochs}
+    at_batch["is_last_batch"] = ends and batches - over["current"] == length
     # Lightning counts this one up when it goes on.
     fit["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1
     return loops

@@ -40,6 +40,7 @@ from sag_dit.training.optimizers import (
     copy_averages,
     in_proportion,
     parameters_of,
+    refuse_measured,
     stand_in,
 )
 from sag_dit.training.param_groups import Group, describe_groups, grouped, trained_parameters
@@ -197,6 +198,7 @@ class DiffusionModule(LightningModule):
         self._make_schedule = schedule
         self._is_sharded = False
         self.last_losses: Losses | None = None
+        self._parts_of_step: list[dict[str, Tensor]] = []
         self.last_norm: Tensor | None = None
         self.seconds_drawing = 0.0
         """What drawing has taken, which is no part of training's speed."""
@@ -285,6 +287,7 @@ class DiffusionModule(LightningModule):
             return optimizer
         with in_proportion(optimizer):
             schedule = {"scheduler": self._make_schedule(optimizer), "interval": "step"}
+        refuse_measured(schedule["scheduler"])
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def groups(self) -> list[Group]:
@@ -357,21 +360,28 @@ class DiffusionModule(LightningModule):
         count = len(batch[1])
         self.log("train/loss", loss, logger=False, prog_bar=self._bar_asks, batch_size=count)
         self.last_losses = losses
+        parts = {"loss": losses.per_image, **losses.terms}
+        self._parts_of_step.append({name: each.detach() for name, each in parts.items()})
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what nobody sees between the steps that are logged, since each number takes time.
 
-        Losses are the means over all ranks.
+        Losses are the means over all batches of the step and over all ranks.
         """
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         ends = not self.trainer.fit_loop.epoch_loop._should_accumulate()
         due = ends and every > 0 and self.trainer.global_step % every == 0
+        of_step = self._parts_of_step
+        if ends:
+            self._parts_of_step = []
         if not (due or self.trainer.should_stop):
             return
-        if self.last_losses is not None:
-            parts = {"loss": self.last_losses.per_image, **self.last_losses.terms}
-            means = torch.stack([each.detach().float().mean() for each in parts.values()])
+        if of_step:
+            parts = of_step[0].keys()
+            means = torch.stack(
+                [torch.stack([b[n].float().mean() for b in of_step]).mean() for n in parts]
+            )
             # A step that a callback of one rank ends is not that of the others.
             if due and self.trainer.world_size > 1:
                 means = cast(Tensor, self.trainer.strategy.reduce(means, reduce_op="mean"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
 from inspect import signature
@@ -18,10 +19,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from sag_dit.bounds import shown
-from sag_dit.training.param_groups import Trained
+from sag_dit.training.param_groups import Group, Trained
 
 MakeOptimizer: TypeAlias = Callable[[Iterable[Any]], Optimizer]
 """Makes an optimiser of parameters or of groups of them, such as ``partial(AdamW, lr=1e-4)``."""
@@ -29,6 +30,12 @@ MakeOptimizer: TypeAlias = Callable[[Iterable[Any]], Optimizer]
 PACKAGES = ("bitsandbytes", "schedulefree")
 """What optimisers come from that are no part of an installation, by its name on PyPI."""
 
+
+CLOSURE = (
+    "expected step(self, closure=None) that calls it, since it computes the gradients: "
+    "loss = closure() under torch.enable_grad()"
+)
+"""What is expected of an optimiser's step."""
 
 KINDS: Mapping[bool, Callable[..., Optimizer]] = {True: torch.optim.Muon, False: torch.optim.AdamW}
 """What trains a group of :class:`Muon`, by its ``use_muon``."""
@@ -195,7 +202,64 @@ def stand_in(make: MakeOptimizer) -> Optimizer:
             f"optimizer: {name} needs more than a gradient of each batch, which a run does not "
             f"compute; expected another, such as optimizer=adamw"
         )
+    _refuse_no_closure(make, made)
     return made
+
+
+def _refuse_no_closure(make: MakeOptimizer, made: Optimizer) -> None:
+    """Refuse an optimiser whose step does not call the closure that computes the gradients.
+
+    What else a step may lack here, such as a device, is told by :func:`check_steps`.
+
+    Raises:
+        ValueError: it takes none, or does not call it.
+    """
+    where = f"optimizer: {type(made).__module__}.{type(made).__qualname__}.step"
+    takes = signature(made.step).parameters
+    if "closure" not in takes and all(e.kind is not e.VAR_KEYWORD for e in takes.values()):
+        raise ValueError(f"{where} takes no closure; {CLOSURE}")
+    try:
+        called = _step(make, {}, Parameter(torch.zeros(2, 2)))
+    except Exception:  # Whatever an optimiser needs a device or larger tensors for.
+        return
+    if not called:
+        raise ValueError(f"{where} does not call its closure; {CLOSURE}")
+
+
+def _step(make: MakeOptimizer, settings: Mapping[str, Any], parameter: Parameter) -> bool:
+    """Take a step with a parameter as Lightning does; whether that has asked for its gradient."""
+    calls = []
+
+    def closure() -> Any:
+        calls.append(1)
+        parameter.grad = torch.ones_like(parameter)
+        return torch.zeros((), device=parameter.device)
+
+    optimizer = make([{"params": [parameter], **settings}])
+    if averages_itself(optimizer):
+        begin(optimizer)
+    optimizer.step(closure=closure)
+    return bool(calls)
+
+
+def check_steps(make: MakeOptimizer, groups: Sequence[Group], device: torch.device) -> None:
+    """Take a step on a device with a parameter of each group, before anything is trained.
+
+    Raises:
+        ValueError: an optimiser or its settings cannot; torch's reason is told.
+    """
+    for settings, members in groups:
+        like = members[0].parameter
+        parameter = Parameter(torch.zeros(like.shape, dtype=like.dtype, device=device))
+        try:
+            _step(make, settings, parameter)
+        except Exception as error:  # Whatever an optimiser of somebody's meets.
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            name = getattr(getattr(make, "func", make), "__name__", "it")
+            raise ValueError(
+                f"optimizer: {name} cannot take a step on {device} with its settings ({reason}); "
+                f"expected others, or another optimiser such as optimizer=adamw"
+            ) from error
 
 
 def _of_timm(make: MakeOptimizer) -> bool:
@@ -234,7 +298,7 @@ def _refuse_unused(make: MakeOptimizer, made: Optimizer) -> None:
     """
     if not _of_timm(make):
         return
-    inner = getattr(made, "_base_optimizer", made)
+    inner = _inner(made)
     takes = {*inner.defaults, *signature(type(inner)).parameters, "opt", "foreach"}
     for name, value in getattr(make, "keywords", {}).items():
         if name not in takes and value is not None:
@@ -272,10 +336,23 @@ def check_sharded(
         ) from error
 
 
-def names_of_state(
+@dataclass(frozen=True)
+class Kept:
+    """The names of what an optimiser keeps after a step: of a parameter, and in its group.
+
+    Example:
+        >>> sorted(kept_after_a_step(torch.optim.Adam, {}, dimensions=2).of_parameter)
+        ['exp_avg', 'exp_avg_sq', 'step']
+    """
+
+    of_parameter: set[str]
+    of_group: set[str]
+
+
+def kept_after_a_step(
     make: MakeOptimizer, settings: Mapping[str, Any], dimensions: int
-) -> set[str] | None:
-    """Return what an optimiser keeps of a parameter, None where a step cannot tell."""
+) -> Kept | None:
+    """Return what an optimiser keeps after a step, None where one cannot be taken here."""
     parameter = Parameter(torch.zeros((2,) * dimensions))
     parameter.grad = torch.ones_like(parameter)
     try:
@@ -283,9 +360,27 @@ def names_of_state(
         if averages_itself(optimizer):
             begin(optimizer)
         optimizer.step()
-        return set(optimizer.state[parameter])
+        return Kept(set(optimizer.state[parameter]), set(optimizer.param_groups[0]))
     except Exception:  # Whatever an optimiser needs a device or larger tensors for.
         return None
+
+
+def options_of(make: MakeOptimizer, optimizer: Optimizer) -> set[str]:
+    """Return the names of what an optimiser is told: the arguments of its class and of its maker.
+
+    What else stands in its groups it counts itself there, as the schedule-free ones do.
+    """
+    kinds = [*type(optimizer).__mro__, *type(_inner(optimizer)).__mro__]
+    own = [kind for kind in kinds if issubclass(kind, Optimizer)]
+    return {name for kind in own for name in signature(kind).parameters} | {
+        *getattr(make, "keywords", {})
+    }
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    """Return the optimiser that timm's Lookahead goes around, or the one that is given."""
+    inner: Optimizer = getattr(optimizer, "_base_optimizer", optimizer)
+    return inner
 
 
 def averages_itself(optimizer: Optimizer) -> bool:
@@ -352,17 +447,35 @@ def _number(rate: Any) -> float:
     return float(rate.detach() if isinstance(rate, Tensor) else rate or 0.0)
 
 
+def refuse_measured(schedule: object) -> None:
+    """Refuse a schedule, or what makes one, that follows a measured loss and not the steps.
+
+    Raises:
+        ValueError: it is one.
+    """
+    made = getattr(schedule, "func", schedule)
+    if issubclass(made if isinstance(made, type) else type(made), ReduceLROnPlateau):
+        raise ValueError(
+            "schedule: ReduceLROnPlateau follows what validation measures, so that a run would "
+            "depend on when it is looked at; expected a schedule of steps, such as "
+            "schedule=cosine, or a lower optimizer.lr in a run that goes on by resume_from"
+        )
+
+
 def check_alone(
     optimizer: Optimizer,
     schedule: Callable[[Optimizer], LRScheduler] | None,
     ema_decay: float | None,
     further: Sequence[float] = (),
 ) -> None:
-    """Refuse a schedule and further averages beside an optimiser that averages by itself.
+    """Refuse a schedule that follows a measured loss, and what an optimiser does itself.
+
+    One that averages by itself needs no schedule and no other averages.
 
     Raises:
         ValueError: one of them is set.
     """
+    refuse_measured(schedule)
     if not averages_itself(optimizer):
         return
     told = f"beside {type(optimizer).__name__}, which"

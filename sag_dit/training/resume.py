@@ -214,14 +214,16 @@ class LastCheckpoints(Checkpoint):
         loop = trainer.fit_loop.epoch_loop
         failed = getattr(trainer.train_dataloader, "failure", None)
         self._ending = self._ending or trainer.should_stop
-        # Between accumulated gradients nothing ends, unless there is no further batch.
-        trainer.should_stop = self._ending and not loop._should_accumulate()
+        # Between accumulated gradients nothing ends, unless there is no further batch, nor before
+        # ``min_steps``.
+        may_end = not loop._should_accumulate() and trainer.fit_loop._can_stop_early
+        trainer.should_stop = self._ending and may_end
         if loop._should_accumulate():
             self._stop = failed
             return
         step = trainer.global_step
         self._stop = self._agreed(trainer, failed)
-        is_last = self._ending or 0 < trainer.max_steps <= step
+        is_last = trainer.should_stop or 0 < trainer.max_steps <= step
         self._due = self._stop is not None or is_last or step % self._every == 0
         self._due = self._due or self._is_time(trainer)
         if trainer.fit_loop._data_fetcher is None or not loop._should_check_val_fx(
@@ -253,7 +255,8 @@ class LastCheckpoints(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save now if the step was due, or if it became the last one by what was found."""
-        self._due = self._due or trainer.should_stop
+        ends = trainer.should_stop and trainer.fit_loop._can_stop_early
+        self._due = self._due or ends
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 
@@ -29,6 +30,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
+        # Lightning shares out the cores on rank 0 alone here; on others products would be added up
+        # in another order than under DDP.
+        _set_num_threads_if_needed(self.num_processes)
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None

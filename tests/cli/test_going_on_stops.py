@@ -79,8 +79,12 @@ def test_kills_at_random_moments(tmp_path: Path, goes_on: bool) -> None:
 
 
 @pytest.mark.slow  # two processes, three times
-def test_copied_and_sharded_ranks_go_on_from_one_to_the_same_averages(tmp_path: Path) -> None:
+def test_copied_and_sharded_ranks_go_on_from_one_to_the_same_averages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From a run of one rank: DDP and FSDP2 on two end bit-equal, stopped once or not."""
+    # Ranks share out the cores by themselves.
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     finish(tmp_path / "parent", *FURTHER, "max_steps=4")
     ranked = (
         *FURTHER,

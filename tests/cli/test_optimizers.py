@@ -89,6 +89,20 @@ def test_an_optimizer_and_a_rule_from_a_file(in_process: Command, files: Path) -
         torch.testing.assert_close(moved, torch.full_like(moved, rate))
 
 
+ODD = """
+import torch
+
+
+class NoClosure(torch.optim.SGD):
+    def step(self):
+        super().step()
+
+
+class Ignores(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step()
+"""
+PLATEAU = "schedule._target_=torch.optim.lr_scheduler.ReduceLROnPlateau"
 REFUSED = {
     "optimizer=mion": "Did you mean muon or lion",
     "optimizer=sgd +optimizer.betas=[0.9,0.9]": "torch.optim.SGD takes no betas",
@@ -100,6 +114,9 @@ REFUSED = {
     "optimizer=timm optimizer.opt=lamb +optimizer.foo=1": "unexpected keyword argument 'foo'",
     "optimizer.betas=[0.9,0.9,0.9]": "optimizer.betas=[0.9,0.9,0.9]: expected a list of 2 numbers",
     "optimizer=muon optimizer.adjust_lr_fn=x": "optimizer: Adjust learning rate function x",
+    "optimizer._target_=my_odd_steps.NoClosure": "my_odd_steps.NoClosure.step takes no closure",
+    "optimizer._target_=my_odd_steps.Ignores": "my_odd_steps.Ignores.step does not call its",
+    f"{PLATEAU} schedule._partial_=true": "schedule: ReduceLROnPlateau follows what validation",
     "param_groups=no_decay": "param_groups=no_decay: expected a list",
     "param_groups=[nodecay]": "param_groups[0]: nodecay: expected no_decay",
     "param_groups=[{_target_: nowhere.rule}]": "param_groups[0]._target_=nowhere.rule: there is",
@@ -109,8 +126,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("arguments", REFUSED)
 def test_what_cannot_be_is_refused_before_data_is_read(
-    arguments: str, in_process: Command, tmp_path: Path
+    arguments: str, in_process: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "my_odd_steps.py").write_text(ODD)
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "empty").mkdir()
     data = ("experiment=folder", f"data.root={tmp_path / 'empty'}", "out=run")
     key = "param_groups="
@@ -120,6 +139,17 @@ def test_what_cannot_be_is_refused_before_data_is_read(
     outcome = in_process("train", *where, *stated)
     assert outcome.code == 1
     assert REFUSED[arguments] in outcome.err and "Traceback" not in outcome.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["capturable", "differentiable"])
+def test_a_step_that_the_device_cannot_take_is_refused(
+    option: str, in_process: Command, tmp_path: Path
+) -> None:
+    adam = ("optimizer._target_=torch.optim.AdamW", f"+optimizer.{option}=true", "out=run")
+    outcome = in_process("train", "experiment=digits", *QUICK, *adam)
+    assert outcome.code == 1 and "Traceback" not in outcome.err
+    assert "optimizer: AdamW cannot take a step on cpu with its settings (" in outcome.err
     assert not (tmp_path / "run").exists()
 
 

@@ -82,7 +82,7 @@ def test_training_refuses_with_the_reason(name: str) -> None:
     [
         ({"min_steps": 10}, "trainer.min_steps=10: expected 0 to max_steps=9"),
         ({"min_steps": -1}, "trainer.min_steps=-1: expected 0 to max_steps=9"),
-        ({"gradient_clip_algorithm": "value"}, "expected trainer.gradient_clip_val too"),
+        ({"gradient_clip_algorithm": "value"}, "nothing is clipped without trainer.gradient_clip_val"),
         ({"strategy": "ddp_spawn"}, "each rank is a command of its own here: expected ddp"),
     ],
 )
@@ -266,6 +266,52 @@ def test_overfitting_repeats_the_first_batches(tmp_path: Path) -> None:
     _, labels = trained(tmp_path / "whole")
     _, same = trained(tmp_path / "few", overfit_batches=2)
     assert same == [labels[i % 2] for i in range(5)]
+
+
+@pytest.mark.parametrize("option", ["limit_train_batches", "overfit_batches"])
+def test_batches_that_are_no_whole_steps_are_refused(option: str, in_process: Command) -> None:
+    stated = (f"+trainer.{option}=3", "trainer.accumulate_grad_batches=2")
+    outcome = in_process("train", *SMALL, *stated, "out=run")
+    assert outcome.code == 1 and f"trainer.{option}=3: " in outcome.err
+    assert "expected a multiple of it, such as 4" in outcome.err
+
+
+UNFIT = {
+    "StochasticWeightAveraging, swa_lrs: 0.01": "expected ema.decay",
+    "EMAWeightAveraging": "expected ema.decay",
+    "GradientAccumulationScheduler, scheduling: {0: 2}": "trainer.accumulate_grad_batches",
+    "LearningRateFinder": "by -m optimizer.lr=",
+    "BatchSizeFinder": "expected data.batch_size",
+    "BackboneFinetuning": "expected freeze",
+    "ModelPruning, pruning_fn: l1_unstructured": "the exported model",
+    "ModelCheckpoint, every_n_epochs: 2": "expected every_n_train_steps",
+    "ModelCheckpoint, save_on_train_epoch_end: true": "expected save_on_train_epoch_end=false",
+    "EarlyStopping, monitor: val/loss, check_on_train_epoch_end: true": "_epoch_end=false",
+    "LearningRateMonitor, logging_interval: epoch": "logging_interval=step",
+    "Timer, duration: '00:00:00:09', interval: epoch": "interval=step",
+}
+
+
+@pytest.mark.parametrize("which", UNFIT)
+def test_callbacks_that_cannot_work_in_a_run_are_refused(
+    which: str, in_process: Command, tmp_path: Path
+) -> None:
+    target = f"trainer.callbacks={{_target_: lightning.pytorch.callbacks.{which}}}"
+    outcome = in_process("train", *SMALL, target, "out=run")
+    assert outcome.code == 1 and "Traceback" not in outcome.err
+    name = which.partition(",")[0]
+    assert f"trainer.callbacks: {name} " in outcome.err and UNFIT[which] in outcome.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_metric_that_nothing_logs_is_told_in_a_sentence(in_process: Command) -> None:
+    stops = "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val_loss}"
+    outcome = in_process(
+        "train", *SMALL, f"trainer.callbacks={stops}", "every_n_steps.validation=1", "out=run"
+    )
+    assert outcome.code == 1 and "Traceback" not in outcome.err
+    assert "EarlyStopping monitors val_loss, which nothing has logged by step 1" in outcome.err
+    assert "val/loss" in outcome.err
 
 
 OWN = """

@@ -70,6 +70,21 @@ def ask_to_stop(trainer: Trainer) -> None:
     trainer.should_stop = True
 
 
+def test_a_trainer_that_is_told_to_stop_goes_on_to_its_least_step(tmp_path: Path) -> None:
+    """It saves where it ends, not at every step since it was told."""
+    steps: list[int] = []
+    save = LastCheckpoints._save
+
+    def counting(self: Any, trainer: Trainer) -> None:
+        steps.extend([trainer.global_step] * self._due)
+        save(self, trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LastCheckpoints, "_save", counting)
+        train(tmp_path / "run", 8, At(1, ask_to_stop), min_steps=4, min_epochs=0)
+    assert steps == [4] and saved(tmp_path / "run") == [4]
+
+
 @pytest.mark.parametrize("batch", [4, 5, 6])
 def test_a_trainer_that_is_told_to_stop_ends_a_step(tmp_path: Path, batch: int) -> None:
     """Of three batches each; the gradients of the first two of a step are nothing to save."""

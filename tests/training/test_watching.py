@@ -23,7 +23,7 @@ from sag_dit.training.console import Lines, Progress
 from sag_dit.training.loggers import CSVLog
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.start import Memory, estimate_memory, parameters_by_part, start_report
-from tests.training.making import ADAM, assert_same, fresh_model, make_trainer, state
+from tests.training.making import ADAM, Losses, assert_same, fresh_model, make_trainer, state
 
 STEPS = 4
 READS = ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy")
@@ -138,6 +138,30 @@ def test_rates_are_those_of_the_step_and_the_norm_is_that_of_all_weights(tmp_pat
     assert [float(row["train/weight_norm"]) for row in rows] == pytest.approx(
         [norms[1], norms[3]], rel=1e-4
     )
+
+
+def test_the_rate_is_what_an_optimiser_that_warms_up_says(tmp_path: Path) -> None:
+    class Warming(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            (group,) = self.param_groups
+            group["scheduled_lr"] = group.get("scheduled_lr", 0.0) + 0.25
+            return super().step(closure)
+
+    trained = DiffusionModule(fresh_model(), optimizer=partial(Warming, lr=1.0))
+    options: dict[str, Any] = {"logger": CSVLog(tmp_path), "log_every_n_steps": 1}
+    make_trainer(tmp_path, 2, [RatesAndNorms(1)], **options).fit(trained, datamodule=Digits(8))
+    assert [float(row["train/lr"]) for row in rows_of(tmp_path)] == [0.25, 0.5]
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_batches(tmp_path: Path) -> None:
+    losses = Losses()
+    options: dict[str, Any] = {"logger": CSVLog(tmp_path), "log_every_n_steps": 1}
+    options |= {"accumulate_grad_batches": 3}
+    make_trainer(tmp_path, 2, [losses], **options).fit(module(), datamodule=Digits(8))
+    logged = [float(row["train/loss"]) for row in rows_of(tmp_path)]
+    # Lightning divides what it gives callbacks by the number of batches.
+    expected = [sum(losses.values[:3]), sum(losses.values[3:])]
+    assert len(losses.values) == 6 and logged == pytest.approx(expected, rel=1e-5)
 
 
 def test_one_group_has_a_rate_without_a_number(tmp_path: Path) -> None:
