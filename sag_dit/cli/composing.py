@@ -27,7 +27,7 @@ from sag_dit.bounds import Bounds, fit, shown, wanted
 from sag_dit.cli.keys import COMMANDS
 from sag_dit.cli.keys.key import Closed, substituted, walk
 from sag_dit.cli.schema import check, free_text, nearest
-from sag_dit.cli.signatures import names_taken
+from sag_dit.cli.signatures import names_along, names_taken
 from sag_dit.methods import guidance_defaults, scales
 from sag_dit.output.telling import hydra_quoted
 
@@ -126,12 +126,16 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
 def drop_strangers(config: DictConfig, arguments: Sequence[str]) -> None:
     """Drop what files say of a mapping whose class the user has replaced, where it takes no such.
 
-    What the user states stays, and is refused later.
+    What the user states stays, and is refused later. Of a constructor with ``**options`` that is
+    what it and its bases do not name.
     """
     stated = {argument.partition("=")[0].lstrip("+") for argument in arguments}
     for path in own_targets(arguments):
         node = OmegaConf.select(config, path)
-        takes = _taken_by(str(node["_target_"]), path)
+        target = str(node["_target_"])
+        takes = _taken_by(target, path)
+        if takes is None and named_by(target):
+            takes = {*named_by(target), *_around_takes(_arounds().get(path, ""))}
         kept = {*stated, *(f"{path}.{name}" for name in takes or node)}
         with open_dict(node):
             for name in map(str, list(node)):
@@ -378,6 +382,15 @@ def _taken_by(target: str, path: str = "") -> Collection[str] | None:
     if takes is None or around is None or target.startswith("sag_dit."):
         return takes
     return {*takes, *(() if is_of_kind(target, around) else _around_takes(around))}
+
+
+def named_by(target: str) -> frozenset[str]:
+    """Return what a class with ``**options`` and its bases name; nothing if it cannot be told."""
+    try:
+        thing = resolve_name(target)
+        return names_along(thing) if isinstance(thing, type) else frozenset()
+    except Exception:  # What is wrong with it is told when it is made.
+        return frozenset()
 
 
 def _around_takes(around: str) -> set[str]:

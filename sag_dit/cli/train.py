@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from sag_dit.cli.app import alone_in, fail, launch, quiet_lightning
@@ -17,6 +16,7 @@ from sag_dit.cli.composing import (
     fitted,
     make,
     make_around,
+    named_by,
     placed,
 )
 from sag_dit.cli.keys import Train
@@ -34,7 +34,7 @@ from sag_dit.cli.run_identity import (
     run_folder,
     told_differences,
 )
-from sag_dit.cli.signatures import names_along, names_taken
+from sag_dit.cli.signatures import names_taken
 from sag_dit.cli.trainer_flags import check_training
 from sag_dit.cli.values import as_callable, check_logger, make_terms
 from sag_dit.untrusted import TARGET, read_yaml
@@ -52,11 +52,10 @@ if TYPE_CHECKING:
     from sag_dit.training.optimizers import MakeOptimizer
 
 
-def for_own_network(command: str, arguments: Sequence[str]) -> list[str]:
-    """Return the arguments as they are meant for a network that they name by its class.
+def refuse_foreign_sizes(command: str, arguments: Sequence[str]) -> list[str]:
+    """Return the arguments; refuse sizes of a DiT that the network which they name does not take.
 
-    Sizes of a DiT or UNet that the files fill in, and that a constructor with ``**options`` does
-    not name, are null. Those that are stated, and that the class does not take, are refused.
+    What files fill in of these is left out by itself.
     """
     typed = dict(each.lstrip("+").partition("=")[::2] for each in arguments)
     target = typed.get(f"model.{TARGET}", "")
@@ -72,13 +71,7 @@ def for_own_network(command: str, arguments: Sequence[str]) -> list[str]:
                     f"{key}={typed[key]}: {target} takes no {' or '.join(names)}; leave {key} out, "
                     f"and set what it takes as model.NAME"
                 )
-        return list(arguments)
-    named = _named(target) if target else frozenset()
-    if not named:
-        return list(arguments)
-    foreign = keys_of(mapping_of(*keys_of(Train)["model"])).keys() - {*named, TARGET}
-    keys = sorted(f"model.{name}" for name in foreign)
-    return [*(f"{key}=null" for key in keys if key not in typed), *arguments]
+    return list(arguments)
 
 
 def _taken(target: str) -> Collection[str] | None:
@@ -87,15 +80,6 @@ def _taken(target: str) -> Collection[str] | None:
         return names_taken(target) or arguments_of(target)
     except Exception:  # What is wrong with its file is told when it is made.
         return None
-
-
-def _named(target: str) -> frozenset[str]:
-    """Return what a class with ``**options`` and its bases name; nothing if it cannot be told."""
-    try:
-        thing = resolve_name(target)
-        return names_along(thing) if isinstance(thing, type) else frozenset()
-    except Exception:  # What is wrong with it is told when it is made.
-        return frozenset()
 
 
 def make_model(config: Train, data: StepData) -> Model:
@@ -179,7 +163,7 @@ def network_settings(
         _, given = check_target(stated, "model")
         takes: Collection[str] | None = arguments_of(stated[TARGET])
         if takes is None:
-            takes = _named(stated[TARGET]) or None
+            takes = named_by(stated[TARGET]) or None
         return {TARGET: stated[TARGET], **given}, takes
     own = {name: value for name, value in stated.items() if name not in declared}
     return stated | fitted(own, "model", told.asks()), None
@@ -808,5 +792,5 @@ def run_train(config: Train) -> None:
         print(f"run: {out.resolve()}")
 
 
-main = partial(launch, "train", run_train, prepare=for_own_network)
+main = partial(launch, "train", run_train, prepare=refuse_foreign_sizes)
 """Run ``train.py``, with the arguments of the command line unless others are given."""

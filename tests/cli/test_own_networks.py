@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import sag_dit
 from sag_dit.checkpoints.config import build
 from sag_dit.checkpoints.loading import find_codec
-from sag_dit.cli.train import for_own_network
+from sag_dit.cli.train import refuse_foreign_sizes
 from sag_dit.data.images import Crops, find_images
 from sag_dit.data.shards import read_index
 from tests.data.making import image_folder
@@ -189,7 +189,7 @@ def test_options_that_are_handed_on(in_process: Command, files: Path) -> None:
     (files / "plain_net.py").write_text(PLAIN)
     own = ("model._target_=plain_net.HandsOn", "preview.guidance.sag=null", "model.note=a")
     arguments = ("experiment=digits", *own, *SHORT, "max_steps=1", "out=run")
-    done = in_process("train", *for_own_network("train", arguments))
+    done = in_process("train", *arguments)
     assert done.code == 0, done.err
     config = sag_dit.load("run").description["model"]
     told = {"_target_": "plain_net.HandsOn", "note": "a", "in_channels": 1, "num_classes": 10}
@@ -205,10 +205,10 @@ def test_sizes_that_a_class_does_not_take_are_refused(
 ) -> None:
     (files / "plain_net.py").write_text(PLAIN)
     arguments = ["experiment=digits", "model._target_=plain_net.Plain"]
-    assert for_own_network("train", arguments) == arguments
-    assert for_own_network("train", ["model.depth=2", stated]) == ["model.depth=2", stated]
+    assert refuse_foreign_sizes("train", arguments) == arguments
+    assert refuse_foreign_sizes("train", ["model.depth=2", stated]) == ["model.depth=2", stated]
     with pytest.raises(SystemExit):
-        for_own_network("train", [*arguments, stated])
+        refuse_foreign_sizes("train", [*arguments, stated])
     assert f"{stated}: plain_net.Plain {told}" in capsys.readouterr().err
 
 

@@ -82,7 +82,10 @@ def test_training_refuses_with_the_reason(name: str) -> None:
     [
         ({"min_steps": 10}, "trainer.min_steps=10: expected 0 to max_steps=9"),
         ({"min_steps": -1}, "trainer.min_steps=-1: expected 0 to max_steps=9"),
-        ({"gradient_clip_algorithm": "value"}, "nothing is clipped without trainer.gradient_clip_val"),
+        (
+            {"gradient_clip_algorithm": "value"},
+            "nothing is clipped without trainer.gradient",
+        ),
         ({"strategy": "ddp_spawn"}, "each rank is a command of its own here: expected ddp"),
     ],
 )
@@ -211,7 +214,7 @@ OF_NO_EFFECT = {
         "expected trainer.precision=null with it"
     ),
     "trainer.callbacks={_target_: lightning.pytorch.callbacks.EarlyStopping,monitor: lost} "
-    "every_n_steps.validation=1": "conditioned on metric `lost` which is not available",
+    "every_n_steps.validation=1": "EarlyStopping monitors lost",
     "track.num_images=4": "track is null: choose track=fid as well",
     "optimizer.lrr=1": "takes no lrr\nDid you mean lr?",
     "trainer.benchmrak=true": "takes no benchmrak\nDid you mean benchmark?",

@@ -90,6 +90,7 @@ def test_what_fits_is_told_in_a_sentence(
 
 def test_a_run_is_asked_once_for_each_set_of_active_terms(model: Model) -> None:
     network: Any = model.denoiser.network
+    network.asked.clear()
     ask_once(model, Settings(steps=10, guidance=LATE, batch_size=2))
     # SAG alone, both, CFG alone.
     assert network.asked == [2, 2, 4, 2, 4]
