@@ -107,6 +107,7 @@ def test_what_is_not_the_networks_stays_float32_in_every_sampler(
     network = make_dit(in_channels=3, learn_sigma=False)
     network.__class__ = Asked
     model = model_of(network)
+    asked.clear()
     how = Settings(sampler=named(sampler, model.denoiser.process), steps=5, batch_size=2)
     in_python = deepcopy(model)
     steps = predicted(model, tmp_path, precision, how)

@@ -462,7 +462,7 @@ def test_step_data_stays_what_it_is() -> None:
     assert isinstance(data, StepData) and not isinstance(data, MapData)
 
 
-SECTION = Page.of("training.md").section("Data of your own")
+SECTION = Page.of("data.md")
 
 
 @pytest.fixture

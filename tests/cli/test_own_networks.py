@@ -1,8 +1,7 @@
-"""docs/training.md, networks, objectives and autoencoders of one's own: its files and commands."""
+"""docs/networks.md: networks, objectives and autoencoders of one's own: its files and commands."""
 
 from __future__ import annotations
 
-import re
 import shlex
 import subprocess
 import sys
@@ -22,22 +21,10 @@ from sag_dit.cli.train import refuse_foreign_sizes
 from sag_dit.data.images import Crops, find_images
 from sag_dit.data.shards import read_index
 from tests.data.making import image_folder
+from tests.pages import Page, run
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-HEADINGS = ("Networks and objectives of your own", "Autoencoders")
-SECTIONS = [
-    next((each for each in PAGE.split("\n## ") if each.startswith(heading)), "")
-    for heading in HEADINGS
-]
-FILES = [
-    found
-    for section in SECTIONS
-    for found in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", section, re.DOTALL)
-]
-COMMANDS = [
-    found for section in SECTIONS for found in re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
-]
+PAGE = Page.of("networks.md")
 CPU = ("trainer.accelerator=cpu", "trainer.devices=1")
 SHORT = (*CPU, "data.batch_size=16", "every_n_steps.checkpoint=2", "max_steps=4")
 NET = ("experiment=digits", "model._target_=my_net.Mine", "model.width=16", "model.depth=2")
@@ -48,37 +35,26 @@ Command = Callable[..., Any]
 @pytest.fixture
 def files(in_process: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The page's files in the working directory, on the path, none of them imported."""
-    for name, text in FILES:
-        (tmp_path / name).write_text(text, encoding="utf-8")
+    PAGE.write(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     forget(monkeypatch)
     return tmp_path
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, _ in FILES:
+    for name in PAGE.files:
         monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
 
 
 @pytest.mark.slow  # Each command is a process of its own, as a reader starts it.
-@pytest.mark.parametrize("commands", COMMANDS, ids=lambda text: text.split()[5].split("=")[-1])
-def test_its_commands_run(commands: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+@pytest.mark.parametrize("commands", PAGE.blocks, ids=lambda each: each[0].split("=")[-1])
+def test_its_commands_run(commands: list[str], files: Path) -> None:
     image_folder(files / "photos", side=24)
-    for command in commands.splitlines():
+    for command in commands:
         program, *arguments = shlex.split(command)
         cpu = CPU if {"train", "sample", "encode"} & {*arguments} else ()
         assert program == "python"
-        done = subprocess.run(
-            [sys.executable, *arguments, *cpu],
-            cwd=files,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-        )
-        assert done.returncode == 0, (command, done.stderr)
+        run([*arguments, *cpu], files)
 
 
 @pytest.mark.filterwarnings("ignore:kernel_size")

@@ -1,4 +1,4 @@
-"""docs/training.md: the commands of three sections are run, as a reader would, in few steps."""
+"""docs/training.md: its commands are run, as a reader would, in few steps."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sag_dit.cli.trainer_flags import OF_TRAINING
 from tests.pages import ROOT, Page, run
 
 PAGE = Page.of("training.md")
+START = Page(PAGE.text.split("\n## ")[0])
 SECTIONS = ("Going on with changes", "Checkpoints and averages")
 SMALL = ("model.hidden_size=48", "model.depth=2", "model.num_heads=3", "data.batch_size=16")
 
@@ -27,6 +28,22 @@ def commands(title: str) -> list[str]:
 def test_it_names_the_trainer_s_arguments_that_are_refused() -> None:
     text = PAGE.section("Arguments of the Trainer").text.split("These are refused")[1]
     assert set(re.findall(r"`(\w+)`", text)) == {*OF_TRAINING}
+
+
+@pytest.mark.slow  # each command is a process of its own, as a reader starts it
+def test_the_first_commands_run(tmp_path: Path) -> None:
+    train, sample = START.commands
+    _, script, *arguments = shlex.split(train)
+    run([str(ROOT / script), *arguments, *SMALL, "max_steps=4"], tmp_path)
+    _, script, *arguments = shlex.split(sample)
+    run([str(ROOT / script), *arguments, "steps=2"], tmp_path)
+
+
+def test_every_page_and_section_that_it_sends_to_is_there() -> None:
+    for page, anchor in re.findall(r"\]\((\w+\.md)?#?([\w-]*)\)", START.text):
+        text = Page.of(page or "training.md").text
+        titles = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+        assert not anchor or anchor in [each.lower().replace(" ", "-") for each in titles]
 
 
 @pytest.mark.slow  # each command is a process of its own, as a reader starts it
