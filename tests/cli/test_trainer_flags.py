@@ -234,7 +234,7 @@ def test_what_would_act_on_nothing_is_refused(arguments: str, in_process: Comman
 def test_keys_of_the_optimiser_and_the_trainer_need_no_plus(
     in_process: Command, tmp_path: Path
 ) -> None:
-    stated = ("optimizer.eps=1e-6", "trainer.deterministic=true", "sampling.batch_size=4")
+    stated = ("optimizer.eps=1e-6", "trainer.inference_mode=false", "sampling.batch_size=4")
     outcome = in_process("train", *SMALL, "out=run", *stated)
     assert outcome.code == 0, outcome.err
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["config"]
