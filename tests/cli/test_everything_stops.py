@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.cli.test_going_on_stops import snapshots
-from tests.cli.test_own_networks import FILES, ROOT
+from tests.cli.test_own_networks import PAGE
 from tests.cli.test_train_stops import (
     assert_bit_equal,
     checkpoints,
@@ -26,6 +26,7 @@ from tests.cli.test_train_stops import (
     start,
     wait_for_checkpoint,
 )
+from tests.pages import ROOT
 
 STEPS = 40
 OBJECTIVE = """
@@ -43,7 +44,6 @@ SETTINGS = (
     "data.batch_size=8",
     "data.held_out=0.2",
     "resolution=8",
-    "patch_size=1",
     "model._target_=my_net.Mine",
     "model.width=16",
     "objective._target_=my_averaged.Averaged",
@@ -88,8 +88,8 @@ def shards(folder: Path) -> None:
 
 @pytest.fixture
 def plugs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The network and the objective of docs/training.md, and shards, in the working directory."""
-    for name, text in (*FILES, ("my_averaged.py", OBJECTIVE)):
+    """The network and the objective of docs/networks.md, and shards, in the working directory."""
+    for name, text in (*PAGE.files.items(), ("my_averaged.py", OBJECTIVE)):
         (tmp_path / name).write_text(text, encoding="utf-8")
     shards(tmp_path / "shards")
     monkeypatch.chdir(tmp_path)

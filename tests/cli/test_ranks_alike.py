@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.cli.test_own_networks import FILES, ROOT
+from tests.cli.test_own_networks import PAGE
 from tests.cli.test_train_stops import assert_bit_equal, checkpoints, finish, start
+from tests.pages import ROOT
 
 PLUGS = '''
 import my_net
@@ -83,7 +84,7 @@ MEASURED = {"images/s", "memory_gb", "mfu"}
 
 @pytest.fixture
 def plugs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name, text in (*FILES, ("my_plugs.py", PLUGS)):
+    for name, text in (*PAGE.files.items(), ("my_plugs.py", PLUGS)):
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     before = os.environ.get("PYTHONPATH", "")
