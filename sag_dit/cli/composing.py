@@ -133,9 +133,11 @@ def drop_strangers(config: DictConfig, arguments: Sequence[str]) -> None:
     for path in own_targets(arguments):
         node = OmegaConf.select(config, path)
         target = str(node["_target_"])
-        takes = _taken_by(target, path)
-        if takes is None and named_by(target):
-            takes = {*named_by(target), *_around_takes(_arounds().get(path, ""))}
+        takes = taken_by(target, path)
+        named = named_by(target) if takes is None else frozenset()
+        if named:
+            around = _arounds().get(path)
+            takes = {*named, *(_around_takes(around) if around else ())}
         kept = {*stated, *(f"{path}.{name}" for name in takes or node)}
         with open_dict(node):
             for name in map(str, list(node)):
@@ -371,7 +373,7 @@ def arguments_of(target: str) -> dict[str, Any] | None:
     }
 
 
-def _taken_by(target: str, path: str = "") -> Collection[str] | None:
+def taken_by(target: str, path: str = "") -> Collection[str] | None:
     """Return what a class or function takes by name; None as :func:`arguments_of`.
 
     At a key whose values may be put around what the target makes, also what those are.
@@ -459,7 +461,7 @@ def refuse_strangers(path: str, targets: Sequence[str], names: Iterable[str]) ->
     """
     takes: set[str] = set()
     for target in targets:
-        own = _taken_by(target, path)
+        own = taken_by(target, path)
         if own is None:
             return
         takes |= set(own)

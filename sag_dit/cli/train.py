@@ -18,6 +18,7 @@ from sag_dit.cli.composing import (
     make_around,
     named_by,
     placed,
+    taken_by,
 )
 from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import keys_of, mapping_of, to_dict
@@ -34,7 +35,6 @@ from sag_dit.cli.run_identity import (
     run_folder,
     told_differences,
 )
-from sag_dit.cli.signatures import names_taken
 from sag_dit.cli.trainer_flags import check_training
 from sag_dit.cli.values import as_callable, check_logger, make_terms
 from sag_dit.untrusted import TARGET, read_yaml
@@ -77,7 +77,7 @@ def refuse_foreign_sizes(command: str, arguments: Sequence[str]) -> list[str]:
 def _taken(target: str) -> Collection[str] | None:
     """Return what a class takes by name, None of one that takes anything or cannot be imported."""
     try:
-        return names_taken(target) or arguments_of(target)
+        return taken_by(target)
     except Exception:  # What is wrong with its file is told when it is made.
         return None
 
@@ -430,7 +430,7 @@ def check_validated(config: Train, data: StepData, trainer: Trainer) -> bool:
     from sag_dit.training.resume import BestCheckpoints
 
     limit = config.trainer.get("limit_val_batches")
-    if limit != 0 and data.val_dataloader():
+    if limit != 0 and data.validates:
         return True
     why = "no image is held out" if limit != 0 else "trainer.limit_val_batches is 0"
     if config.keep.best > 1:

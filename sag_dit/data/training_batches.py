@@ -404,9 +404,14 @@ class StepData(LightningDataModule, ABC):
         beside = f", {held_out:,} held out" if held_out else ""
         lines = [f"data: {count:,} images in {len(self.class_names):,} classes{beside}"]
         lines += self.details()
-        if self.val_dataloader() in (None, []):
+        if not self.validates:
             lines.append("  note: no images are held out: val/loss is not computed")
         return "\n".join(lines)
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are images to validate with."""
+        return self.val_dataloader() not in (None, [])
 
     def details(self) -> list[str]:
         """Return further lines of the report."""
@@ -516,6 +521,11 @@ class NamedData(StepData):
     @abstractmethod
     def name_hashes(self) -> Indices:
         """:func:`name_hash` of every image."""
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are images to validate with."""
+        return self.val_dataloader() not in (None, [])
 
     def details(self) -> list[str]:
         """Return the images of each class, remarks, and classes that look like mistakes."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sag_dit.cli import encode as encode_command
@@ -140,6 +141,29 @@ def in_process(
         return Outcome(code, *capsys.readouterr(), rows)
 
     return run
+
+
+@pytest.fixture
+def train(in_process: Command) -> Command:
+    """Train, and return the folder of the run."""
+
+    def run(*arguments: str) -> Path:
+        done = in_process("train", *arguments)
+        assert done.code == 0, done.err
+        return Path(done.out.splitlines()[-1].removeprefix("run: "))
+
+    return run
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """The weights that a run has exported."""
+    return load_file(folder / "model.safetensors")
+
+
+def equal(one: Path, other: Path) -> bool:
+    """Whether two runs have exported the same weights, bit for bit."""
+    here, there = weights(one), weights(other)
+    return here.keys() == there.keys() and all(torch.equal(here[n], there[n]) for n in here)
 
 
 @pytest.fixture

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import load_file
 
+from tests.cli.conftest import equal, weights
 from tests.closeness import assert_near
 from tests.data.test_buckets import photos
 from tests.data.test_sources import contents, write_tar
@@ -28,25 +27,6 @@ SMALL = (
     *("resolution=8", "patch_size=2", "data.batch_size=4", "data.workers=0"),
     *("every_n_steps.checkpoint=2", "every_n_steps.log=1", "trainer.accelerator=cpu"),
 )
-
-
-@pytest.fixture
-def train(in_process: Command) -> Command:
-    def run(*arguments: str) -> Path:
-        done = in_process("train", *arguments)
-        assert done.code == 0, done.err
-        return Path(done.out.splitlines()[-1].removeprefix("run: "))
-
-    return run
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def equal(one: Path, other: Path) -> bool:
-    here, there = weights(one), weights(other)
-    return here.keys() == there.keys() and all(torch.equal(here[n], there[n]) for n in here)
 
 
 def shards(tmp_path: Path) -> str:

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from sag_dit.cli.composing import compose, make_around
 from sag_dit.data.map_data import MapData
 from sag_dit.data.training_batches import Batch, StepData
+from tests.cli.conftest import equal, weights
 from tests.data.making import image_folder, same, save_vae, trainer
 from tests.data.test_npy_latents import edm2_zip
 from tests.data.test_sources import contents, of_shards, write_tar, write_zip
@@ -164,25 +164,6 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     yield my_data
     sys.modules.pop("my_data", None)
-
-
-@pytest.fixture
-def train(in_process: Command) -> Command:
-    def run(*arguments: str) -> Path:
-        done = in_process("train", *arguments)
-        assert done.code == 0, done.err
-        return Path(done.out.splitlines()[-1].removeprefix("run: "))
-
-    return run
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def equal(one: Path, other: Path) -> bool:
-    here, there = weights(one), weights(other)
-    return here.keys() == there.keys() and all(torch.equal(here[n], there[n]) for n in here)
 
 
 def test_runs_on_archives_end_with_the_weights_of_class_folders(

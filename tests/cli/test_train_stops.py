@@ -66,6 +66,16 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
+def killed_within(process: subprocess.Popen[str], seconds: float) -> bool:
+    """Kill it after so long; whether it had not ended before."""
+    time.sleep(seconds)
+    if process.poll() is None:
+        kill(process)
+        return True
+    process.communicate()
+    return False
+
+
 def finish(out: Path, *arguments: str, settings: Sequence[str] = SMALL) -> str:
     process = start(out, *arguments, settings=settings)
     printed, _ = process.communicate(timeout=240)
@@ -184,12 +194,9 @@ def test_many_kills_at_random_moments(tmp_path: Path, ranks: int, kills: int, wo
         # Some die while they start, the others within a second of a new checkpoint.
         if chance.random() < 0.7:
             wait_for_checkpoint(process, out, int(seen[-1].stem.split("-")[1]) if seen else 0)
-        time.sleep(chance.uniform(0, 0.5))
-        if process.poll() is None:
-            kill(process)
+        if killed_within(process, chance.uniform(0, 0.5)):
             killed += 1
         else:
-            process.communicate()
             runs += 1
     finish(out, *arguments)
     assert_bit_equal(weights(out), whole)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sag_dit.attention import AttentionLayer
@@ -15,16 +14,7 @@ from sag_dit.checkpoints import from_denoiser
 from sag_dit.denoiser import ClassConditional, checking
 from sag_dit.models import Backbone
 from sag_dit.process import DDPM
-
-
-class SelfAttn(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(width, 3 * width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        q, k, v = self.qkv(tokens)[:, None].chunk(3, dim=-1)
-        return F.scaled_dot_product_attention(q, k, v)[:, 0]
+from tests.models.own import SelfAttention
 
 
 class Plain(Backbone):
@@ -35,7 +25,7 @@ class Plain(Backbone):
     def __init__(self, layer: str = "attn", tokens: slice | None = slice(1, None)) -> None:
         super().__init__()
         self.input_size, self.in_channels, self.num_classes, self.null_label = (4, 4), 2, 3, 3
-        self.first, self.last, self.attn = nn.Linear(2, 8), nn.Linear(8, 2), SelfAttn(8)
+        self.first, self.last, self.attn = nn.Linear(2, 8), nn.Linear(8, 2), SelfAttention(8)
         self.label, self.norm = nn.Embedding(4, 8), nn.BatchNorm1d(17)
         self.layers = {layer: AttentionLayer(layer, (4, 4), tokens)}
 
