@@ -286,12 +286,6 @@ def note_changes(out: Path, changed: Mapping[str, list[Any]], step: int) -> None
     print(f"changed from step {step:,} on: {', '.join(told)}")
 
 
-def release(out: Path) -> None:
-    """Give a folder back in which nothing was trained, so that other settings may begin there."""
-    for file in (claim.CONFIG, DATA):
-        (out / file).unlink(missing_ok=True)
-
-
 def begin_from(out: Path, parent: Path, step: int) -> None:
     """Record in a run's folder the run that it goes on from, and that run's own parent."""
     there = recorded_config(parent)

@@ -68,6 +68,15 @@ def check_training(stated: Mapping[str, Any], max_steps: int) -> None:
             f"trainer.gradient_clip_algorithm={stated['gradient_clip_algorithm']}: nothing is "
             f"clipped without trainer.gradient_clip_val: set it too, such as 1.0"
         )
+    each = stated.get("accumulate_grad_batches") or 1
+    for name in ("limit_train_batches", "overfit_batches"):
+        number = stated.get(name)
+        if isinstance(number, int) and number % each:
+            # The last step would be of fewer batches.
+            raise ValueError(
+                f"trainer.{name}={number}: a step has trainer.accumulate_grad_batches={each} "
+                f"batches; expected a multiple of it, such as {-(-number // each) * each}"
+            )
     strategy = str(stated.get("strategy"))
     others = strategy.startswith("ddp_") and not strategy.startswith("ddp_find_unused")
     if others or "spawn" in strategy:

@@ -7,6 +7,7 @@ any other, which needs the other one no more and goes on after a stop from its o
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -26,9 +27,9 @@ from sag_dit.bounds import shown
 from sag_dit.checkpoints import averages, files, trainers
 from sag_dit.files import atomic
 from sag_dit.identity import plain as plain_values
-from sag_dit.training.module import IMAGES, DiffusionModule, images_in_a_step
+from sag_dit.training.module import IMAGES, DiffusionModule
 from sag_dit.training.optimizers import Kept, kept_after_a_step, options_of
-from sag_dit.training.resume import FOLDER, step_checkpoint, steps_of
+from sag_dit.training.resume import FOLDER, BestCheckpoints, step_checkpoint, steps_of
 from sag_dit.untrusted import TARGET
 
 SHOWN = 3
@@ -103,6 +104,7 @@ class Adopts(Callback):
 
         adopts = Adopts(parent, out, step=parent.step, past=parent.step)
         trainer = Trainer(callbacks=[adopts])
+        print(adopts.prepare(trainer, module, images_in_a_step=256))
         trainer.fit(module, data, ckpt_path=adopts.file)
     """
 
@@ -121,25 +123,24 @@ class Adopts(Callback):
         self._anew = {f"denoiser.network.{name}" for name in anew}
         self._parent, self._out, self.step, self._past = parent, out, step, past
         self._weights, self._optimizer, self._where = weights, optimizer, where
+        self._adopted: dict[str, Any] | None = None
         self.file = step_checkpoint(out, step)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it before Lightning reads it."""
-        if stage == "fit" and trainer.is_global_zero and isinstance(pl_module, DiffusionModule):
-            for line in self._adopt(trainer, pl_module):
-                print(f"  {line}")
-        trainer.strategy.barrier("adopted")
+    def prepare(
+        self, trainer: Trainer, module: DiffusionModule, images_in_a_step: int
+    ) -> list[str]:
+        """Choose what is taken over, before anything is written, and return it in words.
 
-    def _adopt(self, trainer: Trainer, module: DiffusionModule) -> Iterator[str]:
-        """Write the checkpoint and yield what was taken over, in words."""
+        Raises:
+            ValueError: the parent is of another network, or its optimiser's state does not fit.
+        """
         # Weights and averages.
-        state, each = dict(module.state_dict()), 1.0
+        lines, state, each = list[str](), dict(module.state_dict()), 1.0
         if self._weights:
-            told, state = _adopted_weights(self._parent, module, self._where)
-            yield from told
-            there, now = self._parent.state.get(IMAGES), images_in_a_step(trainer)
-            each = there / now if there and now else 1.0
-            yield from _counted_in(each, state)
+            lines, state = _adopted_weights(self._parent, module, self._where)
+            there = self._parent.state.get(IMAGES)
+            each = there / images_in_a_step if there else 1.0
+            lines += _counted_in(each, state)
         # The optimiser's state, under the options that it has now.
         configured = module.configure_optimizers()
         several = isinstance(configured, Mapping)
@@ -153,29 +154,39 @@ class Adopts(Callback):
         held, told_of = _adopted_optimizer(
             self._parent, module, optimizer, self._where, take=self._optimizer, anew=self._anew
         )
-        yield told_of
-        loops = _loops_at(trainer, self.step, schedule is not None)
+        lines.append(told_of)
+        # What callbacks keep.
         states: dict[str, Any] = {}
         if self._weights:
             states, told = _adopted_callbacks(self._parent, trainer.callbacks)  # type: ignore[attr-defined]
-            yield from told
-        # Nothing is refused any more: snapshots of its averages, then what Lightning would save.
-        if self._weights:
-            _link_snapshots(self._parent, self._out, averages.averages_in(state), each)
-        checkpoint = {
-            "epoch": loops["fit_loop"]["epoch_progress"]["current"]["completed"],
+            lines += told
+        self._counted = each
+        self._adopted = {
             "global_step": self.step,
             "pytorch-lightning_version": self._parent.state["pytorch-lightning_version"],
             "state_dict": dict(state),
-            "loops": loops,
             "callbacks": states,
             "optimizer_states": [held],
             "lr_schedulers": [] if schedule is None else [schedule.state_dict()],
         }
-        module.on_save_checkpoint(checkpoint)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(self.file) as temporary, temporary.open("wb") as stream:
-            torch.save(checkpoint, stream)
+        return lines
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it before Lightning reads it."""
+        adopted, self._adopted = self._adopted, None
+        if adopted is not None and trainer.is_global_zero:
+            # Snapshots of its averages, then what Lightning would save.
+            if self._weights:
+                kept = averages.averages_in(adopted["state_dict"])
+                _link_snapshots(self._parent, self._out, kept, self._counted)
+            loops = _loops_at(trainer, self.step, bool(adopted["lr_schedulers"]))
+            epoch = loops["fit_loop"]["epoch_progress"]["current"]["completed"]
+            checkpoint = {"epoch": epoch, "loops": loops, **adopted}
+            pl_module.on_save_checkpoint(checkpoint)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(self.file) as temporary, temporary.open("wb") as stream:
+                torch.save(checkpoint, stream)
+        trainer.strategy.barrier("adopted")
 
 
 def _adopted_weights(
@@ -275,17 +286,34 @@ def _adopted_callbacks(
     there = parent.state.get("callbacks") or {}
     states, taken, fresh = dict[str, Any](), list[str](), list[str]()
     for each in callbacks:
-        if isinstance(each, (Checkpoint, Timer)) or type(each).state_dict is Callback.state_dict:
+        if not _has_state(each):
             continue
-        key, own = each.state_key, not type(each).__module__.startswith("sag_dit.")
-        if key in there:
+        key, name = each.state_key, type(each).__name__
+        begins = isinstance(each, (Checkpoint, Timer)) or key not in there
+        if not begins:
             states[key] = there[key]
             if isinstance(each, EarlyStopping):
                 # A setting, which its state holds too.
                 states[key] = {**there[key], "patience": each.patience}
-        (taken if key in there else fresh).extend([type(each).__name__] * own)
-    told = (("taken over", taken), ("not in the run, and so fresh", fresh))
+        if not _is_ours(each):
+            (fresh if begins else taken).append(name)
+    here = {each.state_key for each in callbacks}
+    ours = {
+        BestCheckpoints.__name__,
+        *(type(each).__name__ for each in callbacks if _is_ours(each)),
+    }
+    gone = [re.split(r"\W", key)[0] for key, state in there.items() if state and key not in here]
+    left = [name for name in gone if name not in ours]
+    told = (("taken over", taken), ("that begin anew", fresh), ("of the run, left out", left))
     return states, [f"callbacks {what}: {', '.join(names)}" for what, names in told if names]
+
+
+def _has_state(callback: Callback) -> bool:
+    return type(callback).state_dict is not Callback.state_dict
+
+
+def _is_ours(callback: Callback) -> bool:
+    return type(callback).__module__.startswith("sag_dit.")
 
 
 def _adopted_optimizer(

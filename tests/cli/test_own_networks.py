@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import sag_dit
 from sag_dit.checkpoints.config import build
 from sag_dit.checkpoints.loading import find_codec
-from sag_dit.cli.train import refuse_foreign_sizes
+from sag_dit.cli.train_model import refuse_foreign_sizes
 from sag_dit.data.images import Crops, find_images
 from sag_dit.data.shards import read_index
 from tests.data.making import image_folder

@@ -18,7 +18,7 @@ from PIL import Image
 
 from sag_dit.cli.composing import checked_config, config_folder
 from sag_dit.cli.keys import Train
-from sag_dit.cli.train import make_model
+from sag_dit.cli.train_model import make_model
 from sag_dit.guidance import Term
 from sag_dit.methods import methods
 from sag_dit.sampler import Sampler

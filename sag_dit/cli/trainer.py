@@ -1,0 +1,220 @@
+"""Lightning's Trainer of ``train.py``: its own callbacks, loggers and plugins, and the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sag_dit.cli.composing import make
+from sag_dit.cli.keys import Train
+from sag_dit.cli.values import make_terms
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch.loggers import Logger
+
+    from sag_dit.checkpoints import Model
+    from sag_dit.data.training_batches import StepData
+
+
+def make_trainer(config: Train, out: Path) -> Trainer:
+    """Build Lightning's Trainer with what watches, saves and stops a run; loggers come later.
+
+    Raises:
+        ValueError: a term of the previews is none.
+    """
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import ProgressBar
+
+    from sag_dit.api import with_models
+    from sag_dit.training.averaging import Snapshots
+    from sag_dit.training.callbacks import (
+        LossByLevel,
+        Monitored,
+        Previews,
+        RatesAndNorms,
+        Speed,
+        check_callbacks,
+    )
+    from sag_dit.training.console import Progress, on_a_terminal
+    from sag_dit.training.resume import AtomicCheckpointIO, LastCheckpoints, best_checkpoint
+
+    every, keep, preview = config.every_n_steps, config.keep, config.preview
+    log = min(every.log, config.max_steps)  # So that a short run logs its end.
+    classes: Any = preview.classes or None
+    own, flags = own_callbacks(config), config.trainer
+    epochs = "limit_train_batches" in flags or bool(flags.get("overfit_batches"))
+    check_callbacks(own, epochs=epochs)
+    has_bar = any(isinstance(each, ProgressBar) for each in own)
+    shows_bar = config.trainer.get("enable_progress_bar", True) and (has_bar or on_a_terminal())
+    callbacks: list[Callback] = [
+        # First, so that it speaks before the others ask.
+        Monitored(),
+        *own,
+        Speed(log),
+        LossByLevel(log),
+        RatesAndNorms(log),
+        Previews(
+            out,
+            every.preview,
+            classes,
+            tuple(with_models(make_terms(preview.guidance, "preview.guidance")).values()),
+            preview.steps,
+            config.seed,
+        ),
+        *([Progress()] if shows_bar and not has_bar else []),
+        # Last, so that what they save is what the others have seen.
+        Snapshots(out, every.snapshot, keep.snapshots),
+        *([best_checkpoint(out, most=keep.best)] if keep.best else []),
+        LastCheckpoints(out, every.checkpoint, keep.last, config.every_n_minutes.checkpoint),
+    ]
+    stated = {
+        **{
+            name: each
+            for name, each in config.trainer.items()
+            if name not in ("logger", "callbacks")
+        },
+        "enable_progress_bar": shows_bar,
+        "plugins": own_plugins(config),
+    }
+    trainer: Trainer = make(
+        {"enable_model_summary": False, "num_sanity_val_steps": 0, **stated},
+        "trainer",
+        Trainer,
+        max_steps=config.max_steps,
+        # Lightning makes it one beside min_steps, and a run has no epochs.
+        min_epochs=0,
+        logger=False,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        log_every_n_steps=log,
+        # Lightning counts batches here.
+        val_check_interval=every.validation * config.trainer.get("accumulate_grad_batches", 1),
+        check_val_every_n_epoch=None,
+        use_distributed_sampler=False,
+        default_root_dir=out,
+    )
+    return trainer
+
+
+def own_callbacks(config: Train) -> list[Callback]:
+    """Build the user's callbacks.
+
+    Raises:
+        ValueError: one is no callback, or two keep their state under one name.
+    """
+    from lightning.pytorch import Callback
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    made: list[Callback] = []
+    for place, settings in enumerate(listed(config.trainer.get("callbacks"))):
+        where = f"trainer.callbacks[{place}]"
+        each = make(settings, where, Callback)
+        twins = [there for there in made if there.state_key == each.state_key]
+        if twins and is_overridden("state_dict", each, parent=Callback):
+            raise ValueError(
+                f"{where}: a second {type(each).__name__} keeps its state in checkpoints under the "
+                f"name of the first, {each.state_key}: expected one, or a property state_key that "
+                f"tells them apart"
+            )
+        made.append(each)
+    return made
+
+
+def own_plugins(config: Train) -> list[Any]:
+    """Build the user's plugins.
+
+    Raises:
+        ValueError: one would take the place of what a run needs.
+    """
+    from lightning.pytorch.plugins import CheckpointIO, Precision
+
+    made = []
+    for place, settings in enumerate(listed(config.trainer.get("plugins"))):
+        where = f"trainer.plugins[{place}]"
+        each = make(settings, where) if isinstance(settings, Mapping) else settings
+        name = type(each).__name__
+        if isinstance(each, CheckpointIO):
+            raise ValueError(
+                f"{where}: {name} would write checkpoints in place of the run's own writer, which "
+                f"leaves none half written when it is killed: leave it out"
+            )
+        if isinstance(each, Precision) and config.trainer.get("precision") is not None:
+            raise ValueError(
+                f"{where}: {name} is a precision beside trainer.precision="
+                f"{config.trainer['precision']}: expected trainer.precision=null with it"
+            )
+        made.append(each)
+    return made
+
+
+def listed(value: Any) -> list[Any]:
+    """Return what may stand alone, or be left out, as a list."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, Mapping) else list(value)
+
+
+def loggers_of(config: Train) -> dict[str, Mapping[str, Any]]:
+    """Return the settings of all loggers by the keys at which they stand."""
+    further = listed(config.trainer.get("logger"))
+    named = {f"trainer.logger[{place}]": each for place, each in enumerate(further)}
+    return ({"logger": config.logger} if config.logger else {}) | named
+
+
+def make_loggers(config: Train, out: Path, step: int) -> list[Logger]:
+    """Build the loggers; at a step they go on with what the run has logged before."""
+    from lightning.pytorch.loggers import Logger
+
+    from sag_dit.training.loggers import going_on
+
+    return [
+        make({**going_on(str(settings.get("_target_")), out, step), **settings}, where, Logger)
+        for where, settings in loggers_of(config).items()
+    ]
+
+
+def check_validated(config: Train, data: StepData, trainer: Trainer) -> bool:
+    """Return whether a run validates; refuse what waits for a loss on held-out images in vain.
+
+    Raises:
+        ValueError: a callback that monitors it, or checkpoints by it, where there is none.
+    """
+    from sag_dit.training.resume import BestCheckpoints
+
+    limit = config.trainer.get("limit_val_batches")
+    if limit != 0 and data.validates:
+        return True
+    why = "no image is held out" if limit != 0 else "trainer.limit_val_batches is 0"
+    if config.keep.best > 1:
+        raise ValueError(
+            f"keep.best={config.keep.best}: {why}, so that there is no val/loss to choose them by: "
+            f"expected 0, or held-out images, such as data.held_out=0.1"
+        )
+    for each in trainer.callbacks:  # type: ignore[attr-defined]
+        monitor = str(getattr(each, "monitor", None))
+        if monitor.startswith("val/") and not isinstance(each, BestCheckpoints):
+            raise ValueError(
+                f"trainer.callbacks: {type(each).__name__} monitors {monitor}, but {why}: expected "
+                f"held-out images, such as data.held_out=0.1, or another number"
+            )
+    return False
+
+
+def check_previews(config: Train, model: Model) -> None:
+    """Refuse guidance of the previews that the model cannot have, before a folder is claimed.
+
+    Raises:
+        ValueError: the reason, and the key that leaves it out.
+    """
+    from sag_dit.api import with_models
+
+    terms = with_models(make_terms(config.preview.guidance, "preview.guidance"))
+    for name, term in terms.items():
+        try:
+            if not term.off:
+                term.check(model.denoiser)
+        except ValueError as error:
+            key = f"preview.guidance.{name}"
+            raise ValueError(f"{key}: {error}; of the previews alone: {key}=null") from error
