@@ -8,8 +8,9 @@ spread. Recipes that were measured before stay in the file.
     python -m benchmarks.reference_curves --experiment patches --seeds 3 --steps 500
     python -m benchmarks.reference_curves --compare outputs/train/digits-1f3a/logs/metrics.csv
 
-``--compare`` trains nothing: it tells how far a run of the recipe is from its reference. A test
-sees that the curves are those of today's recipe, by its identity.
+``--compare`` trains nothing: it tells how far a run of the recipe is from its reference. ``--draw``
+writes picture and table again. A test sees that the page holds the table, and that the curves are
+those of today's recipe, by its identity.
 """
 
 from __future__ import annotations
@@ -154,6 +155,13 @@ def section(found: Mapping[str, Any]) -> str:
     return "\n".join(lines).strip()
 
 
+def publish(found: Mapping[str, Any]) -> None:
+    """Draw the picture, and write the table into the page."""
+    draw(found, CURVES.with_suffix(".png"))
+    text = page(PAGE.read_text(encoding="utf-8"), section(found), BEGIN)
+    PAGE.write_text(text, encoding="utf-8")
+
+
 def compared(curves: Mapping[str, Any], mine: Mapping[str, Curve]) -> list[str]:
     """Return for each column how a run differs from the reference, at the last common row."""
     lines = []
@@ -183,9 +191,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--out", type=Path, default=Path("outputs/reference_curves"))
+    parser.add_argument("--draw", action="store_true", help="picture and table, training nothing")
     parser.add_argument("--compare", type=Path, help="metrics.csv of a run of the recipe")
     asked = parser.parse_args()
     found = recorded()
+    if asked.draw:
+        publish(found)
+        return
     if asked.compare:
         if asked.experiment not in found:
             told = ", ".join(found) or "none yet"
@@ -204,9 +216,7 @@ def main() -> None:
     }
     with atomic(CURVES) as temporary:
         temporary.write_text(json.dumps(found, indent=None) + "\n", encoding="utf-8")
-    draw(found, CURVES.with_suffix(".png"))
-    text = page(PAGE.read_text(encoding="utf-8"), section(found), BEGIN)
-    PAGE.write_text(text, encoding="utf-8")
+    publish(found)
 
 
 if __name__ == "__main__":

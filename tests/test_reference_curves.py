@@ -64,3 +64,8 @@ def test_the_picture_has_a_row_for_each_recipe(tmp_path: Path) -> None:
         with Image.open(tmp_path / "curves.png") as picture:
             sizes.append(picture.size)
     assert sizes[1][1] == pytest.approx(2 * sizes[0][1], abs=2)
+
+
+def test_the_page_holds_the_table_of_the_published_curves() -> None:
+    text = reference_curves.PAGE.read_text(encoding="utf-8")
+    assert section(recorded()) in text, "run python -m benchmarks.reference_curves --draw"
