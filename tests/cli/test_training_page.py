@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from sag_dit.cli.schema import determining
 from sag_dit.cli.trainer_flags import OF_TRAINING
@@ -14,6 +16,7 @@ from tests.pages import ROOT, Page, run
 
 PAGE = Page.of("training.md")
 START = Page(PAGE.text.split("\n## ")[0])
+FROM_PYTHON = "All of it from Python"
 SECTIONS = ("Going on with changes", "Checkpoints and averages")
 SMALL = ("model.hidden_size=48", "model.depth=2", "model.num_heads=3", "data.batch_size=16")
 
@@ -80,3 +83,18 @@ def test_it_lists_all_that_may_change_within_a_run() -> None:
     keys = {key for key in determining("train", "nothing") if key != "out"}
     heads = {key for key in keys if not any(key.startswith(f"{other}.") for other in keys)}
     assert told == heads
+
+
+@pytest.mark.slow  # each command is a process of its own, as a reader starts it
+def test_a_whole_run_from_python_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    for name in ("networks.md", "data.md", "training.md"):
+        Page.of(name).write(tmp_path)
+    first, second, sample = (shlex.split(each)[1:] for each in PAGE.section(FROM_PYTHON).commands)
+    run(first, tmp_path)
+    assert [*(tmp_path / "whole" / "checkpoints").glob("step-00000008.ckpt")]
+    run(second, tmp_path)
+    run(sample, tmp_path)
+    stopped = (tmp_path / "whole").rename(tmp_path / "stopped")
+    run(second, tmp_path)
+    here, there = (load_file(each / "model.safetensors") for each in (stopped, tmp_path / "whole"))
+    assert [name for name in there if not torch.equal(here[name], there[name])] == []
