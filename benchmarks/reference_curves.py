@@ -122,7 +122,7 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
                 continue
             axis.set_title(f"{experiment}: {title}", fontsize=9)
             axis.set_xlabel("step", fontsize=8)
-            axis.tick_params(labelsize=8)
+            axis.tick_params(labelsize=8, which="both")
             column = curves["columns"][name]
             steps, each = column["step"], list(zip(*column["values"], strict=True))
             few = len(steps) < 10

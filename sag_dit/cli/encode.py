@@ -53,6 +53,7 @@ class Encoding:
     scaling_factor: float
     background: str | None = field(default=None, metadata=LATER)
     shift_factor: float | None = field(default=None, metadata=LATER)
+    buckets: list[list[int]] | None = field(default=None, metadata=LATER)
     latents_mean: Sequence[float] | None = field(default=None, metadata=LATER)
     latents_std: Sequence[float] | None = field(default=None, metadata=LATER)
 
@@ -68,7 +69,14 @@ def plan_encoding(config: Encode) -> EncodingPlan:
     from sag_dit.codec import VAECodec
     from sag_dit.data.crop import sides
     from sag_dit.data.encoding import EncodingPlan
-    from sag_dit.data.images import Crops, find_images, latent_size, listing_sha256
+    from sag_dit.data.images import (
+        Crops,
+        check_buckets,
+        find_images,
+        latent_size,
+        listing_sha256,
+        stated_buckets,
+    )
     from sag_dit.data.latents import encoder_sha256
     from sag_dit.data.shards import Index
 
@@ -82,6 +90,10 @@ def plan_encoding(config: Encode) -> EncodingPlan:
     codec = find_codec(config.vae, config.slice_size)
     assert isinstance(codec, VAECodec)  # There is one.
     height, width = (latent_size(side, codec.factor) for side in sides(config.data.size))
+    buckets = None
+    if config.data.buckets is not None:
+        buckets = stated_buckets(config.data.buckets, config.data.size)
+        check_buckets(config.data.buckets, buckets, codec.factor)
     crops = Crops(
         files,
         config.data.size,
@@ -89,6 +101,7 @@ def plan_encoding(config: Encode) -> EncodingPlan:
         upright=config.data.upright,
         background=config.data.background,
         strict=config.data.strict,
+        buckets=buckets or (),
     )
     # What determines the latents, which names their folder.
     identity = settings(
@@ -101,6 +114,7 @@ def plan_encoding(config: Encode) -> EncodingPlan:
             dtype=config.dtype,
             rows=config.rows,
             slice_size=config.slice_size,
+            buckets=None if buckets is None else [[*each] for each in buckets],
             encoder_sha256=encoder_sha256(codec),
             **codec.settings,
         )
@@ -232,7 +246,7 @@ def _encode(config: Encode, plan: EncodingPlan, fabric: Fabric) -> Index | None:
         done_by_all()
     # All is there.
     reports.clear()
-    return folder.finish(plan.shards, plan.index)
+    return folder.finish(len(plan.shards), plan.index)
 
 
 main = partial(launch, "encode", run_encode)

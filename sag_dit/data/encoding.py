@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sag_dit.codec import Pixels, VAECodec
-from sag_dit.data.images import Crops
+from sag_dit.data.images import Crops, latent_size
 from sag_dit.data.shards import (
     DTYPES,
     INDEX,
@@ -125,10 +125,17 @@ class LatentFolder:
         whole = file.is_file() and file.stat().st_size == shard.bytes
         return shard if whole and file_sha256(file) == shard.sha256 else None
 
-    def write(self, number: int, content: bytes, rows: int, skipped: Sequence[str]) -> Shard:
-        """Write a shard, then its record."""
-        file = f"latents-{number:05d}.safetensors"
-        shard = Shard(file, rows, len(content), hashlib.sha256(content).hexdigest(), tuple(skipped))
+    def write(
+        self,
+        number: int,
+        content: bytes,
+        rows: int,
+        skipped: Sequence[str],
+        shape: tuple[int, int, int] | None = None,
+    ) -> Shard:
+        """Write a shard, then its record; ``shape`` is that of x_0 where it is not the index's."""
+        file, digest = f"latents-{number:05d}.safetensors", hashlib.sha256(content).hexdigest()
+        shard = Shard(file, rows, len(content), digest, tuple(skipped), shape)
         with atomic(self.path / file) as temporary, temporary.open("wb") as stream:
             stream.write(content)
             stream.flush()
@@ -197,14 +204,22 @@ class EncodingPlan:
     """The index to be, still without shards."""
     rows: int
 
-    @property
-    def shards(self) -> int:
-        """How many shards the images make."""
-        return math.ceil(len(self.crops.files) / self.rows)
+    @cached_property
+    def shards(self) -> list[list[int]]:
+        """The images of each shard, all of one bucket."""
+        of = self.crops.bucket_of
+        buckets = [np.flatnonzero(of == bucket).tolist() for bucket in np.unique(of)]
+        return [
+            images[at : at + self.rows]
+            for images in buckets
+            for at in range(0, len(images), self.rows)
+        ]
 
-    def images_of(self, shard: int) -> range:
-        """Return which images belong to a shard."""
-        return range(shard * self.rows, min((shard + 1) * self.rows, len(self.crops.files)))
+    def shape_of(self, shard: int) -> tuple[int, int, int]:
+        """Return (c, h, w) of x_0 in a shard."""
+        sides = self.crops.buckets[self.crops.bucket_of[self.shards[shard][0]]]
+        height, width = (latent_size(side, self.codec.factor) for side in sides)
+        return self.index.shape[0], height, width
 
     def check_room(self) -> None:
         """Check that the disk holds what is still to be written.
@@ -212,10 +227,12 @@ class EncodingPlan:
         Raises:
             ValueError: it does not.
         """
-        values = self.index.flips * 2 * math.prod(self.index.shape)
-        row = values * DTYPES[self.index.dtype].itemsize + 16
-        pending = [number for number in range(self.shards) if self.folder.record(number) is None]
-        needed = row * sum(len(self.images_of(number)) for number in pending)
+        each = self.index.flips * 2 * DTYPES[self.index.dtype].itemsize
+        needed = sum(
+            len(images) * (each * math.prod(self.shape_of(number)) + 16)
+            for number, images in enumerate(self.shards)
+            if self.folder.record(number) is None
+        )
         free = shutil.disk_usage(self.folder.path).free
         if needed > free:
             raise ValueError(
@@ -291,8 +308,8 @@ def encode_share(
     # What is still to be read, in parts that the autoencoder takes at once.
     done, jobs = 0, []
     size = plan.codec.slice_size
-    for shard in range(rank, plan.shards, world):
-        images = plan.images_of(shard)
+    for shard in range(rank, len(plan.shards), world):
+        images = plan.shards[shard]
         if plan.folder.finished(shard) is not None:
             done += len(images)
             yield done
@@ -308,8 +325,6 @@ def encode_share(
     )
     files = plan.crops.files
     kept: list[int] = []
-    # A shard of unreadable images is empty, but has a shape.
-    nothing = torch.empty(0, plan.index.flips, 2, *plan.index.shape, dtype=DTYPES[plan.index.dtype])
     parts: list[Tensor] = []
     # A shard is written when the last of its images is encoded.
     for read in loader:
@@ -319,14 +334,18 @@ def encode_share(
             parts.append(encode_crops(plan, read.crops, device))
             kept += read.kept
         done += len(read.job.images)
-        images = plan.images_of(read.job.shard)
+        images = plan.shards[read.job.shard]
         if read.job.images[-1] == images[-1]:
             skipped = [files.names[i] for i in sorted(set(images) - set(kept))]
+            # A shard of unreadable images is empty, but has a shape.
+            shape = plan.shape_of(read.job.shard)
+            nothing = torch.empty(0, plan.index.flips, 2, *shape, dtype=DTYPES[plan.index.dtype])
             content = pack(
                 torch.cat([nothing, *parts]),
                 torch.from_numpy(files.labels[kept]),
                 torch.tensor([name_hash(files.names[i]) for i in kept], dtype=torch.int64),
             )
-            plan.folder.write(read.job.shard, content, len(kept), skipped)
+            other = None if shape == plan.index.shape else shape
+            plan.folder.write(read.job.shard, content, len(kept), skipped, other)
             kept, parts = [], []
         yield done

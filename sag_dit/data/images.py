@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -907,6 +907,44 @@ def stated_buckets(buckets: int | Sequence[Sequence[int]], size: Side) -> list[t
     return [*found.values()]
 
 
+def check_buckets(
+    stated: int | Sequence[Sequence[int]],
+    buckets: Iterable[tuple[int, int]],
+    factor: int,
+    patch_size: int = 1,
+) -> None:
+    """Refuse buckets of which the autoencoder or the network cannot take one.
+
+    ``stated`` is what was asked for, for the message.
+
+    Raises:
+        ValueError: a side is no multiple of factor times patch_size.
+    """
+    cell = factor * patch_size
+    for height, width in buckets:
+        if height % cell or width % cell:
+            where = f"={stated}" if isinstance(stated, int) else ""
+            patches = f" times patch_size={patch_size}" * (patch_size > 1)
+            raise ValueError(
+                f"data.buckets{where}: {told_size((height, width))} are no multiples of {cell} "
+                f"pixels, the autoencoder's factor {factor}{patches}: expected "
+                f"{'a multiple' if where else 'multiples'} of {cell}"
+            )
+
+
+def told_buckets(sizes: Iterable[Side], counts: Sequence[int], batch_size: int) -> str:
+    """Return how many images to train on each bucket has, with those that are short of some."""
+    named = [(told_size(size), n) for size, n in zip(sizes, counts, strict=True)]
+    line = f"  buckets  {', '.join(f'{size} ({n:,})' for size, n in named)}"
+    few = [size for size, n in named if 0 < n < batch_size]
+    if few:
+        line += (
+            f"\n  note: {', '.join(few)}: fewer images than a batch of {batch_size}, so that it "
+            f"has some of them twice; fewer buckets avoid it"
+        )
+    return line
+
+
 CLASS_IN_NAME = re.compile(r"(n\d{8}(?=_)|.*[^\W\d_])[\W\d_]*\d[\W_]*$")
 """The name of a file that ends in a number, before that; ImageNet's classes are numbers too."""
 
@@ -1011,25 +1049,6 @@ class ImageFolderData(NamedData):
         """Return the sha256 of the images' names and sizes in bytes, and of labels beside them."""
         return listing_sha256(self.files)
 
-    def _told_buckets(self) -> str:
-        """Return how many images to train on each bucket has, with those that are short of some."""
-        crops = self._crops
-        images = self.training_images
-        counts = np.bincount(crops.bucket_of[images], minlength=len(crops.buckets)).tolist()
-        told = [f"{told_size(size)} ({n:,})" for size, n in zip(crops.buckets, counts, strict=True)]
-        line = f"  buckets  {', '.join(told)}"
-        few = [
-            told_size(size)
-            for size, n in zip(crops.buckets, counts, strict=True)
-            if 0 < n < self.batch_size
-        ]
-        if few:
-            line += (
-                f"\n  note: {', '.join(few)}: fewer images than a batch of {self.batch_size}, so "
-                f"that it has some of them twice; fewer buckets avoid it"
-            )
-        return line
-
     def remarks(self) -> list[str]:
         """Return the images' sizes, what is left out or changed, and what looks like a mistake."""
         crops = self._crops
@@ -1042,7 +1061,9 @@ class ImageFolderData(NamedData):
             of = "" if few else f", of {inspection.looked:,} of them"
             lines.append(f"  sizes    {wide} pixels wide, {high} high{of}")
         if self.buckets is not None:
-            lines.append(self._told_buckets())
+            bucket_of = crops.bucket_of[self.training_images]
+            counts = np.bincount(bucket_of, minlength=len(crops.buckets)).tolist()
+            lines.append(told_buckets(crops.buckets, counts, self.batch_size))
         if self.files.labels_from:
             lines.append(f"  labels   from {readable(self.files.labels_from)}")
         left_out = {**self.files.left_out}
@@ -1085,15 +1106,8 @@ class ImageFolderData(NamedData):
                 f"data.buckets: {type(model.class_conditional.network).__name__} takes images of "
                 f"one size: expected null, or a network that says any_size = True"
             )
-        cell = factor * patch_size
-        for bucket in crops.buckets:
-            if bucket[0] % cell or bucket[1] % cell:
-                where = f"={self.buckets}" if isinstance(self.buckets, int) else ""
-                raise ValueError(
-                    f"data.buckets{where}: {told_size(bucket)} are no multiples of {cell} pixels, "
-                    f"the autoencoder's factor {factor} times patch_size={patch_size}: expected "
-                    f"{'a multiple' if where else 'multiples'} of {cell}"
-                )
+        if self.buckets is not None:
+            check_buckets(self.buckets, crops.buckets, factor, patch_size)
         if factor == 1 and channels != crops.channels:
             raise ValueError(
                 f"data.channels={crops.channels}: expected {channels}, the channels of the model"

@@ -16,7 +16,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from sag_dit.checkpoints import Model
 from sag_dit.codec import Pixels, VAECodec, encoder_of, hash_tensors
-from sag_dit.data.images import Crops, find_images, listing_sha256
+from sag_dit.data.crop import sides
+from sag_dit.data.images import (
+    Crops,
+    check_buckets,
+    find_images,
+    listing_sha256,
+    told_buckets,
+)
 from sag_dit.data.npy_latents import NpyLatents, holds_npy
 from sag_dit.data.shards import REMEDY, Index, Rows, map_shard, read_index, verify
 from sag_dit.data.training_batches import (
@@ -76,6 +83,28 @@ class Latents(Dataset[tuple[Moments, Labels, int]]):
             self._image = order[np.searchsorted(hashes, self.names, sorter=order)]
 
     @property
+    def buckets(self) -> list[tuple[int, int]]:
+        """The sizes (height, width) of the images, in pixels; one where there are no buckets."""
+        stated = self.index.config.get("buckets") or [sides(self.index.config["size"])]
+        return [(height, width) for height, width in stated]
+
+    @cached_property
+    def bucket_of(self) -> Indices:
+        """The bucket of each image.
+
+        Raises:
+            ValueError: a shard's shape is that of none.
+        """
+        (channels, height, _), shards = self.index.shape, self.index.shards
+        factor = sides(self.index.config["size"])[0] // height
+        shapes = [(channels, high // factor, wide // factor) for high, wide in self.buckets]
+        strange = [each.file for each in shards if self.index.shape_of(each) not in shapes]
+        if strange:
+            raise ValueError(f"{self.folder / strange[0]}: of the shape of no bucket; {REMEDY}")
+        of = [shapes.index(self.index.shape_of(shard)) for shard in shards]
+        return np.repeat(of, [shard.rows for shard in shards])
+
+    @property
     def _shards(self) -> list[Rows]:
         if self._mapped is None:
             self._mapped = [
@@ -110,7 +139,7 @@ class Latents(Dataset[tuple[Moments, Labels, int]]):
         shards = self._shards
         places = np.searchsorted(self._ends, batch.indices, side="right")
         rows = np.asarray(batch.indices) - self._ends[places]  # from the end of each shard
-        shape = shards[0].moments.shape[2:]
+        shape = shards[places[0]].moments.shape[2:]
         moments = np.empty((len(batch.indices), *shape), dtype=shards[0].moments.dtype)
         for out, (shard, row, mirrored) in enumerate(
             zip(places.tolist(), rows.tolist(), batch.mirrored, strict=True)
@@ -139,6 +168,7 @@ def _encoded_images(folder: Path, index: Index, images: str | Path) -> Crops:
         upright=told["upright"],
         background=told.get("background"),
         strict=True,
+        buckets=[(height, width) for height, width in told.get("buckets") or ()],
     )
 
 
@@ -182,6 +212,10 @@ def _second(folder: Path, first: Index) -> Latents | NpyLatents:
             f"autoencoder as those of data.root"
         )
     return second
+
+
+def _of_several_sizes(latents: Latents | NpyLatents) -> Latents | None:
+    return latents if isinstance(latents, Latents) and len(latents.buckets) > 1 else None
 
 
 class LatentData(NamedData):
@@ -290,9 +324,20 @@ class LatentData(NamedData):
         if self._validation is None:
             return super().val_dataloader()
         world = self.trainer.world_size if self.trainer else 1
-        there = np.arange(len(self._validation))
-        batches: Any = validation_batches(there, max(1, self.batch_size // world), self.rank, world)
+        there, size = np.arange(len(self._validation)), max(1, self.batch_size // world)
+        several = _of_several_sizes(self._validation)
+        buckets = None if several is None else several.bucket_of
+        batches: Any = validation_batches(there, size, self.rank, world, buckets)
         return DataLoader(self._validation, batch_sampler=batches, collate_fn=as_it_is)
+
+    def buckets_of(self, images: Indices) -> Indices | None:
+        """Return the bucket of each of some images, None where all have one size."""
+        return None if self._sizes is None else self._sizes.bucket_of[images]
+
+    @property
+    def _sizes(self) -> Latents | None:
+        """The latents, where they have several sizes."""
+        return _of_several_sizes(self.dataset)
 
     def listing_sha256(self) -> str:
         """Return the sha256 of the shards' names and contents, as the index says.
@@ -308,7 +353,12 @@ class LatentData(NamedData):
         """Return what was left out when the images were encoded."""
         skipped = [name for shard in self.index.shards for name in shard.skipped]
         text = f"  left out {len(skipped):,} (could not be decoded): {some(skipped)}"
-        return [text] if skipped else []
+        lines = [text] if skipped else []
+        if self._sizes is not None:
+            buckets, of = self._sizes.buckets, self._sizes.bucket_of[self.training_images]
+            counts = np.bincount(of, minlength=len(buckets)).tolist()
+            lines.append(told_buckets(buckets, counts, self.batch_size))
+        return lines
 
     def prepare_data(self) -> None:
         """Compare the shards with the index, once on every machine."""
@@ -347,6 +397,17 @@ class LatentData(NamedData):
                 f"change the model's input_size and in_channels"
             )
         check_classes(len(self.class_names), model.class_conditional.num_classes)
+        # Every bucket has to be one that the network can be given.
+        if self._sizes is not None:
+            multiple = model.denoiser.size_multiple
+            if multiple is None:
+                raise ValueError(
+                    f"data.root={self._folder} holds latents of several sizes, and "
+                    f"{type(model.class_conditional.network).__name__} takes one: expected latents "
+                    f"of encode.py without data.buckets, or a network that says any_size = True"
+                )
+            factor, patch = model.codec.factor, model.class_conditional.network.patch_size
+            check_buckets(self._sizes.buckets, self._sizes.buckets, factor, patch)
         if self._raw is not None:
             if not isinstance(model.codec, VAECodec):
                 raise ValueError(

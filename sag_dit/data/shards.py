@@ -48,6 +48,7 @@ class Shard:
         bytes: its size.
         sha256: of the whole file.
         skipped: names of images that would be in it, had they been readable.
+        shape: (c, h, w) of its x_0, None where it is the index's; images of one bucket share it.
 
     Example:
         >>> Shard("000.safetensors", rows=2, bytes=100, sha256="1f3a").skipped
@@ -59,6 +60,7 @@ class Shard:
     bytes: Natural
     sha256: str
     skipped: tuple[str, ...] = ()
+    shape: tuple[Count, Count, Count] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Index:
         vae: the autoencoder, as it was named, a local one by its absolute path, one of the user's
             own by the path of its class, with its arguments.
         class_names: one per class.
-        shape: (c, h, w) of x_0.
+        shape: (c, h, w) of x_0; of buckets, that of the size at which a run draws.
         dtype: ``float16`` or ``float32``.
         flips: 2 if mirror images are there, else 1.
         counts: images of each class.
@@ -95,6 +97,10 @@ class Index:
     def images(self) -> int:
         """How many images there are."""
         return sum(shard.rows for shard in self.shards)
+
+    def shape_of(self, shard: Shard) -> tuple[int, int, int]:
+        """Return (c, h, w) of x_0 in a shard."""
+        return shard.shape or self.shape
 
     def to_json(self) -> str:
         """Return the text of the index file."""
@@ -170,7 +176,10 @@ def map_shard(folder: Path, shard: Shard, index: Index) -> Rows:
     # Not numpy's own mapping, which keeps a file open for each of perhaps thousands of shards.
     content = torch.from_file(str(file), size=size, dtype=torch.uint8)
     expected = {
-        "moments": (NAMES_IN_FILE[index.dtype], [shard.rows, index.flips, 2, *index.shape]),
+        "moments": (
+            NAMES_IN_FILE[index.dtype],
+            [shard.rows, index.flips, 2, *index.shape_of(shard)],
+        ),
         "labels": ("I64", [shard.rows]),
         "names": ("I64", [shard.rows]),
     }

@@ -472,7 +472,7 @@ def as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
 
 def test_the_page_s_files_and_commands_run(as_documented: Path, in_process: Command) -> None:
     ran = [shlex.split(line) for line in SECTION.commands]
-    assert len(ran) == 11 and len(SECTION.files) == 2
+    assert len(ran) == 13 and len(SECTION.files) == 2
     for start, module, package, command, *arguments in ran:
         assert (start, module, package) == ("python", "-m", "sag_dit")
         small = SMALL[1:4] if command == "train" else ()

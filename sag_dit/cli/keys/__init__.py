@@ -16,6 +16,11 @@ OUT = {"text": True, "folder": True, "determines": "nothing"}
 OUT_WORDS = "output outdir output_dir"
 SEED: Mapping[str, Any] = {"least": 0, "most": 2**64 - 1}
 SIZE: Mapping[str, Any] = {"least": 1, "most": 65_536}
+BUCKETS: Mapping[str, Any] = {
+    **SIZE,
+    "expected": "sizes such as [[256,256],[192,320]], or the step of a rule, such as 64, or null",
+    "words": "enable_bucket bucket_reso_steps aspect_ratio_buckets",
+}
 NAMED = f"{', '.join(metric_names())}, or module.NAME"
 METRICS: Mapping[str, Any] = {
     "told": f"list of {NAMED}; null: the usual ones",
@@ -529,10 +534,8 @@ class DataKeys:
     buckets: int | list[list[int]] | None = key(
         "sizes [height, width] of which each batch has one, such as [[256,256],[192,320]], or the "
         "step in pixels of those of about one area; null: one size",
-        **SIZE,
-        expected="sizes such as [[256,256],[192,320]], or the step of a rule, such as 64, or null",
+        **BUCKETS,
         later=None,
-        words="enable_bucket bucket_reso_steps aspect_ratio_buckets",
     )
     batch_size: int = key("images in a batch, over all devices", least=1, most=2**20, words="bs")
     workers: int | None = key(
@@ -919,6 +922,11 @@ class EncodeData(Closed):
         **SIZE,
         length=2,
         words="resolution image_size",
+    )
+    buckets: int | list[list[int]] | None = key(
+        "sizes [height, width], into one of which each image goes by its aspect ratio, such as "
+        "[[256,256],[192,320]], or the step in pixels of those of about one area; null: one size",
+        **BUCKETS,
     )
     upright: bool = key("true: turn photos upright by their EXIF note; false: as ADM's loader")
     background: str | None = key(
