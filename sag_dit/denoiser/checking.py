@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from sag_dit.denoiser.class_conditional import ClassConditional
 LARGE = 1e10
 """Parameters times positions from which on a network is asked without memory, where it can be."""
 ROWS = 2
+SAME = 0.01
+"""Share of the greatest value by which two answers to one question may differ, by rounding."""
 
 
 def check_network(denoiser: ClassConditional) -> None:
@@ -31,8 +34,9 @@ def check_network(denoiser: ClassConditional) -> None:
 
     Raises:
         ValueError: its ``forward`` fails, returns no tensor, or one of another shape or type than
-            it should; or one of its ``layers`` does not exist, does not attend, or attends to
-            other tokens than it says. The class is named.
+            it should; it has no row for a class or for ``null_label``; it changes what it is given
+            or answers otherwise the second time; or one of its ``layers`` does not exist, does not
+            attend, or attends to other tokens than it says. The class is named.
 
     Example:
         >>> from sag_dit.models import DiT
@@ -49,6 +53,8 @@ def check_network(denoiser: ClassConditional) -> None:
         try:
             _ask(denoiser, _without_memory(network))
             return
+        except _NoRow:
+            raise
         except Exception:  # Not every network can; one that gives the wrong answer is asked again.
             pass
     _ask(denoiser, network)
@@ -61,33 +67,120 @@ def _without_memory(network: Any) -> Any:
 
 
 def _ask(denoiser: ClassConditional, network: Any) -> None:
-    """Ask for two images at two times, of a class and of none, and look at the answer."""
+    """Ask for two images at two times, of the last class and of none, and look at the answer."""
     first = next(network.parameters())
     process, null = denoiser.process, denoiser.network.null_label
     x_t = torch.zeros(ROWS, *denoiser.latent_shape, dtype=first.dtype, device=first.device)
     level = process.level(process.time_at(torch.tensor([0.25, 0.75])))
     t = level.times(x_t.to("cpu")).to(first.device)
-    y = torch.tensor([0, 0 if null is None else null], device=first.device)
-    with _left_as_it_was(network), torch.no_grad():
+    last = denoiser.num_classes - 1
+    y = torch.tensor([last, last if null is None else null], device=first.device)
+    versions = [(name, each, each._version) for name, each in (("x_t", x_t), ("t", t), ("y", y))]
+    with _left_as_it_was(network), torch.no_grad(), _rows_are_there(denoiser, network, y):
+        drawn = torch.get_rng_state()
         try:
             output = network(x_t, t, y)
+        except _NoRow:
+            raise
         except Exception as error:  # Whatever a forward of one's own raises.
+            said = " ".join(str(error).split()) or "no message"
+            told = f"{type(error).__name__}: {said} ({_place(error)})"
+            for label in (*([] if null is None else [null]), last):
+                if _fails_for(network, x_t, t, label) and not _fails_for(network, x_t, t, 0):
+                    why = f"its forward fails with {told}"
+                    raise _NoRow(f"{_no_row(denoiser, label)}: {why}") from error
             raise ValueError(
-                f"{_name(network)}: its forward fails with {type(error).__name__}: "
-                f"{str(error).strip() or 'no message'} ({_place(error)}); it was given x_t "
+                f"{_name(network)}: its forward fails with {told}; it was given x_t "
                 f"{_told(x_t)}, t {_told(t)} and y {_told(y)}"
             ) from error
         _check_output(denoiser, x_t, output)
+        changed = [name for name, each, version in versions if each._version != version]
+        if changed:
+            raise ValueError(
+                f"{_name(network)}: its forward changes {changed[0]} in place, which others still "
+                f"need: expected a copy, as x = x * 2 makes one and x *= 2 does not"
+            )
         layers = denoiser.layers
         for name, layer in layers.items():
             if layer.name != name:
                 raise ValueError(f"{_name(network)}: its layers[{name!r}] is named {layer.name!r}")
         edits = [(_Counted(name, layer), slice(None)) for name, layer in layers.items()]
         try:
+            torch.set_rng_state(drawn)
             with AttentionTap(network, edits=edits):
-                network(x_t, t, y)
+                again = network(x_t, t, y)
         except ValueError as error:
             raise ValueError(f"{_name(network)}: {error}") from error
+        # On other devices random numbers are not repeated, and without memory there are none.
+        if x_t.device.type == "cpu" and (again - output).abs().max() > SAME * output.abs().max():
+            raise ValueError(
+                f"{_name(network)}: its forward answers otherwise when it is asked the same again, "
+                f"so that an image would depend on what was drawn before: expected an answer that "
+                f"follows from x_t, t and y; keep nothing between calls"
+            )
+
+
+class _NoRow(ValueError):
+    """A label that a network has no row for."""
+
+
+def _no_row(denoiser: ClassConditional, label: int, rows: str = "") -> str:
+    """Return that a network has no row for a label, and what to do, in a sentence."""
+    network, classes = denoiser.network, denoiser.num_classes
+    if label == network.null_label and label >= classes:
+        return (
+            f"{_name(network)}: it has {classes} classes and null_label={label}, and no row for "
+            f"it{rows}; expected one row more, {label + 1}, to draw without a class, or "
+            f"null_label=None"
+        )
+    return (
+        f"{_name(network)}: it has {classes} classes, and no row for class {label}{rows}; expected "
+        f"a row for each, and one more for a null_label"
+    )
+
+
+def _fails_for(network: Any, x_t: Tensor, t: Tensor, label: int) -> bool:
+    """Whether a network fails for images of a label, on a device that outlives that."""
+    if x_t.device.type == "cuda":
+        return False
+    try:
+        network(x_t, t, torch.full((ROWS,), label, device=x_t.device))
+    except Exception:  # Whatever a forward of one's own raises.
+        return True
+    return False
+
+
+@contextmanager
+def _rows_are_there(denoiser: ClassConditional, network: nn.Module, y: Tensor) -> Iterator[None]:
+    """Refuse an embedding of labels that has no row for one of them, before it is looked up.
+
+    A lookup of its own would end in an error that names neither, on a GPU in one that nothing
+    outlives, and without memory in none.
+    """
+    labels = {int(denoiser.num_classes) - 1, denoiser.network.null_label} - {None}
+
+    def look(name: str, module: nn.Embedding, given: tuple[Any, ...]) -> None:
+        own = given and (given[0] is y or _equal(given[0], y))
+        beyond = [each for each in sorted(labels) if each >= module.num_embeddings]
+        if own and beyond:
+            rows = f" ({name} has {module.num_embeddings})"
+            raise _NoRow(_no_row(denoiser, beyond[0], rows))
+
+    watched = [
+        module.register_forward_pre_hook(partial(look, name))
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Embedding)
+    ]
+    try:
+        yield
+    finally:
+        for each in watched:
+            each.remove()
+
+
+def _equal(given: Any, y: Tensor) -> bool:
+    there = isinstance(given, Tensor) and given.device.type != "meta" and given.shape == y.shape
+    return bool(there and not given.is_floating_point() and torch.equal(given, y))
 
 
 def _check_output(denoiser: ClassConditional, x_t: Tensor, output: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from sag_dit.sampling import Drawn, Request, Settings, Watch, draw_batch
 from sag_dit.traces import Maps
 from sag_dit.training.averaging import Further, warming_average
 from sag_dit.training.fitting import out_of_memory, too_large
+from sag_dit.training.null_row import NullRow
 from sag_dit.training.objective import MSE, Losses, Objective
 from sag_dit.training.optimizers import (
     MakeOptimizer,
@@ -48,6 +50,8 @@ from sag_dit.training.param_groups import Group, describe_groups, grouped, train
 TRAINING = 3
 """Purpose of the random streams of training steps, see :func:`sag_dit.noise.generator`."""
 
+
+log = logging.getLogger(__name__)
 
 IMAGES = "images_in_a_step"
 """Where a checkpoint says how many images a step has seen, over all ranks."""
@@ -197,6 +201,7 @@ class DiffusionModule(LightningModule):
             self.groups()
         self._make_schedule = schedule
         self._is_sharded = False
+        self._null_row: NullRow | None = None
         self.last_losses: Losses | None = None
         self._parts_of_step: list[dict[str, Tensor]] = []
         self.last_norm: Tensor | None = None
@@ -405,6 +410,8 @@ class DiffusionModule(LightningModule):
     def on_fit_start(self) -> None:
         """Bring the codec to where the denoiser is; it is no part of the module."""
         self.model.codec.to(self.device)
+        if not self._is_sharded and isinstance(self.denoiser, ClassConditional):
+            self._null_row = NullRow(self.denoiser.network)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Skip the step on all ranks if any gradient is not finite.
@@ -416,6 +423,7 @@ class DiffusionModule(LightningModule):
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.last_norm = norm
+        self._look_at_null_row()
         if norm.isfinite():
             self._skipped_in_a_row = 0
             return
@@ -430,6 +438,17 @@ class DiffusionModule(LightningModule):
                 f"last at step {self.global_step}; the last checkpoint is kept. Try a lower "
                 f"optimizer.lr, trainer.gradient_clip_val=1 or trainer.precision=32-true"
             )
+
+    def _look_at_null_row(self) -> None:
+        """Warn once if the label that means 'no class' is not trained."""
+        if self._null_row is None:
+            return
+        images = sum(len(each["loss"]) for each in self._parts_of_step)
+        told = self._null_row.look(images)
+        if told and self.trainer.is_global_zero:
+            log.warning("%s", told)
+        if self._null_row.done:
+            self._null_row = None
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, and let the averages follow; an average does not move in a skipped step."""

@@ -110,3 +110,101 @@ def test_models_are_asked_when_they_are_made() -> None:
     network.first, network.last = nn.Linear(1, 8), nn.Linear(8, 1)
     with pytest.raises(ValueError, match=r"Wrong: its forward returns \(1, 1, 4, 4\)"):
         model_of(network)
+
+
+class Tabled(Plain):
+    """``rows`` are those of its table, which ``look_up`` reads."""
+
+    rows = 4
+    look_up: Callable[[Any, Tensor], Tensor] = staticmethod(lambda own, y: own.label(y))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label = nn.Embedding(self.rows, 8)
+        self.layers = {}
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Any:
+        told = type(self).look_up(self, y).mean(1)
+        return type(self).answer(x + told[:, None, None, None])
+
+
+def by_index(own: Any, y: Tensor) -> Tensor:
+    return own.label.weight[y]
+
+
+def one_hot(own: Any, y: Tensor) -> Tensor:
+    return nn.functional.one_hot(y, own.rows).float() @ own.label.weight
+
+
+def test_labels_that_all_have_a_row() -> None:
+    asked(Tabled())
+    bare = type("Bare", (Tabled,), {"rows": 3})()
+    bare.null_label = None
+    asked(bare)
+
+
+@pytest.mark.parametrize(
+    ("rows", "null", "told"),
+    [
+        (3, 3, r"3 classes and null_label=3, and no row for it.*; expected one row more, 4, to"),
+        (3, 5, r"3 classes and null_label=5, and no row for it.*; expected one row more, 6, to"),
+        (2, None, r"it has 3 classes, and no row for class 2.*; expected a row for each, and one"),
+    ],
+)
+@pytest.mark.parametrize("look_up", [None, by_index, one_hot])
+def test_a_label_without_a_row_is_refused(
+    rows: int, null: int | None, told: str, look_up: Any
+) -> None:
+    own = {} if look_up is None else {"look_up": staticmethod(look_up)}
+    network = type("Wrong", (Tabled,), {"rows": rows, **own})()
+    network.null_label = null
+    with pytest.raises(ValueError, match=r"test_checking\.Wrong: .*" + told) as caught:
+        asked(network)
+    assert "\n" not in str(caught.value)
+    if look_up is None:
+        assert f"(label has {rows})" in str(caught.value)
+
+
+def in_place(own: Any, y: Tensor) -> Tensor:
+    return own.label(y.clamp_(max=2))
+
+
+def stateful(own: Any, y: Tensor) -> Tensor:
+    own.calls = getattr(own, "calls", 0) + 1
+    return own.label(y) * own.calls
+
+
+@pytest.mark.parametrize(
+    ("look_up", "told"),
+    [
+        (in_place, "its forward changes y in place, which others still need: expected a copy"),
+        (stateful, "its forward answers otherwise when it is asked the same again, so that an"),
+    ],
+)
+def test_what_others_would_see_is_refused(
+    look_up: Any, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checking, "LARGE", 1e9)
+    with pytest.raises(ValueError, match=r"test_checking\.Wrong: " + told):
+        asked(type("Wrong", (Tabled,), {"look_up": staticmethod(look_up)})())
+
+
+@pytest.mark.parametrize(
+    ("member", "value", "told"),
+    [
+        ("input_size", 4, r"its input_size is 4: expected height and width of x_t, such as"),
+        ("input_size", (4, 4.0), r"its input_size is \(4, 4.0\): expected height and width"),
+        ("in_channels", "2", "its in_channels is '2': expected a whole number, 1 or more"),
+        ("num_classes", None, "its num_classes is None: expected a whole number, 0 or more"),
+        ("num_classes", -1, "its num_classes is -1: expected a whole number, 0 or more"),
+        ("null_label", 3.0, "its null_label is 3.0: expected a whole number, such as num_cl"),
+        ("null_label", -1, "its null_label is -1: expected a whole number, such as num_clas"),
+        ("null_label", 2, "its null_label is 2: expected a label beyond its 3 classes, such"),
+        ("layers", ["attn"], r"its layers is \['attn'\]: expected a mapping of names"),
+    ],
+)
+def test_members_that_are_not_what_they_should_be(member: str, value: Any, told: str) -> None:
+    network = Plain()
+    setattr(network, member, value)
+    with pytest.raises(ValueError, match=f"network=Plain: {told}"):
+        ClassConditional(network, DDPM())
