@@ -10,7 +10,6 @@ import hashlib
 import logging
 import os
 import random
-import traceback
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -45,6 +44,7 @@ from sag_dit.data.training_batches import (
     validation_batches,
     with_labels,
 )
+from sag_dit.models.network import raised_at
 from sag_dit.noise import generator
 
 ITEM = 10
@@ -173,8 +173,7 @@ class Items(Dataset[Any]):
         except Exception as error:
             what = f"{error}"
             if not isinstance(error, (ValueError, OSError)):  # A mistake in code: where it is.
-                file, line = traceback.extract_tb(error.__traceback__)[-1][:2]
-                what = f"{type(error).__name__}: {what} ({file}, line {line})"
+                what = f"{type(error).__name__}: {what} ({raised_at(error)})"
             raise ValueError(f"{self.name}: item {index}: {what}") from error
 
     def _pair(self, found: Any, index: int) -> tuple[Any, int]:
@@ -187,7 +186,10 @@ class Items(Dataset[Any]):
         single = isinstance(label, (Tensor, np.ndarray)) and np.prod(label.shape) == 1
         number = label.item() if single else label
         if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)):
-            raise ValueError(f"{told} of label {_in_a_line(label)}: {EXPECTED}")
+            raise ValueError(
+                f"{told} of label {_in_a_line(label)}: expected the number of its class, a whole "
+                f"number, 0 or more"
+            )
         if number < 0:
             raise ValueError(f"{told} of label {number}: expected 0 or more")
         self.compare(index, int(number))
@@ -222,7 +224,7 @@ class Items(Dataset[Any]):
                 f"{self.name}: item {index} is {image.dtype} {tuple(image.shape)}, the first "
                 f"{first.dtype} {tuple(first.shape)}: expected one shape and type; {remedy} alike"
             )
-        return torch.as_tensor(image)
+        return torch.as_tensor(image).detach()
 
     def __getitems__(self, batch: Batch) -> Any:
         # What the item draws at random is its own, and takes nothing from what comes after.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from sag_dit.attention import AttentionLayer, AttentionTap
 from sag_dit.attention.edits import Attend, AttentionEdit
 from sag_dit.denoiser.class_conditional import ClassConditional
+from sag_dit.models.network import raised_at
 
 LARGE = 1e10
 """Parameters times positions from which on a network is asked without memory, where it can be."""
@@ -72,7 +71,7 @@ def _ask(denoiser: ClassConditional, network: Any) -> None:
     process, null = denoiser.process, denoiser.network.null_label
     x_t = torch.zeros(ROWS, *denoiser.latent_shape, dtype=first.dtype, device=first.device)
     level = process.level(process.time_at(torch.tensor([0.25, 0.75])))
-    t = level.times(x_t.to("cpu")).to(first.device)
+    t = level.times(torch.zeros(len(x_t), 1, 1, 1)).to(first.device)
     last = denoiser.num_classes - 1
     y = torch.tensor([last, last if null is None else null], device=first.device)
     versions = [(name, each, each._version) for name, each in (("x_t", x_t), ("t", t), ("y", y))]
@@ -83,8 +82,7 @@ def _ask(denoiser: ClassConditional, network: Any) -> None:
         except _NoRow:
             raise
         except Exception as error:  # Whatever a forward of one's own raises.
-            said = " ".join(str(error).split()) or "no message"
-            told = f"{type(error).__name__}: {said} ({_place(error)})"
+            told = _failure(error)
             for label in (*([] if null is None else [null]), last):
                 if _fails_for(network, x_t, t, label) and not _fails_for(network, x_t, t, 0):
                     why = f"its forward fails with {told}"
@@ -94,6 +92,11 @@ def _ask(denoiser: ClassConditional, network: Any) -> None:
                 f"{_told(x_t)}, t {_told(t)} and y {_told(y)}"
             ) from error
         _check_output(denoiser, x_t, output)
+        if _not_finite(output) and _not_finite(network(torch.randn_like(x_t), t, y)):
+            raise ValueError(
+                f"{_name(network)}: its forward returns NaN or infinite values, of zeros and of "
+                f"noise: expected finite ones"
+            )
         changed = [name for name, each, version in versions if each._version != version]
         if changed:
             raise ValueError(
@@ -118,6 +121,63 @@ def _ask(denoiser: ClassConditional, network: Any) -> None:
                 f"so that an image would depend on what was drawn before: expected an answer that "
                 f"follows from x_t, t and y; keep nothing between calls"
             )
+
+
+def check_trainable(denoiser: ClassConditional) -> None:
+    """Ask a copy of a network once as training does, with three images, and a gradient.
+
+    What cannot be copied, or is compiled, is not asked.
+
+    Raises:
+        ValueError: its ``forward`` fails in training mode, returns something else than it should,
+            or what it returns does not follow from its parameters. The class is named.
+
+    Example:
+        >>> from sag_dit.models import DiT
+        >>> from sag_dit.process import DDPM
+        >>> network = DiT(input_size=8, hidden_size=32, depth=1, num_heads=2)
+        >>> check_trainable(ClassConditional(network, DDPM()))
+    """
+    network = denoiser.network
+    if any(module._compiled_call_impl is not None for module in network.modules()):
+        return
+    height, width = network.input_size
+    large = sum(each.numel() for each in network.parameters()) * height * width >= LARGE
+    try:
+        twin = (_without_memory(network) if large else deepcopy(network)).train()
+    except Exception:  # What a network of one's own may hold.
+        return
+    first = next(twin.parameters())
+    process, rows = denoiser.process, ROWS + 1
+    x_t = torch.zeros(rows, *denoiser.latent_shape, dtype=first.dtype, device=first.device)
+    level = process.level(process.time_at(torch.linspace(0.25, 0.75, rows)))
+    t = level.times(torch.zeros(len(x_t), 1, 1, 1)).to(first.device)
+    with torch.random.fork_rng([x_t.device] if x_t.device.type == "cuda" else []):
+        try:
+            output = twin(x_t, t, torch.zeros(rows, dtype=torch.long, device=first.device))
+        except Exception as error:  # Whatever a forward of one's own raises.
+            if large:  # Not every network can be asked without memory.
+                return
+            raise ValueError(
+                f"{_name(network)}: its forward fails in training with {_failure(error)}; it was "
+                f"given x_t {_told(x_t)}, t {_told(t)} and y {(rows,)} in int64"
+            ) from error
+    _check_output(denoiser, x_t, output, " in training")
+    if not output.requires_grad and any(each.requires_grad for each in twin.parameters()):
+        raise ValueError(
+            f"{_name(network)}: what its forward returns in training does not follow from its "
+            f"parameters, so that nothing would be learned: expected an output with a gradient; "
+            f"leave out .detach() and torch.no_grad()"
+        )
+
+
+def _failure(error: Exception) -> str:
+    said = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {said} ({raised_at(error)})"
+
+
+def _not_finite(output: Tensor) -> bool:
+    return output.device.type != "meta" and not output.isfinite().all()
 
 
 class _NoRow(ValueError):
@@ -183,15 +243,15 @@ def _equal(given: Any, y: Tensor) -> bool:
     return bool(there and not given.is_floating_point() and torch.equal(given, y))
 
 
-def _check_output(denoiser: ClassConditional, x_t: Tensor, output: Any) -> None:
+def _check_output(denoiser: ClassConditional, x_t: Tensor, output: Any, when: str = "") -> None:
     network, name = denoiser.network, _name(denoiser.network)
     if not isinstance(output, Tensor):
         raise ValueError(
-            f"{name}: its forward returns a {type(output).__name__}: expected one tensor of the "
-            f"shape of x_t, {tuple(x_t.shape)}"
+            f"{name}: its forward returns a {type(output).__name__}{when}: expected one tensor of "
+            f"the shape of x_t, {tuple(x_t.shape)}"
         )
-    _, channels, height, width = x_t.shape
-    wanted = (ROWS, channels * (1 + network.learn_sigma), height, width)
+    rows, channels, height, width = x_t.shape
+    wanted = (rows, channels * (1 + network.learn_sigma), height, width)
     if tuple(output.shape) != wanted:
         more = ""
         if network.learn_sigma:
@@ -199,13 +259,18 @@ def _check_output(denoiser: ClassConditional, x_t: Tensor, output: Any) -> None:
         elif output.shape[1:2] == (2 * channels,):
             more = "; if half of its channels are the variance, state learn_sigma = True"
         raise ValueError(
-            f"{name}: its forward returns {tuple(output.shape)} for x_t {tuple(x_t.shape)}: "
+            f"{name}: its forward returns {tuple(output.shape)} for x_t {tuple(x_t.shape)}{when}: "
             f"expected {wanted}, (batch, channels, height, width) of x_t{more}"
         )
     if output.dtype not in (x_t.dtype, torch.float32):
         raise ValueError(
-            f"{name}: its forward returns {_word(output.dtype)} for x_t in {_word(x_t.dtype)}: "
-            f"expected {_word(x_t.dtype)}"
+            f"{name}: its forward returns {_word(output.dtype)} for x_t in {_word(x_t.dtype)}"
+            f"{when}: expected {_word(x_t.dtype)}"
+        )
+    if output.device != x_t.device:
+        raise ValueError(
+            f"{name}: its forward returns a tensor on {output.device} for x_t on {x_t.device}"
+            f"{when}: expected the device of x_t"
         )
 
 
@@ -235,15 +300,6 @@ def _left_as_it_was(network: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _place(error: BaseException) -> str:
-    """Return the line that failed: the last one that is not torch's."""
-    frames = traceback.extract_tb(error.__traceback__)[1:]
-    torch_at = str(Path(torch.__file__).parent)
-    own = [each for each in frames if not each.filename.startswith(torch_at)]
-    last = (own or frames)[-1] if frames else None
-    return "no line is known" if last is None else f"{last.filename}, line {last.lineno}"
 
 
 def _name(network: Any) -> str:

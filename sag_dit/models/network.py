@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter, signature
 from numbers import Integral
+from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -356,3 +358,20 @@ def check_members(network: Network) -> None:
             f"a label beyond its {classes} classes, such as num_classes, or None: class {null} "
             f"is one that it draws",
         )
+
+
+def raised_at(error: BaseException) -> str:
+    """Return the line of a user's code that failed: the last one that is not torch's.
+
+    Example:
+        >>> try:
+        ...     {}["lost"]
+        ... except KeyError as error:
+        ...     print(raised_at(error).partition(", ")[2])
+        line 2
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    torch_at = str(Path(torch.__file__).parent)
+    own = [each for each in frames if not each.filename.startswith(torch_at)]
+    last = (own or frames)[-1] if frames else None
+    return "no line is known" if last is None else f"{last.filename}, line {last.lineno}"

@@ -25,6 +25,7 @@ from sag_dit.checkpoints import Model
 from sag_dit.checkpoints.averages import place
 from sag_dit.codec import VAECodec
 from sag_dit.denoiser import ClassConditional, Denoiser
+from sag_dit.denoiser.checking import check_trainable
 from sag_dit.noise import generator
 from sag_dit.sampling import Drawn, Request, Settings, Watch, draw_batch
 from sag_dit.traces import Maps
@@ -193,11 +194,12 @@ class DiffusionModule(LightningModule):
         self.seed = seed
         self.watch = watch
         self.skipped = 0
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row, self._ever_finite = 0, False
         self._max_skipped = max_skipped
         self._make_optimizer = optimizer
         self._param_groups = tuple(param_groups)
         if self._like is not None:
+            self._check_trainable()
             self.groups()
         self._make_schedule = schedule
         self._is_sharded = False
@@ -225,6 +227,22 @@ class DiffusionModule(LightningModule):
         """Yield the power-function averages with their sigma_rel."""
         for sigma_rel in map(float, self._further.sigma_rel):
             yield sigma_rel, cast(AveragedModel, self.further[place(sigma_rel)])
+
+    def _check_trainable(self) -> None:
+        """Refuse what could not be trained: nothing, or a network that gives no gradient.
+
+        Raises:
+            ValueError: the reason, with the network's class.
+        """
+        network = getattr(self.denoiser, "network", self.denoiser)
+        if not self.trained:
+            raise ValueError(
+                f"{type(network).__name__}: none of its parameters is to be trained: expected some "
+                f"with requires_grad"
+            )
+        own = type(network).__module__.partition(".")[0] != "sag_dit"
+        if own and isinstance(self.denoiser, ClassConditional):
+            check_trainable(self.denoiser)
 
     @staticmethod
     def _trained(*parts: Any) -> list[Parameter]:
@@ -425,13 +443,21 @@ class DiffusionModule(LightningModule):
         self.last_norm = norm
         self._look_at_null_row()
         if norm.isfinite():
-            self._skipped_in_a_row = 0
+            self._skipped_in_a_row, self._ever_finite = 0, True
             return
         self.skipped += 1
         self._skipped_in_a_row += 1
         self.log("train/skipped", float(self.skipped), prog_bar=self._bar_asks)
         for parameter in self.trained:
             parameter.grad = None
+        if self._skipped_in_a_row >= self._max_skipped and not self._ever_finite:
+            network = getattr(self.denoiser, "network", self.denoiser)
+            raise ValueError(
+                f"the gradients of the first {self._skipped_in_a_row} steps are not finite: "
+                f"{type(network).__name__}, its loss or the data has NaN or infinite values from "
+                f"the start; trainer.detect_anomaly=true tells in which operation, and "
+                f"trainer.precision=32-true helps where 16 bits are too few"
+            )
         if self._skipped_in_a_row >= self._max_skipped:
             raise ValueError(
                 f"the gradients of {self._skipped_in_a_row} steps in a row are not finite, the "
