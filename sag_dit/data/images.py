@@ -782,8 +782,8 @@ class Inspection(NamedTuple):
                 how = f"laid over {background}"
             else:
                 how = "scaled to 8 bits"
-            several = f"{len(indices):,} are {what} and {how}, the first is "
-            before = f"1 is {what} and {how}: " if len(indices) == 1 else several
+            more = f"{len(indices):,} are {what} and {how}, the first is "
+            before = f"1 is {what} and {how}: " if len(indices) == 1 else more
             said.append(f"{before}{readable(names[indices[0]])}")
         if self.pages:
             said.append(told_pages([names[index] for index in self.pages]))

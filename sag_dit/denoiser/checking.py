@@ -62,18 +62,16 @@ def check_network(denoiser: ClassConditional) -> None:
 def _without_memory(network: Any) -> Any:
     """Return a copy on the device ``meta``, made without one of the weights."""
     tensors = (*network.parameters(), *network.buffers())
-    return deepcopy(network, {id(each): each.to("meta") for each in tensors})
+    # Leaves of their own, so that no gradient reaches the network itself.
+    bare = {id(e): e.detach().to("meta").requires_grad_(e.requires_grad) for e in tensors}
+    return deepcopy(network, bare)
 
 
 def _ask(denoiser: ClassConditional, network: Any) -> None:
     """Ask for two images at two times, of the last class and of none, and look at the answer."""
-    first = next(network.parameters())
-    process, null = denoiser.process, denoiser.network.null_label
-    x_t = torch.zeros(ROWS, *denoiser.latent_shape, dtype=first.dtype, device=first.device)
-    level = process.level(process.time_at(torch.tensor([0.25, 0.75])))
-    t = level.times(torch.zeros(len(x_t), 1, 1, 1)).to(first.device)
-    last = denoiser.num_classes - 1
-    y = torch.tensor([last, last if null is None else null], device=first.device)
+    x_t, t = _question(denoiser, next(network.parameters()), ROWS)
+    null, last = denoiser.network.null_label, denoiser.num_classes - 1
+    y = torch.tensor([last, last if null is None else null], device=x_t.device)
     versions = [(name, each, each._version) for name, each in (("x_t", x_t), ("t", t), ("y", y))]
     with _left_as_it_was(network), torch.no_grad(), _rows_are_there(denoiser, network, y):
         drawn = torch.get_rng_state()
@@ -124,7 +122,7 @@ def _ask(denoiser: ClassConditional, network: Any) -> None:
 
 
 def check_trainable(denoiser: ClassConditional) -> None:
-    """Ask a copy of a network once as training does, with three images, and a gradient.
+    """Ask a copy of a network for two steps as training does, with three images and gradients.
 
     What cannot be copied, or is compiled, is not asked.
 
@@ -147,20 +145,21 @@ def check_trainable(denoiser: ClassConditional) -> None:
         twin = (_without_memory(network) if large else deepcopy(network)).train()
     except Exception:  # What a network of one's own may hold.
         return
-    first = next(twin.parameters())
-    process, rows = denoiser.process, ROWS + 1
-    x_t = torch.zeros(rows, *denoiser.latent_shape, dtype=first.dtype, device=first.device)
-    level = process.level(process.time_at(torch.linspace(0.25, 0.75, rows)))
-    t = level.times(torch.zeros(len(x_t), 1, 1, 1)).to(first.device)
+    x_t, t = _question(denoiser, next(twin.parameters()), ROWS + 1)
+    y = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
     with torch.random.fork_rng([x_t.device] if x_t.device.type == "cuda" else []):
         try:
-            output = twin(x_t, t, torch.zeros(rows, dtype=torch.long, device=first.device))
+            # Twice, so that what is kept of the first step would be met at the second.
+            for step in ("first", "second"):  # noqa: B007, for the message
+                output = twin(x_t, t, y)
+                if isinstance(output, Tensor) and output.requires_grad:
+                    output.sum().backward()
         except Exception as error:  # Whatever a forward of one's own raises.
             if large:  # Not every network can be asked without memory.
                 return
             raise ValueError(
-                f"{_name(network)}: its forward fails in training with {_failure(error)}; it was "
-                f"given x_t {_told(x_t)}, t {_told(t)} and y {(rows,)} in int64"
+                f"{_name(network)}: it fails in training, at its {step} step, with "
+                f"{_failure(error)}; it was given x_t {_told(x_t)}, t {_told(t)} and y {_told(y)}"
             ) from error
     _check_output(denoiser, x_t, output, " in training")
     if not output.requires_grad and any(each.requires_grad for each in twin.parameters()):
@@ -169,6 +168,14 @@ def check_trainable(denoiser: ClassConditional) -> None:
             f"parameters, so that nothing would be learned: expected an output with a gradient; "
             f"leave out .detach() and torch.no_grad()"
         )
+
+
+def _question(denoiser: ClassConditional, like: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Return images of zeros and times between, of the type and on the device of a parameter."""
+    process = denoiser.process
+    x_t = torch.zeros(rows, *denoiser.latent_shape, dtype=like.dtype, device=like.device)
+    level = process.level(process.time_at(torch.linspace(0.25, 0.75, rows)))
+    return x_t, level.times(torch.zeros(rows, 1, 1, 1)).to(like.device)
 
 
 def _failure(error: Exception) -> str:
@@ -217,7 +224,8 @@ def _rows_are_there(denoiser: ClassConditional, network: nn.Module, y: Tensor) -
     A lookup of its own would end in an error that names neither, on a GPU in one that nothing
     outlives, and without memory in none.
     """
-    labels = {int(denoiser.num_classes) - 1, denoiser.network.null_label} - {None}
+    null = denoiser.network.null_label
+    labels = {denoiser.num_classes - 1, *([] if null is None else [null])}
 
     def look(name: str, module: nn.Embedding, given: tuple[Any, ...]) -> None:
         own = given and (given[0] is y or _equal(given[0], y))

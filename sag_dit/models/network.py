@@ -333,14 +333,15 @@ def check_members(network: Network) -> None:
     """
     name = type(network).__name__
 
-    def whole(value: object, least: int) -> bool:
-        return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    def whole(value: Any, least: int) -> bool:
+        return type(value) is not bool and isinstance(value, Integral) and int(value) >= least
 
     def refuse(member: str, expected: str) -> None:
         value = getattr(network, member)
         raise ValueError(f"network={name}: its {member} is {value!r:.60}: expected {expected}")
 
-    size, classes, null = network.input_size, network.num_classes, network.null_label
+    size: Any = network.input_size
+    classes, null = network.num_classes, network.null_label
     pair = isinstance(size, (tuple, list)) and len(size) == 2
     if not pair or not all(whole(side, 1) for side in size):
         refuse("input_size", "height and width of x_t, such as (8, 8)")
@@ -361,7 +362,7 @@ def check_members(network: Network) -> None:
 
 
 def raised_at(error: BaseException) -> str:
-    """Return the line of a user's code that failed: the last one that is not torch's.
+    """Return the line of a user's code that failed: the last that is not torch's or this package's.
 
     Example:
         >>> try:
@@ -371,7 +372,7 @@ def raised_at(error: BaseException) -> str:
         line 2
     """
     frames = traceback.extract_tb(error.__traceback__)
-    torch_at = str(Path(torch.__file__).parent)
-    own = [each for each in frames if not each.filename.startswith(torch_at)]
+    others = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+    own = [each for each in frames if not each.filename.startswith(others)]
     last = (own or frames)[-1] if frames else None
     return "no line is known" if last is None else f"{last.filename}, line {last.lineno}"

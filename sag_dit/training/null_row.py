@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sag_dit.models import Network, family_for
@@ -17,7 +18,8 @@ class NullRow:
 
     Looked at is a network of one's own; those of this package drop labels by themselves. A label
     table is what has a row more for one class more. Where there is none, or a gradient cannot be
-    read by rows, nothing is told. What the steps find stays on the device until the last of them.
+    read by rows, such as a sparse one, nothing is told. What the steps find stays on the device
+    until the last of them.
 
     Example:
         >>> from sag_dit.models import DiT
@@ -28,31 +30,35 @@ class NullRow:
     def __init__(self, network: Network) -> None:
         self._network, self._steps, self._images = network, 0, 0
         self._rows = _tables(network)
+        self._null_label = 0 if network.null_label is None else network.null_label
         self._null: Any = False
         self._others: Any = False
 
     @property
     def done(self) -> bool:
         """Whether there is nothing more to look at."""
-        return not self._rows or (self._steps >= STEPS and self._images >= IMAGES)
+        return not self._rows or self._seen_enough()
+
+    def _seen_enough(self) -> bool:
+        return self._steps >= STEPS and self._images >= IMAGES
 
     def look(self, images: int) -> str:
         """Look at the gradients of a step, and return what is wrong once that is sure."""
         if self.done:
             return ""
         self._steps, self._images = self._steps + 1, self._images + images
-        null = self._network.null_label
+        null = self._null_label
         for table, dimension in self._rows.values():
             gradient = table.grad
             if gradient is None:
                 continue
-            if type(gradient) is not Tensor or gradient.is_sparse:
+            if gradient.layout != torch.strided:
                 self._rows = {}
                 return ""
             of_null = gradient.select(dimension, null).any()
             self._null = self._null | of_null
             self._others = self._others | (gradient.count_nonzero() > 0) & ~of_null
-        if not self.done or bool(self._null) or not bool(self._others):
+        if not self._seen_enough() or bool(self._null) or not bool(self._others):
             return ""
         kind = type(self._network)
         return (

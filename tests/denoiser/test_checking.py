@@ -233,7 +233,10 @@ class InTraining(Tabled):
         (lambda out: (out, 0.1), "returns a tuple in training: expected one tensor"),
         (lambda out: out[..., :1], r"returns \(3, 2, 4, 1\) for x_t \(3, 2, 4, 4\) in training"),
         (lambda out: out.detach(), "does not follow from its parameters, .*; leave out .detach"),
-        (lambda out: out.view(2, 2, 4, 4), r"fails in training with RuntimeError: .*line \d+\)"),
+        (
+            lambda out: out.view(2, 2, 4, 4),
+            r"fails in training, at its first step, with RuntimeError: .*line \d+\)",
+        ),
         (lambda out: out.double(), "returns float64 for x_t in float32 in training"),
     ],
 )

@@ -62,6 +62,7 @@ class UNet(UNet2DModel):  # type: ignore[misc]  # diffusers' classes are untyped
             ``num_head_channels``.
 
     Example:
+        >>> import torch
         >>> network = UNet(16, 3, 32, 1, (1, 2), (8,), num_heads=4, learn_sigma=False)
         >>> network(torch.zeros(1, 3, 16, 16), torch.tensor([500]), torch.tensor([0])).shape
         torch.Size([1, 3, 16, 16])
