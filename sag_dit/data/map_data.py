@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Set
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -262,7 +262,8 @@ class Items(Dataset[Any]):
         whole = not labels.is_floating_point() and labels.dtype != torch.bool
         pixels = images.dtype == torch.uint8
         # Labels of another kind are refused where their batch is, not rounded.
-        return images if pixels else images.float(), labels.long() if whole else labels
+        images = images.detach() if pixels else images.detach().float()
+        return images, labels.long() if whole else labels
 
 
 def _length(dataset: Any, name: str) -> int:
@@ -359,7 +360,8 @@ class MapData(NamedData):
         self.channels = len(self._items.first)
         # Its classes.
         named = self._told("class_names", "classes")
-        if named is not None and not isinstance(named, (list, tuple)):
+        listed = isinstance(named, Iterable) and not isinstance(named, (str, Mapping, Set))
+        if named is not None and not listed:
             raise ValueError(
                 f"{self._name}: its class names are a {type(named).__name__}: expected a list of "
                 f"names, that of class 0 first"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sag_dit.checkpoints import Model, from_denoiser
 from sag_dit.data.images import ImageFolderData, find_images
@@ -108,6 +109,7 @@ def test_a_class_may_be_drawn_at_random_where_no_labels_are_told() -> None:
         ([0, torch.eye(9), 1], None, None, r"item 1 is of label tensor\(\[\[1"),
         ([0, 1, 1], None, {"a": 0, "b": 1}, "class names are a dict: expected a list of names"),
         ([0, 1, 1], None, "ab", "class names are a str: expected a list of names"),
+        ([0, 1, 1], None, 2, "class names are a int: expected a list of names"),
         ([0, 1, 1], None, ["a", "a"], "two of its classes are called 'a'"),
     ],
 )
@@ -117,6 +119,50 @@ def test_labels_of_a_data_set_are_told_by_item(
     with pytest.raises(ValueError, match=told) as caught:
         MapData(Told(items, labels, names), 2, workers=0)
     assert "\n" not in str(caught.value)
+
+
+def test_class_names_may_be_an_array() -> None:
+    assert MapData(Told([0, 1], None, np.array(["a", "b"])), 2).class_names == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        (Image.new("RGBA", (2, 2), (9, 9, 9, 0)), [255] * 3),
+        (Image.new("LA", (2, 2), (9, 0)), [255]),
+        (Image.new("P", (2, 2)), [0] * 3),
+        (Image.new("I;16", (2, 2), 257 * 7), [7]),
+        (Image.new("F", (2, 2), 0.2), [51]),
+        (torch.full((1, 2, 2), 7, dtype=torch.uint8), [7]),
+        (torch.full((1, 2, 2), 0.5, dtype=torch.float64, requires_grad=True), [0.5]),
+    ],
+    ids=["RGBA", "LA", "P", "I;16", "F", "uint8", "float64"],
+)
+def test_images_of_every_kind_are_read_as_files_are(image: Any, found: list[float]) -> None:
+    images, _ = MapData([(image, 0)], 1, workers=0).dataset.__getitems__(Batch(0, [0], [False]))
+    assert images[0, :, 0, 0].tolist() == found
+    assert images.dtype in (torch.uint8, torch.float32) and not images.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("image", "told"),
+    [
+        (Image.new("F", (2, 2), 300.0), "item 0 holds values from 300 to 300: expected 0 to 1"),
+        (torch.full((1, 2, 2), float("nan")), "item 0 holds NaN or infinite values: expected fi"),
+    ],
+)
+def test_values_that_mean_no_image_are_told(image: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        MapData([(image, 0)], 1, workers=0)
+
+
+def test_a_length_that_fails_is_told() -> None:
+    class Endless(Told):
+        def __len__(self) -> Any:
+            return 2.5
+
+    with pytest.raises(ValueError, match=r"Endless: its length fails with TypeError \('float' obj"):
+        MapData(Endless([0]), 1, workers=0)
 
 
 def test_a_class_that_only_a_second_data_set_has_is_told() -> None:
