@@ -32,7 +32,7 @@ from torch.utils.data import (
 
 from sag_dit.checkpoints import Model
 from sag_dit.codec import VAECodec
-from sag_dit.data.crop import GREY, UnreadableImageError, in_8_bits
+from sag_dit.data.crop import GREY, MODES, UnreadableImageError, in_8_bits
 from sag_dit.data.training_batches import (
     Batch,
     Indices,
@@ -591,6 +591,12 @@ class MapData(NamedData):
             raise ValueError(
                 f"{self._name} has images of shape {found}: expected (c, h, w), channels first; "
                 f"permute them, a tensor by .permute(2, 0, 1), an array by .transpose(2, 0, 1)"
+            )
+        if found[0] not in MODES and (pixels or not latent):
+            raise ValueError(
+                f"{self._name} has images of {counted(found[0], 'channel')}: expected 1 (grey) or "
+                f"3 (colour), or latents as floats beside vae=FOLDER, their autoencoder; of RGBA "
+                f"take the first three"
             )
         if pixels:
             if found[1:] != wanted:

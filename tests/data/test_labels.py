@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from sag_dit.checkpoints import Model, from_denoiser
+from sag_dit.codec import IdentityCodec
 from sag_dit.data.images import ImageFolderData, find_images
 from sag_dit.data.labels import numbered
 from sag_dit.data.latents import LatentData
@@ -154,6 +155,18 @@ def test_images_of_every_kind_are_read_as_files_are(image: Any, found: list[floa
 def test_values_that_mean_no_image_are_told(image: Any, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         MapData([(image, 0)], 1, workers=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_of_which_no_picture_can_be_drawn_are_refused(
+    channels: int, dtype: torch.dtype
+) -> None:
+    data = MapData([(torch.zeros(channels, 4, 4, dtype=dtype), 0)], 1, workers=0)
+    network = DiT(4, 2, channels, hidden_size=16, depth=1, num_heads=2, num_classes=1)
+    model = from_denoiser(ClassConditional(network, DDPM()), "tiny", codec=IdentityCodec())
+    with pytest.raises(ValueError, match=f"has images of {channels} channels: expected 1 .grey."):
+        data.check(model)
 
 
 def test_a_length_that_fails_is_told() -> None:
