@@ -218,11 +218,11 @@ def _read_fingerprint(file: Path) -> dict[str, Any]:
 
 def _data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return what has changed between two fingerprints, a text for each kind of change."""
-    from sag_dit.data.training_batches import some
+    from sag_dit.data.training_batches import counted, some
 
     old, new = before["classes"], now["classes"]
-    gone = [f"{name} ({old[name]:,} images)" for name in old if name not in new]
-    added = [f"{name} ({new[name]:,} images)" for name in new if name not in old]
+    gone = [f"{name} ({counted(old[name], 'image')})" for name in old if name not in new]
+    added = [f"{name} ({counted(new[name], 'image')})" for name in new if name not in old]
     other = [f"{n}: {old[n]:,}, now {new[n]:,}" for n in old if n in new and old[n] != new[n]]
     changes = [
         f"{what} {some(names)}"
@@ -230,7 +230,7 @@ def _data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
         if names
     ]
     if before["images"] != now["images"]:
-        changes.append(f"{before['images']:,} images in all, now {now['images']:,}")
+        changes.append(f"{counted(before['images'], 'image')} in all, now {now['images']:,}")
     return changes or ["as many images of each class, but of other names or sizes"]
 
 

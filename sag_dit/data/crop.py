@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -188,7 +189,7 @@ def _decoded(
             check_pixels(image.size, len(content))
             turned = ImageOps.exif_transpose(image) if upright else image
             if background is not None:
-                turned = _in_8_bits(turned, getattr(image, "tag_v2", {}), background)
+                turned = in_8_bits(turned, getattr(image, "tag_v2", {}), background)
             pixels = np.asarray(crop(turned.convert(MODES[channels])))
     except MemoryError:
         raise
@@ -199,8 +200,18 @@ def _decoded(
     return np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1))
 
 
-def _in_8_bits(image: Image.Image, tags: Mapping[int, Any], background: str) -> Image.Image:
-    """Return an image without transparency, 8 bits a channel; ``tags`` are those of a TIFF."""
+def in_8_bits(
+    image: Image.Image, tags: Mapping[int, Any] = MappingProxyType({}), background: str = WHITE
+) -> Image.Image:
+    """Return an image without transparency, 8 bits a channel; ``tags`` are those of a TIFF.
+
+    Raises:
+        UnreadableImageError: it has values without a scale.
+
+    Example:
+        >>> in_8_bits(Image.new("RGBA", (1, 1), (200, 0, 0, 0))).getpixel((0, 0))
+        (255, 255, 255)
+    """
     # A colour of the file that counts as transparent is one of its values before they are scaled.
     hidden = image.info.get("transparency")
     if image.mode in DEEP:

@@ -30,7 +30,6 @@ from sag_dit.data.training_batches import (
     Indices,
     StepData,
     balanced,
-    check_classes,
     validation_batches,
 )
 from sag_dit.tensors import Images, Labels
@@ -220,4 +219,4 @@ class EmojiData(StepData):
                 f"a model of {channels} channels and {height * factor} x {width * factor} pixels: "
                 f"the emoji are 64 x 64 in colour; set resolution=64"
             )
-        check_classes(len(self.class_names), model.class_conditional.num_classes)
+        self.check_classes(model)

@@ -56,7 +56,7 @@ from sag_dit.data.training_batches import (
     Indices,
     NamedData,
     balanced,
-    check_classes,
+    counted,
     name_hash,
     readable,
     some,
@@ -220,7 +220,7 @@ def find_images(
         source, stated = "", class_names or folders
     # Class by class, in the order of their names.
     names = [name for name in listed.names if name in marks]
-    numbers, called = numbered([marks[name] for name in names], stated, source or f"{root}")
+    numbers, called = numbered([marks[name] for name in names], names, stated, source or f"{root}")
     listed_numbers = numbers.tolist()
     order = sorted(range(len(names)), key=lambda place: (listed_numbers[place], names[place]))
     aside = {why: sorted(names) for why, names in sorted(listed.left_out.items())}
@@ -376,7 +376,7 @@ def _stated_marks(
     absent = found.keys() - {*known.values(), *(n for ns in listed.left_out.values() for n in ns)}
     if absent:
         raise ValueError(
-            f"{file} names {len(absent):,} images that are not in {root}, the first is "
+            f"{file} names {counted(len(absent), 'image')} not in {root}, the first of them "
             f"{readable(min(absent))}: expected names relative to it, such as "
             f"{readable(next(iter(known.values())))}; mend the file, or add the images"
         )
@@ -402,7 +402,8 @@ def _labels_within(archive: Archives, name: str) -> dict[str, Mark] | None:
 def _marks_beside(listed: _Listed, archive: Archives) -> dict[str, Mark]:
     """Return the class of each image from the ``.cls`` of its sample, as WebDataset has it."""
     held = {name.removesuffix(CLASS): text for name, text in archive.classes.items()}
-    return beside_images(_beside(listed, held.keys(), CLASS), held)
+    where = f"the {CLASS} of each image"
+    return beside_images(_beside(listed, held.keys(), CLASS), held, where)
 
 
 def _marks_described(listed: _Listed, archive: Archives, key: str) -> dict[str, Mark]:
@@ -437,7 +438,9 @@ def _marks_described(listed: _Listed, archive: Archives, key: str) -> dict[str, 
         marks = [*pool.map(mark, images)]
     found = dict(zip(images, marks, strict=True))
     texts = {sample_of(name): each for name, each in found.items() if isinstance(each, str)}
-    return beside_images(images, texts) if len(texts) == len(images) else found
+    if len(texts) < len(images):
+        return found
+    return beside_images(images, texts, f"{key} in the {JSON} of each image")
 
 
 def _beside(listed: _Listed, samples: Collection[str], ending: str) -> list[str]:
@@ -477,9 +480,12 @@ def _marks_of_folders(root: str | Path, listed: _Listed) -> tuple[dict[str, Mark
             )
     loose = sorted(name for name in listed.inside if "/" not in name)
     if folders and loose:
+        first = readable(loose[0])
+        several = f"{len(loose):,} images ({first}, ...) lie"
+        told = f"{first} lies" if len(loose) == 1 else several
         raise ValueError(
-            f"data.root={root}: {len(loose)} images ({loose[0]}, ...) lie beside the folders "
-            f"{some(folders)}; expected either class folders or images alone, or data.labels"
+            f"data.root={root}: {told} beside the folders {some(folders)}; expected "
+            f"either class folders or images alone, or data.labels"
         )
     # A flat folder, or a class for each folder.
     if not folders:
@@ -556,7 +562,8 @@ def told_left_out(left_out: Mapping[str, Sequence[str]]) -> list[str]:
 
 def told_pages(names: Sequence[str]) -> str:
     """Return that these files hold several images each, and what is done with them."""
-    return f"{len(names):,} hold several pages or frames, of which the first is read: {some(names)}"
+    hold = f"{len(names):,} hold{'s' * (len(names) == 1)}"
+    return f"{hold} several pages or frames, of which the first is read: {some(names)}"
 
 
 def _also(left_out: Mapping[str, Sequence[str]]) -> str:
@@ -775,17 +782,19 @@ class Inspection(NamedTuple):
                 how = f"laid over {background}"
             else:
                 how = "scaled to 8 bits"
-            said.append(
-                f"{len(indices):,} are {what} and {how}, the first is {readable(names[indices[0]])}"
-            )
+            more = f"{len(indices):,} are {what} and {how}, the first is "
+            before = f"1 is {what} and {how}: " if len(indices) == 1 else more
+            said.append(f"{before}{readable(names[indices[0]])}")
         if self.pages:
             said.append(told_pages([names[index] for index in self.pages]))
         if self.small:
             several = len(crops.buckets) > 1
             size = "their bucket" if several else f"{told_size(crops.size)} pixels"
+            one = len(self.small) == 1
+            be, before = ("is", ": ") if one else ("are", ", the first is ")
             said.append(
-                f"{len(self.small)} of {self.looked} images are smaller than {size} "
-                f"and are enlarged, the first is {crops.files.path(self.small[0])}"
+                f"{len(self.small):,} of {counted(self.looked, 'image')} {be} smaller than {size} "
+                f"and {be} enlarged{before}{crops.files.path(self.small[0])}"
             )
         return said
 
@@ -1031,6 +1040,10 @@ class ImageFolderData(NamedData):
         """The class of every image."""
         return self.files.labels
 
+    def named(self, index: int) -> str:
+        """Return where an image lies."""
+        return readable(str(self.files.path(index)))
+
     @cached_property
     def name_hashes(self) -> Indices:
         """The hash of every image's name."""
@@ -1112,4 +1125,4 @@ class ImageFolderData(NamedData):
             raise ValueError(
                 f"data.channels={crops.channels}: expected {channels}, the channels of the model"
             )
-        check_classes(len(self.class_names), model.class_conditional.num_classes)
+        self.check_classes(model)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from sag_dit.data.training_batches import counted, readable
 from sag_dit.untrusted import csv_rows, parse_json
 
 Mark = int | str
@@ -90,7 +91,7 @@ def _of_csv(content: str, where: str) -> dict[str, Mark]:
         if len(row) <= max(file, label) or not row[label].strip():
             raise ValueError(f"{place}: {row!r:.80}: expected a file and its class")
         _add(texts, row[file].strip().replace("\\", "/"), row[label].strip(), place)
-    return _numbers_if_all(texts)
+    return _numbers_if_all(texts, where)
 
 
 def _add(found: dict[str, Mark], name: str, mark: Mark, where: str) -> None:
@@ -102,19 +103,50 @@ def _add(found: dict[str, Mark], name: str, mark: Mark, where: str) -> None:
     found[name] = mark
 
 
-def _numbers_if_all(texts: Mapping[str, Mark]) -> dict[str, Mark]:
-    """Return the classes as numbers if all of them are."""
-    if all(str(mark).isascii() and str(mark).isdecimal() for mark in texts.values()):
+def _numbers_if_all(texts: Mapping[str, Mark], where: str) -> dict[str, Mark]:
+    """Return the classes as numbers if all of them are.
+
+    Raises:
+        ValueError: all are numbers, but not all are whole ones from 0 on; or one is nothing.
+    """
+    counts = {name: f"{mark}" for name, mark in texts.items() if _is_count(f"{mark}")}
+    if len(counts) == len(texts):
         return {name: int(mark) for name, mark in texts.items()}
+    # What is written as 3.0, -1 or nan would become the name of a class.
+    rest = {name: f"{mark}" for name, mark in texts.items() if name not in counts}
+    if all(map(_is_number, rest.values())):
+        name, mark = next(iter(rest.items()))
+        raise ValueError(
+            f"{where}: {readable(name)} is of class {mark}: expected a whole number, 0 or more, "
+            f"or names of classes throughout"
+        )
+    nameless = [name for name, mark in rest.items() if not mark]
+    if nameless:
+        raise ValueError(f"{where}: {readable(nameless[0])} has no class: expected its class")
     return {**texts}
 
 
-def beside_images(names: Sequence[str], classes: Mapping[str, str]) -> dict[str, Mark]:
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def beside_images(names: Sequence[str], classes: Mapping[str, str], where: str) -> dict[str, Mark]:
     """Return the class of each image from those of the samples, as WebDataset has them.
 
-    A sample is what has the same name up to the first dot.
+    A sample is what has the same name up to the first dot. ``where`` they are from is for errors.
+
+    Raises:
+        ValueError: classes that are numbers, but not all whole ones from 0 on; or one is nothing.
     """
-    return _numbers_if_all({name: classes[sample_of(name)] for name in names})
+    return _numbers_if_all({name: classes[sample_of(name)] for name in names}, where)
 
 
 def sample_of(name: str) -> str:
@@ -129,9 +161,14 @@ def sample_of(name: str) -> str:
 
 
 def numbered(
-    marks: Sequence[Mark], class_names: Sequence[str | int] | None, where: str
+    marks: Sequence[Mark],
+    names: Sequence[str],
+    class_names: Sequence[str | int] | None,
+    where: str,
 ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     """Return the class of each image as a number, and the names of the classes.
+
+    ``names`` of the images are for errors, as is ``where`` the classes are from.
 
     Named classes are in the order of ``class_names``, by default that of their names; numbers are
     called what stands there at their place, by default what they are.
@@ -142,30 +179,40 @@ def numbered(
     stated = None if class_names is None else tuple(map(str, class_names))
     if stated is not None and len(set(stated)) < len(stated):
         raise ValueError(f"data.class_names={list(stated)}: expected each name once")
+
+    def image_of_class(mark: Mark) -> str:
+        return f"{readable(names[marks.index(mark)])} is of class {mark}"
+
     # Numbers, which are the classes themselves.
     found = set(marks)
     if all(isinstance(mark, int) for mark in found):
         least, most = min(map(int, found)), max(map(int, found))
         if not 0 <= least <= most < MOST_CLASSES:
             bad = least if least < 0 else most
-            raise ValueError(f"{where}: class {bad}: expected 0 to {MOST_CLASSES - 1:,}")
-        names = stated or tuple(map(str, range(most + 1)))
-        if most >= len(names):
+            last = (len(stated) if stated else MOST_CLASSES) - 1
+            raise ValueError(f"{where}: {image_of_class(bad)}: expected 0 to {last:,}")
+        called = stated or tuple(map(str, range(most + 1)))
+        if most >= len(called):
             raise ValueError(
-                f"data.class_names: {len(names)} names, and {where} has class {most}: expected "
-                f"{most + 1} or more"
+                f"data.class_names: {counted(len(called), 'name')}, and in {where} "
+                f"{image_of_class(most)}: expected 0 to {len(called) - 1}, or {most + 1} names"
             )
-        return np.array(marks, dtype=np.int64), names
+        return np.array(marks, dtype=np.int64), called
     # Names, which are numbered in their order.
     if not all(isinstance(mark, str) for mark in found):
         odd = next(mark for mark in marks if isinstance(mark, str))
-        raise ValueError(f"{where}: classes are numbers, and {odd!r:.60}: expected one kind")
-    names = stated or tuple(sorted(map(str, found)))
-    unknown = sorted(map(str, found - {*names}))
+        raise ValueError(
+            f"{where}: classes are numbers, and {odd!r:.60}, that of "
+            f"{readable(names[marks.index(odd)])}: expected one kind"
+        )
+    called = stated or tuple(sorted(map(str, found)))
+    # A name among numbers is what went wrong, and not the numbers.
+    unknown = sorted(map(str, found - {*called}), key=lambda mark: (_is_count(mark), mark))
     if unknown:
         raise ValueError(
-            f"data.class_names: {unknown[0]!r:.60} is not among them, which {where} has: expected "
-            f"the names of all classes"
+            f"data.class_names: {unknown[0]!r:.60} is not among them, which {where} has, for "
+            f"{readable(names[marks.index(unknown[0])])}: expected the names of all "
+            f"{len(called)} classes"
         )
-    places = {name: place for place, name in enumerate(names)}
-    return np.array([places[str(mark)] for mark in marks], dtype=np.int64), names
+    places = {name: place for place, name in enumerate(called)}
+    return np.array([places[str(mark)] for mark in marks], dtype=np.int64), called

@@ -32,7 +32,7 @@ from sag_dit.data.training_batches import (
     NamedData,
     as_it_is,
     balanced,
-    check_classes,
+    counted,
     name_hash,
     some,
     validation_batches,
@@ -72,9 +72,10 @@ class Latents(Dataset[tuple[Moments, Labels, int]]):
         self.names: Indices = np.concatenate([part.names for part in rows])
         strange = (self.labels < 0) | (self.labels >= len(index.class_names))
         if strange.any():
+            first = int(strange.argmax())
             raise ValueError(
-                f"{folder}: an image of class {self.labels[strange][0]}, where there are "
-                f"{len(index.class_names)}; {REMEDY}"
+                f"{self.named(first)} is of class {self.labels[first]}, and the data has "
+                f"{counted(len(index.class_names), 'class', 'classes')}; {REMEDY}"
             )
         self._crops = None if images is None else _encoded_images(folder, index, images)
         if self._crops is not None:
@@ -119,6 +120,12 @@ class Latents(Dataset[tuple[Moments, Labels, int]]):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def named(self, index: int) -> str:
+        """Return the file of an image, and its place there."""
+        place = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self.index.shards[place]
+        return f"{self.folder / shard.file}: row {index - int(self._ends[place]) + shard.rows}"
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
         moments, labels, step, *_ = self.__getitems__(Batch(0, [index], [False]))
@@ -309,6 +316,15 @@ class LatentData(NamedData):
         """The class of every image."""
         return self.dataset.labels
 
+    def named(self, index: int) -> str:
+        """Return the file of an image, and its place there if there are several in it."""
+        return self.dataset.named(index)
+
+    @property
+    def others(self) -> int:
+        """How many images the second folder has."""
+        return 0 if self._validation is None else len(self._validation)
+
     @property
     def name_hashes(self) -> Indices:
         """The hash of every image's name."""
@@ -396,7 +412,7 @@ class LatentData(NamedData):
                 f"{model.denoiser.latent_shape}, that of the model; encode the images anew or "
                 f"change the model's input_size and in_channels"
             )
-        check_classes(len(self.class_names), model.class_conditional.num_classes)
+        self.check_classes(model)
         # Every bucket has to be one that the network can be given.
         if self._sizes is not None:
             multiple = model.denoiser.size_multiple

@@ -10,8 +10,7 @@ import hashlib
 import logging
 import os
 import random
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Set
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -33,22 +32,27 @@ from torch.utils.data import (
 
 from sag_dit.checkpoints import Model
 from sag_dit.codec import VAECodec
+from sag_dit.data.crop import GREY, MODES, UnreadableImageError, in_8_bits
 from sag_dit.data.training_batches import (
     Batch,
     Indices,
     NamedData,
     StepData,
     balanced,
-    check_classes,
+    counted,
     name_hash,
     validation_batches,
+    with_labels,
 )
+from sag_dit.models.network import raised_at
 from sag_dit.noise import generator
 
 ITEM = 10
 """Purpose of the random streams of single items, see :func:`sag_dit.noise.generator`."""
 LOOKED_AT = 16
 """Images that a fingerprint looks at, where a data set has none of its own."""
+COMPARED = 5
+"""Items that are compared at the start with the labels that the data set tells."""
 MANY = 1_000
 """Items that are read one by one for their labels without a word."""
 CHANNELS = (1, 3, 4)
@@ -73,7 +77,8 @@ class LabelledImages(Protocol):
 
         class_names   a name for each class (or ``classes``, as torchvision calls them); else they
                       are called by their numbers
-        labels        the class of every image (or ``targets``); else every item is read for it once
+        labels        the class of every image (or ``targets``), the same that its item has; else
+                      every item is read for it once
         fingerprint   a text that changes with the images, or a function that returns it; else some
                       of the images are looked at
 
@@ -103,7 +108,8 @@ class Items(Dataset[Any]):
     ``collate`` makes a batch of items, None stacks them. With ``steps`` a batch tells its step.
 
     Raises:
-        ValueError: an item is no (image, label), or of another shape or type than the first.
+        ValueError: an item is no (image, label), of another shape or type than the first, of
+            another class than ``told`` says, or holds a number that is not finite.
 
     Example::
 
@@ -121,9 +127,15 @@ class Items(Dataset[Any]):
     ) -> None:
         self.dataset, self.name, self.seed = dataset, name, seed
         self.collate, self.steps = collate, steps
+        self.told: Indices | None = None
+        """The classes that the data set tells beside its items, None where it tells none."""
+        self.classes: int | None = None
+        """How many classes there are, once that is known."""
+        # Noted, since what is drawn at random depends on it.
+        self._count = _length(dataset, name)
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self._count
 
     @cached_property
     def first(self) -> Tensor:
@@ -136,6 +148,24 @@ class Items(Dataset[Any]):
         image, label = self._pair(self._raw(index, step), index)
         return self._tensor(image, index), label
 
+    def compare(self, index: int, label: int) -> None:
+        """Compare the label of an item with the one that the data set tells for it.
+
+        Raises:
+            ValueError: they differ, or there are fewer classes.
+        """
+        if self.classes is not None and not 0 <= label < self.classes:
+            raise ValueError(
+                f"{self.name}: item {index} is of class {label}, and the data has "
+                f"{counted(self.classes, 'class', 'classes')}: expected 0 to {self.classes - 1}"
+            )
+        if self.told is not None and self.told[index] != label:
+            raise ValueError(
+                f"{self.name}: item {index} has label {label}, and its labels say "
+                f"{self.told[index]}: expected one class for each image; mend labels (or targets), "
+                f"whose places are those of the items, or leave it out"
+            )
+
     def _raw(self, index: int, step: int) -> Any:
         seed_item(self.seed, step, index)
         try:
@@ -143,8 +173,7 @@ class Items(Dataset[Any]):
         except Exception as error:
             what = f"{error}"
             if not isinstance(error, (ValueError, OSError)):  # A mistake in code: where it is.
-                file, line = traceback.extract_tb(error.__traceback__)[-1][:2]
-                what = f"{type(error).__name__}: {what} ({file}, line {line})"
+                what = f"{type(error).__name__}: {what} ({raised_at(error)})"
             raise ValueError(f"{self.name}: item {index}: {what}") from error
 
     def _pair(self, found: Any, index: int) -> tuple[Any, int]:
@@ -157,15 +186,22 @@ class Items(Dataset[Any]):
         single = isinstance(label, (Tensor, np.ndarray)) and np.prod(label.shape) == 1
         number = label.item() if single else label
         if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)):
-            raise ValueError(f"{told} of label {label!r:.60}: {EXPECTED}")
+            raise ValueError(
+                f"{told} of label {_in_a_line(label)}: expected the number of its class, a whole "
+                f"number, 0 or more"
+            )
         if number < 0:
             raise ValueError(f"{told} of label {number}: expected 0 or more")
+        self.compare(index, int(number))
         return image, int(number)
 
     def _tensor(self, image: Any, index: int) -> Tensor:
         if isinstance(image, Image.Image):
-            grey = image.mode in ("1", "L")
-            pixels = np.asarray(image.convert("L" if grey else "RGB"))
+            mode = "L" if image.mode in GREY else "RGB"
+            try:
+                pixels = np.asarray(in_8_bits(image).convert(mode))
+            except UnreadableImageError as error:
+                raise ValueError(f"{self.name}: item {index} {error}") from None
             image = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy()
         array = isinstance(image, (Tensor, np.ndarray))
         if not array or len(image.shape) != 3 or not _pixels_or_floats(image):
@@ -173,14 +209,22 @@ class Items(Dataset[Any]):
             raise ValueError(f"{self.name}: item {index} has an image that is {what}: {EXPECTED}")
         if isinstance(image, np.ndarray):
             image = torch.from_numpy(image.copy())
-        image = image if image.dtype == torch.uint8 else image.float()
+        if image.dtype != torch.uint8:
+            image = image.float()
+            if not image.isfinite().all():
+                raise ValueError(
+                    f"{self.name}: item {index} holds NaN or infinite values: expected finite "
+                    f"ones; mend or leave out what it is read from"
+                )
         first = self.__dict__.get("first", image)
         if (image.shape, image.dtype) != (first.shape, first.dtype):
+            sizes = image.shape[1:] != first.shape[1:]
+            remedy = "crop them" if sizes else "convert them, as image.convert('RGB') of Pillow,"
             raise ValueError(
                 f"{self.name}: item {index} is {image.dtype} {tuple(image.shape)}, the first "
-                f"{first.dtype} {tuple(first.shape)}: expected one shape and type; crop them alike"
+                f"{first.dtype} {tuple(first.shape)}: expected one shape and type; {remedy} alike"
             )
-        return torch.as_tensor(image)
+        return torch.as_tensor(image).detach()
 
     def __getitems__(self, batch: Batch) -> Any:
         # What the item draws at random is its own, and takes nothing from what comes after.
@@ -190,9 +234,18 @@ class Items(Dataset[Any]):
                 images, labels = default_collate(items)
             else:
                 raw = [self._raw(index, batch.step) for index in batch.indices]
+                for index, item in zip(batch.indices, raw, strict=True):
+                    self._compare_raw(item, index)
                 seed_item(self.seed, batch.step, len(self))
                 images, labels = self._collated(self.collate(raw))
         return (images, labels, batch.step) if self.steps else (images, labels)
+
+    def _compare_raw(self, item: Any, index: int) -> None:
+        """Compare the label of what only ``collate`` understands, if it is a pair with a number."""
+        if isinstance(item, (tuple, list)) and len(item) == 2:
+            label = item[1].item() if getattr(item[1], "shape", None) == () else item[1]
+            if isinstance(label, (int, np.integer)):
+                self.compare(index, int(label))
 
     def _collated(self, found: Any) -> tuple[Tensor, Tensor]:
         pair = isinstance(found, (tuple, list)) and len(found) == 2
@@ -206,7 +259,30 @@ class Items(Dataset[Any]):
                 f"{self.name}: its collate_fn makes a {what}: expected images (b, c, h, w), uint8 "
                 f"or floats, and labels (b)"
             )
-        return images if images.dtype == torch.uint8 else images.float(), labels.long()
+        whole = not labels.is_floating_point() and labels.dtype != torch.bool
+        pixels = images.dtype == torch.uint8
+        # Labels of another kind are refused where their batch is, not rounded.
+        images = images.detach() if pixels else images.detach().float()
+        return images, labels.long() if whole else labels
+
+
+def _length(dataset: Any, name: str) -> int:
+    """Return how many items a data set has.
+
+    Raises:
+        ValueError: it does not tell.
+    """
+    try:
+        return len(dataset)
+    except Exception as error:  # Whatever a data set of somebody's raises.
+        raise ValueError(
+            f"{name}: its length fails with {type(error).__name__} ({error}): expected how many "
+            f"images there are, a whole number"
+        ) from error
+
+
+def _in_a_line(value: Any) -> str:
+    return f"{' '.join(repr(value).split()):.60}"
 
 
 def _pixels_or_floats(image: Tensor | NDArray[Any]) -> bool:
@@ -259,7 +335,7 @@ class MapData(NamedData):
                 f"number, so that a run can go on where it stopped; tar shards can be read as "
                 f"data=folder data.root=SHARDS"
             )
-        if not hasattr(dataset, "__len__") or not len(dataset):
+        if not hasattr(dataset, "__len__") or not _length(dataset, self._name):
             raise ValueError(
                 f"{self._name}: expected a data set with a length, of 1 or more images"
             )
@@ -284,15 +360,34 @@ class MapData(NamedData):
         self.channels = len(self._items.first)
         # Its classes.
         named = self._told("class_names", "classes")
+        listed = isinstance(named, Iterable) and not isinstance(named, (str, Mapping, Set))
+        if named is not None and not listed:
+            raise ValueError(
+                f"{self._name}: its class names are a {type(named).__name__}: expected a list of "
+                f"names, that of class 0 first"
+            )
         most = int(self.labels.max()) + 1
         self.class_names = tuple(map(str, range(most) if named is None else named))
-        if most > len(self.class_names):
-            raise ValueError(
-                f"{self._name} has {len(self.class_names)} class names and an image of class "
-                f"{most - 1}: expected a name for each"
-            )
-        if len(set(self.class_names)) < len(self.class_names):
-            raise ValueError(f"{self._name}: its class names are not different from each other")
+        beyond = self.beyond(len(self.class_names))
+        if beyond:
+            names = counted(len(self.class_names), "class name")
+            raise ValueError(f"{self._name} has {names}: expected one for each class{beyond}")
+        twice = [name for name in self.class_names if self.class_names.count(name) > 1]
+        if twice:
+            raise ValueError(f"{self._name}: two of its classes are called {twice[0]!r:.60}")
+        # What training reads has to be of the classes that are told.
+        if self._validation is not None:
+            self._validation.told = told_labels(self._validation, self._validation.dataset)
+        for items in filter(None, (self._items, self._validation)):
+            items.classes = len(self.class_names)
+            self._compare_some(items)
+
+    def _compare_some(self, items: Items) -> None:
+        """Read the first item, the last and some between, as training reads them."""
+        places = np.linspace(0, len(items) - 1, min(COMPARED, len(items))).round().astype(int)
+        images = np.unique(places).tolist()
+        _, labels, *_ = items.__getitems__(Batch(0, images, [False] * len(images)))
+        with_labels((images, labels), items.name, len(self.class_names))
 
     @classmethod
     def of(
@@ -364,12 +459,7 @@ class MapData(NamedData):
 
     def _told(self, *names: str) -> Any:
         """Return what the data set or its module says under one of several names, else None."""
-        for thing in (self._items.dataset, self.module):
-            for name in names:
-                found = getattr(thing, name, None)
-                if found is not None and not callable(found):
-                    return found
-        return None
+        return told_by((self._items.dataset, self.module), *names)
 
     @property
     def dataset(self) -> Items:
@@ -380,7 +470,7 @@ class MapData(NamedData):
     def labels(self) -> Indices:
         """The class of every image, as the data set tells it, or read one by one."""
         count = len(self._items)
-        told = self._told("labels", "targets")
+        told = self._items.told = told_labels(self._items, self._items.dataset, self.module)
         if told is None:
             if count > MANY:
                 log.warning(
@@ -390,17 +480,27 @@ class MapData(NamedData):
                     count,
                 )
             with isolate_rng(include_cuda=False):
-                told = [
-                    self._items._pair(self._items._raw(index, 0), index)[1]
-                    for index in range(count)
-                ]
-        found = np.asarray(told)
-        if found.shape != (count,) or found.dtype.kind not in "iu" or found.min() < 0:
-            raise ValueError(
-                f"{self._name}: its labels are {found.dtype} {found.shape}: expected {count} whole "
-                f"numbers, 0 or more, one for each image"
-            )
-        return found.astype(np.int64)
+                told = np.array(
+                    [
+                        self._items._pair(self._items._raw(index, 0), index)[1]
+                        for index in range(count)
+                    ]
+                )
+        return told
+
+    def named(self, index: int) -> str:
+        """Return which item an image is."""
+        return f"item {index}"
+
+    @property
+    def called(self) -> str:
+        """The name of the data set's class, or of its module's."""
+        return self._name
+
+    @property
+    def others(self) -> int:
+        """How many images the second data set has."""
+        return 0 if self._validation is None else len(self._validation)
 
     @cached_property
     def name_hashes(self) -> Indices:
@@ -434,7 +534,8 @@ class MapData(NamedData):
         first = self._items.first
         channels, height, width = first.shape
         what = "pixels" if first.dtype == torch.uint8 else "values of x_0"
-        return [f"  sizes    {width} x {height} {what} in {channels} channels, of {self._name}"]
+        several = counted(channels, "channel")
+        return [f"  sizes    {width} x {height} {what} in {several}, of {self._name}"]
 
     def val_dataloader(self) -> Any:
         """Return the held-out images or those of the second data set in one order, if any."""
@@ -491,6 +592,12 @@ class MapData(NamedData):
                 f"{self._name} has images of shape {found}: expected (c, h, w), channels first; "
                 f"permute them, a tensor by .permute(2, 0, 1), an array by .transpose(2, 0, 1)"
             )
+        if found[0] not in MODES and (pixels or not latent):
+            raise ValueError(
+                f"{self._name} has images of {counted(found[0], 'channel')}: expected 1 (grey) or "
+                f"3 (colour), or latents as floats beside vae=FOLDER, their autoencoder; of RGBA "
+                f"take the first three"
+            )
         if pixels:
             if found[1:] != wanted:
                 raise ValueError(
@@ -509,7 +616,7 @@ class MapData(NamedData):
                 )
             if not latent:
                 self._check_range()
-        check_classes(len(self.class_names), model.class_conditional.num_classes)
+        self.check_classes(model)
 
     def _check_range(self) -> None:
         """Refuse floats that are no pixels from -1 to 1.
@@ -525,6 +632,44 @@ class MapData(NamedData):
                 f"{self._name} has images of floats from {least:.3g} to {most:.3g}: expected uint8 "
                 f"pixels (leave ToTensor out, or take PILToTensor), or x_0 from -1 to 1"
             )
+
+
+def told_by(things: Iterable[Any], *names: str) -> Any:
+    """Return what one of several things says under one of several names, else None."""
+    for thing in things:
+        for name in names:
+            found = getattr(thing, name, None)
+            if found is not None and not callable(found):
+                return found
+    return None
+
+
+def told_labels(items: Items, *things: Any) -> Indices | None:
+    """Return the labels that a data set tells, or its module, None where they tell none.
+
+    Raises:
+        ValueError: they are not a whole number for each image, 0 or more.
+    """
+    told = told_by(things, "labels", "targets")
+    if told is None:
+        return None
+    count, whose = len(items), f"{items.name}: its labels"
+    try:
+        found = np.asarray(told.cpu() if isinstance(told, Tensor) else told)
+    except ValueError:  # Of several lengths.
+        found = np.empty(0, dtype=object)
+    if found.shape != (count,):
+        what = f"{found.dtype} {found.shape}" if found.size else f"a {type(told).__name__}"
+        raise ValueError(
+            f"{whose} are {what}: expected {count} whole numbers, 0 or more, one for each image"
+        )
+    for index, label in enumerate(found.tolist()):
+        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+            raise ValueError(
+                f"{whose} say {_in_a_line(label)} for item {index}: expected a whole number, 0 or "
+                f"more"
+            )
+    return found.astype(np.int64)
 
 
 def overridden(module: LightningDataModule, hook: str) -> bool:

@@ -91,7 +91,9 @@ class NpyLatents(Dataset[Any]):
                 f"dataset_tool.py of EDM2"
             )
         marks = self._marks(DATASET_JSON in listed)
-        self.labels, names = numbered([marks[name] for name in self.files], None, str(root))
+        self.labels, names = numbered(
+            [marks[name] for name in self.files], self.files, None, str(root)
+        )
         self.names: Indices = np.array([name_hash(name) for name in self.files], dtype=np.int64)
         self._shape: tuple[int, ...] = ()
         self._shape = self._read(0).shape
@@ -157,6 +159,10 @@ class NpyLatents(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def named(self, index: int) -> str:
+        """Return where an image's file lies."""
+        return readable(str(self.folder / self.files[index]))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
         moments, labels, step = self.__getitems__(Batch(0, [index], [False]))

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from sag_dit.checkpoints import Model
 from sag_dit.data.crop import read_crop
-from sag_dit.data.training_batches import Batch, StepData, check_classes
+from sag_dit.data.training_batches import Batch, StepData
 from sag_dit.tensors import Images, Labels
 
 SIZE = 32
@@ -205,4 +205,4 @@ class Patches(StepData):
                 f"a model of {shape}: the patches are (3, 32, 32) pixels; set resolution=32 and "
                 f"vae=null"
             )
-        check_classes(len(self.class_names), model.class_conditional.num_classes)
+        self.check_classes(model)

@@ -8,7 +8,7 @@ import re
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -186,6 +186,16 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(map(readable, names[:SHOWN])) + ", ..." * (len(names) > SHOWN)
 
 
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """Return a number of things, as one says it.
+
+    Example:
+        >>> counted(1, "image"), counted(1_200, "class", "classes")
+        ('1 image', '1,200 classes')
+    """
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
+
+
 def readable(name: str) -> str:
     r"""Return a file's name on one line of text that can be printed.
 
@@ -239,6 +249,37 @@ def workers_per_process(processes: int = 1) -> int:
 
 def as_it_is(batch: Any) -> Any:
     """Collate nothing: ``__getitems__`` returns whole batches."""
+    return batch
+
+
+def with_labels(batch: Any, whose: str, classes: int) -> Any:
+    """Return a batch as it is, once its labels are looked at.
+
+    Raises:
+        ValueError: they are not one whole number for each image, from 0 to ``classes`` - 1.
+
+    Example:
+        >>> with_labels((torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])), "Discs", 2)[1]
+        tensor([0, 1])
+    """
+    pair = isinstance(batch, (tuple, list)) and len(batch) > 1
+    labels = batch[1] if pair else None
+    if not isinstance(labels, torch.Tensor):
+        what = "no labels" if labels is None else f"labels that are a {type(labels).__name__}"
+        raise ValueError(f"{whose}: a batch has {what}: expected (images, labels), two tensors")
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if not whole or labels.shape != (len(batch[0]),):
+        raise ValueError(
+            f"{whose}: a batch of {len(batch[0])} images has labels {labels.dtype} "
+            f"{tuple(labels.shape)}: expected a whole number for each image"
+        )
+    strange = ((labels < 0) | (labels >= classes)).nonzero()
+    if len(strange):
+        place = int(strange[0])
+        raise ValueError(
+            f"{whose}: image {place} of a batch is of class {int(labels[place])}, and the data has "
+            f"{counted(classes, 'class', 'classes')}: expected 0 to {classes - 1}"
+        )
     return batch
 
 
@@ -371,7 +412,24 @@ class StepData(LightningDataModule, ABC):
         channels = model.denoiser.latent_shape[0]
         if channels != self.channels:
             raise ValueError(f"the data has {self.channels} channels and the model {channels}")
-        check_classes(len(self.class_names), model.class_conditional.num_classes)
+        self.check_classes(model)
+
+    def check_classes(self, model: Model) -> None:
+        """Check that a model has as many classes as the data.
+
+        Raises:
+            ValueError: it has not.
+        """
+        found, expected = len(self.class_names), model.class_conditional.num_classes
+        if found != expected:
+            raise ValueError(
+                f"the data has {counted(found, 'class', 'classes')} and the model {expected}: "
+                f"expected as many; set the model's num_classes to {found}{self.beyond(expected)}"
+            )
+
+    def beyond(self, classes: int) -> str:
+        """Return what names an image whose label is beyond so many classes, to end a sentence."""
+        return ""
 
     @property
     def training_images(self) -> Indices:
@@ -399,10 +457,16 @@ class StepData(LightningDataModule, ABC):
 
     def report(self) -> str:
         """Return in a few lines what there is to train on, and what of it looks like a mistake."""
-        held_out = int(self.held_out_images.sum())
-        count = len(self.held_out_images) - held_out
-        beside = f", {held_out:,} held out" if held_out else ""
-        lines = [f"data: {count:,} images in {len(self.class_names):,} classes{beside}"]
+        there, held_out = len(self.held_out_images), int(self.held_out_images.sum())
+        count, epoch = there - held_out, len(self.training_images)
+        classes = counted(len(self.class_names), "class", "classes")
+        parts = f": {count:,} to train on, {held_out:,} held out" if held_out else ""
+        if self.others:
+            parts += f", and {counted(self.others, 'other')} to validate with"
+        lines = [f"data: {counted(there, 'image')} in {classes}{parts}"]
+        if epoch != count:
+            again = "those of small classes several times"
+            lines.append(f"  epoch    {counted(epoch, 'image')}, {again}")
         lines += self.details()
         if not self.validates:
             lines.append("  note: no images are held out: val/loss is not computed")
@@ -413,9 +477,19 @@ class StepData(LightningDataModule, ABC):
         """Whether there are images to validate with."""
         return self.val_dataloader() not in (None, [])
 
+    @property
+    def others(self) -> int:
+        """How many images there are to validate with that are none of these."""
+        return 0
+
     def details(self) -> list[str]:
         """Return further lines of the report."""
         return []
+
+    @property
+    def called(self) -> str:
+        """What messages call the data."""
+        return type(self).__name__
 
     @property
     def rank(self) -> int:
@@ -487,7 +561,7 @@ class StepData(LightningDataModule, ABC):
         return kind(
             self.dataset if dataset is None else dataset,
             batch_sampler=batches,  # type: ignore[arg-type]
-            collate_fn=as_it_is,
+            collate_fn=partial(with_labels, whose=self.called, classes=len(self.class_names)),
             num_workers=workers,
             worker_init_fn=outlive_signals,
             persistent_workers=workers > 0,
@@ -522,10 +596,15 @@ class NamedData(StepData):
     def name_hashes(self) -> Indices:
         """:func:`name_hash` of every image."""
 
-    @property
-    def validates(self) -> bool:
-        """Whether there are images to validate with."""
-        return self.val_dataloader() not in (None, [])
+    def named(self, index: int) -> str:
+        """Return what messages call an image."""
+        return f"image {index}"
+
+    def beyond(self, classes: int) -> str:
+        """Return what names an image whose label is beyond so many classes, to end a sentence."""
+        strange = np.flatnonzero(self.labels >= classes)[:1].tolist()
+        told = [f"; {self.named(index)} is of class {self.labels[index]}" for index in strange]
+        return "".join(told)
 
     def details(self) -> list[str]:
         """Return the images of each class, remarks, and classes that look like mistakes."""
@@ -533,14 +612,17 @@ class NamedData(StepData):
         first = [f"{readable(name)} ({count:,})" for name, count in list(counts.items())[:SHOWN]]
         if len(counts) > SHOWN:
             fewest, most = min(counts.values()), max(counts.values())
-            first.append(f"... of {fewest:,} to {most:,} images each")
+            each = f"{fewest:,} to {counted(most, 'image')}"
+            first.append(f"... of {counted(most, 'image') if fewest == most else each} each")
         lines = [f"  classes  {', '.join(first)}", *self.remarks()]
         single = [name for name, count in counts.items() if count == 1]
         if single:
-            lines.append(f"  warning: {len(single)} classes have a single image: {some(single)}")
+            have = "1 class has" if len(single) == 1 else f"{len(single):,} classes have"
+            lines.append(f"  warning: {have} a single image: {some(single)}")
         empty = [name for name, count in counts.items() if count == 0]
         if empty:
-            lines.append(f"  warning: {len(empty)} classes have no image: {some(empty)}")
+            have = "1 class has" if len(empty) == 1 else f"{len(empty):,} classes have"
+            lines.append(f"  warning: {have} no image: {some(empty)}")
         return lines
 
     def remarks(self) -> list[str]:
@@ -568,19 +650,6 @@ class NamedData(StepData):
         if self.held_out == 0:
             return np.zeros(len(self.labels), dtype=np.bool_)
         return held_out(self.name_hashes, self.labels, self.held_out)
-
-
-def check_classes(found: int, expected: int) -> None:
-    """Check that a model has as many classes as the data.
-
-    Raises:
-        ValueError: it has not.
-    """
-    if found != expected:
-        raise ValueError(
-            f"the data has {found} classes and the model {expected}: expected as many; set the "
-            f"model's num_classes to {found}"
-        )
 
 
 def balanced(chosen: Indices, labels: Indices, balance: float) -> Indices:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sag_dit.denoiser.base import Denoiser
-from sag_dit.models.network import Fork, Network, Outputs, lacking, takes
+from sag_dit.models.network import Fork, Network, Outputs, check_members, lacking, takes
 from sag_dit.process import Process
 from sag_dit.process.base import OutputKind
 from sag_dit.tensors import Images, Labels
@@ -22,8 +22,8 @@ class ClassConditional(Denoiser):
     classes, which counts as one.
 
     Raises:
-        ValueError: the network lacks a member of :class:`sag_dit.models.Network`, ``kind`` is none,
-            or there are not as many class names as classes.
+        ValueError: the network lacks a member of :class:`sag_dit.models.Network` or has one that is
+            not what it says, ``kind`` is none, or there are not as many class names as classes.
 
     Example:
         >>> from sag_dit.models import DiT
@@ -55,6 +55,7 @@ class ClassConditional(Denoiser):
                 f"network={type(network).__name__}: lacks {', '.join(missing)}; expected all "
                 f"members of sag_dit.models.Network, most of which sag_dit.models.Backbone brings"
             )
+        check_members(network)
         if kind not in get_args(OutputKind):
             raise ValueError(f"kind={kind!r}: expected one of {', '.join(get_args(OutputKind))}")
         num_classes = max(network.num_classes, 1)

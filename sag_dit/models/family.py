@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sag_dit.bounds import fit, parts, wanted
 from sag_dit.identity import plain
-from sag_dit.models.network import Network
+from sag_dit.models.network import Network, raised_at
 from sag_dit.models.unfilled import unfilled
 from sag_dit.process import Process
 from sag_dit.untrusted import TARGET, own_class
@@ -385,10 +385,15 @@ class _Own(Family):
     def build(self, model: Mapping[str, Any]) -> Network:
         try:
             network = super().build(model)
-        except (TypeError, RuntimeError) as error:
+        except ValueError:
+            raise
+        except TypeError as error:
             raise ValueError(
                 f"model.{TARGET}={_path(self.of)}: cannot be built ({error})"
             ) from error
+        except Exception as error:  # Whatever a constructor of one's own raises.
+            told = f"{type(error).__name__}: {error} ({raised_at(error)})"
+            raise ValueError(f"model.{TARGET}={_path(self.of)}: cannot be built: {told}") from error
         recorded = {TARGET, FAMILY, *getattr(network, "arguments", model)}
         lost = [name for name in model if name not in recorded]
         if lost:

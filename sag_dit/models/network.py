@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter, signature
+from numbers import Integral
+from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -102,7 +105,8 @@ class Backbone(nn.Module):
     A subclass sets ``input_size``, ``in_channels`` and ``num_classes``, and has a ``forward``
     (x_t, t, y) -> its output. All else it states where it has it: ``null_label`` for guidance
     away from no class, ``layers`` for guidance that reads attention, ``blocks`` to be compiled and
-    sharded one by one. A method that needs what it does not state refuses it by name.
+    sharded one by one. A method that needs what it does not state refuses it by name. A network
+    with a ``null_label`` has to be trained on it: :meth:`drop_labels` does that.
 
     ``arguments`` are what the constructor was called with, and so have to be plain values.
     ``key`` is the class's path unless the class states one, with which its file can be moved.
@@ -155,6 +159,19 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList()
         self.layers, self.aliases = {}, {}
 
+    def drop_labels(self, y: Labels, share: float = 0.1) -> Labels:
+        """Return labels, a share of which is ``null_label`` while the network trains.
+
+        Raises:
+            ValueError: there is no ``null_label``.
+        """
+        if self.null_label is None:
+            raise ValueError(
+                f"{type(self).__name__}: null_label=None, and its forward drops labels: expected "
+                f"the label that means 'no class', such as num_classes"
+            )
+        return drop_labels(y, self.null_label, share) if self.training else y
+
     @property
     def checkpoint_blocks(self) -> bool:
         """Whether the backward pass computes blocks anew; a subclass that can states an attribute.
@@ -186,6 +203,20 @@ class Backbone(nn.Module):
             )
         for block in self.blocks:
             block.compile()
+
+
+def drop_labels(labels: Labels, null: int, share: float) -> Labels:
+    """Return labels, each replaced by ``null`` with probability ``share``, from torch's generator.
+
+    So a network learns what images are like whatever their class, for classifier-free guidance
+    (Ho & Salimans 2022, arXiv 2207.12598).
+
+    Example:
+        >>> drop_labels(torch.tensor([3, 7]), null=10, share=1.0)
+        tensor([10, 10])
+    """
+    dropped = torch.rand(labels.shape, device=labels.device) < share
+    return torch.where(dropped, null, labels)
 
 
 @runtime_checkable
@@ -288,3 +319,60 @@ def lacking(network: object) -> list[str]:
     """Return the members of a network's contract that it does not have."""
     # A property is not computed, which may need what a network of no blocks does not have.
     return [n for n in MEMBERS if not hasattr(type(network), n) and not hasattr(network, n)]
+
+
+def check_members(network: Network) -> None:
+    """Refuse a network whose sizes and labels are not what :class:`Network` says.
+
+    Raises:
+        ValueError: the member, what it is and what is expected.
+
+    Example:
+        >>> from sag_dit.models import DiT
+        >>> check_members(DiT(input_size=8, hidden_size=32, depth=1, num_heads=2))
+    """
+    name = type(network).__name__
+
+    def whole(value: Any, least: int) -> bool:
+        return type(value) is not bool and isinstance(value, Integral) and int(value) >= least
+
+    def refuse(member: str, expected: str) -> None:
+        value = getattr(network, member)
+        raise ValueError(f"network={name}: its {member} is {value!r:.60}: expected {expected}")
+
+    size: Any = network.input_size
+    classes, null = network.num_classes, network.null_label
+    pair = isinstance(size, (tuple, list)) and len(size) == 2
+    if not pair or not all(whole(side, 1) for side in size):
+        refuse("input_size", "height and width of x_t, such as (8, 8)")
+    for member, least in (("in_channels", 1), ("patch_size", 1), ("num_classes", 0)):
+        if not whole(getattr(network, member), least):
+            refuse(member, f"a whole number, {least} or more")
+    for member in ("layers", "aliases"):
+        if not isinstance(getattr(network, member), Mapping):
+            refuse(member, "a mapping of names, such as {}")
+    if null is not None and not whole(null, 0):
+        refuse("null_label", "a whole number, such as num_classes, or None")
+    if null is not None and null < classes and classes > 1:
+        refuse(
+            "null_label",
+            f"a label beyond its {classes} classes, such as num_classes, or None: class {null} "
+            f"is one that it draws",
+        )
+
+
+def raised_at(error: BaseException) -> str:
+    """Return the line of a user's code that failed: the last that is not torch's or this package's.
+
+    Example:
+        >>> try:
+        ...     {}["lost"]
+        ... except KeyError as error:
+        ...     print(raised_at(error).partition(", ")[2])
+        line 2
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    others = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+    own = [each for each in frames if not each.filename.startswith(others)]
+    last = (own or frames)[-1] if frames else None
+    return "no line is known" if last is None else f"{last.filename}, line {last.lineno}"

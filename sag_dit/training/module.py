@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +25,13 @@ from sag_dit.checkpoints import Model
 from sag_dit.checkpoints.averages import place
 from sag_dit.codec import VAECodec
 from sag_dit.denoiser import ClassConditional, Denoiser
+from sag_dit.denoiser.checking import check_trainable
 from sag_dit.noise import generator
 from sag_dit.sampling import Drawn, Request, Settings, Watch, draw_batch
 from sag_dit.traces import Maps
 from sag_dit.training.averaging import Further, warming_average
 from sag_dit.training.fitting import out_of_memory, too_large
+from sag_dit.training.null_row import NullRow
 from sag_dit.training.objective import MSE, Losses, Objective
 from sag_dit.training.optimizers import (
     MakeOptimizer,
@@ -48,6 +51,8 @@ from sag_dit.training.param_groups import Group, describe_groups, grouped, train
 TRAINING = 3
 """Purpose of the random streams of training steps, see :func:`sag_dit.noise.generator`."""
 
+
+log = logging.getLogger(__name__)
 
 IMAGES = "images_in_a_step"
 """Where a checkpoint says how many images a step has seen, over all ranks."""
@@ -189,14 +194,16 @@ class DiffusionModule(LightningModule):
         self.seed = seed
         self.watch = watch
         self.skipped = 0
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row, self._ever_finite = 0, False
         self._max_skipped = max_skipped
         self._make_optimizer = optimizer
         self._param_groups = tuple(param_groups)
         if self._like is not None:
+            self._check_trainable()
             self.groups()
         self._make_schedule = schedule
         self._is_sharded = False
+        self._null_row: NullRow | None = None
         self.last_losses: Losses | None = None
         self._parts_of_step: list[dict[str, Tensor]] = []
         self.last_norm: Tensor | None = None
@@ -220,6 +227,22 @@ class DiffusionModule(LightningModule):
         """Yield the power-function averages with their sigma_rel."""
         for sigma_rel in map(float, self._further.sigma_rel):
             yield sigma_rel, cast(AveragedModel, self.further[place(sigma_rel)])
+
+    def _check_trainable(self) -> None:
+        """Refuse what could not be trained: nothing, or a network that gives no gradient.
+
+        Raises:
+            ValueError: the reason, with the network's class.
+        """
+        network = getattr(self.denoiser, "network", self.denoiser)
+        if not self.trained:
+            raise ValueError(
+                f"{type(network).__name__}: none of its parameters is to be trained: expected some "
+                f"with requires_grad"
+            )
+        own = type(network).__module__.partition(".")[0] != "sag_dit"
+        if own and isinstance(self.denoiser, ClassConditional):
+            check_trainable(self.denoiser)
 
     @staticmethod
     def _trained(*parts: Any) -> list[Parameter]:
@@ -405,6 +428,8 @@ class DiffusionModule(LightningModule):
     def on_fit_start(self) -> None:
         """Bring the codec to where the denoiser is; it is no part of the module."""
         self.model.codec.to(self.device)
+        if not self._is_sharded and isinstance(self.denoiser, ClassConditional):
+            self._null_row = NullRow(self.denoiser.network)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Skip the step on all ranks if any gradient is not finite.
@@ -416,20 +441,40 @@ class DiffusionModule(LightningModule):
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.last_norm = norm
+        self._look_at_null_row()
         if norm.isfinite():
-            self._skipped_in_a_row = 0
+            self._skipped_in_a_row, self._ever_finite = 0, True
             return
         self.skipped += 1
         self._skipped_in_a_row += 1
         self.log("train/skipped", float(self.skipped), prog_bar=self._bar_asks)
         for parameter in self.trained:
             parameter.grad = None
+        if self._skipped_in_a_row >= self._max_skipped and not self._ever_finite:
+            network = getattr(self.denoiser, "network", self.denoiser)
+            raise ValueError(
+                f"the gradients of the first {self._skipped_in_a_row} steps are not finite: "
+                f"{type(network).__name__}, its loss or the data has NaN or infinite values from "
+                f"the start; trainer.detect_anomaly=true tells in which operation, and "
+                f"trainer.precision=32-true helps where 16 bits are too few"
+            )
         if self._skipped_in_a_row >= self._max_skipped:
             raise ValueError(
                 f"the gradients of {self._skipped_in_a_row} steps in a row are not finite, the "
                 f"last at step {self.global_step}; the last checkpoint is kept. Try a lower "
                 f"optimizer.lr, trainer.gradient_clip_val=1 or trainer.precision=32-true"
             )
+
+    def _look_at_null_row(self) -> None:
+        """Warn once if the label that means 'no class' is not trained."""
+        if self._null_row is None:
+            return
+        images = sum(len(each["loss"]) for each in self._parts_of_step)
+        told = self._null_row.look(images)
+        if told and self.trainer.is_global_zero:
+            log.warning("%s", told)
+        if self._null_row.done:
+            self._null_row = None
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, and let the averages follow; an average does not move in a skipped step."""

@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
+from sag_dit.data.training_batches import counted
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.sharding import FullyShardedStrategy
 
@@ -108,7 +109,9 @@ def estimate_memory(module: DiffusionModule, images: int, trainer: Trainer) -> M
             "average": of(averaged),
             "gradients": of(trained),
             "optimiser": None if state is None else of(state),
-            f"activations of {images:,} images": None if kept is None else kept // (1 + half),
+            f"activations of {counted(images, 'image')}": None
+            if kept is None
+            else kept // (1 + half),
         }
     )
 
@@ -245,15 +248,17 @@ def start_report(
     share = "all" if trained == total else f"{trained:,}"
     # The steps.
     steps, each_step = trainer.max_steps, images * trainer.accumulate_grad_batches
-    devices = f"{trainer.world_size} device{'s' * (trainer.world_size > 1)}"
+    devices = counted(trainer.world_size, "device")
     few = int(trainer.overfit_batches)  # type: ignore[attr-defined]
     epoch = min(epoch, few * images) if few else epoch
-    again = f", the first {few} batches again and again" if few else ""
+    first = "batch" if few == 1 else f"{few} batches"
+    again = f", the first {first} again and again" if few else ""
+    epochs = steps * each_step / epoch
     lines = [
         f"model: {type(network).__name__}, {total:,} parameters, {share} trained",
         f"  parts    {', '.join(named)}",
-        f"steps: {steps:,} of {each_step:,} images on {devices}, {steps * each_step:,} images in "
-        f"all: {steps * each_step / epoch:,.1f} epochs{again}",
+        f"steps: {steps:,} of {counted(each_step, 'image')} on {devices}, "
+        f"{counted(steps * each_step, 'image')} in all: {epochs:,.1f} epochs{again}",
     ]
     # The memory of one device.
     device = trainer.strategy.root_device

@@ -233,7 +233,7 @@ def test_a_data_set_of_ones_own_is_trained_on_and_resumed(
     assert equal(whole, train(*own, "out=parts", "data.workers=1"))
     assert not equal(whole, train(*own, "out=other", "seed=1"))
     told = in_process("train", *own, "out=told", "max_steps=1").out
-    assert "data: 40 images in 2 classes" in told and "8 x 8 pixels in 1 channels" in told
+    assert "data: 40 images in 2 classes" in told and "8 x 8 pixels in 1 channel," in told
     drawn = in_process("sample", f"ckpt={whole}", "classes=[disc]", "num_images=1", "steps=2")
     assert drawn.code == 0, drawn.err
 
@@ -366,8 +366,14 @@ def test_what_cannot_be_trained_on_is_told(make: Any, told: str, mine: Any) -> N
 
 
 def test_images_of_several_shapes_are_told() -> None:
-    data = MapData([(torch.zeros(1, side, side), 0) for side in (2, 3)], 2, workers=0)
-    with pytest.raises(ValueError, match=r"item 1 is torch.float32 \(1, 3, 3\), the first"):
+    told = r"item 1 is torch.float32 \(1, 3, 3\), the first .*: expected one shape .*; crop them"
+    with pytest.raises(ValueError, match=told):
+        MapData([(torch.zeros(1, side, side), 0) for side in (2, 3)], 2, workers=0)
+    # One that is not among those that are read at the start is met when it is read.
+    images = [(torch.zeros(3 if place == 1 else 1, 2, 2), 0) for place in range(20)]
+    data = MapData(images, 2, workers=0)
+    told = r"item 1 is .* \(3, 2, 2\), the first .* \(1, 2, 2\): .*; convert them, as image.convert"
+    with pytest.raises(ValueError, match=told):
         data.dataset.__getitems__(Batch(0, [0, 1], [False, False]))
 
 

@@ -211,8 +211,9 @@ def test_a_run_tells_of_its_data_at_the_start(train_on: Command, train: Command)
         "data: 9 images in 2 classes",
         "  classes  cats (5), dogs (4)",
     ]
-    assert "note: 1 are transparent and laid over white" in photos
-    assert "data: 1,078 images in 10 classes, 719 held out" in train("max_steps=1").out
+    assert "note: 1 is transparent and laid over white" in photos
+    told = "data: 1,797 images in 10 classes: 1,078 to train on, 719 held out"
+    assert told in train("max_steps=1").out
 
 
 def forget_background(folder: Path) -> None:
@@ -261,7 +262,7 @@ def another_class(photos: Path) -> None:
         (renamed, "classes gone: cats (5 images); new classes: kittens (5 images)"),
         (more, "images of cats: 5, now 6; 9 images in all, now 10"),
         (larger, "as many images of each class, but of other names or sizes"),
-        (another_class, "new classes: birds (1 images); 9 images in all, now 10"),
+        (another_class, "new classes: birds (1 image); 9 images in all, now 10"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_data_unless_told_to(

@@ -41,7 +41,7 @@ def test_a_run_tells_what_it_is_and_where_it_goes_on(in_process: Command, tmp_pa
     first = in_process("train", *SMALL, *track, "out=run", "max_steps=2")
     assert first.code == 0, first.err
     data, model, parts, steps, memory, *_ = first.out.splitlines()
-    assert data == "data: 1,078 images in 10 classes, 719 held out"
+    assert data == "data: 1,797 images in 10 classes: 1,078 to train on, 719 held out"
     assert model.startswith("model: DiT, ") and "blocks " in parts
     assert steps == "steps: 2 of 8 images on 1 device, 16 images in all: 0.0 epochs"
     assert memory.startswith("memory: about ") and "activations of 8 images" in memory

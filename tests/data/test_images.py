@@ -98,13 +98,13 @@ def test_report_tells_what_there_is(tmp_path: Path, caplog: pytest.LogCaptureFix
     data = ImageFolderData(root, 16, 2, workers=0, held_out=0.2, background="white")
     held_out = int(data.held_out_images.sum())
     assert data.report().splitlines() == [
-        f"data: {9 - held_out} images in 2 classes, {held_out} held out",
+        f"data: 9 images in 2 classes: {9 - held_out} to train on, {held_out} held out",
         "  classes  cats (3), dogs (6)",
         "  sizes    12 to 25 pixels wide, 20 to 50 high",
         "  left out 1 (.gif is not read): dogs/a.gif",
         "  left out 1 (cannot be decoded): dogs/text.png",
-        "  note: 1 are transparent and laid over white, the first is dogs/clear.png",
-        f"  note: 1 of 9 images are smaller than 16 pixels and are enlarged, the first is "
+        "  note: 1 is transparent and laid over white: dogs/clear.png",
+        "  note: 1 of 9 images is smaller than 16 pixels and is enlarged: "
         f"{root / 'dogs' / 'small.png'}",
     ]
     # What the report has told is not told again before the first step.
@@ -122,7 +122,7 @@ def test_report_of_very_many_images_looks_at_some(
         tmp_path, *(f"class {number}/{place}.png" for number in range(7) for place in "ab")
     )
     assert data.report().splitlines()[1:-1] == [
-        f"  classes  {', '.join(f'class {n} (2)' for n in range(5))}, ... of 2 to 2 images each",
+        f"  classes  {', '.join(f'class {n} (2)' for n in range(5))}, ... of 2 images each",
         "  sizes    20 pixels wide, 24 high, of 3 of them",
     ]
 
@@ -144,7 +144,7 @@ def test_report_of_very_many_images_looks_at_some(
             r"class folders train, val hold the same folders \(a, b\); .*=/.*/train$",
         ),
         (["train/a/0.png", "train/b/0.png"], r"class folders train hold"),
-        (["a/0.png", "a/1.png", "b/0.png"], "1 classes have a single image: b"),
+        (["a/0.png", "a/1.png", "b/0.png"], "1 class has a single image: b"),
         (["cat_0.png", "cat_1.png", "dog_0.png", "dog_1.png"], "as if of 2: cat, dog; if so"),
         (["cat (1).png", "cat (2).png", "dog (10).png", "dog (2).png"], "as if of 2: cat, dog"),
         (["n01440764_1.png", "n01440764_9.png", "n0152_1.png", "n0152_2.png"], "n01440764"),
@@ -190,7 +190,7 @@ def test_names_that_are_no_utf8_are_told_in_what_can_be_printed(tmp_path: Path) 
     Image.new("RGBA", (20, 20)).save(odd)
     data = ImageFolderData(root, 16, 1, workers=0, background="white")
     report = data.report()
-    assert r"the first is a/caf\udce9\x1b[31m.png" in report
+    assert r"laid over white: a/caf\udce9\x1b[31m.png" in report
     assert report.encode()  # as printing does
     assert data.fingerprint()["images"] == len(data.files)
     assert open_images(root, size=16).digest()
@@ -214,7 +214,7 @@ def test_transparent_images_are_read_over_the_background_and_told_of(
         (True, False) if background else (False, True)
     )
     how = "laid over white" if background else "hidden colours show"
-    assert f"1 are transparent and {how}" in caplog.text.replace(
+    assert f"1 is transparent and {how}" in caplog.text.replace(
         "read as before there was data.background: ", ""
     )
     with pytest.raises(ValueError, match="background=see-through: expected the name of a colour"):
@@ -229,7 +229,10 @@ def test_transparent_images_are_read_over_the_background_and_told_of(
         (lambda root: root.mkdir(), "no image found"),
         (lambda root: (root / "cats").mkdir(parents=True), "no image found"),
         (lambda root: (image_folder(root) / "mice").mkdir(), "no image in 1 of 3 .* mice"),
-        (lambda root: picture(9, 9).save(image_folder(root) / "a.png"), "1 images .a.png, "),
+        (
+            lambda root: picture(9, 9).save(image_folder(root) / "a.png"),
+            "a.png lies beside the folders cats, dogs; expected",
+        ),
     ],
     ids=["missing", "file", "empty", "empty folders", "class without image", "mixed"],
 )
@@ -407,7 +410,7 @@ def test_of_several_pages_the_first_is_read_and_told(ending: str, tmp_path: Path
     first.save(tmp_path / f"a.{ending}", save_all=True, append_images=[second], lossless=True)
     first.save(tmp_path / "b.png")
     data = ImageFolderData(tmp_path, size=8, batch_size=2, workers=0)
-    said = f"  note: 1 hold several pages or frames, of which the first is read: a.{ending}"
+    said = f"  note: 1 holds several pages or frames, of which the first is read: a.{ending}"
     assert said in data.remarks()
     image, _ = data.dataset[0]
     assert image[:, 4, 4].tolist() == [255, 0, 0]

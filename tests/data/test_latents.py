@@ -311,5 +311,7 @@ def test_a_second_folder_has_to_fit_the_first(tmp_path: Path) -> None:
 def test_a_class_that_the_index_does_not_have_is_named(tmp_path: Path) -> None:
     root = latent_folder(tmp_path)
     change(root, class_names=["all"], counts=[12])
-    with pytest.raises(ValueError, match="an image of class 1, where there are 1; repeat"):
+    with pytest.raises(
+        ValueError, match=r"\.safetensors: row 1 is of class 1, and the data has 1 class; repeat"
+    ):
         _ = LatentData(root, workers=0).dataset

@@ -508,7 +508,7 @@ def test_a_cache_that_cannot_be_written_is_told_and_not_needed(
     ("name", "text", "told"),
     [
         ("a.csv", "", "is empty: expected a row for each image"),
-        ("a.csv", "file,label\ncats/00.jpg,cat\ncats/99.jpg,cat", "names 1 images that are not in"),
+        ("a.csv", "file,label\ncats/00.jpg,cat\ncats/99.jpg,cat", "names 1 image not in"),
         (
             "a.csv",
             "cats/00.jpg,cat\ncats/00.jpg,dog",
@@ -652,7 +652,7 @@ def test_classes_without_images_are_told(photos: Path, tmp_path: Path) -> None:
     told = ImageFolderData(photos, 8, 1, labels=str(labels)).report()
     assert "warning: 5 classes have no image: 0, 1, 2, 3, 4\n" in f"{told}\n"
     named = ImageFolderData(photos, 8, 1, class_names=[*CLASSES, "owls"]).report()
-    assert "warning: 1 classes have no image: owls" in named
+    assert "warning: 1 class has no image: owls" in named
     assert "no image:" not in ImageFolderData(photos, 8, 1).report()
 
 

@@ -91,3 +91,8 @@ def test_too_many_in_a_row_stop_the_run_with_advice(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"3 steps in a row are not finite.*optimizer\.lr"):
         trained({1, 2, 3}, 6, tmp_path)
     assert trained({1, 2, 4, 5}, 6, tmp_path).skipped == 4
+
+
+def test_a_run_that_is_lost_from_the_start_is_told_of_the_network(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"first 3 steps are not finite: DiT, .*detect_anomaly"):
+        trained({0, 1, 2}, 6, tmp_path)

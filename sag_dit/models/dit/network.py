@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from sag_dit.attention import AttentionLayer
 from sag_dit.bounds import Bounds, Count, Share
 from sag_dit.models.dit.layers import Mlp, PatchEmbed, SelfAttention
-from sag_dit.models.network import Fork, Outputs
+from sag_dit.models.network import Fork, Outputs, drop_labels
 from sag_dit.tensors import Images, Labels
 
 POSITION_TOLERANCE = 0.01
@@ -84,8 +84,7 @@ class LabelEmbedder(nn.Module):
     def forward(self, labels: Int[Tensor, "b"]) -> Float[Tensor, "b d"]:
         """Embed labels from 0 to ``num_classes``, the last being the null class."""
         if self.training and self.dropout_prob > 0:
-            dropped = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
-            labels = torch.where(dropped, self.num_classes, labels)
+            labels = drop_labels(labels, self.num_classes, self.dropout_prob)
         out: Tensor = self.embedding_table(labels)
         return out
 

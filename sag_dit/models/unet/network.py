@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import torch
 from diffusers.models import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from sag_dit.attention import AttentionLayer
 from sag_dit.bounds import Bounds, Count, Share
+from sag_dit.models.network import drop_labels
 from sag_dit.models.unet.parts import GROUPS, Shape, decoder_parts, encoder_parts, pair
 from sag_dit.tensors import Images, Labels
 
@@ -62,6 +62,7 @@ class UNet(UNet2DModel):  # type: ignore[misc]  # diffusers' classes are untyped
             ``num_head_channels``.
 
     Example:
+        >>> import torch
         >>> network = UNet(16, 3, 32, 1, (1, 2), (8,), num_heads=4, learn_sigma=False)
         >>> network(torch.zeros(1, 3, 16, 16), torch.tensor([500]), torch.tensor([0])).shape
         torch.Size([1, 3, 16, 16])
@@ -201,8 +202,7 @@ class UNet(UNet2DModel):  # type: ignore[misc]  # diffusers' classes are untyped
         """Denoise images x at times t for classes y."""
         labels = y if self.num_classes else None
         if labels is not None and self.training and self.class_dropout_prob > 0:
-            dropped = torch.rand(labels.shape, device=labels.device) < self.class_dropout_prob
-            labels = torch.where(dropped, self.num_classes, labels)
+            labels = drop_labels(labels, self.num_classes, self.class_dropout_prob)
         scaled = t.float() * self.time_scale
         out: Tensor = super().forward(x, scaled, class_labels=labels, return_dict=False)[0]
         return out
