@@ -144,7 +144,7 @@ def go_on_training(
     step: int,
 ) -> None:
     """Train from a checkpoint's step on, on all ranks, and export the weights."""
-    from sag_dit.cli.stopping import ending_together, naming_lost_nodes
+    from sag_dit.cli.stopping import ending_together, naming_lost_nodes, telling_what_is_kept
     from sag_dit.training.console import Lines
     from sag_dit.training.resume import export_run
 
@@ -152,9 +152,9 @@ def go_on_training(
     trainer.loggers = make_loggers(config, out, step)
     if config.trainer.get("enable_progress_bar", True) and trainer.progress_bar_callback is None:
         trainer.loggers = [*trainer.loggers, Lines(trainer)]
-    for logger in trainer.loggers:
-        logger.log_hyperparams(to_dict(config))
-    with ending_together(trainer), naming_lost_nodes(trainer):
+    with ending_together(trainer), telling_what_is_kept(trainer), naming_lost_nodes(trainer):
+        for logger in trainer.loggers:
+            logger.log_hyperparams(to_dict(config))
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         export_run(trainer, module, out)
     if trainer.is_global_zero and trainer.global_step < config.max_steps:
