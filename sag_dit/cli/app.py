@@ -361,6 +361,10 @@ def launch(
                 raise
             told = sentence(error, config_name, keys)
             if told is not None:
+                # A loader's failure is told when the step before is saved.
+                cause = error.__cause__
+                if isinstance(cause, Exception) and sentence(cause, config_name, keys) is None:
+                    show(cause)
                 fail(with_kept(told, error))
             if own_frames(error) is None:
                 raise

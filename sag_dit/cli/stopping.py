@@ -76,13 +76,13 @@ def telling_what_is_kept(trainer: Trainer) -> Iterator[None]:
 def _left_at(error: BaseException, trainer: Trainer, what: str) -> str:
     from sag_dit.training.resume import FOLDER, steps_of
 
-    at = f"{raised_by(error) or 'training'} {what} after step {trainer.global_step:,}"
+    who = raised_by(error)
+    at = f"{who} {what} after" if who else "that was after"
+    at = f"{at} step {trainer.global_step:,}"
     checkpoints = steps_of(Path(trainer.default_root_dir) / FOLDER)
     if not checkpoints:
-        return f"{at}, before there was a checkpoint: repeat the command to begin anew"
-    return (
-        f"{at}; the newest checkpoint is {checkpoints[0]}, from which the same command goes on"
-    )
+        return f"{at}, before there was a checkpoint: the same command begins anew"
+    return f"{at}; the newest checkpoint is {checkpoints[0]}, from which the same command goes on"
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sag_dit.cli.composing import make
+from sag_dit.cli.composing import check_target, make
 from sag_dit.cli.keys import Train
 from sag_dit.cli.values import make_terms
 
@@ -163,43 +163,59 @@ def loggers_of(config: Train) -> dict[str, Mapping[str, Any]]:
     return ({"logger": config.logger} if config.logger else {}) | named
 
 
-def make_loggers(config: Train, out: Path, step: int) -> list[Logger]:
-    """Build the loggers; at a step they go on with what the run has logged before."""
+def make_loggers(config: Train, out: Path, step: int) -> dict[str, Logger]:
+    """Build the loggers, by their keys; at a step they go on with what the run has logged before.
+
+    Those that cannot are told.
+    """
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
     from lightning.pytorch.loggers import Logger
 
-    from sag_dit.training.loggers import going_on
+    from sag_dit.training.loggers import begins_anew, going_on
 
-    return [
-        make({**going_on(str(settings.get("_target_")), out, step), **settings}, where, Logger)
-        for where, settings in loggers_of(config).items()
-    ]
+    made = {}
+    for where, settings in loggers_of(config).items():
+        target = str(settings.get("_target_"))
+        check_target(settings, where)
+        made[where] = make({**going_on(target, where, out, step), **settings}, where, Logger)
+        if step and begins_anew(target) and rank_zero_only.rank == 0:
+            print(f"{where}: {type(made[where]).__name__} begins another log at each start")
+    return made
+
+
+def note_loggers(config: Train, out: Path, made: Mapping[str, Logger]) -> None:
+    """Write down, once the loggers have begun, which logs a run goes on with."""
+    from sag_dit.training.loggers import note_versions
+
+    stated = loggers_of(config)
+    found = {where: (str(stated[where].get("_target_")), each) for where, each in made.items()}
+    note_versions(out, found)
 
 
 def check_validated(config: Train, data: StepData, trainer: Trainer) -> bool:
-    """Return whether a run validates; refuse what waits for a loss on held-out images in vain.
+    """Return whether a run validates; refuse what waits in vain for that, or for what it logs.
 
     Raises:
-        ValueError: a callback that monitors it, or checkpoints by it, where there is none.
+        ValueError: a callback that monitors what nothing logs, or checkpoints by a loss on held-out
+            images, where there is none.
     """
-    from sag_dit.training.resume import BestCheckpoints
+    from sag_dit.training.callbacks import check_monitors
 
-    limit = config.trainer.get("limit_val_batches")
-    if limit != 0 and data.validates:
-        return True
-    why = "no image is held out" if limit != 0 else "trainer.limit_val_batches is 0"
-    if config.keep.best > 1:
+    why, every = None, config.every_n_steps.validation
+    if config.trainer.get("limit_val_batches") == 0:
+        why = "trainer.limit_val_batches is 0: expected another"
+    elif not data.validates:
+        why = "no image is held out: expected held-out images, such as data.held_out=0.1"
+    validates = why is None
+    if why and config.keep.best > 1:
         raise ValueError(
-            f"keep.best={config.keep.best}: {why}, so that there is no val/loss to choose them by: "
-            f"expected 0, or held-out images, such as data.held_out=0.1"
+            f"keep.best={config.keep.best}: {why}; without val/loss there is none to choose them "
+            f"by: expected keep.best=0"
         )
-    for each in trainer.callbacks:  # type: ignore[attr-defined]
-        monitor = str(getattr(each, "monitor", None))
-        if monitor.startswith("val/") and not isinstance(each, BestCheckpoints):
-            raise ValueError(
-                f"trainer.callbacks: {type(each).__name__} monitors {monitor}, but {why}: expected "
-                f"held-out images, such as data.held_out=0.1, or another number"
-            )
-    return False
+    if validates and every > config.max_steps:
+        why = f"every_n_steps.validation={every}: expected at most max_steps={config.max_steps}"
+    check_monitors(trainer.callbacks, why)  # type: ignore[attr-defined]
+    return validates
 
 
 def check_previews(config: Train, model: Model) -> None:

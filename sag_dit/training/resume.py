@@ -30,6 +30,8 @@ from sag_dit.untrusted import read_json
 FOLDER = "checkpoints"
 FINISHED = "finished.json"
 """Tells which step a run's weights were exported at: with the newest checkpoint's, all is done."""
+ENDED = "ended_by"
+"""Where a checkpoint says why an EarlyStopping has ended the run at it."""
 TOLD_TO_STOP = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -196,6 +198,17 @@ class LastCheckpoints(Checkpoint):
             os.write(2, b"\nstopping at the end of this step; once more stops at once\n")
         self._signal = number
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say so in a checkpoint at which an EarlyStopping ends the run."""
+        if trainer.should_stop and trainer.fit_loop._can_stop_early:
+            stops = (each.stopping_reason_message for each in trainer.early_stopping_callbacks)
+            told = next(filter(None, stops), None)
+            if told is not None:
+                reason = told.partition(" Signaling Trainer")[0].rstrip(".")
+                checkpoint[ENDED] = f"EarlyStopping: {reason}"
+
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -244,14 +257,18 @@ class LastCheckpoints(Checkpoint):
         if not trainer.strategy.reduce_boolean_decision(own, all=False):
             return None
         # A failure comes first, which names what to mend, on whichever rank it is.
-        reasons: list[int | str] = [str(failed) if failed else self._signal] * trainer.world_size
+        reasons: list[int | str] = [_told(failed) if failed else self._signal] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(reasons, reasons[0])
         stopped = Stopped(
             max(each for each in [0, *reasons] if isinstance(each, int)), trainer.global_step
         )
         failures = [each for each in reasons if isinstance(each, str)]
-        return ValueError(f"{failures[0]}; {stopped.told}") if failures else stopped
+        if not failures:
+            return stopped
+        error = ValueError(f"{failures[0]}; {stopped.told}")
+        error.__cause__ = failed  # With its frames, for whoever shows them.
+        return error
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save now if the step was due, or if it became the last one by what was found."""
@@ -279,6 +296,12 @@ class LastCheckpoints(Checkpoint):
         """Give the signals back to their former handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+def _told(failure: Exception) -> str:
+    """Return what a loader says of its failure; of a mistake in code, such as KeyError, its kind."""
+    misuse = isinstance(failure, (ValueError, OSError))
+    return f"{failure}" if misuse else f"{type(failure).__name__}: {failure}"
 
 
 def step_checkpoint(out: Path, step: int) -> Path:
@@ -371,6 +394,12 @@ def _read(checkpoint: Path) -> dict[str, Any] | None:
             stacklevel=2,
         )
         return None
+
+
+def ended_by(checkpoint: Path) -> str | None:
+    """Return why an EarlyStopping ended the run at a checkpoint, None if none did."""
+    told = (_read(checkpoint) or {}).get(ENDED) if checkpoint.exists() else None
+    return told if isinstance(told, str) else None
 
 
 def _check_fits(
