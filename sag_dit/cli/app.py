@@ -362,7 +362,7 @@ def launch(
             told = sentence(error, config_name, keys)
             if told is not None:
                 # A loader's failure is told when the step before is saved.
-                cause = error.__cause__
+                cause = error.__cause__ if kept_of(error) else None
                 if isinstance(cause, Exception) and sentence(cause, config_name, keys) is None:
                     show(cause)
                 fail(with_kept(told, error))

@@ -7,8 +7,14 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-AROUND = {"sag_dit", "lightning", "pytorch_lightning", "torch", "hydra", *sys.stdlib_module_names}
+AROUND = {
+    *("sag_dit", "lightning", "pytorch_lightning", "lightning_utilities", "torch", "hydra"),
+    *sys.stdlib_module_names,
+}
 """Packages whose frames lead to the user's code: what runs it, and the standard library."""
+
+HOOKS = "_call_callback_hooks"
+"""The function of Lightning's that calls a hook of each callback."""
 
 
 class Kept(str):
@@ -29,11 +35,16 @@ def kept_of(error: BaseException) -> Kept | None:
 def own_frames(error: BaseException) -> TracebackType | None:
     """Return the traceback from the first frame of the user's code on, None if there is none.
 
-    An installed package that he brings, such as that of a logger, counts as his.
+    An installed package that he brings, such as that of a logger, counts as his. A hook of his
+    that takes other arguments has no frame, and so that of the call stands for it.
     """
-    found = error.__traceback__
+    found, call = error.__traceback__, None
     while found is not None and not _is_own(found):
+        call = found if found.tb_frame.f_code.co_name == HOOKS else call
         found = found.tb_next
+    if found is None and call is not None and call.tb_next is None:
+        package = type(call.tb_frame.f_locals["callback"]).__module__.partition(".")[0]
+        return None if package in AROUND else call
     return found
 
 
@@ -46,9 +57,12 @@ def raised_by(error: BaseException) -> str | None:
     first = own_frames(error)
     if first is None:
         return None
+    local = first.tb_frame.f_locals
+    if not _is_own(first):
+        return f"{type(local['callback']).__name__}.{local['hook_name']}"
     # What was called of his, and the last line of his that ran.
     code, last = first.tb_frame.f_code, first
-    owner = first.tb_frame.f_locals.get("self")
+    owner = local.get("self")
     name = code.co_qualname if owner is None else f"{type(owner).__name__}.{code.co_name}"
     following = first.tb_next
     while following is not None:

@@ -76,6 +76,7 @@ def make_trainer(config: Train, out: Path) -> Trainer:
             if name not in ("logger", "callbacks")
         },
         "enable_progress_bar": shows_bar,
+        **own_profiler(config),
         "plugins": own_plugins(config),
     }
     trainer: Trainer = make(
@@ -120,6 +121,19 @@ def own_callbacks(config: Train) -> list[Callback]:
             )
         made.append(each)
     return made
+
+
+def own_profiler(config: Train) -> dict[str, Any]:
+    """Build the user's profiler where it is a class; the Trainer knows its own by name.
+
+    Raises:
+        ValueError: it is no profiler.
+    """
+    from lightning.pytorch.profilers import Profiler
+
+    stated = config.trainer.get("profiler")
+    made = isinstance(stated, Mapping)
+    return {"profiler": make(stated, "trainer.profiler", Profiler)} if made else {}
 
 
 def own_plugins(config: Train) -> list[Any]:
