@@ -108,7 +108,7 @@ class Stops(Callback):
         if self.how in ("SIGINT", "SIGTERM"):
             os.kill(os.getpid(), getattr(signal, self.how))
         if self.how in ("RuntimeError", "KeyboardInterrupt", "SystemExit"):
-            raise __builtins__[self.how]
+            raise __builtins__[self.how](3)
 
 
 class Hears(Callback):
