@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sag_dit.cli.app import is_first_rank
 from sag_dit.cli.composing import check_target, make
 from sag_dit.cli.keys import Train
 from sag_dit.cli.values import make_terms
@@ -132,8 +133,9 @@ def own_profiler(config: Train) -> dict[str, Any]:
     from lightning.pytorch.profilers import Profiler
 
     stated = config.trainer.get("profiler")
-    made = isinstance(stated, Mapping)
-    return {"profiler": make(stated, "trainer.profiler", Profiler)} if made else {}
+    if not isinstance(stated, Mapping):
+        return {}
+    return {"profiler": make(stated, "trainer.profiler", Profiler)}
 
 
 def own_plugins(config: Train) -> list[Any]:
@@ -182,7 +184,6 @@ def make_loggers(config: Train, out: Path, step: int) -> dict[str, Logger]:
 
     Those that cannot are told.
     """
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
     from lightning.pytorch.loggers import Logger
 
     from sag_dit.training.loggers import begins_anew, going_on
@@ -192,7 +193,7 @@ def make_loggers(config: Train, out: Path, step: int) -> dict[str, Logger]:
         target = str(settings.get("_target_"))
         check_target(settings, where)
         made[where] = make({**going_on(target, where, out, step), **settings}, where, Logger)
-        if step and begins_anew(target) and rank_zero_only.rank == 0:
+        if step and begins_anew(target) and is_first_rank():
             print(f"{where}: {type(made[where]).__name__} begins another log at each start")
     return made
 
