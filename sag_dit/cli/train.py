@@ -27,12 +27,12 @@ from sag_dit.cli.run_identity import (
 from sag_dit.cli.train_model import adapt_model, load_base, make_model, refuse_foreign_sizes
 from sag_dit.cli.train_module import check_objective, check_optimizer, make_module, make_optimizer
 from sag_dit.cli.trainer import (
+    begin_loggers,
     check_previews,
     check_validated,
     loggers_of,
     make_loggers,
     make_trainer,
-    note_loggers,
 )
 from sag_dit.cli.trainer_flags import check_training
 from sag_dit.cli.values import check_logger
@@ -155,10 +155,7 @@ def go_on_training(
     if config.trainer.get("enable_progress_bar", True) and trainer.progress_bar_callback is None:
         trainer.loggers = [*trainer.loggers, Lines(trainer)]
     with ending_together(trainer), telling_what_is_kept(trainer), naming_lost_nodes(trainer):
-        for logger in trainer.loggers:
-            logger.log_hyperparams(to_dict(config))
-        if trainer.is_global_zero:
-            note_loggers(config, out, loggers)
+        begin_loggers(config, out, step, loggers)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         export_run(trainer, module, out)
     if trainer.is_global_zero and trainer.global_step < config.max_steps:

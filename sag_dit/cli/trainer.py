@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sag_dit.cli.app import is_first_rank
 from sag_dit.cli.composing import check_target, make
 from sag_dit.cli.keys import Train
+from sag_dit.cli.keys.key import to_dict
 from sag_dit.cli.values import make_terms
 
 if TYPE_CHECKING:
@@ -198,13 +199,19 @@ def make_loggers(config: Train, out: Path, step: int) -> dict[str, Logger]:
     return made
 
 
-def note_loggers(config: Train, out: Path, made: Mapping[str, Logger]) -> None:
-    """Write down, once the loggers have begun, which logs a run goes on with."""
-    from sag_dit.training.loggers import note_versions
+def begin_loggers(config: Train, out: Path, step: int, made: Mapping[str, Logger]) -> None:
+    """Log the settings, and write down which logs a run goes on with."""
+    from sag_dit.training.loggers import going_on, note_versions
 
-    stated = loggers_of(config)
-    found = {where: (str(stated[where].get("_target_")), each) for where, each in made.items()}
-    note_versions(out, found)
+    named = {}
+    for where, settings in loggers_of(config).items():
+        target = str(settings.get("_target_"))
+        named[where] = target, made[where]
+        # MLflow refuses a setting that has changed since; the run's config.yaml has it.
+        if "run_id" not in going_on(target, where, out, step):
+            made[where].log_hyperparams(to_dict(config))
+    if is_first_rank():
+        note_versions(out, named)
 
 
 def check_validated(config: Train, data: StepData, trainer: Trainer) -> bool:

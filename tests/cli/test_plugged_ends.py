@@ -181,6 +181,20 @@ def test_a_tensorboard_of_ones_own_goes_on_with_its_log(
     assert [event.step for event in log.Scalars("train/loss")] == [0, 1, 2]
 
 
+def test_mlflow_goes_on_with_its_run(
+    in_process: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    kind = "lightning.pytorch.loggers.MLFlowLogger"
+    for steps in (2, 3):
+        mine = f"trainer.logger=[{{_target_: {kind}, tracking_uri: 'file:{tmp_path}/ml'}}]"
+        done = in_process("train", *SMALL, "out=run", f"max_steps={steps}", mine)
+        assert done.code == 0, done.err
+    (losses,) = (tmp_path / "ml").glob("*/*/metrics/train/loss")
+    assert [line.split()[2] for line in losses.read_text().splitlines()] == ["0", "1", "2"]
+
+
 def test_a_logger_that_begins_anew_is_told(in_process: Command) -> None:
     line = "trainer.logger[0]: CSVLogger begins another log at each start"
     for steps, told in ((2, False), (3, True)):
