@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,8 @@ def own_callbacks(config: Train) -> list[Callback]:
     from lightning.pytorch import Callback
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
+    from sag_dit.training.callbacks import strange_hooks
+
     made: list[Callback] = []
     for place, settings in enumerate(listed(config.trainer.get("callbacks"))):
         where = f"trainer.callbacks[{place}]"
@@ -122,6 +125,8 @@ def own_callbacks(config: Train) -> list[Callback]:
                 f"tells them apart"
             )
         made.append(each)
+        for told in strange_hooks(each) if is_first_rank() else ():
+            print(f"warning: {where}: {told}", file=sys.stderr)
     return made
 
 
@@ -234,7 +239,7 @@ def check_validated(config: Train, data: StepData, trainer: Trainer) -> bool:
             f"keep.best={config.keep.best}: {why}; without val/loss there is none to choose them "
             f"by: expected keep.best=0"
         )
-    if validates and every > config.max_steps:
+    if validates and every > config.max_steps and not config.trainer.get("fast_dev_run"):
         why = f"every_n_steps.validation={every}: expected at most max_steps={config.max_steps}"
     check_monitors(trainer.callbacks, why)  # type: ignore[attr-defined]
     return validates

@@ -128,6 +128,23 @@ def check_callbacks(callbacks: Iterable[Callback], *, epochs: bool = False) -> N
                 )
 
 
+def strange_hooks(callback: Callback) -> list[str]:
+    """Return what is told of methods that look like hooks, but that Lightning never calls.
+
+    Example:
+        >>> strange_hooks(EarlyStopping("val/loss"))
+        []
+    """
+    hooks = [name for name in dir(Callback) if name.startswith("on_")]
+    own = [name for name in dir(type(callback)) if name.startswith("on_") and name not in hooks]
+    close = {name: get_close_matches(name, hooks, 1, 0.75) for name in own}
+    return [
+        f"nothing calls {type(callback).__name__}.{name}; did you mean {found[0]}?"
+        for name, found in close.items()
+        if found
+    ]
+
+
 def waits_for_validation(callback: Callback) -> bool:
     """Whether a callback of Lightning's acts at validations alone.
 

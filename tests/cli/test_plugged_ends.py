@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import (
 from safetensors.torch import load_file
 
 from sag_dit.data.digits import Digits
-from sag_dit.training.callbacks import LossByLevel, Monitored, Speed, check_monitors
+from sag_dit.training.callbacks import LossByLevel, Monitored, Speed, check_monitors, strange_hooks
 from sag_dit.training.console import Lines
 from sag_dit.training.loggers import CSVLog, check_number
 from sag_dit.training.module import DiffusionModule
@@ -200,6 +200,19 @@ def test_a_logger_that_begins_anew_is_told(in_process: Command) -> None:
     for steps, told in ((2, False), (3, True)):
         done = in_process("train", *SMALL, "out=run", f"max_steps={steps}", log_to("CSVLogger"))
         assert done.code == 0 and (line in done.out) is told
+
+
+def test_a_method_that_looks_like_a_hook_is_told() -> None:
+    class Mine(Callback):
+        def on_train_batch_finish(self, *_: Any) -> None: ...
+
+        def on_paper(self) -> None: ...
+
+        def on_train_end(self, *_: Any) -> None: ...
+
+    told = "nothing calls Mine.on_train_batch_finish; did you mean on_train_batch_"
+    (line,) = strange_hooks(Mine())
+    assert line.startswith(told)
 
 
 class Once(Callback):
