@@ -32,6 +32,7 @@ from sag_dit.cli.composing import (
 )
 from sag_dit.cli.help import help_text
 from sag_dit.cli.orphans import end_with_parent
+from sag_dit.cli.raised import kept_of, own_frames, raised_by, show
 from sag_dit.cli.schema import nearest
 from sag_dit.cli.sweep import Choice, expand
 from sag_dit.cli.typed import (
@@ -142,6 +143,36 @@ def _told_by_lightning(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "lightning/pytorch/callbacks" in (
         Path(frames[-1].filename).as_posix()
     )
+
+
+def sentence(error: Exception, command: str, arguments: Sequence[str]) -> str | None:
+    """Return in a sentence what a user can mend, None of an error that is somebody's mistake."""
+    if isinstance(error, (ValueError, OSError, HydraException, OmegaConfBaseException)):
+        return explain(error, command, arguments)
+    if _told_by_lightning(error):
+        return f"{error}; what is written is kept"
+    if not isinstance(error, RuntimeError):
+        return None
+    first = str(error).partition("\n")[0]
+    if re.search("out of memory", str(error), re.IGNORECASE):
+        return (
+            f"the memory of the device is full ({first[:200]}); what is written is kept: repeat "
+            f"the command with a smaller {SMALLER.get(command, 'batch_size')}"
+        )
+    # A rank whose partner is gone; who started them says which was lost.
+    if re.search(LOST, str(error)):
+        return (
+            f"the connection to another rank is lost ({first}); what is written is kept, repeat "
+            f"the command to go on"
+        )
+    return None
+
+
+def with_kept(told: str, error: Exception) -> str:
+    """Return a sentence with what is kept behind it, unless it says so; of a user's code always."""
+    kept = kept_of(error)
+    says_so = re.search(r"\bkept\b|\bsaved at step\b", told) and own_frames(error) is None
+    return told if kept is None or says_so else f"{told}; {kept}"
 
 
 def quiet_lightning() -> None:
@@ -278,7 +309,8 @@ def launch(
     ``entry`` is what stands before the arguments where other ranks are started. ``prepare`` adds
     what a command chooses for the user. Of a sweep, every setting is a run of its own, in a folder
     of its own within the one that is stated. Misuse is a ValueError, an OSError or one of Hydra's
-    own errors. Anything else is our mistake and keeps its traceback.
+    own errors. Anything else is a mistake, of ours or in a user's code, and keeps its traceback,
+    from his code on where it is his.
     """
     end_with_parent()
     original = list(sys.argv)
@@ -324,30 +356,20 @@ def launch(
                 check_target(values.vae, "vae")
             with own_log():
                 run(values)
-        except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
-            if os.environ.get("SAG_DIT_DEBUG"):
-                raise
-            fail(explain(error, config_name, keys))
         except Exception as error:
             if os.environ.get("SAG_DIT_DEBUG"):
                 raise
-            if _told_by_lightning(error):
-                fail(f"{error}; what is written is kept")
-            if not isinstance(error, RuntimeError):
+            told = sentence(error, config_name, keys)
+            if told is not None:
+                # A loader's failure is told when the step before is saved.
+                cause = error.__cause__ if kept_of(error) else None
+                if isinstance(cause, Exception) and sentence(cause, config_name, keys) is None:
+                    show(cause)
+                fail(with_kept(told, error))
+            if own_frames(error) is None:
                 raise
-            first = str(error).partition("\n")[0]
-            if re.search("out of memory", str(error), re.IGNORECASE):
-                fail(
-                    f"the memory of the device is full ({first[:200]}); what is written is kept: "
-                    f"repeat the command with a smaller {SMALLER.get(config_name, 'batch_size')}"
-                )
-            # A rank whose partner is gone; who started them says which was lost.
-            if not re.search(LOST, str(error)):
-                raise
-            fail(
-                f"the connection to another rank is lost ({str(error).splitlines()[0]}); what is "
-                f"written is kept, repeat the command to go on"
-            )
+            show(error)
+            fail(kept_of(error) or f"{raised_by(error)} failed")
 
     sys.argv[1:] = [*flags, *for_hydra(keys)]
     try:

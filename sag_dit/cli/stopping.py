@@ -16,12 +16,16 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from sag_dit.cli.app import KILL, TOLD_TO_STOP, take_signals
+from sag_dit.cli.raised import Kept, raised_by
 from sag_dit.output.ranks import RankReports
 
 EVERY = 0.2
 """Seconds between two looks at the ranks that this process has started."""
 GRACE = 10.0
 """Seconds that the first rank has to end in its own words when another one has failed."""
+
+OF_SIGNALS = {128 + number for number in TOLD_TO_STOP}
+"""Exit codes of a command that was told to stop."""
 
 Ranks = Sequence["subprocess.Popen[bytes]"]
 
@@ -47,6 +51,38 @@ def ending_together(trainer: Trainer) -> Iterator[None]:
         if told is not None and isinstance(error, Exception):
             raise ValueError(told) from error
         raise
+
+
+@contextmanager
+def telling_what_is_kept(trainer: Trainer) -> Iterator[None]:
+    """Note on an error after which step of a training it was raised, by what, and what is kept.
+
+    A checkpoint is not saved there: a step that an error has cut in two is none that the same run
+    without the error would have had, on this rank or on the others.
+    """
+    try:
+        yield
+    except SystemExit as stop:
+        # One of ours says how to go on, as Ctrl-C and SIGTERM do.
+        if getattr(stop, "told", None) is None and stop.code not in OF_SIGNALS:
+            asked = stop.__context__ if isinstance(stop.__context__, KeyboardInterrupt) else stop
+            print(f"stopped: {_left_at(asked, trainer, 'has stopped')}", file=sys.stderr)
+        raise
+    except Exception as error:
+        error.add_note(Kept(_left_at(error, trainer, "failed")))
+        raise
+
+
+def _left_at(error: BaseException, trainer: Trainer, what: str) -> str:
+    from sag_dit.training.resume import FOLDER, steps_of
+
+    who = raised_by(error)
+    at = f"{who} {what} after" if who else "that was after"
+    at = f"{at} step {trainer.global_step:,}"
+    checkpoints = steps_of(Path(trainer.default_root_dir) / FOLDER)
+    if not checkpoints:
+        return f"{at}, before there was a checkpoint: the same command begins anew"
+    return f"{at}; the newest checkpoint is {checkpoints[0]}, from which the same command goes on"
 
 
 @contextmanager

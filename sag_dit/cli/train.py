@@ -27,6 +27,7 @@ from sag_dit.cli.run_identity import (
 from sag_dit.cli.train_model import adapt_model, load_base, make_model, refuse_foreign_sizes
 from sag_dit.cli.train_module import check_objective, check_optimizer, make_module, make_optimizer
 from sag_dit.cli.trainer import (
+    begin_loggers,
     check_previews,
     check_validated,
     loggers_of,
@@ -115,11 +116,11 @@ def put_together(config: Train, base: Model | None, out: Path) -> Parts:
     check_objective(module.objective, data, config)
     check_previews(config, model)
     trainer = make_trainer(config, out)
-    validates = check_validated(config, data, trainer)
     device = trainer.strategy.root_device
     check_steps(make_optimizer(config), module.groups(), device)
     tracked = trackers(config.track, model, out, device, config.every_n_steps.preview)
     trainer.callbacks[:0] = tracked  # type: ignore[attr-defined]
+    validates = check_validated(config, data, trainer)
     data.rank_batch_size(trainer.world_size)
     return Parts(data, module, trainer, told, anew, validates)
 
@@ -144,23 +145,26 @@ def go_on_training(
     step: int,
 ) -> None:
     """Train from a checkpoint's step on, on all ranks, and export the weights."""
-    from sag_dit.cli.stopping import ending_together, naming_lost_nodes
+    from sag_dit.cli.stopping import ending_together, naming_lost_nodes, telling_what_is_kept
     from sag_dit.training.console import Lines
-    from sag_dit.training.resume import export_run
+    from sag_dit.training.resume import FOLDER, ended_by, export_run, steps_of
 
     out = Path(trainer.default_root_dir)
-    trainer.loggers = make_loggers(config, out, step)
+    loggers = make_loggers(config, out, step)
+    trainer.loggers = [*loggers.values()]
     if config.trainer.get("enable_progress_bar", True) and trainer.progress_bar_callback is None:
         trainer.loggers = [*trainer.loggers, Lines(trainer)]
-    for logger in trainer.loggers:
-        logger.log_hyperparams(to_dict(config))
-    with ending_together(trainer), naming_lost_nodes(trainer):
+    with ending_together(trainer), telling_what_is_kept(trainer), naming_lost_nodes(trainer):
+        begin_loggers(config, out, step, loggers)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         export_run(trainer, module, out)
     if trainer.is_global_zero and trainer.global_step < config.max_steps:
+        why = ended_by(steps_of(out / FOLDER)[0])
+        at = f"step {trainer.global_step} of {config.max_steps}"
         print(
-            f"saved at step {trainer.global_step} of {config.max_steps}, where the trainer was "
-            f"told to stop; repeat the command to go on"
+            f"finished at {at}: {why}"
+            if why
+            else f"saved at {at}, where the trainer was told to stop; repeat the command to go on"
         )
 
 
@@ -187,7 +191,13 @@ def run_train(config: Train) -> None:
     """Train, and export the weights that are to be sampled with."""
     check_stated(config)
     from sag_dit.output.claim import claim
-    from sag_dit.training.resume import FOLDER, exported_step, newest_checkpoint, steps_of
+    from sag_dit.training.resume import (
+        FOLDER,
+        ended_by,
+        exported_step,
+        newest_checkpoint,
+        steps_of,
+    )
     from sag_dit.training.start import start_report
 
     # The folder follows from what determines the weights, a checkpoint's resolution included.
@@ -228,8 +238,14 @@ def run_train(config: Train) -> None:
             trainer.callbacks.insert(0, adoption[0])  # type: ignore[attr-defined]
             checkpoint, step = adoption[0].file, adoption[0].step
         # What there is to do, in words.
-        finished = step >= config.max_steps and exported_step(out) == step
-        told = f"finished at step {step}: nothing is left to train; a larger max_steps goes on"
+        ended = None if checkpoint is None else ended_by(checkpoint)
+        finished = (ended or step >= config.max_steps) and exported_step(out) == step
+        why, remedy = (
+            (f" ({ended})", f"begin another run from it: resume_from={out}")
+            if ended
+            else ("", "a larger max_steps goes on")
+        )
+        told = f"finished at step {step}{why}: nothing is left to train; {remedy}"
         if trainer.is_global_zero and not finished:
             images, epoch = data.batch_size, len(data.training_images)
             lines = [
@@ -248,6 +264,8 @@ def run_train(config: Train) -> None:
         if trainer.is_global_zero:
             print(told)
         if not finished:
+            if ended:  # Before its weights were exported.
+                trainer.fit_loop.epoch_loop.max_steps = step
             go_on_training(config, trainer, module, data, checkpoint, step)
     if trainer.is_global_zero:
         print(f"run: {out.resolve()}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sag_dit.cli.composing import make
+from sag_dit.cli.app import is_first_rank
+from sag_dit.cli.composing import check_target, make
 from sag_dit.cli.keys import Train
+from sag_dit.cli.keys.key import to_dict
 from sag_dit.cli.values import make_terms
 
 if TYPE_CHECKING:
@@ -76,6 +79,7 @@ def make_trainer(config: Train, out: Path) -> Trainer:
             if name not in ("logger", "callbacks")
         },
         "enable_progress_bar": shows_bar,
+        **own_profiler(config),
         "plugins": own_plugins(config),
     }
     trainer: Trainer = make(
@@ -107,6 +111,8 @@ def own_callbacks(config: Train) -> list[Callback]:
     from lightning.pytorch import Callback
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
+    from sag_dit.training.callbacks import strange_hooks
+
     made: list[Callback] = []
     for place, settings in enumerate(listed(config.trainer.get("callbacks"))):
         where = f"trainer.callbacks[{place}]"
@@ -119,7 +125,23 @@ def own_callbacks(config: Train) -> list[Callback]:
                 f"tells them apart"
             )
         made.append(each)
+        for told in strange_hooks(each) if is_first_rank() else ():
+            print(f"warning: {where}: {told}", file=sys.stderr)
     return made
+
+
+def own_profiler(config: Train) -> dict[str, Any]:
+    """Build the user's profiler where it is a class; the Trainer knows its own by name.
+
+    Raises:
+        ValueError: it is no profiler.
+    """
+    from lightning.pytorch.profilers import Profiler
+
+    stated = config.trainer.get("profiler")
+    if not isinstance(stated, Mapping):
+        return {}
+    return {"profiler": make(stated, "trainer.profiler", Profiler)}
 
 
 def own_plugins(config: Train) -> list[Any]:
@@ -163,43 +185,64 @@ def loggers_of(config: Train) -> dict[str, Mapping[str, Any]]:
     return ({"logger": config.logger} if config.logger else {}) | named
 
 
-def make_loggers(config: Train, out: Path, step: int) -> list[Logger]:
-    """Build the loggers; at a step they go on with what the run has logged before."""
+def make_loggers(config: Train, out: Path, step: int) -> dict[str, Logger]:
+    """Build the loggers, by their keys; at a step they go on with what the run has logged before.
+
+    Those that cannot are told.
+    """
     from lightning.pytorch.loggers import Logger
 
-    from sag_dit.training.loggers import going_on
+    from sag_dit.training.loggers import begins_anew, going_on
 
-    return [
-        make({**going_on(str(settings.get("_target_")), out, step), **settings}, where, Logger)
-        for where, settings in loggers_of(config).items()
-    ]
+    made = {}
+    for where, settings in loggers_of(config).items():
+        target = str(settings.get("_target_"))
+        check_target(settings, where)
+        made[where] = make({**going_on(target, where, out, step), **settings}, where, Logger)
+        if step and begins_anew(target) and is_first_rank():
+            print(f"{where}: {type(made[where]).__name__} begins another log at each start")
+    return made
+
+
+def begin_loggers(config: Train, out: Path, step: int, made: Mapping[str, Logger]) -> None:
+    """Log the settings, and write down which logs a run goes on with."""
+    from sag_dit.training.loggers import going_on, note_versions
+
+    named = {}
+    for where, settings in loggers_of(config).items():
+        target = str(settings.get("_target_"))
+        named[where] = target, made[where]
+        # MLflow refuses a setting that has changed since; the run's config.yaml has it.
+        if "run_id" not in going_on(target, where, out, step):
+            made[where].log_hyperparams(to_dict(config))
+    if is_first_rank():
+        note_versions(out, named)
 
 
 def check_validated(config: Train, data: StepData, trainer: Trainer) -> bool:
-    """Return whether a run validates; refuse what waits for a loss on held-out images in vain.
+    """Return whether a run validates; refuse what waits in vain for that, or for what it logs.
 
     Raises:
-        ValueError: a callback that monitors it, or checkpoints by it, where there is none.
+        ValueError: a callback that monitors what nothing logs, or checkpoints by a loss on held-out
+            images, where there is none.
     """
-    from sag_dit.training.resume import BestCheckpoints
+    from sag_dit.training.callbacks import check_monitors
 
-    limit = config.trainer.get("limit_val_batches")
-    if limit != 0 and data.validates:
-        return True
-    why = "no image is held out" if limit != 0 else "trainer.limit_val_batches is 0"
-    if config.keep.best > 1:
+    why, every = None, config.every_n_steps.validation
+    if config.trainer.get("limit_val_batches") == 0:
+        why = "trainer.limit_val_batches is 0: expected another"
+    elif not data.validates:
+        why = "no image is held out: expected held-out images, such as data.held_out=0.1"
+    validates = why is None
+    if why and config.keep.best > 1:
         raise ValueError(
-            f"keep.best={config.keep.best}: {why}, so that there is no val/loss to choose them by: "
-            f"expected 0, or held-out images, such as data.held_out=0.1"
+            f"keep.best={config.keep.best}: {why}; without val/loss there is none to choose them "
+            f"by: expected keep.best=0"
         )
-    for each in trainer.callbacks:  # type: ignore[attr-defined]
-        monitor = str(getattr(each, "monitor", None))
-        if monitor.startswith("val/") and not isinstance(each, BestCheckpoints):
-            raise ValueError(
-                f"trainer.callbacks: {type(each).__name__} monitors {monitor}, but {why}: expected "
-                f"held-out images, such as data.held_out=0.1, or another number"
-            )
-    return False
+    if validates and every > config.max_steps and not config.trainer.get("fast_dev_run"):
+        why = f"every_n_steps.validation={every}: expected at most max_steps={config.max_steps}"
+    check_monitors(trainer.callbacks, why)  # type: ignore[attr-defined]
+    return validates
 
 
 def check_previews(config: Train, model: Model) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     ModelPruning,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
     Timer,
     WeightAveraging,
@@ -80,6 +82,11 @@ UNFIT: Sequence[tuple[type[Callback], str]] = (
         f"resume_from to train more of them",
     ),
     (
+        OnExceptionCheckpoint,
+        "a step that an error has cut in two is none to go on from; expected "
+        "every_n_steps.checkpoint or every_n_minutes.checkpoint",
+    ),
+    (
         ModelPruning,
         f"{NO_EPOCHS}, at whose end it prunes, and it renames the weights that checkpoints and "
         f"averages hold; expected to prune the exported model",
@@ -121,27 +128,133 @@ def check_callbacks(callbacks: Iterable[Callback], *, epochs: bool = False) -> N
                 )
 
 
-class Monitored(Callback):
-    """Refuses in a sentence to watch a metric that nothing logs, at the first validation.
+def strange_hooks(callback: Callback) -> list[str]:
+    """Return what is told of methods that look like hooks, but that Lightning never calls.
+
+    Example:
+        >>> strange_hooks(EarlyStopping("val/loss"))
+        []
+    """
+    hooks = [name for name in dir(Callback) if name.startswith("on_")]
+    own = [name for name in dir(type(callback)) if name.startswith("on_") and name not in hooks]
+    close = {name: get_close_matches(name, hooks, 1, 0.75) for name in own}
+    return [
+        f"nothing calls {type(callback).__name__}.{name}; did you mean {found[0]}?"
+        for name, found in close.items()
+        if found
+    ]
+
+
+def waits_for_validation(callback: Callback) -> bool:
+    """Whether a callback of Lightning's acts at validations alone.
+
+    Example:
+        >>> waits_for_validation(EarlyStopping("val/loss"))
+        True
+    """
+    if isinstance(callback, ModelCheckpoint):
+        at_steps = callback._every_n_train_steps > 0 or callback._train_time_interval is not None
+        return not at_steps and not callback._save_on_train_epoch_end
+    return isinstance(callback, EarlyStopping) and not callback._check_on_train_epoch_end
+
+
+def monitors(callback: Callback) -> str | None:
+    """Return the name that a callback of Lightning's has to find among what is logged, if any."""
+    if isinstance(callback, EarlyStopping):
+        return callback.monitor if callback.strict else None
+    return callback.monitor if isinstance(callback, ModelCheckpoint) else None
+
+
+def check_monitors(callbacks: Sequence[Callback], no_validation: str | None) -> None:
+    """Refuse callbacks that wait for a number that nothing logs, or for a validation.
+
+    ``no_validation`` says why there is none. Names below ``train`` may be parts of a loss, and
+    callbacks of the user's may log any: what such a run does not log is told later.
 
     Raises:
-        ValueError: an ``EarlyStopping`` monitors one; those that there are, are named.
+        ValueError: such a callback; the message says what to set.
+
+    Example:
+        >>> check_monitors([EarlyStopping("val/loss")], None)
+    """
+    known = {name for each in callbacks for name in getattr(each, "logs", ())}
+    known |= {DiffusionModule.VALIDATION_LOSS} if no_validation is None else set()
+    others = any(_may_log(each) for each in callbacks)
+    for each in callbacks:
+        told, monitor = f"trainer.callbacks: {type(each).__name__}", monitors(each)
+        if isinstance(each, BestCheckpoints):
+            continue
+        if no_validation and (
+            waits_for_validation(each) or monitor == DiffusionModule.VALIDATION_LOSS
+        ):
+            raise ValueError(
+                f"{told} {f'monitors {monitor}' if monitor else 'saves'} at validations, "
+                f"but {no_validation}"
+            )
+        if monitor is None or monitor in known or others or monitor.startswith("train/"):
+            continue
+        close = get_close_matches(monitor, known, 1)
+        raise ValueError(
+            f"{told} monitors {monitor}, which nothing logs; "
+            + (f"did you mean {close[0]}?" if close else f"expected one of {_listed(known)}")
+        )
+
+
+def _may_log(callback: Callback) -> bool:
+    """Whether nothing is known of what a callback logs."""
+    lightnings = type(callback).__module__.startswith("lightning.")
+    ours = type(callback).__module__.startswith("sag_dit.")
+    return isinstance(callback, LearningRateMonitor) or not (lightnings or ours)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted({"train/loss", *names}))
+
+
+class Monitored(Callback):
+    """Refuses in a sentence to watch a metric that nothing logs, when it is looked for first.
+
+    Where that never comes, it warns at the end of a run, whose weights are of use.
+
+    Raises:
+        ValueError: a callback monitors one at a validation; those that there are, are named.
 
     Example::
 
         trainer = Trainer(callbacks=[EarlyStopping("val/loss"), Monitored()])
     """
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let EarlyStopping say why it stopped only where it has stopped this run."""
+        for each in trainer.early_stopping_callbacks:
+            each.stopping_reason_message = None
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for what each one monitors, before the first of them does."""
         there = trainer.callback_metrics
-        for each in trainer.early_stopping_callbacks:
-            if each.strict and each.monitor not in there:
+        for each in _watching(trainer):
+            if waits_for_validation(each) and monitors(each) not in there:
                 raise ValueError(
-                    f"trainer.callbacks: EarlyStopping monitors {each.monitor}, which nothing has "
-                    f"logged by step {trainer.global_step}; expected one of "
+                    f"trainer.callbacks: {type(each).__name__} monitors {monitors(each)}, which "
+                    f"nothing has logged by step {trainer.global_step}; expected one of "
                     f"{', '.join(sorted(there))}"
                 )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell which of them have watched nothing."""
+        for each in _watching(trainer):
+            if monitors(each) not in trainer.callback_metrics and trainer.is_global_zero:
+                print(
+                    f"warning: trainer.callbacks: {type(each).__name__} monitors "
+                    f"{monitors(each)}, which nothing has logged: it has done nothing",
+                    file=sys.stderr,
+                )
+
+
+def _watching(trainer: Trainer) -> list[Callback]:
+    """Return the callbacks that have to find a number among what is logged."""
+    every: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [each for each in every if not isinstance(each, BestCheckpoints) and monitors(each)]
 
 
 def training_flops(model: Model) -> int | None:
@@ -192,6 +305,8 @@ class Speed(Callback):
 
         trainer = Trainer(callbacks=[Speed(every_n_steps=50)])
     """
+
+    logs = ("images/s", "mfu", "memory_gb")
 
     def __init__(self, every_n_steps: int = 50) -> None:
         self._every = every_n_steps
@@ -258,6 +373,8 @@ class LossByLevel(Callback):
         trainer = Trainer(callbacks=[LossByLevel(every_n_steps=50)])
     """
 
+    logs = tuple(f"loss_by_level/{part + 1}_of_{BINS}" for part in range(BINS))
+
     def __init__(self, every_n_steps: int = 50) -> None:
         self._every = every_n_steps
         self._sums = torch.zeros(2, BINS)
@@ -282,9 +399,9 @@ class LossByLevel(Callback):
         self._sums[1].index_add_(0, place, torch.ones_like(t))
         if not _due(trainer, self._every):
             return
-        for part, (total, count) in enumerate(self._over_ranks().T.tolist()):
+        for name, (total, count) in zip(self.logs, self._over_ranks().T.tolist(), strict=True):
             if count:
-                pl_module.log(f"loss_by_level/{part + 1}_of_{BINS}", total / count)
+                pl_module.log(name, total / count)
         self._sums.zero_()
 
     def _over_ranks(self) -> torch.Tensor:
@@ -461,6 +578,7 @@ class TrackMetrics(Callback):
         if len(requests) < 2:
             raise ValueError(f"track.num_images={len(requests)}: expected 2 or more")
         self._suite, self._every = suite, every_n_steps
+        self.logs = [f"metrics/{name}" for name in suite.metrics]
         self._requests, self._settings = list(requests), settings
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:

@@ -37,6 +37,10 @@ def on_a_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
+MEASURED = ("val/", "metrics/")
+"""How names begin that are always shown."""
+
+
 class Progress(TQDMProgressBar):
     """Lightning's bar over the whole run, so that its time left is also right after a stop.
 
@@ -124,7 +128,8 @@ class Lines(Logger):
     """Writes a line on stderr now and then, where it ends in a file and a bar would fill it.
 
     A line stands for an entry of the log, at most one in ten seconds; the first and the last entry
-    and those of validation and metrics always have theirs. The time that is left follows from the
+    and those of validation and metrics always have theirs. What callbacks such as Lightning's
+    DeviceStatsMonitor log by themselves is in the log alone. The time that is left follows from the
     steps since the start, with all that is done between them.
 
     Example::
@@ -156,6 +161,9 @@ class Lines(Logger):
         """Write a line, if it is time."""
         now, done, steps = time.monotonic(), self._trainer.global_step, self._trainer.max_steps
         trained = "train/loss" in metrics
+        measured = any(name.startswith(MEASURED) for name in metrics)
+        if not (trained or measured or self._trainer.validating):
+            return
         first = self._first or (done, now)
         self._first = first
         last = done >= steps > 0

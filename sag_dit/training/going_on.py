@@ -29,7 +29,7 @@ from sag_dit.files import atomic
 from sag_dit.identity import plain as plain_values
 from sag_dit.training.module import IMAGES, DiffusionModule
 from sag_dit.training.optimizers import Kept, kept_after_a_step, options_of
-from sag_dit.training.resume import FOLDER, BestCheckpoints, step_checkpoint, steps_of
+from sag_dit.training.resume import ENDED, FOLDER, BestCheckpoints, step_checkpoint, steps_of
 from sag_dit.untrusted import TARGET
 
 SHOWN = 3
@@ -290,6 +290,8 @@ def _adopted_callbacks(
             continue
         key, name = each.state_key, type(each).__name__
         begins = isinstance(each, (Checkpoint, Timer)) or key not in there
+        # One that has ended the parent would end this run as well.
+        begins = begins or (isinstance(each, EarlyStopping) and ENDED in parent.state)
         if not begins:
             states[key] = there[key]
             if isinstance(each, EarlyStopping):

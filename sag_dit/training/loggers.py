@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import secrets
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from itertools import zip_longest
+from numbers import Real
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
+from torchmetrics import Metric
 
 from sag_dit.files import atomic, writing
-from sag_dit.untrusted import csv_rows, read_text
+from sag_dit.untrusted import csv_rows, read_json, read_text
 
 
 class CSVLog(Logger):
@@ -51,19 +56,25 @@ class CSVLog(Logger):
         return self._file.parent.name
 
     @property
-    def version(self) -> None:
-        """There is one log only."""
-        return None
+    def version(self) -> str:
+        """None, since there is one log only; a ModelCheckpoint would make a folder of it."""
+        return ""
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any) -> None:
         """Write nothing: a run's settings stand in its ``config.yaml``."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add a row, and columns if there are new metrics."""
+        """Add a row, and columns if there are new metrics.
+
+        Raises:
+            ValueError: one of them is not one number.
+        """
+        for name, value in metrics.items():
+            check_number(name, value)
         if self._columns is None:
             self._columns = self._begin()
-        row = {"step": step, **metrics}
+        row = {"step": step, **{name: _plain(value) for name, value in metrics.items()}}
         new = sorted(row.keys() - set(self._columns))
         if new:
             self._columns += new
@@ -112,18 +123,99 @@ class CSVLog(Logger):
             writer.writerows(rows)
 
 
-def going_on(logger: str, out: Path, step: int) -> dict[str, Any]:
-    """Return the arguments with which a class of loggers goes on with a run's log at a step."""
-    match logger.rpartition(".")[2]:
-        case "WandbLogger":
-            return {"id": wandb_id(out), "name": out.name}
-        case "TensorBoardLogger":
-            # TensorBoard hides what was logged from there on before.
-            return {"purge_step": step}
-        case "CSVLog":
-            return {"first_step": step}
-        case _:
-            return {}
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+def check_number(name: str, value: object) -> None:
+    """Refuse to log what is not one number, in a sentence.
+
+    Raises:
+        ValueError: the metric, and what its value is.
+
+    Example:
+        >>> check_number("train/spread", 0.25)
+    """
+    if isinstance(value, torch.Tensor):
+        single = value.numel() == 1 and not value.is_complex()
+    else:
+        single = isinstance(value, (Real, Metric))
+    if single:
+        return
+    told = f"{value!r:.60} ({type(value).__name__})"
+    if getattr(value, "shape", None):
+        told = f"{type(value).__name__} of shape {tuple(value.shape)}"  # type: ignore[attr-defined]
+    raise ValueError(
+        f"logging {name}: {told}; expected one number, such as the mean of several, or several "
+        f"names"
+    )
+
+
+BY_VERSION: Mapping[str, str] = {
+    "TensorBoardLogger": "version",
+    "MLFlowLogger": "run_id",
+    "CometLogger": "experiment_key",
+}
+"""Loggers that go on with the log that was theirs before, and the argument that names it."""
+
+ANEW = ("CSVLogger", "LitLogger")
+"""Loggers of Lightning's that begin anew at every start."""
+
+VERSIONS = "loggers.json"
+"""Which logs the loggers of a run have begun, in its folder."""
+
+
+def going_on(target: str, where: str, out: Path, step: int) -> dict[str, Any]:
+    """Return the arguments with which a class of loggers goes on with a run's log at a step.
+
+    ``where`` is the key at which it stands. Classes derived from those that are known go on too.
+    """
+    kinds = _kinds(target)
+    if "WandbLogger" in kinds:
+        return {"id": wandb_id(out), "name": out.name}
+    if "CSVLog" in kinds:
+        return {"first_step": step}
+    found: dict[str, Any] = {}
+    if "TensorBoardLogger" in kinds:
+        # TensorBoard hides what was logged from there on before.
+        found["purge_step"] = step
+    before = _versions(out).get(where, {})
+    for kind, argument in BY_VERSION.items():
+        if kind in kinds and step > 0 and before.get("logger") == target:
+            found[argument] = before["version"]
+    return found
+
+
+def begins_anew(target: str) -> bool:
+    """Whether a class of loggers is known to begin another log at every start."""
+    return any(each in _kinds(target) for each in ANEW)
+
+
+def note_versions(out: Path, made: Mapping[str, tuple[str, Logger]]) -> None:
+    """Write down the logs that loggers, by their keys, write into, for the starts to come."""
+    found = {
+        where: {"logger": target, "version": logger.version}
+        for where, (target, logger) in made.items()
+        if any(each in _kinds(target) for each in BY_VERSION) and logger.version != ""
+    }
+    if found and found != _versions(out):
+        with atomic(out / VERSIONS) as temporary:
+            temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def _kinds(target: str) -> set[str]:
+    """Return the names of a class and of those that it is derived from."""
+    thing = resolve_name(target)
+    return {each.__name__ for each in thing.__mro__} if isinstance(thing, type) else {target}
+
+
+def _versions(out: Path) -> dict[str, Any]:
+    """Return what was written down, nothing where that cannot be read."""
+    try:
+        found = read_json(out / VERSIONS)
+    except ValueError:
+        return {}
+    return {where: each for where, each in found.items() if isinstance(each, dict)}
 
 
 def wandb_id(out: Path) -> str | None:

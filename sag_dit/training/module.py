@@ -31,6 +31,7 @@ from sag_dit.sampling import Drawn, Request, Settings, Watch, draw_batch
 from sag_dit.traces import Maps
 from sag_dit.training.averaging import Further, warming_average
 from sag_dit.training.fitting import out_of_memory, too_large
+from sag_dit.training.loggers import check_number
 from sag_dit.training.null_row import NullRow
 from sag_dit.training.objective import MSE, Losses, Objective
 from sag_dit.training.optimizers import (
@@ -139,6 +140,9 @@ class DiffusionModule(LightningModule):
         Trainer(max_steps=1000).fit(module, data)
     """
 
+    VALIDATION_LOSS = "val/loss"
+    """The name of the loss on held-out images."""
+
     def __init__(
         self,
         model: Model,
@@ -207,6 +211,7 @@ class DiffusionModule(LightningModule):
         self.last_losses: Losses | None = None
         self._parts_of_step: list[dict[str, Tensor]] = []
         self.last_norm: Tensor | None = None
+        self._logged_a_row = False
         self.seconds_drawing = 0.0
         """What drawing has taken, which is no part of training's speed."""
 
@@ -374,6 +379,15 @@ class DiffusionModule(LightningModule):
         bar = self.trainer.progress_bar_callback
         return bar is not None and not getattr(bar, "shows_the_log", False)
 
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        """Log one number, as Lightning's modules do.
+
+        Raises:
+            ValueError: it is none; the message names it and its shape.
+        """
+        check_number(name, value)
+        super().log(name, value, *args, **options)
+
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         self._seed(self.trainer.fit_loop.total_batch_idx)
@@ -386,6 +400,17 @@ class DiffusionModule(LightningModule):
         parts = {"loss": losses.per_image, **losses.terms}
         self._parts_of_step.append({name: each.detach() for name, each in parts.items()})
         return loss
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Forget what stands in the row that was logged last.
+
+        Lightning repeats a number that is logged now and then in all rows to come.
+        """
+        if self._logged_a_row and self.trainer._results is not None:
+            for each in self.trainer._results.values():
+                # Means over an "epoch" go on.
+                each.has_reset = each.has_reset or not each.meta.on_epoch
+        self._logged_a_row = False
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what nobody sees between the steps that are logged, since each number takes time.
@@ -400,6 +425,7 @@ class DiffusionModule(LightningModule):
             self._parts_of_step = []
         if not (due or self.trainer.should_stop):
             return
+        self._logged_a_row = True
         if of_step:
             parts = of_step[0].keys()
             means = torch.stack(
@@ -412,6 +438,8 @@ class DiffusionModule(LightningModule):
                 self.log(f"train/{name}", mean, batch_size=len(batch[1]))
         if self.last_norm is not None:
             self.log("train/grad_norm", self.last_norm)
+        if self.skipped:
+            self.log("train/skipped", float(self.skipped))
 
     def setup(self, stage: str) -> None:
         """Have DDP on CPUs add gradients up in one order at all steps.
@@ -447,7 +475,6 @@ class DiffusionModule(LightningModule):
             return
         self.skipped += 1
         self._skipped_in_a_row += 1
-        self.log("train/skipped", float(self.skipped), prog_bar=self._bar_asks)
         for parameter in self.trained:
             parameter.grad = None
         if self._skipped_in_a_row >= self._max_skipped and not self._ever_finite:
@@ -500,7 +527,9 @@ class DiffusionModule(LightningModule):
         averaged = self.averaged_objective
         objective = None if averaged is None else cast(Objective, averaged.module)
         loss, count = self.losses(self.evaluated, batch, objective).per_image.mean(), len(batch[1])
-        self.log("val/loss", loss, sync_dist=True, prog_bar=self._bar_asks, batch_size=count)
+        self.log(
+            self.VALIDATION_LOSS, loss, sync_dist=True, prog_bar=self._bar_asks, batch_size=count
+        )
 
     def on_predict_start(self) -> None:
         """Bring the codec to where the denoiser is; it is no part of the module."""

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
 import warnings
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.utils._pytree import tree_map_only
 
 from sag_dit.checkpoints import build, write_safetensors
 from sag_dit.checkpoints.export import Own, check_finite, not_finite
@@ -30,6 +33,8 @@ from sag_dit.untrusted import read_json
 FOLDER = "checkpoints"
 FINISHED = "finished.json"
 """Tells which step a run's weights were exported at: with the newest checkpoint's, all is done."""
+ENDED = "ended_by"
+"""Where a checkpoint says why an EarlyStopping has ended the run at it."""
 TOLD_TO_STOP = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -159,6 +164,8 @@ class LastCheckpoints(Checkpoint):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        every: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        check_readable({f"the callback {each.state_key}": _state_at_start(each) for each in every})
         self._folder.mkdir(parents=True, exist_ok=True)
         self._saved_at = time.monotonic()
         self._tells = trainer.is_global_zero
@@ -195,6 +202,24 @@ class LastCheckpoints(Checkpoint):
             # Not by print, which may be what the signal has interrupted.
             os.write(2, b"\nstopping at the end of this step; once more stops at once\n")
         self._signal = number
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say so in a checkpoint at which an EarlyStopping ends the run.
+
+        Raises:
+            ValueError: there is something in it that could not be read again.
+        """
+        kept = {f"the callback {key}": each for key, each in checkpoint["callbacks"].items()}
+        others = {name: each for name, each in checkpoint.items() if name != "callbacks"}
+        check_readable({**kept, **others})
+        if trainer.should_stop and trainer.fit_loop._can_stop_early:
+            stops = (each.stopping_reason_message for each in trainer.early_stopping_callbacks)
+            told = next(filter(None, stops), None)
+            if told is not None:
+                reason = told.partition(" Signaling Trainer")[0].rstrip(".")
+                checkpoint[ENDED] = f"EarlyStopping: {reason}"
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -244,14 +269,18 @@ class LastCheckpoints(Checkpoint):
         if not trainer.strategy.reduce_boolean_decision(own, all=False):
             return None
         # A failure comes first, which names what to mend, on whichever rank it is.
-        reasons: list[int | str] = [str(failed) if failed else self._signal] * trainer.world_size
+        reasons: list[int | str] = [_told(failed) if failed else self._signal] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(reasons, reasons[0])
         stopped = Stopped(
             max(each for each in [0, *reasons] if isinstance(each, int)), trainer.global_step
         )
         failures = [each for each in reasons if isinstance(each, str)]
-        return ValueError(f"{failures[0]}; {stopped.told}") if failures else stopped
+        if not failures:
+            return stopped
+        error = ValueError(f"{failures[0]}; {stopped.told}")
+        error.__cause__ = failed  # With its frames, for whoever shows them.
+        return error
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save now if the step was due, or if it became the last one by what was found."""
@@ -279,6 +308,45 @@ class LastCheckpoints(Checkpoint):
         """Give the signals back to their former handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+def _state_at_start(callback: Callback) -> dict[str, Any]:
+    """Return the state of a callback, nothing where it has none before the first step."""
+    try:
+        return callback.state_dict()
+    except Exception:  # Whatever a mean of no steps may be.
+        return {}
+
+
+def check_readable(parts: Mapping[str, Any]) -> None:
+    """Refuse to save what could not be read again, since nothing in a checkpoint is unpickled.
+
+    Raises:
+        ValueError: the part, by its name, and why.
+
+    Example:
+        >>> check_readable({"the callback Mine": {"seen": 3, "mean": torch.zeros(2)}})
+    """
+    for name, part in parts.items():
+        bare = tree_map_only(torch.Tensor, lambda _: None, part)
+        file = BytesIO()
+        try:
+            torch.save(bare, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except Exception as error:
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            reason = found[1] if found else f"{error}".partition("\n")[0]
+            raise ValueError(
+                f"{name} keeps in checkpoints what cannot be read again ({reason}): expected "
+                f"tensors, numbers, text, and lists and dicts of them"
+            ) from None
+
+
+def _told(failure: Exception) -> str:
+    """Return what a loader says of its failure, and of a mistake in code its kind."""
+    misuse = isinstance(failure, (ValueError, OSError))
+    return f"{failure}" if misuse else f"{type(failure).__name__}: {failure}"
 
 
 def step_checkpoint(out: Path, step: int) -> Path:
@@ -371,6 +439,12 @@ def _read(checkpoint: Path) -> dict[str, Any] | None:
             stacklevel=2,
         )
         return None
+
+
+def ended_by(checkpoint: Path) -> str | None:
+    """Return why an EarlyStopping ended the run at a checkpoint, None if none did."""
+    told = (_read(checkpoint) or {}).get(ENDED) if checkpoint.exists() else None
+    return told if isinstance(told, str) else None
 
 
 def _check_fits(

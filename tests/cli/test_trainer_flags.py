@@ -307,10 +307,13 @@ def test_callbacks_that_cannot_work_in_a_run_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_metric_that_nothing_logs_is_told_in_a_sentence(in_process: Command) -> None:
+def test_a_metric_that_nothing_logs_is_told_at_the_first_validation(in_process: Command) -> None:
+    """Where a callback of the user's might have logged it."""
     stops = "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val_loss}"
+    mine = f"{{_target_: {__name__}.Tells, name: it}}"
     outcome = in_process(
-        "train", *SMALL, f"trainer.callbacks={stops}", "every_n_steps.validation=1", "out=run"
+        *("train", *SMALL, f"trainer.callbacks=[{stops},{mine}]"),
+        *("every_n_steps.validation=1", "every_n_steps.checkpoint=1", "out=run"),
     )
     assert outcome.code == 1 and "Traceback" not in outcome.err
     assert "EarlyStopping monitors val_loss, which nothing has logged by step 1" in outcome.err

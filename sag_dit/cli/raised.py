@@ -1,0 +1,82 @@
+"""Whose code an error comes from: the part of the user's that failed, and what to show of it."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+AROUND = {
+    *("sag_dit", "lightning", "pytorch_lightning", "lightning_utilities", "torch", "hydra"),
+    *sys.stdlib_module_names,
+}
+"""Packages whose frames lead to the user's code: what runs it, and the standard library."""
+
+HOOKS = "_call_callback_hooks"
+"""The function of Lightning's that calls a hook of each callback."""
+
+
+class Kept(str):
+    """A note on an error (PEP 678) that says where a run failed and what of it is kept.
+
+    Example:
+        >>> Kept("the newest checkpoint is run/checkpoints/step-00000002.ckpt")
+        'the newest checkpoint is run/checkpoints/step-00000002.ckpt'
+    """
+
+
+def kept_of(error: BaseException) -> Kept | None:
+    """Return the note on an error that says what is kept, None if it has none."""
+    notes = getattr(error, "__notes__", [])
+    return next((each for each in notes if isinstance(each, Kept)), None)
+
+
+def own_frames(error: BaseException) -> TracebackType | None:
+    """Return the traceback from the first frame of the user's code on, None if there is none.
+
+    An installed package that he brings, such as that of a logger, counts as his. A hook of his
+    that takes other arguments has no frame, and so that of the call stands for it.
+    """
+    found, call = error.__traceback__, None
+    while found is not None and not _is_own(found):
+        call = found if found.tb_frame.f_code.co_name == HOOKS else call
+        found = found.tb_next
+    if found is None and call is not None and call.tb_next is None:
+        package = type(call.tb_frame.f_locals["callback"]).__module__.partition(".")[0]
+        return None if package in AROUND else call
+    return found
+
+
+def _is_own(part: TracebackType) -> bool:
+    return str(part.tb_frame.f_globals.get("__name__")).partition(".")[0] not in AROUND
+
+
+def raised_by(error: BaseException) -> str | None:
+    """Return the method of the user's that raised an error, and where, None if none of his did."""
+    first = own_frames(error)
+    if first is None:
+        return None
+    local = first.tb_frame.f_locals
+    if not _is_own(first):
+        return f"{type(local['callback']).__name__}.{local['hook_name']}"
+    # What was called of his, and the last line of his that ran.
+    code, last = first.tb_frame.f_code, first
+    owner = local.get("self")
+    name = code.co_qualname if owner is None else f"{type(owner).__name__}.{code.co_name}"
+    following = first.tb_next
+    while following is not None:
+        last = following if _is_own(following) else last
+        following = following.tb_next
+    return f"{name} ({Path(last.tb_frame.f_code.co_filename).name}, line {last.tb_lineno})"
+
+
+def show(error: Exception) -> None:
+    """Print the traceback of an error on stderr, from the user's code on where it is his."""
+    told = traceback.TracebackException(
+        type(error), error, own_frames(error) or error.__traceback__, compact=True
+    )
+    notes = getattr(error, "__notes__", None) or []
+    # What is kept has a line of its own.
+    told.__notes__ = [each for each in notes if not isinstance(each, Kept)]
+    print("".join(told.format()), file=sys.stderr, end="")
