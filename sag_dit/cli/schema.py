@@ -7,15 +7,28 @@ those that their ``_target_`` takes.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any, NamedTuple, get_origin
 
 from sag_dit.bounds import fit, parts, shown, wanted
+from sag_dit.bounds import nearest as nearest
 from sag_dit.cli.keys import COMMANDS
-from sag_dit.cli.keys.key import UNSET, Determines, Key, held_by, is_open, keys_of, mapping_of, walk
+from sag_dit.cli.keys.key import (
+    HELD_OUT,
+    UNSET,
+    Closed,
+    Determines,
+    Key,
+    held_by,
+    is_open,
+    keys_of,
+    mapping_of,
+    selected,
+    to_dict,
+    walk,
+)
 
 
 def check(
@@ -143,15 +156,44 @@ def free_text() -> Mapping[str, FreeText]:
     return found
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return a sentence that names the closest names, or nothing if none is close."""
-    matches = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.6)
-    return f"\nDid you mean {' or '.join(matches)}?" if matches else ""
-
-
 def determining(command: str, *what: Determines) -> tuple[str, ...]:
     """Return the keys of a command that determine any of ``what``, by their paths."""
     return tuple(path for path, _, told in walk(COMMANDS[command]) if told.determines in what)
+
+
+def refuse_idle(config: Closed, *, validates: bool = True) -> None:
+    """Refuse keys that a user has stated and that act on nothing beside the others.
+
+    Without ``validates`` those as well that act on validation alone.
+
+    Raises:
+        ValueError: such a key, what it needs, and the remedy.
+
+    Example:
+        >>> from sag_dit.cli.composing import compose
+        >>> try:
+        ...     refuse_idle(compose("train", ["experiment=digits", "keep.snapshots=9"]))
+        ... except ValueError as error:
+        ...     print(str(error).partition(":")[0])
+        keep.snapshots=9
+    """
+    values = to_dict(config)
+    for path, _, told in walk(type(config)):
+        within = [each for each in config.typed if f"{each}.".startswith(f"{path}.")]
+        for stated in within if told.needs else ():
+            value = selected(values, stated)
+            if value is None or value == [] or (HELD_OUT in told.needs and not value):
+                continue
+            for need in told.needs:
+                there = validates if need == HELD_OUT else selected(values, need)
+                if not there:
+                    held = need == HELD_OUT
+                    what = "no image is held out" if held else f"{need} is {shown(there)}"
+                    remedy = "data.held_out=0.1" if held else need
+                    raise ValueError(
+                        f"{stated}={shown(value)} acts on nothing, since {what}: leave {stated} "
+                        f"out, or set {remedy} too"
+                    )
 
 
 def later_keys(command: str) -> dict[str, Any]:

@@ -24,8 +24,15 @@ from sag_dit.cli.run_identity import (
     run_folder,
     told_differences,
 )
+from sag_dit.cli.schema import refuse_idle
 from sag_dit.cli.train_model import adapt_model, load_base, make_model, refuse_foreign_sizes
-from sag_dit.cli.train_module import check_objective, check_optimizer, make_module, make_optimizer
+from sag_dit.cli.train_module import (
+    check_objective,
+    check_optimizer,
+    default_previews,
+    make_module,
+    make_optimizer,
+)
 from sag_dit.cli.trainer import (
     check_previews,
     check_validated,
@@ -76,6 +83,7 @@ def check_stated(config: Train) -> None:
     Raises:
         ValueError: the key, and the remedy.
     """
+    refuse_idle(config)
     check_resuming(config)
     if config.ckpt is None and config.model is None:
         raise ValueError(
@@ -113,9 +121,11 @@ def put_together(config: Train, base: Model | None, out: Path) -> Parts:
     # What trains it.
     module = make_module(config, model)
     check_objective(module.objective, data, config)
+    config = default_previews(config, model)
     check_previews(config, model)
     trainer = make_trainer(config, out)
     validates = check_validated(config, data, trainer)
+    refuse_idle(config, validates=validates)
     device = trainer.strategy.root_device
     check_steps(make_optimizer(config), module.groups(), device)
     tracked = trackers(config.track, model, out, device, config.every_n_steps.preview)

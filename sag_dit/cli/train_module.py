@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sag_dit.cli.composing import make
+from sag_dit.cli.app import is_first_rank
+from sag_dit.cli.composing import config_folder, make
 from sag_dit.cli.keys import Train
-from sag_dit.cli.values import as_callable
+from sag_dit.cli.values import as_callable, make_terms
+from sag_dit.untrusted import read_yaml
 
 if TYPE_CHECKING:
     from sag_dit.checkpoints import Model
@@ -86,6 +89,27 @@ def make_module(config: Train, model: Model) -> DiffusionModule:
         max_skipped=config.max_skipped,
         seed=config.seed,
     )
+
+
+def default_previews(config: Train, model: Model) -> Train:
+    """Return the configuration without the guidance of previews that the model cannot have.
+
+    That is of the guidance which is there by default; it is told. What is stated stays.
+    """
+    usual = read_yaml(config_folder() / "train.yaml")["preview"]["guidance"]
+    kept = dict(config.preview.guidance)
+    for name, settings in config.preview.guidance.items():
+        where = f"preview.guidance.{name}"
+        if settings is None or settings != usual.get(name) or config.states(where):
+            continue
+        try:
+            make_terms({name: settings}, "preview.guidance")[name].check(model.denoiser)
+        except ValueError as error:
+            kept[name] = None
+            if is_first_rank():
+                reason = str(error).partition(": ")[2].partition(";")[0]
+                print(f"previews are drawn without {where}, since {reason}")
+    return replace(config, preview=replace(config.preview, guidance=kept))
 
 
 def check_objective(objective: Objective, data: StepData, config: Train) -> None:

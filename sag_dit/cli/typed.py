@@ -13,7 +13,7 @@ import yaml
 from hydra._internal.utils import get_args_parser
 
 from sag_dit.bounds import parts
-from sag_dit.cli.composing import config_folder, own_targets, refuse_strangers
+from sag_dit.cli.composing import config_folder, own_targets, refuse_strangers, tell_once
 from sag_dit.cli.keys import COMMANDS
 from sag_dit.cli.keys.key import (
     Key,
@@ -81,6 +81,7 @@ def check_arguments(command: str, arguments: Sequence[str], flags: Sequence[str]
     """
     others = any(flag.partition("=")[0] in OTHER_CONFIGS for flag in flags)
     kept = []
+    arguments = _last_of_each(arguments)
     for place, argument in enumerate(arguments):
         name, separator, value = argument.lstrip("+").partition("=")
         if argument.startswith("~"):
@@ -109,6 +110,25 @@ def check_arguments(command: str, arguments: Sequence[str], flags: Sequence[str]
         # Hydra takes what stands in no file with a plus alone.
         added = found is not None and (found[1].added or _takes_any(command, name))
         kept.append(f"++{argument}" if added and not argument.startswith("+") else argument)
+    return kept
+
+
+def _last_of_each(arguments: Sequence[str]) -> list[str]:
+    """Return arguments of which the last one counts for each key; what it overrides is told.
+
+    Scripts append what they are given to what they state themselves. Mappings add to each other.
+    """
+    last: dict[str, str] = {}
+    kept: list[str] = []
+    for argument in reversed(arguments):
+        key, separator, value = argument.lstrip("+").partition("=")
+        later = last.get(key) if separator and not value.startswith("{") else None
+        if later is None:
+            kept.insert(0, argument)
+        elif later != argument:
+            tell_once(f"{later} overrides {argument}, which stands before it")
+        if separator and not value.startswith("{"):
+            last.setdefault(key, argument)
     return kept
 
 
