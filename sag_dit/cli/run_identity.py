@@ -17,6 +17,7 @@ from sag_dit.cli.schema import determining, later_keys
 from sag_dit.files import atomic
 from sag_dit.identity import Name, digest, name_of, plain, without_later
 from sag_dit.output import claim
+from sag_dit.output.claim import short
 from sag_dit.untrusted import read_json_as
 
 ANY = object()
@@ -295,6 +296,8 @@ def changes(config: Mapping[str, Any], out: Path) -> dict[str, list[Any]]:
         if not isinstance(before, Mapping) or not isinstance(now, Mapping) or name not in before:
             continue
         old, new = before[name], now.get(name)
+        if key in _alone_or_listed():
+            old, new = ([each] if isinstance(each, Mapping) else each for each in (old, new))
         if not isinstance(new, Mapping) and plain(old) != plain(new):
             found[key] = [plain(old), plain(new)]
     return found
@@ -311,7 +314,10 @@ def note_changes(out: Path, changed: Mapping[str, list[Any]], step: int) -> None
         return
     before = recorded_config(out).get("changed") or []
     claim.note(out, changed=[*before, {"step": step, "keys": dict(changed)}])
-    told = [f"{key}={shown(new)} (was {shown(old)})" for key, (old, new) in changed.items()]
+    told = [
+        f"{key}={short(shown(new))} (was {short(shown(old))})"
+        for key, (old, new) in changed.items()
+    ]
     print(f"changed from step {step:,} on: {', '.join(told)}")
 
 

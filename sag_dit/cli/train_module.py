@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sag_dit.cli.app import is_first_rank
 from sag_dit.cli.composing import config_folder, make
 from sag_dit.cli.keys import Train
-from sag_dit.cli.values import as_callable, make_terms
+from sag_dit.cli.values import as_callable, make_terms, why_not
 from sag_dit.untrusted import read_yaml
 
 if TYPE_CHECKING:
@@ -102,12 +102,10 @@ def default_previews(config: Train, model: Model) -> Train:
         where = f"preview.guidance.{name}"
         if settings is None or settings != usual.get(name) or config.states(where):
             continue
-        try:
-            make_terms({name: settings}, "preview.guidance")[name].check(model.denoiser)
-        except ValueError as error:
+        reason = why_not(make_terms({name: settings}, "preview.guidance")[name], model)
+        if reason:
             kept[name] = None
             if is_first_rank():
-                reason = str(error).partition(": ")[2].partition(";")[0]
                 print(f"previews are drawn without {where}, since {reason}")
     return replace(config, preview=replace(config.preview, guidance=kept))
 

@@ -137,9 +137,15 @@ def _differing(before: Any, now: Any, path: str, free: Collection[str]) -> Itera
         for place, (old, new) in enumerate(zip_longest(before, now, fillvalue=MISSING)):
             yield from _differing(old, new, f"{path}[{place}]", free)
     elif not agree(before, now):
-        yield f"{path}: there {_short(before)}, now {_short(now)}"
+        old, new = ("not set" if each is MISSING else str(each) for each in (before, now))
+        yield f"{path}: there {short(old)}, now {short(new)}"
 
 
-def _short(value: Any) -> str:
-    text = "not set" if value is MISSING else str(value)
+def short(text: str) -> str:
+    """Return the beginning of a text that is too long for a line.
+
+    Example:
+        >>> short("one line")
+        'one line'
+    """
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

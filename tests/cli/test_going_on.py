@@ -107,7 +107,10 @@ def test_a_power_functions_time_is_that_of_images(child: Command, parent: Path) 
     twice = ("data.batch_size=16", "trainer.accumulate_grad_batches=2", "optimizer.lr=0.01")
     outcome = child(*twice, "every_n_steps.checkpoint=1", "max_steps=5", "out=child")
     assert outcome.code == 0, outcome.err
-    assert "averages over sigma_rel: each step of that run counts as 0.5 steps of this one" in outcome.out
+    assert (
+        "averages over sigma_rel: each step of that run counts as 0.5 steps of this one"
+        in outcome.out
+    )
     before, after = (last("child", step)["state_dict"] for step in (4, 5))
     for name, gamma in (("0_05", float(exponent(0.05))), ("0_1", float(exponent(0.1)))):
         kept = (1 - 32 / (4 * 16 + 32)) ** (gamma + 1)
@@ -297,7 +300,9 @@ def test_fine_tuning_can_keep_the_optimisers_state(in_process: Command, parent: 
     assert in_process("train", *tune, "data.classes=[3,4]", "optimizer.lr=0", "out=tuned").code == 0
     # Moments of rows that are other classes' now would be another class's.
     turned = in_process("train", *tune, "data.classes=[9,8,7,6,5,4,3,2,1,0]", "out=turned")
-    assert "the state of 30 parameters taken over, 1 start without a state" in turned.out, turned.err
+    assert "the state of 30 parameters taken over, 1 start without a state" in turned.out, (
+        turned.err
+    )
     refused = in_process("train", *TUNE, "ckpt=digits", "finetune.optimizer=true")
     assert refused.code == 1 and "finetune.optimizer=true: " in refused.err
 
@@ -313,7 +318,10 @@ def test_what_another_kind_of_step_keeps_is_not_taken_over(
     done = train(*muon, *on, rule, "out=mixed")
     assert done.code == 0, done.err
     matrices = 5 if "blocks.0.adaLN_modulation" in str(last("muon", 2)["state_dict"].keys()) else 4
-    assert f"the state of {31 - matrices} parameters taken over, {matrices} start without a state" in done.out
+    assert (
+        f"the state of {31 - matrices} parameters taken over, {matrices} start without a state"
+        in done.out
+    )
     held = last("mixed", 3)
     states = held["optimizer_states"][0]["state"]
     names = held["optimizer_parameters"]
