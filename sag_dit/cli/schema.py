@@ -188,7 +188,9 @@ def refuse_idle(config: Closed, *, validates: bool = True) -> None:
                 there = validates if need == HELD_OUT else selected(values, need)
                 if not there:
                     held = need == HELD_OUT
-                    what = "no image is held out" if held else f"{need} is {shown(there)}"
+                    # A group of which nothing is chosen is an empty mapping.
+                    off = shown(None if there == {} else there)
+                    what = "no image is held out" if held else f"{need} is {off}"
                     remedy = "data.held_out=0.1" if held else need
                     raise ValueError(
                         f"{stated}={shown(value)} acts on nothing, since {what}: leave {stated} "

@@ -305,6 +305,12 @@ def check_added(command: str, config: Any, arguments: Sequence[str]) -> None:
         if name in declared and "_target_" not in node:
             continue
         asked = found[1].asks() if found and "_target_" not in node else ()
+        arguments_alone = found is not None and held_by(found[0]) is Any and "_target_" not in node
+        if arguments_alone and parent in groups(command):
+            full = [f"{parent}={each}" for each in choices(parent) if not is_empty(parent, each)]
+            raise ValueError(
+                f"{argument.lstrip('+')}: {parent} is null: choose {' or '.join(full)} as well"
+            )
         targets = [str(node["_target_"])] if "_target_" in node else asked
         try:
             refuse_strangers(parent, targets, [name])

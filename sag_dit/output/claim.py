@@ -125,18 +125,22 @@ def _differing(before: Any, now: Any, path: str, free: Collection[str]) -> Itera
         now = [now]
     if isinstance(before, Mapping) and isinstance(now, list):
         before = [before]
-    lists = isinstance(before, list) and isinstance(now, list)
-    if any(isinstance(each, Mapping) for each in (before, now)) and all(
-        isinstance(each, Mapping) or each is MISSING for each in (before, now)
-    ):
+    # Into mappings, also where a whole group is not there.
+    there = [each for each in (before, now) if each is not MISSING]
+    group = all(isinstance(each, Mapping) for each in there) and not path.endswith("]")
+    if group or all(isinstance(each, Mapping) for each in (before, now)):
         old, new = ({} if each is MISSING else each for each in (before, now))
         for key in {**old, **new}:
-            inner = f"{path}.{key}" if path else str(key)
+            inner = f"{path}.{key}".lstrip(".")
             yield from _differing(old.get(key, MISSING), new.get(key, MISSING), inner, free)
-    elif lists and any(isinstance(each, (Mapping, list)) for each in (*before, *now)):
+        return
+    # Into lists of what has parts itself.
+    lists = all(isinstance(each, list) for each in (before, now))
+    if lists and any(isinstance(each, (Mapping, list)) for each in (*before, *now)):
         for place, (old, new) in enumerate(zip_longest(before, now, fillvalue=MISSING)):
             yield from _differing(old, new, f"{path}[{place}]", free)
-    elif not agree(before, now):
+        return
+    if not agree(before, now):
         old, new = ("not set" if each is MISSING else str(each) for each in (before, now))
         yield f"{path}: there {short(old)}, now {short(new)}"
 

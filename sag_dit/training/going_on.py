@@ -313,7 +313,7 @@ def _adopted_callbacks(
     left = [name for name in gone if name not in ours]
     told = (
         ("callbacks taken over", taken),
-        ("callbacks that start without a state", fresh),
+        ("callbacks that start with a fresh state", fresh),
         ("callbacks of that run alone, so they are left out", left),
     )
     return states, [f"{what}: {', '.join(names)}" for what, names in told if names]
@@ -353,7 +353,7 @@ def _adopted_optimizer(
     trained = [name for group in groups for name in group["params"]]
     if not take:
         none: dict[str, Any] = {name: {} for name in trained}
-        return {"state": none, "param_groups": groups}, "optimiser: starts without a state"
+        return {"state": none, "param_groups": groups}, "optimiser: starts with a fresh state"
     there, after = _optimizer_there(parent), _kept_of(module)
     if there is None or not _same_kind(there["param_groups"], groups, after):
         raise ValueError(
@@ -400,7 +400,7 @@ def _adopted_optimizer(
         former = {} if name is None else group_of[pairs[files.without_wrappers(name)]]
         group |= {key: value for key, value in former.items() if key not in told}
     fresh = len(trained) - len(taken)
-    rest = f", {fresh} start without a state" if fresh else ""
+    rest = f", fresh for {fresh} other{'s' * (fresh > 1)}" if fresh else ""
     line = f"optimiser: the state of {len(taken)} parameters taken over{rest}"
     # Of all parameters, since sharded ones are not loaded from less.
     state = {name: taken.get(name, {}) for name in trained}

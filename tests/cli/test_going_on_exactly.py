@@ -149,10 +149,10 @@ def test_callbacks_that_go_on_and_those_that_begin_are_told(train: Command) -> N
     both = f"+trainer.callbacks=[{counts},{{_target_: my_exact_parts.Other}}]"
     outcome = train(both, "resume_from=parent", "max_steps=3", "out=child")
     assert "callbacks taken over: Counts\n" in outcome.out
-    assert "callbacks that start without a state: Other\n" in outcome.out
+    assert "callbacks that start with a fresh state: Other\n" in outcome.out
     best = "{_target_: lightning.pytorch.callbacks.ModelCheckpoint, monitor: train/loss}"
     outcome = train(f"trainer.callbacks=[{best}]", "resume_from=parent", "max_steps=3", "out=new")
-    assert "callbacks that start without a state: ModelCheckpoint\n" in outcome.out
+    assert "callbacks that start with a fresh state: ModelCheckpoint\n" in outcome.out
     assert "callbacks of that run alone, so they are left out: Counts\n" in outcome.out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Callable
@@ -219,13 +220,13 @@ CALLBACK = "{_target_: my_stated.Watch, every: 2}"
 
 @pytest.mark.parametrize("key", ["trainer.callbacks", "trainer.plugins"])
 def test_a_callback_alone_and_in_a_list_are_one_run(mine: Path, key: str) -> None:
-    alone, listed = plain(f"{key}={CALLBACK}"), plain(f"{key}=[{CALLBACK}]")
+    alone, listed = plain(f"++{key}={CALLBACK}"), plain(f"++{key}=[{CALLBACK}]")
     assert run_identity.identity(alone) == run_identity.identity(listed)
     assert run_identity.run_folder(alone) == run_identity.run_folder(listed)
     # A run that was begun when they were two is still found, by either.
     former = run_identity._alone(run_identity.identity(listed))
     assert former != run_identity.identity(listed)
-    folder = run_identity._free_folder(listed, former)
+    folder = run_identity._free_folder(listed, copy.deepcopy(former))
     new = run_identity.run_folder(listed)
     assert folder != new
     folder.mkdir(parents=True)
