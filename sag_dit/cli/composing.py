@@ -248,7 +248,8 @@ def _texts_as_typed(command: str, config: DictConfig, typed: Mapping[str, str]) 
         target = node.get("_target_") if isinstance(node, DictConfig) else None
         if not isinstance(target, str) or target.startswith("sag_dit."):
             continue
-        read = OmegaConf.to_container(node).get(name, "")
+        values: Any = OmegaConf.to_container(node)
+        read = values.get(name, "")
         if isinstance(read, (bool, int, float, type(None))):
             hint = (hints_of(target) or {}).get(name, Any)
             if str in parts(hint) and not fit(read, hint, UNDECLARED)[0]:
@@ -306,7 +307,7 @@ def make(values: Mapping[str, Any], where: str, kind: type = object, **more: Any
 def _failed(error: Exception, where: str, target: str, given: Collection[str]) -> str:
     """Return what to tell of an error of a class or function that was called.
 
-    One that refuses a value says so itself; of any other the class and the kind of error are told.
+    Of errors whose text tells little by itself, the class that was called and the kind are told.
     """
     told = str(error)
     named = re.match(r"(\w+)=", told)
@@ -315,8 +316,9 @@ def _failed(error: Exception, where: str, target: str, given: Collection[str]) -
     unknown = re.search(r"unexpected keyword argument '(\w+)'", told)
     if unknown is not None:
         return f"{where}: {told}{nearest(unknown[1], named_by(target))}"
-    says = isinstance(error, (ValueError, TypeError, ImportError, OSError))
-    return f"{where}: {told}" if says and told else f"{where}: {target} {raised(error)}"
+    mute = (LookupError, AttributeError, AssertionError, NameError, ArithmeticError)
+    silent = not told or isinstance(error, mute)
+    return f"{where}: {target} {raised(error)}" if silent else f"{where}: {told}"
 
 
 def _made(value: Any, path: str) -> Any:

@@ -207,6 +207,52 @@ def test_the_last_of_a_key_counts_and_the_others_are_told(
     ]
 
 
+@pytest.mark.parametrize(
+    ("stated", "keys"),
+    [
+        ("model={depth: 2, num_heads: 3}", ["model.depth=2", "model.num_heads=3"]),
+        (
+            "preview={steps: 3, guidance: {sag: null}}",
+            ["preview.steps=3", "preview.guidance.sag=null"],
+        ),
+        ("ema={}", ["ema={}"]),
+        ("ema={decay: 0.5", ["ema={decay: 0.5"]),
+        (
+            "logger={_target_: a.B, name: 'x, {y', tags: [a, {b: 1}]}",
+            ["++logger._target_=a.B", "++logger.name='x, {y'", "++logger.tags=[a, {b: 1}]"],
+        ),
+        ("trainer.callbacks={_target_: a.B}", ["++trainer.callbacks={_target_: a.B}"]),
+    ],
+)
+def test_a_mapping_is_its_keys(stated: str, keys: list[str]) -> None:
+    assert check_arguments("train", [stated], []) == keys
+
+
+@pytest.mark.parametrize(
+    ("stated", "meant"),
+    [
+        ("keep={snapshot: 3}", "keep.snapshots"),
+        ("preview={step: 3}", "preview.steps"),
+        ("ema.further={sigma: [0.1]}", "ema.further.sigma_rel"),
+    ],
+)
+def test_a_key_of_a_mapping_is_checked_as_any_other(stated: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf"no such key\nDid you mean {meant}"):
+        check_arguments("train", [stated], [])
+
+
+def test_arguments_of_a_group_of_which_nothing_is_chosen(in_process: Command, mine: Path) -> None:
+    refused = in_process("train", *DIGITS, "schedule.warmup=5")
+    assert refused.code == 1 and "schedule.warmup=5: schedule is null: choose" in refused.err
+    assert "schedule=warmup as well" in refused.err
+    # A schedule is made with the optimiser, whether that is said or not.
+    own = "schedule={_target_: torch.optim.lr_scheduler.StepLR, step_sizee: 3}"
+    refused = in_process("train", *DIGITS, own)
+    assert refused.code == 1 and "takes no step_sizee\nDid you mean step_size?" in refused.err
+    done = in_process("train", *DIGITS, *SHORT, own.replace("sizee", "size"), "out=run")
+    assert done.code == 0, done.err
+
+
 # --- the identity of a run ------------------------------------------------------------------------
 
 
