@@ -249,8 +249,8 @@ def _texts_as_typed(command: str, config: DictConfig, typed: Mapping[str, str]) 
         if not isinstance(target, str) or target.startswith("sag_dit."):
             continue
         values: Any = OmegaConf.to_container(node)
-        read = values.get(name, "")
-        if isinstance(read, (bool, int, float, type(None))):
+        read, takes = values.get(name, ""), names_taken(target)
+        if isinstance(read, (bool, int, float, type(None))) and (takes is None or name in takes):
             hint = (hints_of(target) or {}).get(name, Any)
             if str in parts(hint) and not fit(read, hint, UNDECLARED)[0]:
                 OmegaConf.update(found, path, _literal(typed[path].strip()))

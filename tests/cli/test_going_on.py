@@ -239,8 +239,11 @@ def test_the_optimiser_can_begin_anew(child: Command) -> None:
         (("out={parent}",), "that is the run in out="),
         (("resume_from=nowhere",), "resume_from=nowhere: nowhere holds no checkpoints"),
         (("resume_from=note.txt",), "note.txt"),
-        (("resume_from=null", "resume_optimizer=false"), "are for resume_from: set it too"),
-        (("finetune.weights=raw",), "finetune.weights and .optimizer are for a model that ckpt"),
+        (
+            ("resume_from=null", "resume_optimizer=false"),
+            "resume_optimizer=false acts on nothing, since resume_from",
+        ),
+        (("finetune.weights=raw",), "finetune.weights=raw acts on nothing, since ckpt is null"),
         (("ema.further.decays=[0.05]",), "ema.further.decays=[0.05]: expected"),
         (("ema.further.decays=[0.9,0.9]",), "ema.further: 0.9 comes twice"),
         (("resume_schedule=later",), "resume_schedule=later: expected one of continued, anew"),
