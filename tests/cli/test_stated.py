@@ -199,7 +199,7 @@ def test_the_last_of_a_key_counts_and_the_others_are_told(
     composing.tell_once.cache_clear()
     stated = ["size=S", "seed=1", "size=B", "seed=2", "seed=2", "model={depth: 2}"]
     kept = check_arguments("train", [*stated, "model={num_heads: 2}"], [])
-    assert kept == ["size=B", "seed=2", "model={depth: 2}", "model={num_heads: 2}"]
+    assert kept == ["size=B", "seed=2", "++model.depth=2", "++model.num_heads=2"]
     told = capsys.readouterr().err.splitlines()
     assert sorted(told) == [
         "seed=2 overrides seed=1, which stands before it",
@@ -210,7 +210,7 @@ def test_the_last_of_a_key_counts_and_the_others_are_told(
 @pytest.mark.parametrize(
     ("stated", "keys"),
     [
-        ("model={depth: 2, num_heads: 3}", ["model.depth=2", "model.num_heads=3"]),
+        ("model={depth: 2, num_heads: 3}", ["++model.depth=2", "++model.num_heads=3"]),
         (
             "preview={steps: 3, guidance: {sag: null}}",
             ["preview.steps=3", "preview.guidance.sag=null"],
