@@ -174,7 +174,7 @@ def refuse_idle(config: Closed, *, validates: bool = True) -> None:
         >>> try:
         ...     refuse_idle(compose("train", ["experiment=digits", "keep.snapshots=9"]))
         ... except ValueError as error:
-        ...     print(str(error).partition(":")[0])
+        ...     print(str(error).partition(" ")[0])
         keep.snapshots=9
     """
     values = to_dict(config)
@@ -185,16 +185,18 @@ def refuse_idle(config: Closed, *, validates: bool = True) -> None:
             if value is None or value == [] or (HELD_OUT in told.needs and not value):
                 continue
             for need in told.needs:
-                there = validates if need == HELD_OUT else selected(values, need)
-                if not there:
-                    held = need == HELD_OUT
+                held, any_of = need == HELD_OUT, need.split(" or ")
+                there = validates if held else selected(values, any_of[0])
+                if not there and not any(selected(values, each) for each in any_of[1:]):
                     # A group of which nothing is chosen is an empty mapping.
                     off = shown(None if there == {} else there)
-                    what = "no image is held out" if held else f"{need} is {off}"
-                    remedy = "data.held_out=0.1" if held else need
+                    what = "nothing is validated" if held else f"{any_of[0]} is {off}"
+                    remedy = (
+                        "hold images out, as by data.held_out=0.1" if held else f"set {need} too"
+                    )
                     raise ValueError(
                         f"{stated}={shown(value)} acts on nothing, since {what}: leave {stated} "
-                        f"out, or set {remedy} too"
+                        f"out, or {remedy}"
                     )
 
 

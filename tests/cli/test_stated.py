@@ -176,6 +176,8 @@ def test_a_key_that_acts_on_nothing_is_refused(stated: str, why: str) -> None:
 
 def test_what_a_file_says_in_vain_and_what_says_nothing_is_let_pass() -> None:
     refuse_idle(compose("train", [*DIGITS, "ema.decay=null"]))
+    further = ("ema.decay=null", "ema.warmup=true", "ema.further.decays=[0.9]")
+    refuse_idle(compose("train", [*DIGITS, *further]))
     refuse_idle(compose("train", [*DIGITS, "ema.further.sigma_rel=[]", "keep.last=3"]))
     refuse_idle(compose("train", [*DIGITS, "ema.further.sigma_rel=[0.1]", "keep.snapshots=9"]))
 
@@ -184,7 +186,7 @@ def test_what_a_file_says_in_vain_and_what_says_nothing_is_let_pass() -> None:
 def test_keys_of_validation_need_held_out_images(stated: str) -> None:
     config = compose("train", ["experiment=folder", "data.root=photos", stated])
     refuse_idle(config)
-    with pytest.raises(ValueError, match=f"^{stated} acts on nothing, since no image is held out"):
+    with pytest.raises(ValueError, match=f"^{stated} acts on nothing, since nothing is validated"):
         refuse_idle(config, validates=False)
     off = compose("train", ["experiment=folder", "data.root=photos", "keep.best=0"])
     refuse_idle(off, validates=False)

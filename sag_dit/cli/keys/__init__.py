@@ -581,7 +581,7 @@ class Average(Closed):
         later=False,
         unnamed=True,
         absent=True,
-        needs=("ema.decay",),
+        needs=("ema.decay or ema.further.decays",),
     )
     further: FurtherAverages = key(
         "averages beside it; sample.py and export.py name them by ema=NUMBER",

@@ -40,7 +40,7 @@ class Key(Bounds):
             another kind than expected, and the arguments that the target does not take.
         by_checkpoint: where a run starts from a checkpoint, the checkpoint decides it.
         published: published numbers are only compared with runs that agree in it.
-        needs: the keys without which it acts on nothing, or :data:`HELD_OUT`.
+        needs: the keys without which it acts on nothing, such as "a or b", or :data:`HELD_OUT`.
 
     Example:
         >>> key("how many", least=1).metadata["key"].least
