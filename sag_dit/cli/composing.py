@@ -221,7 +221,7 @@ def checked_config(command: str, config: DictConfig, typed: Mapping[str, str] | 
     found = check(command, {**values, "out": out} if "out" in config else values, typed, missing)
     if missing:
         raise ValueError(found.unset(sorted(missing)))
-    return replace(found, source=config, typed=frozenset(typed))
+    return replace(found, source=config, typed=dict(typed))
 
 
 def as_typed(arguments: Iterable[str]) -> dict[str, str]:

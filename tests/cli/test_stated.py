@@ -192,6 +192,15 @@ def test_keys_of_validation_need_held_out_images(stated: str) -> None:
     refuse_idle(off, validates=False)
 
 
+def test_a_size_beside_a_checkpoint_is_refused(in_process: Command, mine: Path) -> None:
+    tune = ("experiment=finetune", "ckpt=digits", "data=digits", *SHORT, "max_steps=1", "out=run")
+    refused = in_process("train", *tune, "size=S")
+    assert refused.code == 1 and "ckpt=digits determines size: expected null" in refused.err
+    assert not (mine / "run").exists()
+    done = in_process("train", *tune, "size=null", "trainer.fast_dev_run=1")
+    assert done.code == 0, done.err
+
+
 # --- one key twice --------------------------------------------------------------------------------
 
 

@@ -101,8 +101,8 @@ class Closed:
     """The keys that were composed, in their order, as a run records them; the others are null."""
     source: Any = field(default=None, repr=False, compare=False)
     """Of a command, what :func:`~sag_dit.cli.composing.changed` begins with."""
-    typed: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
-    """Of a command, the keys that its user stated, by their paths."""
+    typed: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """Of a command, what its user stated as it was written, by the paths of the keys."""
 
     def states(self, path: str) -> bool:
         """Whether the user of a command has stated a key, or one within it, or all around it."""
