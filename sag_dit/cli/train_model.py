@@ -157,7 +157,7 @@ def load_base(config: Train) -> tuple[Model, Train]:
 
     determined = (key for key, (_, told) in keys_of(Train).items() if told.by_checkpoint)
     stated = [key for key in determined if getattr(config, key) is not None]
-    if config.typed.get("size", "null") != "null":
+    if "size" in config.typed:  # Of which the experiment leaves nothing.
         stated.append("size")
     if stated:
         raise ValueError(
