@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
-from pkgutil import resolve_name
+from pkgutil import iter_modules, resolve_name
 from typing import Any, TypeVar, get_type_hints
 
 import hydra
@@ -23,10 +24,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sag_dit.bounds import Bounds, fit, shown, wanted
+from sag_dit.bounds import Bounds, fit, nearest, parts, raised, shown, wanted
 from sag_dit.cli.keys import COMMANDS
 from sag_dit.cli.keys.key import Closed, substituted, walk
-from sag_dit.cli.schema import check, free_text, nearest
+from sag_dit.cli.schema import check, free_text
 from sag_dit.cli.signatures import names_along, names_taken
 from sag_dit.methods import guidance_defaults, scales
 from sag_dit.output.telling import hydra_quoted
@@ -170,7 +171,7 @@ def compose(command: str, arguments: Sequence[str] = ()) -> Any:
         >>> compose("sample", ["sag_scale=0.5"]).guidance["sag"]["scale"]
         0.5
     """
-    return checked_config(command, _composed(command, arguments))
+    return checked_config(command, _composed(command, arguments), as_typed(arguments))
 
 
 def changed(command: str, config: C, changes: Mapping[str, Any]) -> C:
@@ -200,12 +201,14 @@ def changed(command: str, config: C, changes: Mapping[str, Any]) -> C:
 def checked_config(command: str, config: DictConfig, typed: Mapping[str, str] | None = None) -> Any:
     """Return what Hydra has composed as an instance of the command's schema.
 
-    ``typed`` holds values as the user wrote them, for the message.
+    ``typed`` holds what the user stated, by the keys, as it was written.
 
     Raises:
         ValueError: a key that there is not, a value of another type or out of bounds, or one that
             is missing.
     """
+    typed = typed or {}
+    config = _texts_as_typed(command, config, typed)
     # Other keys may name the folder, which may only be known later.
     named, out = config.copy(), config.get("out")
     if "out" in config and (out is None or isinstance(out, str)):
@@ -218,7 +221,40 @@ def checked_config(command: str, config: DictConfig, typed: Mapping[str, str] | 
     found = check(command, {**values, "out": out} if "out" in config else values, typed, missing)
     if missing:
         raise ValueError(found.unset(sorted(missing)))
-    return replace(found, source=config)
+    return replace(found, source=config, typed=dict(typed))
+
+
+def as_typed(arguments: Iterable[str]) -> dict[str, str]:
+    """Return what arguments state, by their keys, as it was written.
+
+    Example:
+        >>> as_typed(["steps=20", "+data.how=nan"])
+        {'steps': '20', 'data.how': 'nan'}
+    """
+    return dict(each.lstrip("+").partition("=")[::2] for each in arguments)
+
+
+def _texts_as_typed(command: str, config: DictConfig, typed: Mapping[str, str]) -> DictConfig:
+    """Return a configuration whose texts are as they were typed, though Hydra read numbers.
+
+    Texts are arguments of a class or function of another package whose annotation says ``str`` and
+    not what Hydra read.
+    """
+    declared = {path for path, *_ in walk(COMMANDS[command])}
+    found = config.copy()
+    for path in typed.keys() - declared:
+        group, _, name = path.rpartition(".")
+        node = OmegaConf.select(config, group) if group and "${" not in path else None
+        target = node.get("_target_") if isinstance(node, DictConfig) else None
+        if not isinstance(target, str) or target.startswith("sag_dit."):
+            continue
+        values: Any = OmegaConf.to_container(node)
+        read, takes = values.get(name, ""), names_taken(target)
+        if isinstance(read, (bool, int, float, type(None))) and (takes is None or name in takes):
+            hint = (hints_of(target) or {}).get(name, Any)
+            if str in parts(hint) and not fit(read, hint, UNDECLARED)[0]:
+                OmegaConf.update(found, path, _literal(typed[path].strip()))
+    return found
 
 
 def placed(config: C, folder: Path) -> C:
@@ -258,9 +294,7 @@ def make(values: Mapping[str, Any], where: str, kind: type = object, **more: Any
     try:
         found: Any = build if values.get("_partial_") else build()
     except Exception as error:
-        named = re.match(r"(\w+)=", str(error))
-        inside = named is not None and named[1] in given
-        raise ValueError(f"{where}{'.' if inside else ': '}{error}") from error
+        raise ValueError(_failed(error, where, str(values["_target_"]), given)) from error
     returned = thing if found is build else type(found)
     if isinstance(returned, type) and not issubclass(returned, kind):
         raise ValueError(
@@ -268,6 +302,23 @@ def make(values: Mapping[str, Any], where: str, kind: type = object, **more: Any
             f"{kind.__module__}.{kind.__qualname__}"
         )
     return found
+
+
+def _failed(error: Exception, where: str, target: str, given: Collection[str]) -> str:
+    """Return what to tell of an error of a class or function that was called.
+
+    Of errors whose text tells little by itself, the class that was called and the kind are told.
+    """
+    told = str(error)
+    named = re.match(r"(\w+)=", told)
+    if named is not None and named[1] in given:
+        return f"{where}.{told}"
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", told)
+    if unknown is not None:
+        return f"{where}: {told}{nearest(unknown[1], named_by(target))}"
+    mute = (LookupError, AttributeError, AssertionError, NameError, ArithmeticError)
+    silent = not told or isinstance(error, mute)
+    return f"{where}: {target} {raised(error)}" if silent else f"{where}: {told}"
 
 
 def _made(value: Any, path: str) -> Any:
@@ -290,16 +341,44 @@ def import_own(modules: str | Sequence[str]) -> None:
         try:
             import_module(name)
         except ModuleNotFoundError as error:
-            raise ValueError(f"imports={name}: {_no_module(error)}") from error
+            raise ValueError(f"imports={name}: {_no_module(name, error)}") from error
         except Exception as error:  # Whatever a module of the user's does while it is imported.
             raise ValueError(f"imports={name}: {error}") from error
 
 
-def _no_module(error: ModuleNotFoundError) -> str:
+def _no_module(wanted: str, error: ModuleNotFoundError) -> str:
+    """Return what to tell where a module is missing: the wanted one, or one that it imports."""
+    missing = str(error.name)
     return (
-        f"there is no module {error.name}; start Python where its file lies, or put that folder "
-        f"on PYTHONPATH"
+        f"there is no module {missing}; start Python where its file lies, or put that folder on "
+        f"PYTHONPATH{_close(missing) if f'{wanted}.'.startswith(f'{missing}.') else ''}"
     )
+
+
+def _close(name: str) -> str:
+    """Return a sentence that names what is close to a module, class or function that there is not.
+
+    Its first part that is unknown is compared with what stands beside it: modules, or at the end
+    classes and functions.
+    """
+    known: Any = None
+    *_, last = names = name.split(".")
+    for part in names:
+        try:
+            known = import_module(part) if known is None else _within(known, part)
+        except Exception:  # Whatever a module of the user's does while it is imported.
+            folders = None if known is None else getattr(known, "__path__", ())
+            if part is not last or known is None:
+                return nearest(part, {each.name for each in iter_modules(folders)})
+            public = [each for each in dir(known) if not each.startswith("_")]
+            return nearest(part, [each for each in public if callable(getattr(known, each, None))])
+    return ""
+
+
+def _within(known: Any, part: str) -> Any:
+    if hasattr(known, part) or not hasattr(known, "__path__"):
+        return getattr(known, part)
+    return import_module(f"{known.__name__}.{part}")
 
 
 def check_target(values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any]]:
@@ -315,9 +394,9 @@ def check_target(values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, 
     try:
         thing = resolve_name(target)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{where}._target_={target}: {_no_module(error)}") from error
+        raise ValueError(f"{where}._target_={target}: {_no_module(target, error)}") from error
     except Exception as error:  # Whatever a module of the user's does while it is imported.
-        raise ValueError(f"{where}._target_={target}: {error}") from error
+        raise ValueError(f"{where}._target_={target}: {error}{_close(target)}") from error
     return thing, fitted(values, where, [target])
 
 
@@ -334,7 +413,7 @@ def fitted(values: Mapping[str, Any], where: str, targets: Sequence[str]) -> dic
     refuse_strangers(where, targets, values)
     takes: dict[str, Any] = {}
     for target in targets:
-        takes |= arguments_of(target) or {}
+        takes |= hints_of(target) or {}
     used = {name: value for name, value in values.items() if not name.startswith("_")}
     for name, value in used.items():
         hint = takes.get(name, Any)
@@ -347,17 +426,15 @@ def fitted(values: Mapping[str, Any], where: str, targets: Sequence[str]) -> dic
     return used
 
 
-def arguments_of(target: str) -> dict[str, Any] | None:
-    """Return what a class or function takes by name, with the types.
+def hints_of(target: str) -> dict[str, Any] | None:
+    """Return what a class or function names of its arguments, with the types.
 
-    None if it takes anything, or if there is none such, which is told when it is made.
+    None if there is none such, which is told when it is made.
     """
     try:
         thing = resolve_name(target)
         parameters = inspect.signature(thing).parameters.values()
-    except (ImportError, AttributeError, ValueError, TypeError):
-        return None
-    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+    except Exception:
         return None
     built = isinstance(thing, type) and not is_dataclass(thing)
     annotated = getattr(thing, "__init__", None) if built else thing
@@ -370,7 +447,21 @@ def arguments_of(target: str) -> dict[str, Any] | None:
     return {
         each.name: found[each.name] | None if each.default is None else found[each.name]
         for each in parameters
+        if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
     }
+
+
+def arguments_of(target: str) -> dict[str, Any] | None:
+    """Return what a class or function takes by name, with the types; None if it takes anything.
+
+    None as well if there is none such, which is told when it is made.
+    """
+    try:
+        parameters = inspect.signature(resolve_name(target)).parameters.values()
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return None
+    anything = any(each.kind is each.VAR_KEYWORD for each in parameters)
+    return None if anything else hints_of(target)
 
 
 def taken_by(target: str, path: str = "") -> Collection[str] | None:
@@ -456,16 +547,34 @@ def make_around(values: Mapping[str, Any], where: str, around: str) -> Any:
 def refuse_strangers(path: str, targets: Sequence[str], names: Iterable[str]) -> None:
     """Refuse keys of an open mapping that none of its targets takes.
 
+    Of one that takes anything, a name that is close to one that it names is told.
+
     Raises:
         ValueError: the key, and those that are close.
     """
     takes: set[str] = set()
+    own = [name for name in names if not name.startswith("_")]
     for target in targets:
-        own = taken_by(target, path)
-        if own is None:
+        taken = taken_by(target, path)
+        if taken is None:
+            named = {*named_by(target), *(hints_of(target) or ())}
+            for name in own:
+                close = "" if name in named else nearest(name, named).strip()
+                if close:
+                    told = f"{path}.{name}: {target} takes any name by its **, and names no {name}"
+                    tell_once(f"{told}. {close}")
             return
-        takes |= set(own)
-    for name in names:
-        if targets and name not in takes and not name.startswith("_"):
+        takes |= set(taken)
+    for name in own:
+        if targets and name not in takes:
             told = f"{' and '.join(targets)} take{'s' * (len(targets) == 1)}"
             raise ValueError(f"{path}.{name}: {told} no {name}{nearest(name, takes)}")
+
+
+@cache
+def tell_once(line: str) -> None:
+    """Print a line on stderr, once in a process, on the first rank alone."""
+    from sag_dit.cli.app import is_first_rank
+
+    if is_first_rank():
+        print(line, file=sys.stderr)

@@ -16,11 +16,9 @@ def check_resuming(config: Train) -> None:
     """Refuse what cannot be taken over from another run, before anything is loaded.
 
     Raises:
-        ValueError: a key that goes with ``resume_from`` alone, or one that it does not go with.
+        ValueError: a key that ``resume_from`` does not go with.
     """
     if config.resume_from is None:
-        if not config.resume_optimizer or config.resume_schedule != "continued":
-            raise ValueError("resume_optimizer and resume_schedule are for resume_from: set it too")
         return
     where, path = f"resume_from={config.resume_from}", Path(config.resume_from).expanduser()
     if config.finetune.optimizer:

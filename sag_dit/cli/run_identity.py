@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, get_origin
 
-from sag_dit.bounds import Natural, shown
+from sag_dit.bounds import Natural, parts, shown
 from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import is_open, keys_of, mapping_of, selected, walk
 from sag_dit.cli.schema import determining, later_keys
 from sag_dit.files import atomic
 from sag_dit.identity import Name, digest, name_of, plain, without_later
 from sag_dit.output import claim
+from sag_dit.output.claim import short
 from sag_dit.untrusted import read_json_as
 
 ANY = object()
@@ -35,8 +36,23 @@ def identity(config: Mapping[str, Any], *, as_before: bool = False) -> dict[str,
             _drop(values, key)
     for key, value in later_keys("train").items():
         _drop(values, key, value)
+    # A mapping where a list may stand means the list of it alone.
+    for key in _alone_or_listed():
+        if isinstance(selected(values, key), Mapping):
+            _put(values, key, [selected(values, key)])
     named: dict[str, Any] = _with_names(plain(values))
     return named
+
+
+def _alone_or_listed() -> list[str]:
+    """Return the keys that hold a list of mappings, or one that stands alone."""
+    found = ((path, [get_origin(kind) for kind in parts(hint)]) for path, hint, _ in walk(Train))
+    return [path for path, kinds in found if list in kinds and dict in kinds]
+
+
+def _put(values: Any, key: str, value: Any) -> None:
+    group, _, name = key.rpartition(".")
+    (selected(values, group) if group else values)[name] = value
 
 
 def _copied(value: Any) -> Any:
@@ -97,13 +113,27 @@ def run_folder(config: Mapping[str, Any]) -> Path:
     """Return the run's folder: ``out``, or one named after what determines the weights.
 
     Runs had names before there were the keys that are ``unnamed``, so the name tells of one only
-    where the name without it is taken by a run that differs in it. A run of the time when the keys
-    that are ``named_before`` stood in the name keeps it.
+    where the name without it is taken by a run that differs in it. A run keeps the name that it
+    has from when keys that are ``named_before`` stood in it, or a mapping that may stand in a list
+    stood alone.
     """
     if config["out"]:
         return Path(config["out"])
-    former = _free_folder(config, identity(config, as_before=True))
-    return former if former.exists() else _free_folder(config, identity(config))
+    now = identity(config)
+    wider = identity(config, as_before=True)
+    names = [wider, now, _alone(wider), _alone(now)]
+    folders = [_free_folder(config, _copied(values)) for values in names]
+    return next((folder for folder in folders if folder.exists()), folders[names.index(now)])
+
+
+def _alone(values: dict[str, Any]) -> dict[str, Any]:
+    """Return an identity in which a mapping that is all of a list stands alone."""
+    found: dict[str, Any] = _copied(values)
+    for key in _alone_or_listed():
+        listed = selected(found, key)
+        if isinstance(listed, list) and len(listed) == 1 and isinstance(listed[0], Mapping):
+            _put(found, key, listed[0])
+    return found
 
 
 def _free_folder(config: Mapping[str, Any], values: dict[str, Any]) -> Path:
@@ -266,6 +296,8 @@ def changes(config: Mapping[str, Any], out: Path) -> dict[str, list[Any]]:
         if not isinstance(before, Mapping) or not isinstance(now, Mapping) or name not in before:
             continue
         old, new = before[name], now.get(name)
+        if key in _alone_or_listed():
+            old, new = ([each] if isinstance(each, Mapping) else each for each in (old, new))
         if not isinstance(new, Mapping) and plain(old) != plain(new):
             found[key] = [plain(old), plain(new)]
     return found
@@ -282,7 +314,10 @@ def note_changes(out: Path, changed: Mapping[str, list[Any]], step: int) -> None
         return
     before = recorded_config(out).get("changed") or []
     claim.note(out, changed=[*before, {"step": step, "keys": dict(changed)}])
-    told = [f"{key}={shown(new)} (was {shown(old)})" for key, (old, new) in changed.items()]
+    told = [
+        f"{key}={short(shown(new))} (was {short(shown(old))})"
+        for key, (old, new) in changed.items()
+    ]
     print(f"changed from step {step:,} on: {', '.join(told)}")
 
 

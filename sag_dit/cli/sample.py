@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sag_dit.cli.app import alone_in, is_first_rank, launch, quiet_lightning
 from sag_dit.cli.batch_size import decided_batch_size
-from sag_dit.cli.composing import make, placed
+from sag_dit.cli.composing import changed, make, placed
 from sag_dit.cli.keys import Sample, Searches
 from sag_dit.cli.keys.key import to_dict
 from sag_dit.cli.models import load_model
@@ -27,13 +27,14 @@ from sag_dit.cli.values import (
     make_search,
     make_terms,
     own_sampler,
+    why_not,
 )
 from sag_dit.identity import digest, written
 from sag_dit.identity import settings as identity_of
 
 if TYPE_CHECKING:
     from sag_dit.checkpoints import Model
-    from sag_dit.guidance import Cost
+    from sag_dit.guidance import Cost, Term
     from sag_dit.output.folder import SampleFolder
     from sag_dit.output.telling import Recipe
     from sag_dit.sampling import Request, Settings
@@ -60,6 +61,8 @@ class Plan:
     """The settings of the sampler, as the configuration states them."""
     maps: Maps | None = None
     """Which attention to keep of the gallery's images."""
+    left_out: Mapping[str, float] = field(default_factory=dict)
+    """Scales of the guidance that is there by default and that the model cannot have."""
 
     def missing(self, gallery: int, verify: bool) -> Sequence[Request]:
         """Return the requests that are still to be drawn, the first ``gallery`` with a twin."""
@@ -95,6 +98,10 @@ def make_plan(
     if not is_auto(config.sampler):
         make(config.sampler, "sampler", Sampler)  # Before a model is loaded.
     model = model or in_arithmetic(load_model(config, config.requests), config)
+    left_out = _lacking(config, guidance, model)
+    if left_out:
+        config = changed("sample", config, left_out)
+        guidance = make_terms(config.guidance)
     stated = own_sampler(config.sampler, model.denoiser.process)
     sampler = make(stated, "sampler", Sampler)
     guidance = with_models(guidance)
@@ -146,7 +153,28 @@ def make_plan(
     if auto:
         size = decided_batch_size(config, path, model, settings, len(requests))
         settings, pixels["batch_size"] = replace(settings, batch_size=size), size
-    return Plan(model, settings, requests, SampleFolder(path), pixels, stated)
+    folder = SampleFolder(path)
+    return Plan(model, settings, requests, folder, pixels, stated, left_out=left_out)
+
+
+def _lacking(config: Searches, guidance: Mapping[str, Term], model: Model) -> dict[str, float]:
+    """Return the scales that turn default guidance off which the model cannot have; tell it.
+
+    What the user of ``sample.py`` has stated stays.
+    """
+    found: dict[str, float] = {}
+    if not isinstance(config, Sample) or config.source is None or config.states("experiment"):
+        return found
+    for name, term in guidance.items():
+        scale = f"{name}_scale"
+        if term.off or config.states(scale) or config.states(f"guidance.{name}"):
+            continue
+        reason = why_not(term, model)
+        if reason:
+            found[scale] = term.neutral
+            if is_first_rank():
+                print(f"images are drawn with {scale}={term.neutral:g}, since {reason}")
+    return found
 
 
 def run_sample(config: Sample) -> None:
@@ -161,6 +189,8 @@ def run_sample(config: Sample) -> None:
         )
     # The folder is claimed before anything is drawn, so that it holds one set.
     plan = make_plan(config, config.num_images, config.out)
+    if plan.left_out:
+        config = changed("sample", config, plan.left_out)
     how = plan.settings
     cost = how.cost(plan.model.denoiser)
     if config.maps:

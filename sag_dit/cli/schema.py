@@ -7,15 +7,27 @@ those that their ``_target_`` takes.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any, NamedTuple, get_origin
 
 from sag_dit.bounds import fit, parts, shown, wanted
 from sag_dit.cli.keys import COMMANDS
-from sag_dit.cli.keys.key import UNSET, Determines, Key, held_by, is_open, keys_of, mapping_of, walk
+from sag_dit.cli.keys.key import (
+    HELD_OUT,
+    UNSET,
+    Closed,
+    Determines,
+    Key,
+    held_by,
+    is_open,
+    keys_of,
+    mapping_of,
+    selected,
+    to_dict,
+    walk,
+)
 
 
 def check(
@@ -143,15 +155,48 @@ def free_text() -> Mapping[str, FreeText]:
     return found
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return a sentence that names the closest names, or nothing if none is close."""
-    matches = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.6)
-    return f"\nDid you mean {' or '.join(matches)}?" if matches else ""
-
-
 def determining(command: str, *what: Determines) -> tuple[str, ...]:
     """Return the keys of a command that determine any of ``what``, by their paths."""
     return tuple(path for path, _, told in walk(COMMANDS[command]) if told.determines in what)
+
+
+def refuse_idle(config: Closed, *, validates: bool = True) -> None:
+    """Refuse keys that a user has stated and that act on nothing beside the others.
+
+    Without ``validates`` those as well that act on validation alone.
+
+    Raises:
+        ValueError: such a key, what it needs, and the remedy.
+
+    Example:
+        >>> from sag_dit.cli.composing import compose
+        >>> try:
+        ...     refuse_idle(compose("train", ["experiment=digits", "keep.snapshots=9"]))
+        ... except ValueError as error:
+        ...     print(str(error).partition(" ")[0])
+        keep.snapshots=9
+    """
+    values = to_dict(config)
+    for path, _, told in walk(type(config)):
+        within = [each for each in config.typed if f"{each}.".startswith(f"{path}.")]
+        for stated in within if told.needs else ():
+            value = selected(values, stated)
+            if value is None or value == [] or (HELD_OUT in told.needs and not value):
+                continue
+            for need in told.needs:
+                held, any_of = need == HELD_OUT, need.split(" or ")
+                there = validates if held else selected(values, any_of[0])
+                if not there and not any(selected(values, each) for each in any_of[1:]):
+                    # A group of which nothing is chosen is an empty mapping.
+                    off = shown(None if there == {} else there)
+                    what = "nothing is validated" if held else f"{any_of[0]} is {off}"
+                    remedy = (
+                        "hold images out, as by data.held_out=0.1" if held else f"set {need} too"
+                    )
+                    raise ValueError(
+                        f"{stated}={shown(value)} acts on nothing, since {what}: leave {stated} "
+                        f"out, or {remedy}"
+                    )
 
 
 def later_keys(command: str) -> dict[str, Any]:

@@ -30,7 +30,10 @@ def trackers(
     if not track:
         return []
     metrics, best, every = track.metrics, track.best, track.every_n_steps or at_previews
-    check_metrics(metrics)
+    try:
+        check_metrics(metrics)
+    except ValueError as error:
+        raise ValueError(f"track.{error}") from error
     features: FeatureExtractor | str | None = None
     if not isinstance(track.features, str):
         features = make_features(track.features, {})

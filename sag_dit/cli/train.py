@@ -24,8 +24,15 @@ from sag_dit.cli.run_identity import (
     run_folder,
     told_differences,
 )
+from sag_dit.cli.schema import refuse_idle
 from sag_dit.cli.train_model import adapt_model, load_base, make_model, refuse_foreign_sizes
-from sag_dit.cli.train_module import check_objective, check_optimizer, make_module, make_optimizer
+from sag_dit.cli.train_module import (
+    check_objective,
+    check_optimizer,
+    default_previews,
+    make_module,
+    make_optimizer,
+)
 from sag_dit.cli.trainer import (
     begin_loggers,
     check_previews,
@@ -77,6 +84,7 @@ def check_stated(config: Train) -> None:
     Raises:
         ValueError: the key, and the remedy.
     """
+    refuse_idle(config)
     check_resuming(config)
     if config.ckpt is None and config.model is None:
         raise ValueError(
@@ -114,6 +122,7 @@ def put_together(config: Train, base: Model | None, out: Path) -> Parts:
     # What trains it.
     module = make_module(config, model)
     check_objective(module.objective, data, config)
+    config = default_previews(config, model)
     check_previews(config, model)
     trainer = make_trainer(config, out)
     device = trainer.strategy.root_device
@@ -121,6 +130,7 @@ def put_together(config: Train, base: Model | None, out: Path) -> Parts:
     tracked = trackers(config.track, model, out, device, config.every_n_steps.preview)
     trainer.callbacks[:0] = tracked  # type: ignore[attr-defined]
     validates = check_validated(config, data, trainer)
+    refuse_idle(config, validates=validates)
     data.rank_batch_size(trainer.world_size)
     return Parts(data, module, trainer, told, anew, validates)
 

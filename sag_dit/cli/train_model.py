@@ -157,9 +157,11 @@ def load_base(config: Train) -> tuple[Model, Train]:
 
     determined = (key for key, (_, told) in keys_of(Train).items() if told.by_checkpoint)
     stated = [key for key in determined if getattr(config, key) is not None]
+    if "size" in config.typed:  # Of which the experiment leaves nothing.
+        stated.append("size")
     if stated:
         raise ValueError(
-            f"ckpt={config.ckpt} determines {', '.join(stated)}: expected null; choose "
+            f"ckpt={config.ckpt} determines {', '.join(stated)}: expected null, as in "
             f"experiment=finetune, which leaves these to the checkpoint and the data"
         )
     lora_settings(config)  # Before a checkpoint is downloaded.

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sag_dit.cli.composing import make
+from sag_dit.cli.app import is_first_rank
+from sag_dit.cli.composing import config_folder, make
 from sag_dit.cli.keys import Train
-from sag_dit.cli.values import as_callable
+from sag_dit.cli.values import as_callable, make_terms, why_not
+from sag_dit.untrusted import read_yaml
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
     from sag_dit.checkpoints import Model
     from sag_dit.data.training_batches import StepData
     from sag_dit.training.module import DiffusionModule
@@ -32,21 +38,33 @@ def make_optimizer(config: Train) -> MakeOptimizer:
     return made
 
 
+def make_schedule(config: Train) -> Callable[[Optimizer], LRScheduler] | None:
+    """Return what makes the schedule of an optimiser's learning rate, None where there is none.
+
+    Raises:
+        ValueError: it takes no such argument, or makes none.
+    """
+    from torch.optim.lr_scheduler import LRScheduler
+
+    if not config.schedule:
+        return None
+    made: Callable[[Optimizer], LRScheduler] = make(
+        {**config.schedule, "_partial_": True}, "schedule", LRScheduler
+    )
+    return made
+
+
 def check_optimizer(config: Train) -> None:
     """Refuse an optimiser that cannot be made or used, and rules that are none, before all else.
 
     Raises:
         ValueError: the reason is told.
     """
-    from torch.optim.lr_scheduler import LRScheduler
-
     from sag_dit.training.optimizers import check_alone, stand_in
     from sag_dit.training.param_groups import rules_of
 
-    schedule = config.schedule
-    made = make(schedule, "schedule", LRScheduler) if schedule else None
     further = (*config.ema.further.decays, *config.ema.further.sigma_rel)
-    check_alone(stand_in(make_optimizer(config)), made, config.ema.decay, further)
+    check_alone(stand_in(make_optimizer(config)), make_schedule(config), config.ema.decay, further)
     rules_of(make_rules(config))
 
 
@@ -62,14 +80,12 @@ def make_rules(config: Train) -> list[Any]:
 
 def make_module(config: Train, model: Model) -> DiffusionModule:
     """Build what trains the model."""
-    from torch.optim.lr_scheduler import LRScheduler
-
     from sag_dit.training.averaging import Further
     from sag_dit.training.finetune import default_objective
     from sag_dit.training.module import DiffusionModule
     from sag_dit.training.objective import Objective
 
-    wanted, schedule = config.objective, config.schedule
+    wanted = config.objective
     denoiser = model.class_conditional.train()
     denoiser.network.checkpoint_blocks = config.checkpoint_blocks
     if config.compile:
@@ -79,13 +95,32 @@ def make_module(config: Train, model: Model) -> DiffusionModule:
         objective=make(wanted, "objective", Objective) if wanted else default_objective(denoiser),
         optimizer=make_optimizer(config),
         param_groups=make_rules(config),
-        schedule=make(schedule, "schedule", LRScheduler) if schedule else None,
+        schedule=make_schedule(config),
         ema_decay=config.ema.decay,
         ema_warmup=config.ema.warmup,
         further=Further(config.ema.further.decays, config.ema.further.sigma_rel),
         max_skipped=config.max_skipped,
         seed=config.seed,
     )
+
+
+def default_previews(config: Train, model: Model) -> Train:
+    """Return the configuration without the guidance of previews that the model cannot have.
+
+    That is of the guidance which is there by default; it is told. What is stated stays.
+    """
+    usual = read_yaml(config_folder() / "train.yaml")["preview"]["guidance"]
+    kept = dict(config.preview.guidance)
+    for name, settings in config.preview.guidance.items():
+        where = f"preview.guidance.{name}"
+        if settings is None or settings != usual.get(name) or config.states(where):
+            continue
+        reason = why_not(make_terms({name: settings}, "preview.guidance")[name], model)
+        if reason:
+            kept[name] = None
+            if is_first_rank():
+                print(f"previews are drawn without {where}, since {reason}")
+    return replace(config, preview=replace(config.preview, guidance=kept))
 
 
 def check_objective(objective: Objective, data: StepData, config: Train) -> None:

@@ -22,13 +22,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sag_dit.bounds import Natural
+from sag_dit.bounds import Natural, nearest
 from sag_dit.cli.app import alone_in, launch, quiet_lightning
 from sag_dit.cli.composing import changed, compose, make
 from sag_dit.cli.keys import BUDGET, Evaluate, Guides, Tune
 from sag_dit.cli.keys.key import keys_of, to_dict
 from sag_dit.cli.presets import comparison_of
-from sag_dit.cli.schema import determining, nearest
+from sag_dit.cli.schema import determining
 from sag_dit.cli.trainer_flags import check_drawing
 from sag_dit.cli.tuned import unlike_defaults
 from sag_dit.cli.typed import MULTIRUN, check_arguments, keys_and_flags

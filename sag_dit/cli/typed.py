@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import cache
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from hydra._internal.utils import get_args_parser
 
 from sag_dit.bounds import parts
-from sag_dit.cli.composing import config_folder, own_targets, refuse_strangers
+from sag_dit.cli.composing import config_folder, own_targets, refuse_strangers, tell_once
 from sag_dit.cli.keys import COMMANDS
 from sag_dit.cli.keys.key import (
     Key,
@@ -81,6 +82,7 @@ def check_arguments(command: str, arguments: Sequence[str], flags: Sequence[str]
     """
     others = any(flag.partition("=")[0] in OTHER_CONFIGS for flag in flags)
     kept = []
+    arguments = _last_of_each([one for each in arguments for one in _spread(command, each)])
     for place, argument in enumerate(arguments):
         name, separator, value = argument.lstrip("+").partition("=")
         if argument.startswith("~"):
@@ -109,6 +111,63 @@ def check_arguments(command: str, arguments: Sequence[str], flags: Sequence[str]
         # Hydra takes what stands in no file with a plus alone.
         added = found is not None and (found[1].added or _takes_any(command, name))
         kept.append(f"++{argument}" if added and not argument.startswith("+") else argument)
+    return kept
+
+
+def _spread(command: str, argument: str) -> list[str]:
+    """Return a mapping that is stated for a group of keys as its keys, which are then checked.
+
+    Hydra would add them to the group as well.
+    """
+    key, _, value = argument.partition("=")
+    found = known(command, key)
+    members = _members(value) if found is not None and found is not ANYTHING else None
+    hint = found[0] if found is not None else None
+    alone = all(
+        kind is type(None) or is_dataclass(kind) or get_origin(kind) is dict for kind in parts(hint)
+    )
+    if not members or not alone:
+        return [argument]
+    spread = (_spread(command, f"{key}.{name}={text}") for name, text in members)
+    return [one for each in spread for one in each]
+
+
+def _members(text: str) -> list[tuple[str, str]] | None:
+    """Return the names and values of a mapping as they are written; None of what is none."""
+    if not (text.startswith("{") and text.endswith("}")):
+        return None
+    pieces, depth, quote = [""], 0, ""
+    for sign, before in zip(text[1:-1], text[:-2], strict=True):
+        if quote:
+            quote = "" if sign == quote and before != "\\" else quote
+        elif sign in "\"'":
+            quote = sign
+        depth += 0 if quote else (sign in "{[(") - (sign in "}])")
+        if sign == "," and not depth and not quote:
+            pieces.append("")
+        else:
+            pieces[-1] += sign
+    found = [re.fullmatch(r"\s*([\w.]+)\s*:\s*(.+?)\s*", each, re.DOTALL) for each in pieces]
+    whole = [(each[1], each[2]) for each in found if each is not None]
+    return whole if len(whole) == len(pieces) and not depth and not quote else None
+
+
+def _last_of_each(arguments: Sequence[str]) -> list[str]:
+    """Return arguments of which the last one counts for each key; what it overrides is told.
+
+    Scripts append what they are given to what they state themselves. Mappings add to each other.
+    """
+    last: dict[str, str] = {}
+    kept: list[str] = []
+    for argument in reversed(arguments):
+        key, separator, value = argument.lstrip("+").partition("=")
+        later = last.get(key) if separator and not value.startswith("{") else None
+        if later is None:
+            kept.insert(0, argument)
+        elif later != argument:
+            tell_once(f"{later} overrides {argument}, which stands before it")
+        if separator and not value.startswith("{"):
+            last.setdefault(key, argument)
     return kept
 
 
@@ -258,7 +317,9 @@ def did_you_mean(command: str, path: str) -> str:
     words = {word: each for each, _, told in walk(found) for word in told.words.split()}
     last = path.rpartition(".")[2]
     same = [each for each in paths if each.rpartition(".")[2] == last]
-    if path in words or same:
+    beside = [each for each in paths if each.rpartition(".")[0] == path.rpartition(".")[0]]
+    near = difflib.get_close_matches(path, beside if "." in path else (), n=1, cutoff=0.9)
+    if path in words or (same and not near):
         return f"; did you mean {words[path] if path in words else ' or '.join(same)}?"
     names = {each: each for each in paths} | words
     close = difflib.get_close_matches(path, names, n=3, cutoff=0.6)
@@ -285,6 +346,12 @@ def check_added(command: str, config: Any, arguments: Sequence[str]) -> None:
         if name in declared and "_target_" not in node:
             continue
         asked = found[1].asks() if found and "_target_" not in node else ()
+        arguments_alone = found is not None and held_by(found[0]) is Any and "_target_" not in node
+        if arguments_alone and parent in groups(command):
+            full = [f"{parent}={each}" for each in choices(parent) if not is_empty(parent, each)]
+            raise ValueError(
+                f"{argument.lstrip('+')}: {parent} is null: choose {' or '.join(full)} as well"
+            )
         targets = [str(node["_target_"])] if "_target_" in node else asked
         try:
             refuse_strangers(parent, targets, [name])

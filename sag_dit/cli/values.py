@@ -132,6 +132,22 @@ def make_terms(guidance: Mapping[str, Any], where: str = "guidance") -> dict[str
     return terms
 
 
+def why_not(term: Term, model: Model) -> str:
+    """Return in words what a model lacks for a term, nothing where it can be guided by it.
+
+    Example::
+
+        if why_not(SAG(1.0), model):
+            terms.remove("sag")
+    """
+    try:
+        term.check(model.denoiser)
+    except ValueError as error:
+        # The key that it begins with and the remedy are for those who have stated it.
+        return str(error).partition(": ")[2].partition(";")[0] or str(error)
+    return ""
+
+
 def as_callable(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return what makes a thing to call: of a class an object, of a function the function itself.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ CONFIG = "config.yaml"
 BESIDE = ("parent", "changed")
 """What a folder may tell beside its settings: the run it goes on from, and what has changed since
 it began."""
+LONGEST = 120
+"""Characters of a value that a difference shows."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,8 @@ def recorded(folder: Path) -> dict[str, Any]:
     return dict(vars(checked(read_yaml(file), _Claimed, str(file), open=True)))
 
 
-def _by_path(values: object, prefix: str = "") -> dict[str, object]:
-    if not isinstance(values, Mapping):
-        return {prefix.rstrip("."): values}
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        flat |= _by_path(value, f"{prefix}{key}.")
-    return flat
+MISSING = object()
+"""Stands for the value of a key that is not there."""
 
 
 def differing(
@@ -109,13 +107,49 @@ def differing(
 ) -> list[str]:
     """Return in which values two sets of settings differ, a text for each; ``free`` keys may.
 
+    A mapping and the list of it alone mean the same.
+
     Example:
         >>> differing({"data": {"size": 8}}, {"data": {"size": 16}})
         ['data.size: there 8, now 16']
+        >>> differing({"parts": [{"a": 1}, {"a": 2}]}, {"parts": [{"a": 1}, {"a": 3}]})
+        ['parts[1].a: there 2, now 3']
     """
-    old, new = _by_path(before), _by_path(now)
-    return [
-        f"{key}: there {old.get(key, 'not set')}, now {new.get(key, 'not set')}"
-        for key in sorted((old.keys() | new.keys()).difference(free))
-        if not agree(old.get(key), new.get(key))
-    ]
+    return sorted(_differing(before, now, "", free))
+
+
+def _differing(before: Any, now: Any, path: str, free: Collection[str]) -> Iterator[str]:
+    if path in free:
+        return
+    if isinstance(before, list) and isinstance(now, Mapping):
+        now = [now]
+    if isinstance(before, Mapping) and isinstance(now, list):
+        before = [before]
+    # Into mappings, also where a whole group is not there.
+    there = [each for each in (before, now) if each is not MISSING]
+    group = all(isinstance(each, Mapping) for each in there) and not path.endswith("]")
+    if group or all(isinstance(each, Mapping) for each in (before, now)):
+        old, new = ({} if each is MISSING else each for each in (before, now))
+        for key in {**old, **new}:
+            inner = f"{path}.{key}".lstrip(".")
+            yield from _differing(old.get(key, MISSING), new.get(key, MISSING), inner, free)
+        return
+    # Into lists of what has parts itself.
+    lists = all(isinstance(each, list) for each in (before, now))
+    if lists and any(isinstance(each, (Mapping, list)) for each in (*before, *now)):
+        for place, (old, new) in enumerate(zip_longest(before, now, fillvalue=MISSING)):
+            yield from _differing(old, new, f"{path}[{place}]", free)
+        return
+    if not agree(before, now):
+        old, new = ("not set" if each is MISSING else str(each) for each in (before, now))
+        yield f"{path}: there {short(old)}, now {short(new)}"
+
+
+def short(text: str) -> str:
+    """Return the beginning of a text that is too long for a line.
+
+    Example:
+        >>> short("one line")
+        'one line'
+    """
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

@@ -234,14 +234,21 @@ def _adopted_weights(
             raw = name.replace(inside, "denoiser.")
             state[name] = state[raw] if name.startswith(inside) else torch.zeros_like(own[name])
     taken = [each for each in starts if each not in begun]
-    for which, what in ((taken, "averages taken over"), (begun, "averages that begin here")):
+    for which, what in (
+        (taken, "averages taken over"),
+        (begun, "averages that start here, from the weights taken over"),
+    ):
         lines += [f"{what}: {', '.join(map(_average, which))}"] if which else []
     # Whatever else is trained or averaged.
     rest = [name for name in own if name not in state]
     fresh = [name for name in rest if not fits(name)]
     state |= {name: there[plain(name)] if fits(name) else own[name] for name in rest}
     left = [n for n in there if n not in map(plain, state)]
-    for names, what in ((fresh, "not in the run, and so fresh"), (left, "of the run, left out")):
+    told = (
+        (fresh, "not in that run, so they start with fresh values"),
+        (left, "in that run alone, so they are left out"),
+    )
+    for names, what in told:
         groups = dict.fromkeys(".".join(name.split(".")[:2]) for name in names)
         lines += [f"{what}: {_some([*groups])}"] if names else []
     return lines, state
@@ -306,8 +313,12 @@ def _adopted_callbacks(
     }
     gone = [re.split(r"\W", key)[0] for key, state in there.items() if state and key not in here]
     left = [name for name in gone if name not in ours]
-    told = (("taken over", taken), ("that begin anew", fresh), ("of the run, left out", left))
-    return states, [f"callbacks {what}: {', '.join(names)}" for what, names in told if names]
+    told = (
+        ("callbacks taken over", taken),
+        ("callbacks that start with a fresh state", fresh),
+        ("callbacks of that run alone, so they are left out", left),
+    )
+    return states, [f"{what}: {', '.join(names)}" for what, names in told if names]
 
 
 def _has_state(callback: Callback) -> bool:
@@ -344,7 +355,7 @@ def _adopted_optimizer(
     trained = [name for group in groups for name in group["params"]]
     if not take:
         none: dict[str, Any] = {name: {} for name in trained}
-        return {"state": none, "param_groups": groups}, "optimiser: begins anew"
+        return {"state": none, "param_groups": groups}, "optimiser: starts with a fresh state"
     there, after = _optimizer_there(parent), _kept_of(module)
     if there is None or not _same_kind(there["param_groups"], groups, after):
         raise ValueError(
@@ -391,7 +402,7 @@ def _adopted_optimizer(
         former = {} if name is None else group_of[pairs[files.without_wrappers(name)]]
         group |= {key: value for key, value in former.items() if key not in told}
     fresh = len(trained) - len(taken)
-    rest = f", {fresh} begin anew" if fresh else ""
+    rest = f", fresh for {fresh} other{'s' * (fresh > 1)}" if fresh else ""
     line = f"optimiser: the state of {len(taken)} parameters taken over{rest}"
     # Of all parameters, since sharded ones are not loaded from less.
     state = {name: taken.get(name, {}) for name in trained}
@@ -493,7 +504,10 @@ def _counted_in(each: float, state: dict[str, Tensor]) -> Iterator[str]:
         updates = state[start + averages.UPDATES]
         state[start + averages.UPDATES] = torch.full_like(updates, _scaled(int(updates), each))
     if powers and each != 1:
-        yield f"averages over sigma_rel: a step so far counts as {each:g}, by its images"
+        yield (
+            f"averages over sigma_rel: each step of that run counts as {each:g} steps of this one, "
+            f"since it trained on as many times the images"
+        )
 
 
 def _scaled(updates: int, each: float) -> int:

@@ -5,6 +5,7 @@ Any class of torch, timm or a user's own is an optimiser here; this file holds w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from sag_dit.bounds import shown
+from sag_dit.bounds import nearest, shown
 from sag_dit.training.param_groups import Group, Trained
 
 MakeOptimizer: TypeAlias = Callable[[Iterable[Any]], Optimizer]
@@ -187,7 +188,8 @@ def stand_in(make: MakeOptimizer) -> Optimizer:
         _refuse_missing_of_timm(make)
         made = make([Parameter(torch.zeros(2, 2))])
     except (ImportError, TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"optimizer: {str(error).removeprefix('optimizer: ')}") from error
+        told = str(error).removeprefix("optimizer: ")
+        raise ValueError(f"optimizer: {told}{_near(make, told)}") from error
     name = type(made).__name__
     if not isinstance(made, Optimizer):
         raise ValueError(f"optimizer: makes a {name}; expected a subclass of torch.optim.Optimizer")
@@ -204,6 +206,24 @@ def stand_in(make: MakeOptimizer) -> Optimizer:
         )
     _refuse_no_closure(make, made)
     return made
+
+
+def _near(make: MakeOptimizer, told: str) -> str:
+    """Return a sentence that names what is close to an argument that an optimiser does not take."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", told)
+    if unknown is None:
+        return ""
+    kind: Any = getattr(make, "func", make)
+    if _of_timm(make):
+        from timm.optim import get_optimizer_info
+
+        kind = get_optimizer_info(_bare(getattr(make, "keywords", {})["opt"])).opt_class
+    return nearest(unknown[1], signature(kind).parameters) if callable(kind) else ""
+
+
+def _bare(name: str) -> str:
+    """Return timm's name of an optimiser without what goes around it, such as lookahead."""
+    return name.lower().rpartition("_")[2]
 
 
 def _refuse_no_closure(make: MakeOptimizer, made: Optimizer) -> None:
@@ -278,7 +298,7 @@ def _refuse_missing_of_timm(make: MakeOptimizer) -> None:
         return
     from timm.optim import get_optimizer_info, list_optimizers
 
-    bare = name.lower().rpartition("_")[2]
+    bare = _bare(name)
     if bare not in list_optimizers():
         close = get_close_matches(bare, map(str, list_optimizers()), n=3)
         hint = (

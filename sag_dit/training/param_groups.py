@@ -7,13 +7,13 @@ in order, and parameters of the same settings make a group.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import nn
 
-from sag_dit.bounds import shown
+from sag_dit.bounds import nearest, raised, shown
 from sag_dit.denoiser import Denoiser
 from sag_dit.training.finetune import matching
 
@@ -239,12 +239,16 @@ def grouped(
         ValueError: a setting that the optimiser does not have, or a rule that changes nothing.
     """
     rules = rules_of(entries)
+    for place, rule in enumerate(rules):
+        if isinstance(rule, Match):  # Before it is told that it fits nothing.
+            _refuse_unknown(rule.settings, defaults, f"param_groups[{place}]")
     acted = [False] * len(rules)
     groups: dict[str, Group] = {}
     for each in parameters:
         settings = _added({}, own(each), defaults, "optimizer") if own else {}
         for place, rule in enumerate(rules):
-            after = _added(settings, rule(each), defaults, f"param_groups[{place}]")
+            where = f"param_groups[{place}]"
+            after = _added(settings, _asked(rule, each, where), defaults, where)
             # What is said again is no change.
             acted[place] = acted[place] or {**defaults, **after} != {**defaults, **settings}
             settings = after
@@ -256,21 +260,39 @@ def grouped(
             raise ValueError(
                 f"param_groups[{place}]={shown(_told(entries[place]))} changes nothing: it fits no "
                 f"parameter (they are called {names}, ...), or says what they have anyway"
-                f"{_hint(rules[place], defaults)}; mend it or leave it out"
+                f"{_hint(rules[place], parameters, defaults)}; mend it or leave it out"
             )
     return list(groups.values())
 
 
-def _hint(rule: Rule, defaults: Mapping[str, Any]) -> str:
-    return (
-        ": optimizer.weight_decay is 0"
-        if rule is no_decay and not defaults.get("weight_decay")
-        else ""
-    )
+def _asked(rule: Rule, each: Trained, where: str) -> Mapping[str, Any] | None:
+    """Return what a rule says of a parameter.
+
+    Raises:
+        ValueError: it raises an error; it is named, and the parameter.
+    """
+    try:
+        return rule(each)
+    except Exception as error:  # Whatever a rule of somebody's meets.
+        if isinstance(rule, LayerDecay):
+            raise
+        raise ValueError(
+            f"{where}: {_told(rule)} {raised(error)} at the parameter {each.name}"
+        ) from error
+
+
+def _hint(rule: Rule, parameters: Sequence[Trained], defaults: Mapping[str, Any]) -> str:
+    if rule is no_decay and not defaults.get("weight_decay"):
+        return ": optimizer.weight_decay is 0"
+    patterns = rule.patterns if isinstance(rule, Match) else ()
+    within = (p for p in patterns if any(p in each.name for each in parameters))
+    held = next((p for p in within if not any(matching([e.name], p) for e in parameters)), None)
+    return "" if held is None else f": names that hold {held} are matched by '*{held}*'"
 
 
 def _told(entry: Any) -> Any:
-    return getattr(entry, "__name__", type(entry).__name__) if callable(entry) else entry
+    own = getattr(entry, "func", entry)  # Of a function that has been given arguments.
+    return getattr(own, "__name__", type(own).__name__) if callable(own) else own
 
 
 def _added(
@@ -291,12 +313,7 @@ def _added(
             f"{where}: a rule returned {shown(more)}: expected a mapping of settings, such as "
             f"{{'weight_decay': 0.0}}"
         )
-    for name in more:
-        if name != LR_SCALE and name not in defaults:
-            raise ValueError(
-                f"{where}: {name}: the optimiser has no such setting; expected one of "
-                f"{', '.join(sorted({*defaults, LR_SCALE}))}"
-            )
+    _refuse_unknown(more, defaults, where)
     after = {**settings, **{name: value for name, value in more.items() if name != LR_SCALE}}
     for name in ("lr", LR_SCALE, "weight_decay"):
         value = more.get(name, 0.0)
@@ -311,6 +328,21 @@ def _added(
             )
         after["lr"] = float(rate) * more[LR_SCALE]
     return after
+
+
+def _refuse_unknown(names: Iterable[str], defaults: Mapping[str, Any], where: str) -> None:
+    """Refuse settings that the optimiser does not have.
+
+    Raises:
+        ValueError: such a name, and those that are close.
+    """
+    known = sorted({*defaults, LR_SCALE})
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"{where}: {name}: the optimiser has no such setting; expected one of "
+                f"{', '.join(known)}{nearest(name, known)}"
+            )
 
 
 def _is_number(value: object) -> bool:

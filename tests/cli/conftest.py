@@ -24,6 +24,7 @@ from sag_dit.cli import export as export_command
 from sag_dit.cli import sample as sample_command
 from sag_dit.cli import train as train_command
 from sag_dit.cli.app import launch
+from sag_dit.cli.composing import tell_once
 from sag_dit.denoiser import ClassConditional
 from sag_dit.models import DiT
 from tests.small import filled
@@ -127,6 +128,7 @@ def in_process(
         nonlocal rows
         rows, code = 0, 0
         capsys.readouterr()
+        tell_once.cache_clear()  # As in a process of its own.
         commands = {
             "sample": sample_command.run_sample,
             "train": train_command.run_train,

@@ -234,7 +234,7 @@ def test_photos_that_do_not_fit(
 def test_a_fresh_recipe_takes_no_checkpoint(base: str, in_process: Command) -> None:
     outcome = in_process("train", "experiment=digits", f"ckpt={base}")
     assert outcome.code == 1
-    assert "choose experiment=finetune" in outcome.err
+    assert "as in experiment=finetune" in outcome.err
 
 
 def test_chosen_digits_are_labelled_in_their_order() -> None:

@@ -107,7 +107,7 @@ def test_a_power_functions_time_is_that_of_images(child: Command, parent: Path) 
     twice = ("data.batch_size=16", "trainer.accumulate_grad_batches=2", "optimizer.lr=0.01")
     outcome = child(*twice, "every_n_steps.checkpoint=1", "max_steps=5", "out=child")
     assert outcome.code == 0, outcome.err
-    assert "averages over sigma_rel: a step so far counts as 0.5, by its images" in outcome.out
+    assert "each step of that run counts as 0.5 steps of this one" in outcome.out
     before, after = (last("child", step)["state_dict"] for step in (4, 5))
     for name, gamma in (("0_05", float(exponent(0.05))), ("0_1", float(exponent(0.1)))):
         kept = (1 - 32 / (4 * 16 + 32)) ** (gamma + 1)
@@ -146,8 +146,8 @@ def test_what_differs_is_told_and_recorded_and_the_parent_is_needed_no_more(
         "trainer.accumulate_grad_batches: there 1, now 2",
         "trainer.precision: there 32-true, now bf16-mixed",
         "averages taken over: ema, 0.1\n",
-        "averages that begin here: 0.99",
-        "of the run, left out: further.0_9, further.0_05",
+        "averages that start here, from the weights taken over: 0.99",
+        "in that run alone, so they are left out: further.0_9, further.0_05",
     ):
         assert told in outcome.out
     assert "not in the run" not in outcome.out
@@ -227,7 +227,7 @@ def test_the_optimiser_can_begin_anew(child: Command) -> None:
     other = ("optimizer._target_=torch.optim.SGD", "resume_optimizer=false", "max_steps=5")
     outcome = child(*other, "out=child")
     assert outcome.code == 0, outcome.err
-    assert "optimiser: begins anew" in outcome.out
+    assert "optimiser: starts with a fresh state" in outcome.out
 
 
 @pytest.mark.parametrize(
@@ -239,8 +239,11 @@ def test_the_optimiser_can_begin_anew(child: Command) -> None:
         (("out={parent}",), "that is the run in out="),
         (("resume_from=nowhere",), "resume_from=nowhere: nowhere holds no checkpoints"),
         (("resume_from=note.txt",), "note.txt"),
-        (("resume_from=null", "resume_optimizer=false"), "are for resume_from: set it too"),
-        (("finetune.weights=raw",), "finetune.weights and .optimizer are for a model that ckpt"),
+        (
+            ("resume_from=null", "resume_optimizer=false"),
+            "resume_optimizer=false acts on nothing, since resume_from",
+        ),
+        (("finetune.weights=raw",), "finetune.weights=raw acts on nothing, since ckpt is null"),
         (("ema.further.decays=[0.05]",), "ema.further.decays=[0.05]: expected"),
         (("ema.further.decays=[0.9,0.9]",), "ema.further: 0.9 comes twice"),
         (("resume_schedule=later",), "resume_schedule=later: expected one of continued, anew"),
@@ -289,7 +292,7 @@ def test_fine_tuning_can_keep_the_optimisers_state(in_process: Command, parent: 
     tune = (*TUNE, f"ckpt={parent}", "finetune.weights=raw", "finetune.optimizer=true")
     outcome = in_process("train", *tune, "data.classes=[3,4]", "optimizer.lr=0", "out=tuned")
     assert outcome.code == 0, outcome.err
-    assert "the state of 30 parameters taken over, 1 begin anew" in outcome.out
+    assert "the state of 30 parameters taken over, fresh for 1 other" in outcome.out
     after, before = (last(*each)["optimizer_states"][0] for each in (("tuned", 1), (parent, 4)))
     steps = {float(each["step"]) for each in after["state"].values()}
     assert steps == {1.0, 5.0} and {float(s["step"]) for s in before["state"].values()} == {4.0}
@@ -297,7 +300,7 @@ def test_fine_tuning_can_keep_the_optimisers_state(in_process: Command, parent: 
     assert in_process("train", *tune, "data.classes=[3,4]", "optimizer.lr=0", "out=tuned").code == 0
     # Moments of rows that are other classes' now would be another class's.
     turned = in_process("train", *tune, "data.classes=[9,8,7,6,5,4,3,2,1,0]", "out=turned")
-    assert "the state of 30 parameters taken over, 1 begin anew" in turned.out, turned.err
+    assert "the state of 30 parameters taken over, fresh for 1 other" in turned.out, turned.err
     refused = in_process("train", *TUNE, "ckpt=digits", "finetune.optimizer=true")
     assert refused.code == 1 and "finetune.optimizer=true: " in refused.err
 
@@ -313,7 +316,10 @@ def test_what_another_kind_of_step_keeps_is_not_taken_over(
     done = train(*muon, *on, rule, "out=mixed")
     assert done.code == 0, done.err
     matrices = 5 if "blocks.0.adaLN_modulation" in str(last("muon", 2)["state_dict"].keys()) else 4
-    assert f"the state of {31 - matrices} parameters taken over, {matrices} begin anew" in done.out
+    assert (
+        f"the state of {31 - matrices} parameters taken over, fresh for {matrices} others"
+        in done.out
+    )
     held = last("mixed", 3)
     states = held["optimizer_states"][0]["state"]
     names = held["optimizer_parameters"]

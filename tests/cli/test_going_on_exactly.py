@@ -149,11 +149,11 @@ def test_callbacks_that_go_on_and_those_that_begin_are_told(train: Command) -> N
     both = f"+trainer.callbacks=[{counts},{{_target_: my_exact_parts.Other}}]"
     outcome = train(both, "resume_from=parent", "max_steps=3", "out=child")
     assert "callbacks taken over: Counts\n" in outcome.out
-    assert "callbacks that begin anew: Other\n" in outcome.out
+    assert "callbacks that start with a fresh state: Other\n" in outcome.out
     best = "{_target_: lightning.pytorch.callbacks.ModelCheckpoint, monitor: train/loss}"
     outcome = train(f"trainer.callbacks=[{best}]", "resume_from=parent", "max_steps=3", "out=new")
-    assert "callbacks that begin anew: ModelCheckpoint\n" in outcome.out
-    assert "callbacks of the run, left out: Counts\n" in outcome.out
+    assert "callbacks that start with a fresh state: ModelCheckpoint\n" in outcome.out
+    assert "callbacks of that run alone, so they are left out: Counts\n" in outcome.out
 
 
 def test_another_number_of_heads_is_another_network(train: Command) -> None:

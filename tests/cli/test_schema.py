@@ -180,7 +180,7 @@ def test_a_value_that_cannot_be_meant_is_named(
 ) -> None:
     # What is needed besides, so that nothing else is wrong.
     needed = {"train": ["experiment=digits"], "encode": ["data.root=x"]}.get(name, [])
-    needed = [] if argument.startswith("experiment") else needed
+    needed = [] if argument.startswith(("experiment", "data.root=")) else needed
     told = error_of(capsys, monkeypatch, name, *needed, argument)
     assert argument.lstrip("+") in told.replace("error: +", "")
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
 from typing import Any, ClassVar, Literal
 
-from sag_dit.cli.keys.key import Closed, Open, Parts, key
+from sag_dit.cli.keys.key import HELD_OUT, Closed, Open, Parts, key
 from sag_dit.evaluation.kinds import metric_names
 from sag_dit.methods import methods
 
@@ -584,6 +584,7 @@ class Average(Closed):
         later=False,
         unnamed=True,
         absent=True,
+        needs=("ema.decay or ema.further.decays",),
     )
     further: FurtherAverages = key(
         "averages beside it; sample.py and export.py name them by ema=NUMBER",
@@ -618,6 +619,7 @@ class TrainTrainerKeys(TrainerKeys):
     num_sanity_val_steps: int = key(
         "validation batches before the first step; -1: all",
         least=-1,
+        needs=(HELD_OUT,),
         determines="nothing",
         absent=True,
         added=True,
@@ -661,6 +663,7 @@ class TrainTrainerKeys(TrainerKeys):
     limit_val_batches: int | float | None = key(
         "validation batches, or a share of them",
         least=0,
+        needs=(HELD_OUT,),
         determines="nothing",
         named_before=True,
         absent=True,
@@ -686,8 +689,12 @@ class Every(Closed):
     """How often a checkpoint, a validation, previews and log entries are made."""
 
     checkpoint: int = key("steps between checkpoints", least=1)
-    snapshot: int = key("steps between snapshots of ema.further.sigma_rel's averages", least=1)
-    validation: int = key("steps between validations", least=1)
+    snapshot: int = key(
+        "steps between snapshots of ema.further.sigma_rel's averages",
+        least=1,
+        needs=("ema.further.sigma_rel",),
+    )
+    validation: int = key("steps between validations", least=1, needs=(HELD_OUT,))
     preview: int = key("steps between previews", least=1)
     log: int = key("steps between log entries", least=1)
 
@@ -713,9 +720,13 @@ class Keep(Closed):
         least=0,
         most=10_000,
         words="save_top_k",
+        needs=(HELD_OUT,),
     )
     snapshots: int = key(
-        "snapshots of each average over ema.further.sigma_rel that are kept", least=2, most=100_000
+        "snapshots of each average over ema.further.sigma_rel that are kept",
+        least=2,
+        most=100_000,
+        needs=("ema.further.sigma_rel",),
     )
 
 
@@ -737,10 +748,17 @@ class Adapters(Closed):
     rank: int | None = key("rank of the adapters; null: no adapters", least=1, most=16_384)
     alpha: float | None = key("adapters are multiplied by alpha / rank; null: by 1")
     dropout: float | None = key(
-        "share of the adapters' inputs left out", least=0, below=1, absent=True
+        "share of the adapters' inputs left out",
+        least=0,
+        below=1,
+        absent=True,
+        needs=("lora.rank",),
     )
     targets: list[str] | None = key(
-        "name patterns of the layers that get adapters", names=True, absent=True
+        "name patterns of the layers that get adapters",
+        names=True,
+        absent=True,
+        needs=("lora.rank",),
     )
 
 
@@ -824,7 +842,9 @@ class Train(Closed):
         words="checkpoint model_path pretrained",
     )
     finetune: FineTuning = key(
-        "what is taken of ckpt", later={"weights": "average", "optimizer": False}
+        "what is taken of ckpt",
+        later={"weights": "average", "optimizer": False},
+        needs=("ckpt",),
     )
     resume_from: str | None = key(
         "another run, its folder or one checkpoint, to go on from with what is stated here; null: "
@@ -836,11 +856,13 @@ class Train(Closed):
     resume_optimizer: bool = key(
         "with resume_from: true: its optimiser's state; false: the optimiser begins anew",
         later=True,
+        needs=("resume_from",),
     )
     resume_schedule: Literal["continued", "anew"] = key(
         "with resume_from: continued: the learning rate's schedule counts the steps of that run; "
         "anew: it begins here",
         later="continued",
+        needs=("resume_from", "schedule"),
     )
     vae: str | Open | None = key(
         "autoencoder, or a class by vae._target_; null: the one of ckpt, or none, for pixels",

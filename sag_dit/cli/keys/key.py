@@ -13,6 +13,9 @@ Determines = Literal["model", "pixels", "weights", "nothing"]
 
 UNSET = object()
 
+HELD_OUT = "held-out images"
+"""What a key needs that acts on validation alone."""
+
 
 @dataclass(frozen=True)
 class Key(Bounds):
@@ -37,6 +40,7 @@ class Key(Bounds):
             another kind than expected, and the arguments that the target does not take.
         by_checkpoint: where a run starts from a checkpoint, the checkpoint decides it.
         published: published numbers are only compared with runs that agree in it.
+        needs: the keys without which it acts on nothing, such as "a or b", or :data:`HELD_OUT`.
 
     Example:
         >>> key("how many", least=1).metadata["key"].least
@@ -61,6 +65,7 @@ class Key(Bounds):
     around: str = ""
     by_checkpoint: bool = False
     published: bool = False
+    needs: tuple[str, ...] = ()
 
 
 def key(told: str, **known: Any) -> Any:
@@ -96,6 +101,15 @@ class Closed:
     """The keys that were composed, in their order, as a run records them; the others are null."""
     source: Any = field(default=None, repr=False, compare=False)
     """Of a command, what :func:`~sag_dit.cli.composing.changed` begins with."""
+    typed: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """Of a command, what its user stated as it was written, by the paths of the keys."""
+
+    def states(self, path: str) -> bool:
+        """Whether the user of a command has stated a key, or one within it, or all around it."""
+        return any(
+            f"{each}.".startswith(f"{path}.") or f"{path}.".startswith(f"{each}.")
+            for each in self.typed
+        )
 
     def unset(self, missing: Sequence[str]) -> str:
         """Return the error for keys that a command needs and that are not set."""
