@@ -85,9 +85,8 @@ class Latents(Dataset[tuple[Moments, Labels, int]]):
 
     @property
     def buckets(self) -> list[tuple[int, int]]:
-        """The sizes (height, width) of the images, in pixels; one where there are no buckets."""
-        stated = self.index.config.get("buckets") or [sides(self.index.config["size"])]
-        return [(height, width) for height, width in stated]
+        """The sizes (height, width) of the images, in pixels; none where all have one."""
+        return [(height, width) for height, width in self.index.config.get("buckets") or ()]
 
     @cached_property
     def bucket_of(self) -> Indices:
