@@ -149,7 +149,8 @@ def photos(tmp_path: Path) -> tuple[str, ...]:
         photo.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16), (index * 10, 255 - index * 10, 0)).save(photo)
     root = f"data.root={tmp_path / 'photos'}"
-    return ("data=folder", root, "data.size=8", "data.batch_size=8", "trainer.accelerator=cpu")
+    small = ("data.size=8", "data.batch_size=8", "data.held_out=0.2", "trainer.accelerator=cpu")
+    return ("data=folder", root, *small)
 
 
 @pytest.mark.slow
