@@ -54,7 +54,6 @@ SETTINGS = (
     "data.batch_size=16",
     "param_groups=[{layer_decay: 0.8},{match: label, lr_scale: 2}]",
     "every_n_steps.checkpoint=2",
-    "every_n_steps.snapshot=2",
     "every_n_steps.validation=4",
     "every_n_steps.log=1",
     "every_n_steps.preview=1000",
@@ -62,7 +61,11 @@ SETTINGS = (
     "trainer.gradient_clip_val=1",
     "max_steps=6",
 )
-AVERAGES = ("ema.decay=0.9", "ema.further={decays:[0.8],sigma_rel:[0.1]}")
+AVERAGES = (
+    "ema.decay=0.9",
+    "ema.further={decays:[0.8],sigma_rel:[0.1]}",
+    "every_n_steps.snapshot=2",
+)
 # Rounding of a gradient near zero turns the sign that Lion steps by, Newton-Schulz runs in
 # bfloat16, and 8 bits round the state: a few steps of single weights are others then.
 KINDS: dict[str, tuple[tuple[str, ...], float]] = {
