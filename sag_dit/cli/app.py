@@ -21,7 +21,6 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from sag_dit.bounds import nearest
 from sag_dit.cli.composing import (
     check_target,
     checked_config,
@@ -33,7 +32,6 @@ from sag_dit.cli.composing import (
 )
 from sag_dit.cli.help import help_text
 from sag_dit.cli.orphans import end_with_parent
-from sag_dit.cli.raised import kept_of, own_frames, raised_by, show
 from sag_dit.cli.sweep import Choice, expand
 from sag_dit.cli.typed import (
     ANYTHING,
@@ -48,6 +46,8 @@ from sag_dit.cli.typed import (
     only_with,
 )
 from sag_dit.files import using
+from sag_dit.messages import nearest
+from sag_dit.raised import kept_of, own_frames, raised_by, show
 
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 """The signal that ends a process whatever it does; Windows knows one alone, which does."""

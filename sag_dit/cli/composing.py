@@ -24,13 +24,15 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sag_dit.bounds import Bounds, fit, nearest, parts, raised, shown, wanted
+from sag_dit.bounds import Bounds, fit, parts, shown, wanted
 from sag_dit.cli.keys import COMMANDS
 from sag_dit.cli.keys.key import Closed, substituted, walk
 from sag_dit.cli.schema import check, free_text
 from sag_dit.cli.signatures import names_along, names_taken
+from sag_dit.messages import nearest
 from sag_dit.methods import guidance_defaults, scales
 from sag_dit.output.telling import hydra_quoted
+from sag_dit.raised import failure
 
 QUOTATION = re.compile(r"""(['"])(\\.|(?!\1|\\).)*\1""", re.DOTALL)
 """A value that the user has quoted for Hydra."""
@@ -318,7 +320,7 @@ def _failed(error: Exception, where: str, target: str, given: Collection[str]) -
         return f"{where}: {told}{nearest(unknown[1], named_by(target))}"
     mute = (LookupError, AttributeError, AssertionError, NameError, ArithmeticError)
     silent = not told or isinstance(error, mute)
-    return f"{where}: {target} {raised(error)}" if silent else f"{where}: {told}"
+    return f"{where}: {target} fails with {failure(error)}" if silent else f"{where}: {told}"
 
 
 def _made(value: Any, path: str) -> Any:

@@ -16,6 +16,7 @@ from sag_dit.cli.keys.key import is_open, keys_of, mapping_of, selected, walk
 from sag_dit.cli.schema import determining, later_keys
 from sag_dit.files import atomic
 from sag_dit.identity import Name, digest, name_of, plain, without_later
+from sag_dit.messages import counted, some
 from sag_dit.output import claim
 from sag_dit.output.claim import short
 from sag_dit.untrusted import read_json_as
@@ -248,8 +249,6 @@ def _read_fingerprint(file: Path) -> dict[str, Any]:
 
 def _data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return what has changed between two fingerprints, a text for each kind of change."""
-    from sag_dit.data.training_batches import counted, some
-
     old, new = before["classes"], now["classes"]
     gone = [f"{name} ({counted(old[name], 'image')})" for name in old if name not in new]
     added = [f"{name} ({counted(new[name], 'image')})" for name in new if name not in old]

@@ -16,8 +16,8 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from sag_dit.cli.app import KILL, TOLD_TO_STOP, take_signals
-from sag_dit.cli.raised import Kept, raised_by
 from sag_dit.output.ranks import RankReports
+from sag_dit.raised import Kept, raised_by
 
 EVERY = 0.2
 """Seconds between two looks at the ranks that this process has started."""

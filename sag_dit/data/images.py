@@ -56,11 +56,9 @@ from sag_dit.data.training_batches import (
     Indices,
     NamedData,
     balanced,
-    counted,
     name_hash,
-    readable,
-    some,
 )
+from sag_dit.messages import counted, readable, some
 from sag_dit.untrusted import parse_json, read_text
 
 

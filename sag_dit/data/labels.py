@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sag_dit.data.training_batches import counted, readable
+from sag_dit.messages import counted, readable
 from sag_dit.untrusted import csv_rows, parse_json
 
 Mark = int | str

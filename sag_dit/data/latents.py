@@ -32,11 +32,10 @@ from sag_dit.data.training_batches import (
     NamedData,
     as_it_is,
     balanced,
-    counted,
     name_hash,
-    some,
     validation_batches,
 )
+from sag_dit.messages import counted, some
 from sag_dit.noise import generator
 from sag_dit.tensors import Images, Labels
 
@@ -85,9 +84,8 @@ class Latents(Dataset[tuple[Moments, Labels, int]]):
 
     @property
     def buckets(self) -> list[tuple[int, int]]:
-        """The sizes (height, width) of the images, in pixels; one where there are no buckets."""
-        stated = self.index.config.get("buckets") or [sides(self.index.config["size"])]
-        return [(height, width) for height, width in stated]
+        """The sizes (height, width) of the images, in pixels; none where nothing states buckets."""
+        return [(height, width) for height, width in self.index.config.get("buckets") or ()]
 
     @cached_property
     def bucket_of(self) -> Indices:

@@ -39,13 +39,13 @@ from sag_dit.data.training_batches import (
     NamedData,
     StepData,
     balanced,
-    counted,
     name_hash,
     validation_batches,
     with_labels,
 )
-from sag_dit.models.network import raised_at
+from sag_dit.messages import counted
 from sag_dit.noise import generator
+from sag_dit.raised import failure
 
 ITEM = 10
 """Purpose of the random streams of single items, see :func:`sag_dit.noise.generator`."""
@@ -173,7 +173,7 @@ class Items(Dataset[Any]):
         except Exception as error:
             what = f"{error}"
             if not isinstance(error, (ValueError, OSError)):  # A mistake in code: where it is.
-                what = f"{type(error).__name__}: {what} ({raised_at(error)})"
+                what = failure(error)
             raise ValueError(f"{self.name}: item {index}: {what}") from error
 
     def _pair(self, found: Any, index: int) -> tuple[Any, int]:
@@ -276,8 +276,8 @@ def _length(dataset: Any, name: str) -> int:
         return len(dataset)
     except Exception as error:  # Whatever a data set of somebody's raises.
         raise ValueError(
-            f"{name}: its length fails with {type(error).__name__} ({error}): expected how many "
-            f"images there are, a whole number"
+            f"{name}: its length fails with {failure(error)}: expected how many images "
+            f"there are, a whole number"
         ) from error
 
 

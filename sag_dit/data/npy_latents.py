@@ -24,7 +24,8 @@ from sag_dit.data.archives import Archives
 from sag_dit.data.images import archives_of
 from sag_dit.data.labels import DATASET_JSON, LABELS_SIZE, Mark, numbered, read_labels
 from sag_dit.data.shards import INDEX, Index
-from sag_dit.data.training_batches import Batch, Indices, name_hash, readable
+from sag_dit.data.training_batches import Batch, Indices, name_hash
+from sag_dit.messages import readable
 from sag_dit.tensors import Labels
 from sag_dit.untrusted import TARGET, read_text
 

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +18,7 @@ from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sag_dit.messages import SHOWN, counted, readable, some
 from sag_dit.noise import generator
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ VALIDATION = 2**62
 """The step of the first validation batch, out of reach of training."""
 
 MOST_WORKERS = 8
-SHOWN = 5
-"""So many names of a list are shown."""
 HASH_RANGE = 2**63
 
 Indices = NDArray[np.int64]
@@ -179,31 +178,6 @@ def validation_batches(
     return [
         Batch(VALIDATION + number, part, [False] * len(part)) for number, part in enumerate(parts)
     ]
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first names of a list."""
-    return ", ".join(map(readable, names[:SHOWN])) + ", ..." * (len(names) > SHOWN)
-
-
-def counted(number: int, one: str, several: str | None = None) -> str:
-    """Return a number of things, as one says it.
-
-    Example:
-        >>> counted(1, "image"), counted(1_200, "class", "classes")
-        ('1 image', '1,200 classes')
-    """
-    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
-
-
-def readable(name: str) -> str:
-    r"""Return a file's name on one line of text that can be printed.
-
-    Example:
-        >>> print(readable("a\nb"))
-        a\nb
-    """
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in name)
 
 
 def name_hash(name: str) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sag_dit.attention import AttentionLayer, AttentionTap
 from sag_dit.attention.edits import Attend, AttentionEdit
 from sag_dit.denoiser.class_conditional import ClassConditional
-from sag_dit.models.network import raised_at
+from sag_dit.raised import failure
 
 LARGE = 1e10
 """Parameters times positions from which on a network is asked without memory, where it can be."""
@@ -80,7 +80,7 @@ def _ask(denoiser: ClassConditional, network: Any) -> None:
         except _NoRow:
             raise
         except Exception as error:  # Whatever a forward of one's own raises.
-            told = _failure(error)
+            told = failure(error)
             for label in (*([] if null is None else [null]), last):
                 if _fails_for(network, x_t, t, label) and not _fails_for(network, x_t, t, 0):
                     why = f"its forward fails with {told}"
@@ -159,7 +159,7 @@ def check_trainable(denoiser: ClassConditional) -> None:
                 return
             raise ValueError(
                 f"{_name(network)}: it fails in training, at its {step} step, with "
-                f"{_failure(error)}; it was given x_t {_told(x_t)}, t {_told(t)} and y {_told(y)}"
+                f"{failure(error)}; it was given x_t {_told(x_t)}, t {_told(t)} and y {_told(y)}"
             ) from error
     _check_output(denoiser, x_t, output, " in training")
     if not output.requires_grad and any(each.requires_grad for each in twin.parameters()):
@@ -176,11 +176,6 @@ def _question(denoiser: ClassConditional, like: Tensor, rows: int) -> tuple[Tens
     x_t = torch.zeros(rows, *denoiser.latent_shape, dtype=like.dtype, device=like.device)
     level = process.level(process.time_at(torch.linspace(0.25, 0.75, rows)))
     return x_t, level.times(torch.zeros(rows, 1, 1, 1)).to(like.device)
-
-
-def _failure(error: Exception) -> str:
-    said = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {said} ({raised_at(error)})"
 
 
 def _not_finite(output: Tensor) -> bool:

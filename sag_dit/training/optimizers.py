@@ -22,7 +22,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from sag_dit.bounds import nearest, shown
+from sag_dit.bounds import shown
+from sag_dit.messages import nearest
 from sag_dit.training.param_groups import Group, Trained
 
 MakeOptimizer: TypeAlias = Callable[[Iterable[Any]], Optimizer]

@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from sag_dit.data.training_batches import counted
+from sag_dit.messages import counted
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.sharding import FullyShardedStrategy
 

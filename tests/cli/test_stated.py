@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
-from sag_dit.bounds import nearest
 from sag_dit.cli import composing, run_identity
 from sag_dit.cli.composing import compose, make, refuse_strangers
 from sag_dit.cli.keys.key import to_dict
 from sag_dit.cli.schema import refuse_idle
 from sag_dit.cli.typed import check_arguments
+from sag_dit.messages import nearest
 
 Command = Callable[..., Any]
 
@@ -129,7 +129,10 @@ def test_an_argument_of_ones_own_class(mine: Path, capsys: pytest.CaptureFixture
 
 
 def test_an_error_in_a_class_of_ones_own_names_it(mine: Path) -> None:
-    with pytest.raises(ValueError, match=r"^rule: my_stated.Picky raised KeyError: 'key'$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^rule: my_stated.Picky fails with KeyError: 'key' \(.*my_stated.py, line \d+\)$",
+    ):
         make({"_target_": "my_stated.Picky", "table": {}}, "rule")
 
 
@@ -349,7 +352,7 @@ def test_default_guidance_is_left_out_of_what_cannot_have_it(
         ("[{match: bias, weight_decay: 0.1}]", r"names that hold bias are matched by '\*bias\*'"),
         (
             "[{_target_: my_stated.broken}]",
-            r"param_groups\[0\]: broken raised AttributeError: .* at the parameter x_embedder",
+            r"param_groups\[0\]: at the parameter x_embedder\S* broken fails with AttributeError",
         ),
     ],
 )

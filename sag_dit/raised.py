@@ -1,11 +1,11 @@
-"""Whose code an error comes from: the part of the user's that failed, and what to show of it."""
+"""Whose code an error comes from: the part of the user's that failed, where, and how it is told."""
 
 from __future__ import annotations
 
 import sys
 import traceback
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 AROUND = {
     *("sag_dit", "lightning", "pytorch_lightning", "lightning_utilities", "torch", "hydra"),
@@ -39,7 +39,7 @@ def own_frames(error: BaseException) -> TracebackType | None:
     that takes other arguments has no frame, and so that of the call stands for it.
     """
     found, call = error.__traceback__, None
-    while found is not None and not _is_own(found):
+    while found is not None and not _is_own(found.tb_frame):
         call = found if found.tb_frame.f_code.co_name == HOOKS else call
         found = found.tb_next
     if found is None and call is not None and call.tb_next is None:
@@ -48,8 +48,8 @@ def own_frames(error: BaseException) -> TracebackType | None:
     return found
 
 
-def _is_own(part: TracebackType) -> bool:
-    return str(part.tb_frame.f_globals.get("__name__")).partition(".")[0] not in AROUND
+def _is_own(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).partition(".")[0] not in AROUND
 
 
 def raised_by(error: BaseException) -> str | None:
@@ -58,17 +58,40 @@ def raised_by(error: BaseException) -> str | None:
     if first is None:
         return None
     local = first.tb_frame.f_locals
-    if not _is_own(first):
+    if not _is_own(first.tb_frame):
         return f"{type(local['callback']).__name__}.{local['hook_name']}"
     # What was called of his, and the last line of his that ran.
-    code, last = first.tb_frame.f_code, first
-    owner = local.get("self")
+    code, owner = first.tb_frame.f_code, local.get("self")
     name = code.co_qualname if owner is None else f"{type(owner).__name__}.{code.co_name}"
-    following = first.tb_next
-    while following is not None:
-        last = following if _is_own(following) else last
-        following = following.tb_next
-    return f"{name} ({Path(last.tb_frame.f_code.co_filename).name}, line {last.tb_lineno})"
+    return f"{name} ({Path(raised_at(error)).name})"
+
+
+def raised_at(error: BaseException) -> str:
+    """Return the file and line of the user's that failed: the last one that ran, of any if none is.
+
+    Example:
+        >>> try:
+        ...     {}["lost"]
+        ... except KeyError as error:
+        ...     print(raised_at(error).partition(", ")[2])
+        line 2
+    """
+    frames = [*traceback.walk_tb(error.__traceback__)]
+    own = [(frame, line) for frame, line in frames if _is_own(frame)]
+    for frame, line in reversed(own or frames):
+        return f"{frame.f_code.co_filename}, line {line}"
+    return "no line is known"
+
+
+def failure(error: BaseException) -> str:
+    """Return in a line the kind of an error, what it says, and the user's line that failed.
+
+    Example:
+        >>> failure(KeyError("lr"))
+        "KeyError: 'lr' (no line is known)"
+    """
+    said = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {said} ({raised_at(error)})"
 
 
 def show(error: Exception) -> None:
