@@ -186,26 +186,21 @@ def loggers_of(config: Train) -> dict[str, Mapping[str, Any]]:
 
 
 def make_loggers(config: Train, out: Path, step: int) -> dict[str, Logger]:
-    """Build the loggers, by their keys; at a step they go on with what the run has logged before.
-
-    Those that cannot are told.
-    """
+    """Build the loggers, by their keys; at a step they go on with the logs of the run so far."""
     from lightning.pytorch.loggers import Logger
 
-    from sag_dit.training.loggers import begins_anew, going_on
+    from sag_dit.training.loggers import going_on
 
     made = {}
     for where, settings in loggers_of(config).items():
         target = str(settings.get("_target_"))
         check_target(settings, where)
         made[where] = make({**going_on(target, where, out, step), **settings}, where, Logger)
-        if step and begins_anew(target) and is_first_rank():
-            print(f"{where}: {type(made[where]).__name__} begins another log at each start")
     return made
 
 
 def begin_loggers(config: Train, out: Path, step: int, made: Mapping[str, Logger]) -> None:
-    """Log the settings, and write down which logs a run goes on with."""
+    """Log the settings, write down which logs there are, and tell which are not gone on with."""
     from sag_dit.training.loggers import going_on, note_versions
 
     named = {}
@@ -216,7 +211,9 @@ def begin_loggers(config: Train, out: Path, step: int, made: Mapping[str, Logger
         if "run_id" not in going_on(target, where, out, step):
             made[where].log_hyperparams(to_dict(config))
     if is_first_rank():
-        note_versions(out, named)
+        others = note_versions(out, named)
+        for where in others if step else ():
+            print(f"{where}: {type(made[where]).__name__} begins another log at each start")
 
 
 def check_validated(config: Train, data: StepData, trainer: Trainer) -> bool:

@@ -158,11 +158,8 @@ BY_VERSION: Mapping[str, str] = {
 }
 """Loggers that go on with the log that was theirs before, and the argument that names it."""
 
-ANEW = ("CSVLogger", "LitLogger")
-"""Loggers of Lightning's that begin anew at every start."""
-
 VERSIONS = "loggers.json"
-"""Which logs the loggers of a run have begun, in its folder."""
+"""Which logs the loggers of a run write into, in its folder."""
 
 
 def going_on(target: str, where: str, out: Path, step: int) -> dict[str, Any]:
@@ -186,21 +183,25 @@ def going_on(target: str, where: str, out: Path, step: int) -> dict[str, Any]:
     return found
 
 
-def begins_anew(target: str) -> bool:
-    """Whether a class of loggers is known to begin another log at every start."""
-    return any(each in _kinds(target) for each in ANEW)
+def note_versions(out: Path, made: Mapping[str, tuple[str, Logger]]) -> list[str]:
+    """Write down the logs that loggers write into, by their keys, for the starts to come.
 
-
-def note_versions(out: Path, made: Mapping[str, tuple[str, Logger]]) -> None:
-    """Write down the logs that loggers, by their keys, write into, for the starts to come."""
+    Returned are the keys of those that wrote into another log at the start before.
+    """
+    before = _versions(out)
     found = {
         where: {"logger": target, "version": logger.version}
         for where, (target, logger) in made.items()
-        if any(each in _kinds(target) for each in BY_VERSION) and logger.version != ""
+        if isinstance(logger.version, (int, str)) and logger.version != ""
     }
-    if found and found != _versions(out):
+    if found != before:
         with atomic(out / VERSIONS) as temporary:
             temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return [
+        where
+        for where, each in found.items()
+        if each != before.get(where) and each["logger"] == before.get(where, {}).get("logger")
+    ]
 
 
 def _kinds(target: str) -> set[str]:
