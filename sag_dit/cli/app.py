@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from sag_dit.cli.composing import (
+    as_typed,
     check_target,
     checked_config,
     config_folder,
@@ -38,9 +39,8 @@ from sag_dit.cli.typed import (
     HELP,
     check_added,
     check_arguments,
-    choices,
-    is_empty,
     is_group,
+    is_null,
     keys_and_flags,
     known,
     only_with,
@@ -116,10 +116,8 @@ def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
         told = " or ".join(f"experiment={each}" for each in with_it)
         return f"{typed.get(key, key)}: there is {key} with {told} alone; choose that as well"
     group = key.partition(".")[0]
-    full = [each for each in choices(group) if not is_empty(group, each)] if is_group(group) else []
-    if "." in key and known(command, key) not in (None, ANYTHING) and full:
-        told = " or ".join(f"{group}={each}" for each in full)
-        return f"{typed.get(key, key)}: {group} is null: choose {told} as well"
+    if "." in key and known(command, key) not in (None, ANYTHING) and is_group(group):
+        return f"{typed.get(key, key)}: {is_null(group)}"
     # With the user's choices of groups, since they bring keys of their own.
     groups = [each for each in arguments if is_group(each.partition("=")[0])]
     close = nearest(key, _paths(unresolved(command, groups)))
@@ -345,10 +343,7 @@ def launch(
         sys.argv[:] = [original[0], *entry, *arguments]
         try:
             drop_strangers(config, keys)
-            typed = {
-                name: value for name, _, value in (key.lstrip("+").partition("=") for key in keys)
-            }
-            values = checked_config(config_name, config, typed)
+            values = checked_config(config_name, config, as_typed(keys))
             check_added(config_name, values, keys)
             import_own(getattr(values, "imports", None) or ())
             if isinstance(getattr(values, "vae", None), Mapping):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sag_dit.cli.app import fail
 from sag_dit.cli.composing import (
     arguments_of,
+    as_typed,
     check_target,
     config_folder,
     fitted,
@@ -30,7 +31,7 @@ def refuse_foreign_sizes(command: str, arguments: Sequence[str]) -> list[str]:
 
     What files fill in of these is left out by itself.
     """
-    typed = dict(each.lstrip("+").partition("=")[::2] for each in arguments)
+    typed = as_typed(arguments)
     target = typed.get(f"model.{TARGET}", "")
     taken = _taken(target) if target else None
     if taken is not None:

@@ -327,6 +327,12 @@ def did_you_mean(command: str, path: str) -> str:
     return f"\nDid you mean {' or '.join(meant)}?" if meant else ""
 
 
+def is_null(group: str) -> str:
+    """Return that nothing is chosen of a group of configurations, and what can be."""
+    full = [f"{group}={each}" for each in choices(group) if not is_empty(group, each)]
+    return f"{group} is null: choose {' or '.join(full)} as well"
+
+
 def check_added(command: str, config: Any, arguments: Sequence[str]) -> None:
     """Refuse keys that ``+`` adds to an open mapping whose target does not take them.
 
@@ -348,10 +354,7 @@ def check_added(command: str, config: Any, arguments: Sequence[str]) -> None:
         asked = found[1].asks() if found and "_target_" not in node else ()
         arguments_alone = found is not None and held_by(found[0]) is Any and "_target_" not in node
         if arguments_alone and parent in groups(command):
-            full = [f"{parent}={each}" for each in choices(parent) if not is_empty(parent, each)]
-            raise ValueError(
-                f"{argument.lstrip('+')}: {parent} is null: choose {' or '.join(full)} as well"
-            )
+            raise ValueError(f"{argument.lstrip('+')}: {is_null(parent)}")
         targets = [str(node["_target_"])] if "_target_" in node else asked
         try:
             refuse_strangers(parent, targets, [name])
