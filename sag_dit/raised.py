@@ -1,7 +1,8 @@
-"""Whose code an error comes from: the part of the user's that failed, where, and how it is told."""
+"""Whose code failed: the part of the user's that raised an error, where, and how it is told."""
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -15,6 +16,11 @@ AROUND = {
 
 HOOKS = "_call_callback_hooks"
 """The function of Lightning's that calls a hook of each callback."""
+
+
+def is_ours(kind: type) -> bool:
+    """Whether a class is of this package, and so of no user's."""
+    return kind.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 class Kept(str):
@@ -92,6 +98,17 @@ def failure(error: BaseException) -> str:
     """
     said = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {said} ({raised_at(error)})"
+
+
+def unknown_argument(error: Exception) -> str | None:
+    """Return the argument that a call was given and does not take, None of any other error.
+
+    Example:
+        >>> unknown_argument(TypeError("f() got an unexpected keyword argument 'um'"))
+        'um'
+    """
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    return None if found is None else found[1]
 
 
 def show(error: Exception) -> None:

@@ -31,6 +31,7 @@ from sag_dit.cli.composing import (
     import_own,
     unresolved,
 )
+from sag_dit.cli.first_rank import is_first_rank
 from sag_dit.cli.help import help_text
 from sag_dit.cli.orphans import end_with_parent
 from sag_dit.cli.sweep import Choice, expand
@@ -259,12 +260,6 @@ def own_log() -> Iterator[None]:
 
 def _wandb_run() -> Any:
     return getattr(sys.modules.get("wandb"), "run", None)
-
-
-def is_first_rank() -> bool:
-    """Whether this process is no rank but the first, whoever has started it."""
-    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-    return all(os.environ.get(name, "0") == "0" for name in names)
 
 
 @contextmanager

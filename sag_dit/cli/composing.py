@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
@@ -25,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sag_dit.bounds import Bounds, fit, parts, shown, wanted
+from sag_dit.cli.first_rank import tell_once
 from sag_dit.cli.keys import COMMANDS
 from sag_dit.cli.keys.key import Closed, substituted, walk
 from sag_dit.cli.schema import check, free_text
@@ -32,7 +32,7 @@ from sag_dit.cli.signatures import names_along, names_taken
 from sag_dit.messages import nearest
 from sag_dit.methods import guidance_defaults, scales
 from sag_dit.output.telling import hydra_quoted
-from sag_dit.raised import failure
+from sag_dit.raised import failure, unknown_argument
 
 QUOTATION = re.compile(r"""(['"])(\\.|(?!\1|\\).)*\1""", re.DOTALL)
 """A value that the user has quoted for Hydra."""
@@ -315,9 +315,9 @@ def _failed(error: Exception, where: str, target: str, given: Collection[str]) -
     named = re.match(r"(\w+)=", told)
     if named is not None and named[1] in given:
         return f"{where}.{told}"
-    unknown = re.search(r"unexpected keyword argument '(\w+)'", told)
+    unknown = unknown_argument(error)
     if unknown is not None:
-        return f"{where}: {told}{nearest(unknown[1], named_by(target))}"
+        return f"{where}: {told}{nearest(unknown, named_by(target))}"
     mute = (LookupError, AttributeError, AssertionError, NameError, ArithmeticError)
     silent = not told or isinstance(error, mute)
     return f"{where}: {target} fails with {failure(error)}" if silent else f"{where}: {told}"
@@ -571,12 +571,3 @@ def refuse_strangers(path: str, targets: Sequence[str], names: Iterable[str]) ->
         if targets and name not in takes:
             told = f"{' and '.join(targets)} take{'s' * (len(targets) == 1)}"
             raise ValueError(f"{path}.{name}: {told} no {name}{nearest(name, takes)}")
-
-
-@cache
-def tell_once(line: str) -> None:
-    """Print a line on stderr, once in a process, on the first rank alone."""
-    from sag_dit.cli.app import is_first_rank
-
-    if is_first_rank():
-        print(line, file=sys.stderr)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sag_dit.cli.app import is_first_rank
 from sag_dit.cli.composing import check_target, make
+from sag_dit.cli.first_rank import is_first_rank
 from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import to_dict
 from sag_dit.cli.values import make_terms

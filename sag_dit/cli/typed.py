@@ -14,7 +14,8 @@ import yaml
 from hydra._internal.utils import get_args_parser
 
 from sag_dit.bounds import parts
-from sag_dit.cli.composing import config_folder, own_targets, refuse_strangers, tell_once
+from sag_dit.cli.composing import config_folder, own_targets, refuse_strangers
+from sag_dit.cli.first_rank import tell_once
 from sag_dit.cli.keys import COMMANDS
 from sag_dit.cli.keys.key import (
     Key,

@@ -28,6 +28,7 @@ from sag_dit.checkpoints import averages, files, trainers
 from sag_dit.files import atomic
 from sag_dit.identity import plain as plain_values
 from sag_dit.messages import counted
+from sag_dit.raised import is_ours
 from sag_dit.training.module import IMAGES, DiffusionModule
 from sag_dit.training.optimizers import Kept, kept_after_a_step, options_of
 from sag_dit.training.resume import ENDED, FOLDER, BestCheckpoints, step_checkpoint, steps_of
@@ -305,12 +306,12 @@ def _adopted_callbacks(
             if isinstance(each, EarlyStopping):
                 # A setting, which its state holds too.
                 states[key] = {**there[key], "patience": each.patience}
-        if not _is_ours(each):
+        if not is_ours(type(each)):
             (fresh if begins else taken).append(name)
     here = {each.state_key for each in callbacks}
     ours = {
         BestCheckpoints.__name__,
-        *(type(each).__name__ for each in callbacks if _is_ours(each)),
+        *(type(each).__name__ for each in callbacks if is_ours(type(each))),
     }
     gone = [re.split(r"\W", key)[0] for key, state in there.items() if state and key not in here]
     left = [name for name in gone if name not in ours]
@@ -324,10 +325,6 @@ def _adopted_callbacks(
 
 def _has_state(callback: Callback) -> bool:
     return type(callback).state_dict is not Callback.state_dict
-
-
-def _is_ours(callback: Callback) -> bool:
-    return type(callback).__module__.startswith("sag_dit.")
 
 
 def _adopted_optimizer(

@@ -27,6 +27,7 @@ from sag_dit.codec import VAECodec
 from sag_dit.denoiser import ClassConditional, Denoiser
 from sag_dit.denoiser.checking import check_trainable
 from sag_dit.noise import generator
+from sag_dit.raised import is_ours
 from sag_dit.sampling import Drawn, Request, Settings, Watch, draw_batch
 from sag_dit.traces import Maps
 from sag_dit.training.averaging import Further, warming_average
@@ -245,8 +246,7 @@ class DiffusionModule(LightningModule):
                 f"{type(network).__name__}: none of its parameters is to be trained: expected some "
                 f"with requires_grad"
             )
-        own = type(network).__module__.partition(".")[0] != "sag_dit"
-        if own and isinstance(self.denoiser, ClassConditional):
+        if not is_ours(type(network)) and isinstance(self.denoiser, ClassConditional):
             check_trainable(self.denoiser)
 
     @staticmethod

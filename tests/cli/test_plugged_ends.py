@@ -54,9 +54,9 @@ class Own(Callback):
 @pytest.mark.parametrize(
     ("callback", "why", "told"),
     [
-        (EarlyStopping("val_loss"), None, "which nothing logs; did you mean val/loss?"),
+        (EarlyStopping("val_loss"), None, "Did you mean val/loss?"),
         (EarlyStopping("metrics/fid"), None, "which nothing logs; expected one of images/s, "),
-        (ModelCheckpoint(monitor="val_loss"), None, "did you mean val/loss?"),
+        (ModelCheckpoint(monitor="val_loss"), None, "Did you mean val/loss?"),
         (ModelCheckpoint(monitor="loss", every_n_train_steps=2), None, "which nothing logs"),
         (EarlyStopping("val/loss"), NEVER, f"monitors val/loss at validations, but {NEVER}"),
         (EarlyStopping("train/loss"), NEVER, f"monitors train/loss at validations, but {NEVER}"),
@@ -106,7 +106,7 @@ def test_the_command_refuses_before_there_is_a_folder(
     name: str, in_process: Command, tmp_path: Path
 ) -> None:
     one = f"{{_target_: lightning.pytorch.callbacks.{name}, monitor: val_loss}}"
-    for validation, told in ((1, "did you mean val/loss?"), (9, "expected at most max_steps=5")):
+    for validation, told in ((1, "Did you mean val/loss?"), (9, "expected at most max_steps=5")):
         outcome = in_process(
             "train",
             *SMALL,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sag_dit.cli import composing, run_identity
+from sag_dit.cli import first_rank, run_identity
 from sag_dit.cli.composing import compose, make, refuse_strangers
 from sag_dit.cli.keys.key import to_dict
 from sag_dit.cli.schema import refuse_idle
@@ -74,7 +74,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_stated", raising=False)
-    composing.tell_once.cache_clear()
+    first_rank.tell_once.cache_clear()
     return tmp_path
 
 
@@ -208,7 +208,7 @@ def test_a_size_beside_a_checkpoint_is_refused(in_process: Command, mine: Path) 
 def test_the_last_of_a_key_counts_and_the_others_are_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    composing.tell_once.cache_clear()
+    first_rank.tell_once.cache_clear()
     stated = ["size=S", "seed=1", "size=B", "seed=2", "seed=2", "model={depth: 2}"]
     kept = check_arguments("train", [*stated, "model={num_heads: 2}"], [])
     assert kept == ["size=B", "seed=2", "++model.depth=2", "++model.num_heads=2"]
