@@ -23,19 +23,19 @@ def is_ours(kind: type) -> bool:
     return kind.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
-class Kept(str):
+class KeptNote(str):
     """A note on an error (PEP 678) that says where a run failed and what of it is kept.
 
     Example:
-        >>> Kept("the newest checkpoint is run/checkpoints/step-00000002.ckpt")
+        >>> KeptNote("the newest checkpoint is run/checkpoints/step-00000002.ckpt")
         'the newest checkpoint is run/checkpoints/step-00000002.ckpt'
     """
 
 
-def kept_of(error: BaseException) -> Kept | None:
+def kept_of(error: BaseException) -> KeptNote | None:
     """Return the note on an error that says what is kept, None if it has none."""
     notes = getattr(error, "__notes__", [])
-    return next((each for each in notes if isinstance(each, Kept)), None)
+    return next((each for each in notes if isinstance(each, KeptNote)), None)
 
 
 def own_frames(error: BaseException) -> TracebackType | None:
@@ -100,6 +100,16 @@ def failure(error: BaseException) -> str:
     return f"{type(error).__name__}: {said} ({raised_at(error)})"
 
 
+def reason_of(error: BaseException) -> str:
+    """Return what an error says; of a mistake in code :func:`failure`, which says where it is.
+
+    Example:
+        >>> reason_of(OSError("the disk is full"))
+        'the disk is full'
+    """
+    return str(error) if isinstance(error, (ValueError, OSError)) else failure(error)
+
+
 def unknown_argument(error: Exception) -> str | None:
     """Return the argument that a call was given and does not take, None of any other error.
 
@@ -118,5 +128,5 @@ def show(error: Exception) -> None:
     )
     notes = getattr(error, "__notes__", None) or []
     # What is kept has a line of its own.
-    told.__notes__ = [each for each in notes if not isinstance(each, Kept)]
+    told.__notes__ = [each for each in notes if not isinstance(each, KeptNote)]
     print("".join(told.format()), file=sys.stderr, end="")

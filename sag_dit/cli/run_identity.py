@@ -122,12 +122,12 @@ def run_folder(config: Mapping[str, Any]) -> Path:
         return Path(config["out"])
     now = identity(config)
     wider = identity(config, as_before=True)
-    names = [wider, now, _alone(wider), _alone(now)]
+    names = [wider, now, _standing_alone(wider), _standing_alone(now)]
     folders = [_free_folder(config, _copied(values)) for values in names]
     return next((folder for folder in folders if folder.exists()), folders[names.index(now)])
 
 
-def _alone(values: dict[str, Any]) -> dict[str, Any]:
+def _standing_alone(values: dict[str, Any]) -> dict[str, Any]:
     """Return an identity in which a mapping that is all of a list stands alone."""
     found: dict[str, Any] = _copied(values)
     for key in _alone_or_listed():

@@ -114,7 +114,7 @@ def own_callbacks(config: Train) -> list[Callback]:
     from sag_dit.training.callbacks import strange_hooks
 
     made: list[Callback] = []
-    for place, settings in enumerate(listed(config.trainer.get("callbacks"))):
+    for place, settings in enumerate(as_list(config.trainer.get("callbacks"))):
         where = f"trainer.callbacks[{place}]"
         each = make(settings, where, Callback)
         twins = [there for there in made if there.state_key == each.state_key]
@@ -153,7 +153,7 @@ def own_plugins(config: Train) -> list[Any]:
     from lightning.pytorch.plugins import CheckpointIO, Precision
 
     made = []
-    for place, settings in enumerate(listed(config.trainer.get("plugins"))):
+    for place, settings in enumerate(as_list(config.trainer.get("plugins"))):
         where = f"trainer.plugins[{place}]"
         each = make(settings, where) if isinstance(settings, Mapping) else settings
         name = type(each).__name__
@@ -171,7 +171,7 @@ def own_plugins(config: Train) -> list[Any]:
     return made
 
 
-def listed(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     """Return what may stand alone, or be left out, as a list."""
     if value is None:
         return []
@@ -180,7 +180,7 @@ def listed(value: Any) -> list[Any]:
 
 def loggers_of(config: Train) -> dict[str, Mapping[str, Any]]:
     """Return the settings of all loggers by the keys at which they stand."""
-    further = listed(config.trainer.get("logger"))
+    further = as_list(config.trainer.get("logger"))
     named = {f"trainer.logger[{place}]": each for place, each in enumerate(further)}
     return ({"logger": config.logger} if config.logger else {}) | named
 

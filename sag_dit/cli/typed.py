@@ -122,7 +122,7 @@ def _spread(command: str, argument: str) -> list[str]:
     """
     key, _, value = argument.partition("=")
     found = known(command, key)
-    members = _members(value) if found is not None and found is not ANYTHING else None
+    members = _pairs_in(value) if found is not None and found is not ANYTHING else None
     hint = found[0] if found is not None else None
     alone = all(
         kind is type(None) or is_dataclass(kind) or get_origin(kind) is dict for kind in parts(hint)
@@ -133,7 +133,7 @@ def _spread(command: str, argument: str) -> list[str]:
     return [one for each in spread for one in each]
 
 
-def _members(text: str) -> list[tuple[str, str]] | None:
+def _pairs_in(text: str) -> list[tuple[str, str]] | None:
     """Return the names and values of a mapping as they are written; None of what is none."""
     if not (text.startswith("{") and text.endswith("}")):
         return None

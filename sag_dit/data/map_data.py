@@ -45,7 +45,7 @@ from sag_dit.data.training_batches import (
 )
 from sag_dit.messages import counted
 from sag_dit.noise import generator
-from sag_dit.raised import failure
+from sag_dit.raised import failure, reason_of
 
 ITEM = 10
 """Purpose of the random streams of single items, see :func:`sag_dit.noise.generator`."""
@@ -171,10 +171,7 @@ class Items(Dataset[Any]):
         try:
             return self.dataset[index]
         except Exception as error:
-            what = f"{error}"
-            if not isinstance(error, (ValueError, OSError)):  # A mistake in code: where it is.
-                what = failure(error)
-            raise ValueError(f"{self.name}: item {index}: {what}") from error
+            raise ValueError(f"{self.name}: item {index}: {reason_of(error)}") from error
 
     def _pair(self, found: Any, index: int) -> tuple[Any, int]:
         told = f"{self.name}: item {index} is"
@@ -196,6 +193,7 @@ class Items(Dataset[Any]):
         return image, int(number)
 
     def _tensor(self, image: Any, index: int) -> Tensor:
+        # An image of Pillow becomes pixels, channels first.
         if isinstance(image, Image.Image):
             mode = "L" if image.mode in GREY else "RGB"
             try:
@@ -203,6 +201,7 @@ class Items(Dataset[Any]):
             except UnreadableImageError as error:
                 raise ValueError(f"{self.name}: item {index} {error}") from None
             image = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy()
+        # Pixels stay as they are, other numbers become finite floats.
         array = isinstance(image, (Tensor, np.ndarray))
         if not array or len(image.shape) != 3 or not _pixels_or_floats(image):
             what = f"{image.dtype} {tuple(image.shape)}" if array else type(image).__name__
@@ -216,6 +215,7 @@ class Items(Dataset[Any]):
                     f"{self.name}: item {index} holds NaN or infinite values: expected finite "
                     f"ones; mend or leave out what it is read from"
                 )
+        # All are like the first.
         first = self.__dict__.get("first", image)
         if (image.shape, image.dtype) != (first.shape, first.dtype):
             sizes = image.shape[1:] != first.shape[1:]

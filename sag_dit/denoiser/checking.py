@@ -16,6 +16,7 @@ from sag_dit.attention import AttentionLayer, AttentionTap
 from sag_dit.attention.edits import Attend, AttentionEdit
 from sag_dit.denoiser.class_conditional import ClassConditional
 from sag_dit.raised import failure
+from sag_dit.tensors import without_memory
 
 LARGE = 1e10
 """Parameters times positions from which on a network is asked without memory, where it can be."""
@@ -50,21 +51,13 @@ def check_network(denoiser: ClassConditional) -> None:
     height, width = network.input_size
     if parameters * height * width >= LARGE:
         try:
-            _ask(denoiser, _without_memory(network))
+            _ask(denoiser, without_memory(network))
             return
         except _NoRow:
             raise
         except Exception:  # Not every network can; one that gives the wrong answer is asked again.
             pass
     _ask(denoiser, network)
-
-
-def _without_memory(network: Any) -> Any:
-    """Return a copy on the device ``meta``, made without one of the weights."""
-    tensors = (*network.parameters(), *network.buffers())
-    # Leaves of their own, so that no gradient reaches the network itself.
-    bare = {id(e): e.detach().to("meta").requires_grad_(e.requires_grad) for e in tensors}
-    return deepcopy(network, bare)
 
 
 def _ask(denoiser: ClassConditional, network: Any) -> None:
@@ -142,7 +135,7 @@ def check_trainable(denoiser: ClassConditional) -> None:
     height, width = network.input_size
     large = sum(each.numel() for each in network.parameters()) * height * width >= LARGE
     try:
-        twin = (_without_memory(network) if large else deepcopy(network)).train()
+        twin = (without_memory(network) if large else deepcopy(network)).train()
     except Exception:  # What a network of one's own may hold.
         return
     x_t, t = _question(denoiser, next(twin.parameters()), ROWS + 1)
@@ -202,7 +195,7 @@ def _no_row(denoiser: ClassConditional, label: int, rows: str = "") -> str:
 
 
 def _fails_for(network: Any, x_t: Tensor, t: Tensor, label: int) -> bool:
-    """Whether a network fails for images of a label, on a device that outlives that."""
+    """Whether a network fails for images of a label; not on a GPU, where nothing goes on then."""
     if x_t.device.type == "cuda":
         return False
     try:
@@ -216,8 +209,8 @@ def _fails_for(network: Any, x_t: Tensor, t: Tensor, label: int) -> bool:
 def _rows_are_there(denoiser: ClassConditional, network: nn.Module, y: Tensor) -> Iterator[None]:
     """Refuse an embedding of labels that has no row for one of them, before it is looked up.
 
-    A lookup of its own would end in an error that names neither, on a GPU in one that nothing
-    outlives, and without memory in none.
+    The lookup's own error names neither. On a GPU no process goes on after it, and on the device
+    ``meta`` there is none.
     """
     null = denoiser.network.null_label
     labels = {denoiser.num_classes - 1, *([] if null is None else [null])}

@@ -16,6 +16,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 from torchmetrics import Metric
@@ -71,10 +72,10 @@ class CSVLog(Logger):
             ValueError: one of them is not one number.
         """
         for name, value in metrics.items():
-            check_number(name, value)
+            check_one_number(name, value)
         if self._columns is None:
             self._columns = self._begin()
-        row = {"step": step, **{name: _plain(value) for name, value in metrics.items()}}
+        row = {"step": step, **convert_tensors_to_scalars(metrics)}
         new = sorted(row.keys() - set(self._columns))
         if new:
             self._columns += new
@@ -123,18 +124,14 @@ class CSVLog(Logger):
             writer.writerows(rows)
 
 
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, torch.Tensor) else value
-
-
-def check_number(name: str, value: object) -> None:
+def check_one_number(name: str, value: object) -> None:
     """Refuse to log what is not one number, in a sentence.
 
     Raises:
         ValueError: the metric, and what its value is.
 
     Example:
-        >>> check_number("train/spread", 0.25)
+        >>> check_one_number("train/spread", 0.25)
     """
     if isinstance(value, torch.Tensor):
         single = value.numel() == 1 and not value.is_complex()

@@ -32,7 +32,7 @@ from sag_dit.sampling import Drawn, Request, Settings, Watch, draw_batch
 from sag_dit.traces import Maps
 from sag_dit.training.averaging import Further, warming_average
 from sag_dit.training.fitting import out_of_memory, too_large
-from sag_dit.training.loggers import check_number
+from sag_dit.training.loggers import check_one_number
 from sag_dit.training.null_row import NullRow
 from sag_dit.training.objective import MSE, Losses, Objective
 from sag_dit.training.optimizers import (
@@ -385,7 +385,7 @@ class DiffusionModule(LightningModule):
         Raises:
             ValueError: it is none; the message names it and its shape.
         """
-        check_number(name, value)
+        check_one_number(name, value)
         super().log(name, value, *args, **options)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:

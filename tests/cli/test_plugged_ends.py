@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from sag_dit.data.digits import Digits
 from sag_dit.training.callbacks import LossByLevel, Monitored, Speed, check_monitors, strange_hooks
 from sag_dit.training.console import Lines
-from sag_dit.training.loggers import CSVLog, check_number
+from sag_dit.training.loggers import CSVLog, check_one_number
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.resume import check_readable
 from tests.training.making import ADAM, assert_same, fresh_model, make_trainer
@@ -273,9 +273,9 @@ def test_what_lightning_s_callbacks_log_themselves_is_no_line(
 @pytest.mark.parametrize("value", [torch.ones(3), "text", None, {"a": 1.0}, torch.ones(0), 1j])
 def test_one_number_is_logged_at_a_time(value: Any) -> None:
     with pytest.raises(ValueError, match=r"^logging my/metric: .*; expected one number"):
-        check_number("my/metric", value)
+        check_one_number("my/metric", value)
     for single in (1, 0.5, True, torch.ones(()), torch.ones(1, 1), torch.tensor(3)):
-        check_number("my/metric", single)
+        check_one_number("my/metric", single)
 
 
 @pytest.mark.parametrize("value", [Path("x"), lambda: 1, Own()])
