@@ -371,7 +371,9 @@ def _close(name: str) -> str:
         except Exception:  # Whatever a module of the user's does while it is imported.
             folders = None if known is None else getattr(known, "__path__", ())
             if part is not last or known is None:
-                return nearest(part, {each.name for each in iter_modules(folders)})
+                beside = {each.name for each in iter_modules(folders)}
+                # A module that is there and fails is not misspelt.
+                return "" if part in beside else nearest(part, beside)
             public = [each for each in dir(known) if not each.startswith("_")]
             return nearest(part, [each for each in public if callable(getattr(known, each, None))])
     return ""

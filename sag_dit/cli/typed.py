@@ -121,7 +121,7 @@ def _spread(command: str, argument: str) -> list[str]:
     Hydra would add them to the group as well.
     """
     key, _, value = argument.partition("=")
-    found = known(command, key)
+    found = known(command, key.removeprefix("++"))
     members = _pairs_in(value) if found is not None and found is not ANYTHING else None
     hint = found[0] if found is not None else None
     alone = all(

@@ -135,7 +135,8 @@ def check_trainable(denoiser: ClassConditional) -> None:
     height, width = network.input_size
     large = sum(each.numel() for each in network.parameters()) * height * width >= LARGE
     try:
-        twin = (without_memory(network) if large else deepcopy(network)).train()
+        twin: Any = without_memory(network) if large else deepcopy(network)
+        twin.train()
     except Exception:  # What a network of one's own may hold.
         return
     x_t, t = _question(denoiser, next(twin.parameters()), ROWS + 1)

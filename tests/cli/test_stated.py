@@ -115,6 +115,12 @@ def test_a_module_that_a_module_imports_is_not_the_one_that_is_misspelt(mine: Pa
         make({"_target_": "my_broken.Plain"}, "model")
 
 
+def test_a_module_that_fails_is_not_misspelt(mine: Path) -> None:
+    (mine / "my_failing.py").write_text("lost\n\n\nclass Plain: ...")
+    with pytest.raises(ValueError, match=r"_target_=my_failing.Plain: name 'lost' [^\n]*$"):
+        make({"_target_": "my_failing.Plain"}, "model")
+
+
 def test_an_argument_of_ones_own_class(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match=r"takes no um\nDid you mean mu\?"):
         make({"_target_": "my_stated.Momentum", "um": 0.8, "_partial_": True}, "optimizer")
@@ -223,6 +229,7 @@ def test_the_last_of_a_key_counts_and_the_others_are_told(
     ("stated", "keys"),
     [
         ("model={depth: 2, num_heads: 3}", ["++model.depth=2", "++model.num_heads=3"]),
+        ("++model={depth: 2, num_heads: 3}", ["++model.depth=2", "++model.num_heads=3"]),
         (
             "preview={steps: 3, guidance: {sag: null}}",
             ["preview.steps=3", "preview.guidance.sag=null"],
