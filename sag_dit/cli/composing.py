@@ -460,12 +460,11 @@ def arguments_of(target: str) -> dict[str, Any] | None:
 
     None as well if there is none such, which is told when it is made.
     """
-    try:
-        parameters = inspect.signature(resolve_name(target)).parameters.values()
-    except (ImportError, AttributeError, ValueError, TypeError):
+    found = hints_of(target)
+    if found is None:
         return None
-    anything = any(each.kind is each.VAR_KEYWORD for each in parameters)
-    return None if anything else hints_of(target)
+    parameters = inspect.signature(resolve_name(target)).parameters.values()
+    return None if any(each.kind is each.VAR_KEYWORD for each in parameters) else found
 
 
 def taken_by(target: str, path: str = "") -> Collection[str] | None:
