@@ -41,7 +41,7 @@ from sag_dit.data.training_batches import (
     balanced,
     name_hash,
     validation_batches,
-    with_labels,
+    with_checked_labels,
 )
 from sag_dit.messages import counted
 from sag_dit.noise import generator
@@ -368,7 +368,7 @@ class MapData(NamedData):
             )
         most = int(self.labels.max()) + 1
         self.class_names = tuple(map(str, range(most) if named is None else named))
-        beyond = self.beyond(len(self.class_names))
+        beyond = self.image_beyond(len(self.class_names))
         if beyond:
             names = counted(len(self.class_names), "class name")
             raise ValueError(f"{self._name} has {names}: expected one for each class{beyond}")
@@ -387,7 +387,7 @@ class MapData(NamedData):
         places = np.linspace(0, len(items) - 1, min(COMPARED, len(items))).round().astype(int)
         images = np.unique(places).tolist()
         _, labels, *_ = items.__getitems__(Batch(0, images, [False] * len(images)))
-        with_labels((images, labels), items.name, len(self.class_names))
+        with_checked_labels((images, labels), items.name, len(self.class_names))
 
     @classmethod
     def of(
@@ -498,7 +498,7 @@ class MapData(NamedData):
         return self._name
 
     @property
-    def others(self) -> int:
+    def other_images(self) -> int:
         """How many images the second data set has."""
         return 0 if self._validation is None else len(self._validation)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,10 @@ class NpyLatents(Dataset[Any]):
         latents = NpyLatents(Path("img512-sd.zip"))
         moments, label, step = latents[0]  # moments: (2, 4, 64, 64)
     """
+
+    buckets: Sequence[tuple[int, int]] = ()
+    bucket_of: Indices | None = None
+    """All have one size."""
 
     def __init__(self, root: Path) -> None:
         self.folder = root
