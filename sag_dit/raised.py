@@ -41,8 +41,8 @@ def kept_of(error: BaseException) -> KeptNote | None:
 def own_frames(error: BaseException) -> TracebackType | None:
     """Return the traceback from the first frame of the user's code on, None if there is none.
 
-    An installed package that he brings, such as that of a logger, counts as his. A hook of his
-    that takes other arguments has no frame, and so that of the call stands for it.
+    Installed packages that are not in :data:`AROUND`, such as that of a logger, count as theirs. A
+    hook of a callback that takes other arguments has no frame; that of its call stands for it.
     """
     found, call = error.__traceback__, None
     while found is not None and not _is_own(found.tb_frame):
@@ -59,14 +59,14 @@ def _is_own(frame: FrameType) -> bool:
 
 
 def raised_by(error: BaseException) -> str | None:
-    """Return the method of the user's that raised an error, and where, None if none of his did."""
+    """Return the user's function that raised an error, and where, None if none of them did."""
     first = own_frames(error)
     if first is None:
         return None
     local = first.tb_frame.f_locals
     if not _is_own(first.tb_frame):
         return f"{type(local['callback']).__name__}.{local['hook_name']}"
-    # What was called of his, and the last line of his that ran.
+    # What was called of the user's, and the last line of theirs that ran.
     code, owner = first.tb_frame.f_code, local.get("self")
     name = code.co_qualname if owner is None else f"{type(owner).__name__}.{code.co_name}"
     return f"{name} ({Path(raised_at(error)).name})"
@@ -122,7 +122,7 @@ def unknown_argument(error: Exception) -> str | None:
 
 
 def show(error: Exception) -> None:
-    """Print the traceback of an error on stderr, from the user's code on where it is his."""
+    """Print the traceback of an error on stderr, from the user's code on if there is any."""
     told = traceback.TracebackException(
         type(error), error, own_frames(error) or error.__traceback__, compact=True
     )

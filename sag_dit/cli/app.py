@@ -145,7 +145,7 @@ def _told_by_lightning(error: Exception) -> bool:
 
 
 def sentence(error: Exception, command: str, arguments: Sequence[str]) -> str | None:
-    """Return in a sentence what a user can mend, None of an error that is somebody's mistake."""
+    """Return in a sentence what a user can mend, None of an error that is a mistake in code."""
     if isinstance(error, (ValueError, OSError, HydraException, OmegaConfBaseException)):
         return explain(error, command, arguments)
     if _told_by_lightning(error):
@@ -168,7 +168,10 @@ def sentence(error: Exception, command: str, arguments: Sequence[str]) -> str | 
 
 
 def with_kept(told: str, error: Exception) -> str:
-    """Return a sentence with what is kept behind it, unless it says so; of a user's code always."""
+    """Return a sentence, and behind it what is kept where the sentence does not say so itself.
+
+    Of an error in a user's code it is always told, since that names what failed.
+    """
     kept = kept_of(error)
     says_so = re.search(r"\bkept\b|\bsaved at step\b", told) and own_frames(error) is None
     return told if kept is None or says_so else f"{told}; {kept}"
@@ -302,8 +305,8 @@ def launch(
     ``entry`` is what stands before the arguments where other ranks are started. ``prepare`` adds
     what a command chooses for the user. Of a sweep, every setting is a run of its own, in a folder
     of its own within the one that is stated. Misuse is a ValueError, an OSError or one of Hydra's
-    own errors. Anything else is a mistake, of ours or in a user's code, and keeps its traceback,
-    from his code on where it is his.
+    own errors. Anything else is a mistake in code and keeps its traceback; of a mistake in a user's
+    code it begins at that code.
     """
     end_with_parent()
     original = list(sys.argv)

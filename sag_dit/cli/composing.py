@@ -296,7 +296,7 @@ def make(values: Mapping[str, Any], where: str, kind: type = object, **more: Any
     try:
         found: Any = build if values.get("_partial_") else build()
     except Exception as error:
-        raise ValueError(_failed(error, where, str(values["_target_"]), given)) from error
+        raise ValueError(_not_made(error, where, str(values["_target_"]), given)) from error
     returned = thing if found is build else type(found)
     if isinstance(returned, type) and not issubclass(returned, kind):
         raise ValueError(
@@ -306,7 +306,7 @@ def make(values: Mapping[str, Any], where: str, kind: type = object, **more: Any
     return found
 
 
-def _failed(error: Exception, where: str, target: str, given: Collection[str]) -> str:
+def _not_made(error: Exception, where: str, target: str, given: Collection[str]) -> str:
     """Return what to tell of an error of a class or function that was called.
 
     Of errors whose text tells little by itself, the class that was called and the kind are told.

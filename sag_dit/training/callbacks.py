@@ -209,9 +209,9 @@ def _may_log(callback: Callback) -> bool:
 
 
 class Monitored(Callback):
-    """Refuses in a sentence to watch a metric that nothing logs, when it is looked for first.
+    """Refuses a callback that monitors what nothing has logged, at the validation that needs it.
 
-    Where that never comes, it warns at the end of a run, whose weights are of use.
+    Of one that looks at other times it warns at the end of a run, whose weights are of use.
 
     Raises:
         ValueError: a callback monitors one at a validation; those that there are, are named.

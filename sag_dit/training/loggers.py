@@ -58,7 +58,7 @@ class CSVLog(Logger):
 
     @property
     def version(self) -> str:
-        """None, since there is one log only; a ModelCheckpoint would make a folder of it."""
+        """Empty, since there is one log only; a ModelCheckpoint makes a folder of any other."""
         return ""
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any) -> None:
@@ -69,7 +69,7 @@ class CSVLog(Logger):
         """Add a row, and columns if there are new metrics.
 
         Raises:
-            ValueError: one of them is not one number.
+            ValueError: one of them is something else than one number.
         """
         for name, value in metrics.items():
             check_one_number(name, value)

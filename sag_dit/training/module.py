@@ -383,7 +383,7 @@ class DiffusionModule(LightningModule):
         """Log one number, as Lightning's modules do.
 
         Raises:
-            ValueError: it is none; the message names it and its shape.
+            ValueError: it is something else; the message names it and its shape.
         """
         check_one_number(name, value)
         super().log(name, value, *args, **options)

@@ -16,12 +16,13 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
 )
+from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 
 from sag_dit.data.digits import Digits
 from sag_dit.training.callbacks import LossByLevel, Monitored, Speed, check_monitors, strange_hooks
 from sag_dit.training.console import Lines
-from sag_dit.training.loggers import CSVLog, check_one_number
+from sag_dit.training.loggers import CSVLog, check_one_number, note_versions
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.resume import check_readable
 from tests.training.making import ADAM, assert_same, fresh_model, make_trainer
@@ -193,6 +194,15 @@ def test_mlflow_goes_on_with_its_run(
         assert done.code == 0, done.err
     (losses,) = (tmp_path / "ml").glob("*/*/metrics/train/loss")
     assert [line.split()[2] for line in losses.read_text().splitlines()] == ["0", "1", "2"]
+
+
+def test_a_log_that_is_left_is_found(tmp_path: Path) -> None:
+    def noted(target: str, version: int | str) -> list[str]:
+        log = CSVLogger(tmp_path, version=version)
+        return note_versions(tmp_path, {"logger": (target, log), "own": ("a.B", CSVLog(tmp_path))})
+
+    assert noted("a.B", 1) == noted("a.B", 1) == noted("a.Other", "two") == []
+    assert noted("a.Other", 3) == ["logger"]
 
 
 def test_a_logger_that_begins_anew_is_told(in_process: Command) -> None:
