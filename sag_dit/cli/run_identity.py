@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, get_origin
@@ -45,10 +46,11 @@ def identity(config: Mapping[str, Any], *, as_before: bool = False) -> dict[str,
     return named
 
 
-def _alone_or_listed() -> list[str]:
+@cache
+def _alone_or_listed() -> tuple[str, ...]:
     """Return the keys that hold a list of mappings, or one that stands alone."""
     found = ((path, [get_origin(kind) for kind in parts(hint)]) for path, hint, _ in walk(Train))
-    return [path for path, kinds in found if list in kinds and dict in kinds]
+    return tuple(path for path, kinds in found if list in kinds and dict in kinds)
 
 
 def _put(values: Any, key: str, value: Any) -> None:

@@ -179,16 +179,17 @@ def refuse_idle(config: Closed, *, validates: bool = True) -> None:
     values = to_dict(config)
     for path, _, told in walk(type(config)):
         lacking = [need for need in told.needs if not _is_met(need, values, validates)]
-        for stated in config.typed if lacking else ():
-            value = selected(values, stated) if f"{stated}.".startswith(f"{path}.") else None
-            # Without validation none of it is asked for.
-            asked = value not in (None, []) and (lacking[0] != HELD_OUT or value)
-            if asked:
-                why, remedy = _told_lacking(lacking[0], values)
-                raise ValueError(
-                    f"{stated}={shown(value)} acts on nothing, since {why}: leave {stated} out, or "
-                    f"{remedy}"
-                )
+        within = [each for each in config.typed if f"{each}.".startswith(f"{path}.")]
+        for stated in within if lacking else ():
+            value = selected(values, stated)
+            # What asks for nothing is no mistake, such as keep.best=0 without validation.
+            if value in (None, []) or (lacking[0] == HELD_OUT and not value):
+                continue
+            why, remedy = _told_lacking(lacking[0], values)
+            raise ValueError(
+                f"{stated}={shown(value)} acts on nothing, since {why}: leave {stated} out, or "
+                f"{remedy}"
+            )
 
 
 def _is_met(need: str, values: Mapping[str, Any], validates: bool) -> bool:
