@@ -138,7 +138,7 @@ def test_a_run_that_early_stopping_ends_is_finished(in_process: Command, tmp_pat
         assert_same(load_file(tmp_path / "run" / "model.safetensors"), weights)
     # A run that goes on from it is not ended by what ended the first.
     begun = in_process("train", *SMALL, *STOPS, "out=next", "resume_from=run")
-    assert "callbacks that begin anew: EarlyStopping" in begun.out
+    assert "callbacks that start with a fresh state: EarlyStopping" in begun.out
     assert (
         "finished" not in begun.out and (tmp_path / "next/checkpoints/step-00000006.ckpt").exists()
     )
