@@ -289,7 +289,7 @@ def test_a_callback_alone_and_in_a_list_are_one_run(mine: Path, key: str) -> Non
     assert run_identity.identity(alone) == run_identity.identity(listed)
     assert run_identity.run_folder(alone) == run_identity.run_folder(listed)
     # A run that was begun when they were two is still found, by either.
-    former = run_identity._alone(run_identity.identity(listed))
+    former = run_identity._standing_alone(run_identity.identity(listed))
     assert former != run_identity.identity(listed)
     folder = run_identity._free_folder(listed, copy.deepcopy(former))
     new = run_identity.run_folder(listed)
