@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -83,35 +82,6 @@ def shown(value: Any) -> str:
     return (
         "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     )
-
-
-def raised(error: Exception) -> str:
-    """Return in words that something raised an error, of which its own text may tell little.
-
-    Example:
-        >>> raised(KeyError("lr"))
-        "raised KeyError: 'lr'"
-    """
-    return f"raised {type(error).__name__}{f': {error}' if str(error) else ''}"
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return a sentence that names the closest names, or nothing if none is close.
-
-    Capitals count for nothing, and letters in another order are close.
-
-    Example:
-        >>> nearest("um", ["mu", "lr"]).strip()
-        'Did you mean mu?'
-    """
-    wrong = name.lower()
-    known: dict[str, list[str]] = {}
-    for each in sorted(names):
-        known.setdefault(each.lower(), []).append(each)
-    close = get_close_matches(wrong, known, n=3, cutoff=0.6)
-    close += [each for each in known if sorted(each) == sorted(wrong) and each not in close]
-    matches = [each for lower in close for each in known[lower]]
-    return f"\nDid you mean {' or '.join(matches)}?" if matches else ""
 
 
 def fit(value: Any, hint: Any, told: Bounds = ANY) -> tuple[bool, Any]:

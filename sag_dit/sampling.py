@@ -390,6 +390,7 @@ class Pixels:
 
         ``precision`` is the network's, as Lightning names it, ``matmul`` that of float32 products.
         """
+        # A term that is off determines no pixel.
         active = {name: term for name, term in guidance.items() if not term.off}
         return cls(
             model=model.name,

@@ -9,11 +9,14 @@ Shape legend, used in every annotation and docstring:
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from copy import deepcopy
+from typing import TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 Images: TypeAlias = Float[Tensor, "b c h w"]
 Labels: TypeAlias = Int[Tensor, "b"]
@@ -42,3 +45,20 @@ def sent(values: Tensor, device: torch.device, dtype: torch.dtype | None = None)
 def home_of_doubles(device: torch.device) -> torch.device:
     """Return where float64 is kept beside a device: there, or on the CPU, as MPS has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def without_memory(module: Module, *shared: object) -> Module:
+    """Return a copy of a module on the device ``meta``, made without memory for its tensors.
+
+    ``shared`` are things in it that are not copied. No gradient reaches the module itself.
+
+    Example:
+        >>> without_memory(nn.Linear(8, 8)).weight.device
+        device(type='meta')
+    """
+    memo: dict[int, object] = {id(each): each for each in shared}
+    for tensor in (*module.parameters(), *module.buffers()):
+        bare = tensor.detach().to("meta").requires_grad_(tensor.requires_grad)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(bare, bare.requires_grad) if is_parameter else bare
+    return deepcopy(module, memo)

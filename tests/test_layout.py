@@ -17,7 +17,7 @@ PACKAGE = ROOT / "sag_dit"
 
 # Later groups see earlier ones, never the other way round. Members of one group are strangers.
 ORDER: tuple[frozenset[str], ...] = (
-    frozenset({"bounds"}),
+    frozenset({"bounds", "messages", "raised"}),
     frozenset({"profiling", "tensors", "files", "untrusted", "identity", "methods", "catalogue"}),
     frozenset({"process"}),
     frozenset({"noise", "sampler", "attention"}),

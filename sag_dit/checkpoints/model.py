@@ -12,6 +12,7 @@ from sag_dit.codec import Codec, IdentityCodec
 from sag_dit.denoiser import ClassConditional, Denoiser
 from sag_dit.denoiser.checking import check_network
 from sag_dit.identity import name_of
+from sag_dit.raised import is_ours
 from sag_dit.untrusted import TARGET
 
 BATCH_SIZE = 16
@@ -128,7 +129,7 @@ def from_denoiser(
                 f"VAECodec(AutoencoderKL.from_pretrained(...))"
             )
         codec = IdentityCodec()
-    if type(denoiser.network).__module__.partition(".")[0] != "sag_dit":
+    if not is_ours(type(denoiser.network)):
         check_network(denoiser)
     # What determines its results, which the identity of a run holds.
     config = {**describe(denoiser), "weights": weights, "codec": codec.config()}

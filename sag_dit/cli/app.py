@@ -21,8 +21,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from sag_dit.bounds import nearest
 from sag_dit.cli.composing import (
+    as_typed,
     check_target,
     checked_config,
     config_folder,
@@ -31,23 +31,24 @@ from sag_dit.cli.composing import (
     import_own,
     unresolved,
 )
+from sag_dit.cli.first_rank import is_first_rank
 from sag_dit.cli.help import help_text
 from sag_dit.cli.orphans import end_with_parent
-from sag_dit.cli.raised import kept_of, own_frames, raised_by, show
 from sag_dit.cli.sweep import Choice, expand
 from sag_dit.cli.typed import (
     ANYTHING,
     HELP,
     check_added,
     check_arguments,
-    choices,
-    is_empty,
     is_group,
+    is_null,
     keys_and_flags,
     known,
     only_with,
 )
 from sag_dit.files import using
+from sag_dit.messages import nearest
+from sag_dit.raised import kept_of, own_frames, raised_by, show
 
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 """The signal that ends a process whatever it does; Windows knows one alone, which does."""
@@ -116,10 +117,8 @@ def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
         told = " or ".join(f"experiment={each}" for each in with_it)
         return f"{typed.get(key, key)}: there is {key} with {told} alone; choose that as well"
     group = key.partition(".")[0]
-    full = [each for each in choices(group) if not is_empty(group, each)] if is_group(group) else []
-    if "." in key and known(command, key) not in (None, ANYTHING) and full:
-        told = " or ".join(f"{group}={each}" for each in full)
-        return f"{typed.get(key, key)}: {group} is null: choose {told} as well"
+    if "." in key and known(command, key) not in (None, ANYTHING) and is_group(group):
+        return f"{typed.get(key, key)}: {is_null(group)}"
     # With the user's choices of groups, since they bring keys of their own.
     groups = [each for each in arguments if is_group(each.partition("=")[0])]
     close = nearest(key, _paths(unresolved(command, groups)))
@@ -146,7 +145,7 @@ def _told_by_lightning(error: Exception) -> bool:
 
 
 def sentence(error: Exception, command: str, arguments: Sequence[str]) -> str | None:
-    """Return in a sentence what a user can mend, None of an error that is somebody's mistake."""
+    """Return in a sentence what a user can mend, None of an error that is a mistake in code."""
     if isinstance(error, (ValueError, OSError, HydraException, OmegaConfBaseException)):
         return explain(error, command, arguments)
     if _told_by_lightning(error):
@@ -169,7 +168,10 @@ def sentence(error: Exception, command: str, arguments: Sequence[str]) -> str | 
 
 
 def with_kept(told: str, error: Exception) -> str:
-    """Return a sentence with what is kept behind it, unless it says so; of a user's code always."""
+    """Return a sentence, and behind it what is kept where the sentence does not say so itself.
+
+    Of an error in a user's code it is always told, since that names what failed.
+    """
     kept = kept_of(error)
     says_so = re.search(r"\bkept\b|\bsaved at step\b", told) and own_frames(error) is None
     return told if kept is None or says_so else f"{told}; {kept}"
@@ -263,12 +265,6 @@ def _wandb_run() -> Any:
     return getattr(sys.modules.get("wandb"), "run", None)
 
 
-def is_first_rank() -> bool:
-    """Whether this process is no rank but the first, whoever has started it."""
-    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-    return all(os.environ.get(name, "0") == "0" for name in names)
-
-
 @contextmanager
 def alone_in(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Hold a folder for all ranks of this run, by the first of them.
@@ -309,8 +305,8 @@ def launch(
     ``entry`` is what stands before the arguments where other ranks are started. ``prepare`` adds
     what a command chooses for the user. Of a sweep, every setting is a run of its own, in a folder
     of its own within the one that is stated. Misuse is a ValueError, an OSError or one of Hydra's
-    own errors. Anything else is a mistake, of ours or in a user's code, and keeps its traceback,
-    from his code on where it is his.
+    own errors. Anything else is a mistake in code and keeps its traceback; of a mistake in a user's
+    code it begins at that code.
     """
     end_with_parent()
     original = list(sys.argv)
@@ -345,10 +341,7 @@ def launch(
         sys.argv[:] = [original[0], *entry, *arguments]
         try:
             drop_strangers(config, keys)
-            typed = {
-                name: value for name, _, value in (key.lstrip("+").partition("=") for key in keys)
-            }
-            values = checked_config(config_name, config, typed)
+            values = checked_config(config_name, config, as_typed(keys))
             check_added(config_name, values, keys)
             import_own(getattr(values, "imports", None) or ())
             if isinstance(getattr(values, "vae", None), Mapping):

@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sag_dit.cli.app import is_first_rank, quiet_lightning
+from sag_dit.cli.app import quiet_lightning
 from sag_dit.cli.composing import make
+from sag_dit.cli.first_rank import is_first_rank
 from sag_dit.cli.keys import Guides
 from sag_dit.output.claim import recorded
 

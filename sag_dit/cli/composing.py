@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
@@ -24,13 +23,16 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sag_dit.bounds import Bounds, fit, nearest, parts, raised, shown, wanted
+from sag_dit.bounds import Bounds, fit, parts, shown, wanted
+from sag_dit.cli.first_rank import tell_once
 from sag_dit.cli.keys import COMMANDS
 from sag_dit.cli.keys.key import Closed, substituted, walk
 from sag_dit.cli.schema import check, free_text
 from sag_dit.cli.signatures import names_along, names_taken
+from sag_dit.messages import nearest
 from sag_dit.methods import guidance_defaults, scales
 from sag_dit.output.telling import hydra_quoted
+from sag_dit.raised import failure, unknown_argument
 
 QUOTATION = re.compile(r"""(['"])(\\.|(?!\1|\\).)*\1""", re.DOTALL)
 """A value that the user has quoted for Hydra."""
@@ -294,7 +296,7 @@ def make(values: Mapping[str, Any], where: str, kind: type = object, **more: Any
     try:
         found: Any = build if values.get("_partial_") else build()
     except Exception as error:
-        raise ValueError(_failed(error, where, str(values["_target_"]), given)) from error
+        raise ValueError(_not_made(error, where, str(values["_target_"]), given)) from error
     returned = thing if found is build else type(found)
     if isinstance(returned, type) and not issubclass(returned, kind):
         raise ValueError(
@@ -304,7 +306,7 @@ def make(values: Mapping[str, Any], where: str, kind: type = object, **more: Any
     return found
 
 
-def _failed(error: Exception, where: str, target: str, given: Collection[str]) -> str:
+def _not_made(error: Exception, where: str, target: str, given: Collection[str]) -> str:
     """Return what to tell of an error of a class or function that was called.
 
     Of errors whose text tells little by itself, the class that was called and the kind are told.
@@ -313,12 +315,12 @@ def _failed(error: Exception, where: str, target: str, given: Collection[str]) -
     named = re.match(r"(\w+)=", told)
     if named is not None and named[1] in given:
         return f"{where}.{told}"
-    unknown = re.search(r"unexpected keyword argument '(\w+)'", told)
+    unknown = unknown_argument(error)
     if unknown is not None:
-        return f"{where}: {told}{nearest(unknown[1], named_by(target))}"
+        return f"{where}: {told}{nearest(unknown, named_by(target))}"
     mute = (LookupError, AttributeError, AssertionError, NameError, ArithmeticError)
     silent = not told or isinstance(error, mute)
-    return f"{where}: {target} {raised(error)}" if silent else f"{where}: {told}"
+    return f"{where}: {target} fails with {failure(error)}" if silent else f"{where}: {told}"
 
 
 def _made(value: Any, path: str) -> Any:
@@ -369,7 +371,9 @@ def _close(name: str) -> str:
         except Exception:  # Whatever a module of the user's does while it is imported.
             folders = None if known is None else getattr(known, "__path__", ())
             if part is not last or known is None:
-                return nearest(part, {each.name for each in iter_modules(folders)})
+                beside = {each.name for each in iter_modules(folders)}
+                # A module that is there and fails is not misspelt.
+                return "" if part in beside else nearest(part, beside)
             public = [each for each in dir(known) if not each.startswith("_")]
             return nearest(part, [each for each in public if callable(getattr(known, each, None))])
     return ""
@@ -456,12 +460,11 @@ def arguments_of(target: str) -> dict[str, Any] | None:
 
     None as well if there is none such, which is told when it is made.
     """
-    try:
-        parameters = inspect.signature(resolve_name(target)).parameters.values()
-    except (ImportError, AttributeError, ValueError, TypeError):
+    found = hints_of(target)
+    if found is None:
         return None
-    anything = any(each.kind is each.VAR_KEYWORD for each in parameters)
-    return None if anything else hints_of(target)
+    parameters = inspect.signature(resolve_name(target)).parameters.values()
+    return None if any(each.kind is each.VAR_KEYWORD for each in parameters) else found
 
 
 def taken_by(target: str, path: str = "") -> Collection[str] | None:
@@ -569,12 +572,3 @@ def refuse_strangers(path: str, targets: Sequence[str], names: Iterable[str]) ->
         if targets and name not in takes:
             told = f"{' and '.join(targets)} take{'s' * (len(targets) == 1)}"
             raise ValueError(f"{path}.{name}: {told} no {name}{nearest(name, takes)}")
-
-
-@cache
-def tell_once(line: str) -> None:
-    """Print a line on stderr, once in a process, on the first rank alone."""
-    from sag_dit.cli.app import is_first_rank
-
-    if is_first_rank():
-        print(line, file=sys.stderr)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from sag_dit.bounds import nearest
 from sag_dit.cli.app import fail, say
 from sag_dit.cli.keys import COMMANDS
 from sag_dit.cli.typed import HELP
+from sag_dit.messages import nearest
 
 MODELS = "models"
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, get_origin
@@ -16,6 +17,7 @@ from sag_dit.cli.keys.key import is_open, keys_of, mapping_of, selected, walk
 from sag_dit.cli.schema import determining, later_keys
 from sag_dit.files import atomic
 from sag_dit.identity import Name, digest, name_of, plain, without_later
+from sag_dit.messages import counted, some
 from sag_dit.output import claim
 from sag_dit.output.claim import short
 from sag_dit.untrusted import read_json_as
@@ -44,10 +46,11 @@ def identity(config: Mapping[str, Any], *, as_before: bool = False) -> dict[str,
     return named
 
 
-def _alone_or_listed() -> list[str]:
+@cache
+def _alone_or_listed() -> tuple[str, ...]:
     """Return the keys that hold a list of mappings, or one that stands alone."""
     found = ((path, [get_origin(kind) for kind in parts(hint)]) for path, hint, _ in walk(Train))
-    return [path for path, kinds in found if list in kinds and dict in kinds]
+    return tuple(path for path, kinds in found if list in kinds and dict in kinds)
 
 
 def _put(values: Any, key: str, value: Any) -> None:
@@ -121,12 +124,12 @@ def run_folder(config: Mapping[str, Any]) -> Path:
         return Path(config["out"])
     now = identity(config)
     wider = identity(config, as_before=True)
-    names = [wider, now, _alone(wider), _alone(now)]
+    names = [wider, now, _standing_alone(wider), _standing_alone(now)]
     folders = [_free_folder(config, _copied(values)) for values in names]
     return next((folder for folder in folders if folder.exists()), folders[names.index(now)])
 
 
-def _alone(values: dict[str, Any]) -> dict[str, Any]:
+def _standing_alone(values: dict[str, Any]) -> dict[str, Any]:
     """Return an identity in which a mapping that is all of a list stands alone."""
     found: dict[str, Any] = _copied(values)
     for key in _alone_or_listed():
@@ -248,8 +251,6 @@ def _read_fingerprint(file: Path) -> dict[str, Any]:
 
 def _data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return what has changed between two fingerprints, a text for each kind of change."""
-    from sag_dit.data.training_batches import counted, some
-
     old, new = before["classes"], now["classes"]
     gone = [f"{name} ({counted(old[name], 'image')})" for name in old if name not in new]
     added = [f"{name} ({counted(new[name], 'image')})" for name in new if name not in old]

@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sag_dit.cli.app import alone_in, is_first_rank, launch, quiet_lightning
+from sag_dit.cli.app import alone_in, launch, quiet_lightning
 from sag_dit.cli.batch_size import decided_batch_size
 from sag_dit.cli.composing import changed, make, placed
+from sag_dit.cli.first_rank import is_first_rank
 from sag_dit.cli.keys import Sample, Searches
 from sag_dit.cli.keys.key import to_dict
 from sag_dit.cli.models import load_model

@@ -178,25 +178,35 @@ def refuse_idle(config: Closed, *, validates: bool = True) -> None:
     """
     values = to_dict(config)
     for path, _, told in walk(type(config)):
+        lacking = [need for need in told.needs if not _is_met(need, values, validates)]
         within = [each for each in config.typed if f"{each}.".startswith(f"{path}.")]
-        for stated in within if told.needs else ():
+        for stated in within if lacking else ():
             value = selected(values, stated)
-            if value is None or value == [] or (HELD_OUT in told.needs and not value):
+            # What asks for nothing is no mistake, such as keep.best=0 without validation.
+            if value in (None, []) or (lacking[0] == HELD_OUT and not value):
                 continue
-            for need in told.needs:
-                held, any_of = need == HELD_OUT, need.split(" or ")
-                there = validates if held else selected(values, any_of[0])
-                if not there and not any(selected(values, each) for each in any_of[1:]):
-                    # A group of which nothing is chosen is an empty mapping.
-                    off = shown(None if there == {} else there)
-                    what = "nothing is validated" if held else f"{any_of[0]} is {off}"
-                    remedy = (
-                        "hold images out, as by data.held_out=0.1" if held else f"set {need} too"
-                    )
-                    raise ValueError(
-                        f"{stated}={shown(value)} acts on nothing, since {what}: leave {stated} "
-                        f"out, or {remedy}"
-                    )
+            why, remedy = _told_lacking(lacking[0], values)
+            raise ValueError(
+                f"{stated}={shown(value)} acts on nothing, since {why}: leave {stated} out, or "
+                f"{remedy}"
+            )
+
+
+def _is_met(need: str, values: Mapping[str, Any], validates: bool) -> bool:
+    """Whether there is what a key needs to act, as :class:`Key` says it."""
+    if need == HELD_OUT:
+        return validates
+    return any(selected(values, key) for key in need.split(" or "))
+
+
+def _told_lacking(need: str, values: Mapping[str, Any]) -> tuple[str, str]:
+    """Return in words what is not there, and what brings it."""
+    if need == HELD_OUT:
+        return "nothing is validated", "hold images out, as by data.held_out=0.1"
+    key = need.partition(" or ")[0]
+    there = selected(values, key)
+    # A group of which nothing is chosen is an empty mapping.
+    return f"{key} is {shown(None if there == {} else there)}", f"set {need} too"
 
 
 def later_keys(command: str) -> dict[str, Any]:

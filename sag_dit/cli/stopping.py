@@ -16,8 +16,8 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from sag_dit.cli.app import KILL, TOLD_TO_STOP, take_signals
-from sag_dit.cli.raised import Kept, raised_by
 from sag_dit.output.ranks import RankReports
+from sag_dit.raised import KeptNote, raised_by
 
 EVERY = 0.2
 """Seconds between two looks at the ranks that this process has started."""
@@ -69,7 +69,7 @@ def telling_what_is_kept(trainer: Trainer) -> Iterator[None]:
             print(f"stopped: {_left_at(asked, trainer, 'has stopped')}", file=sys.stderr)
         raise
     except Exception as error:
-        error.add_note(Kept(_left_at(error, trainer, "failed")))
+        error.add_note(KeptNote(_left_at(error, trainer, "failed")))
         raise
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sag_dit.cli.app import alone_in, launch, quiet_lightning
 from sag_dit.cli.composing import make_around, placed
@@ -43,13 +43,14 @@ from sag_dit.cli.trainer import (
 )
 from sag_dit.cli.trainer_flags import check_training
 from sag_dit.cli.values import check_logger
+from sag_dit.messages import counted
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from sag_dit.checkpoints import Model
     from sag_dit.data.training_batches import StepData
-    from sag_dit.training.going_on import Adopts, Parent
+    from sag_dit.training.going_on import Adopts
     from sag_dit.training.module import DiffusionModule
 
 
@@ -135,39 +136,36 @@ def put_together(config: Train, base: Model | None, out: Path) -> Parts:
     return Parts(data, module, trainer, told, anew, validates)
 
 
-def taken_over(config: Train, parent: Parent, parts: Parts, out: Path) -> tuple[Adopts, list[str]]:
-    """Return what takes a parent's state over, and in words what that is.
+def taken_over(config: Train, parts: Parts, out: Path) -> Adopts | None:
+    """Return what takes the state of another run over, None where the configuration names none.
 
     Raises:
-        ValueError: it does not fit the run.
+        ValueError: there is no such run, or its state does not fit.
     """
+    parent = parent_of(config)
+    if parent is None:
+        return None
     adopts = adopting(config, parent, out, parts.anew)
     images = parts.data.batch_size * parts.trainer.accumulate_grad_batches
-    return adopts, adopts.prepare(parts.trainer, parts.module, images)
+    adopts.prepare(parts.trainer, parts.module, images)
+    return adopts
 
 
-def go_on_training(
-    config: Train,
-    trainer: Trainer,
-    module: DiffusionModule,
-    data: StepData,
-    checkpoint: Path | None,
-    step: int,
-) -> None:
+def train_on(config: Train, parts: Parts, out: Path, checkpoint: Path | None, step: int) -> None:
     """Train from a checkpoint's step on, on all ranks, and export the weights."""
     from sag_dit.cli.stopping import ending_together, naming_lost_nodes, telling_what_is_kept
     from sag_dit.training.console import Lines
     from sag_dit.training.resume import FOLDER, ended_by, export_run, steps_of
 
-    out = Path(trainer.default_root_dir)
+    trainer = parts.trainer
     loggers = make_loggers(config, out, step)
     trainer.loggers = [*loggers.values()]
     if config.trainer.get("enable_progress_bar", True) and trainer.progress_bar_callback is None:
         trainer.loggers = [*trainer.loggers, Lines(trainer)]
     with ending_together(trainer), telling_what_is_kept(trainer), naming_lost_nodes(trainer):
         begin_loggers(config, out, step, loggers)
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        export_run(trainer, module, out)
+        trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
+        export_run(trainer, parts.module, out)
     if trainer.is_global_zero and trainer.global_step < config.max_steps:
         why = ended_by(steps_of(out / FOLDER)[0])
         at = f"step {trainer.global_step} of {config.max_steps}"
@@ -176,6 +174,61 @@ def go_on_training(
             if why
             else f"saved at {at}, where the trainer was told to stop; repeat the command to go on"
         )
+
+
+def try_out(parts: Parts) -> None:
+    """Train the few steps of ``trainer.fast_dev_run``, which leave nothing."""
+    parts.trainer.fit(parts.module, datamodule=parts.data)
+    if parts.trainer.is_global_zero:
+        ran = counted(parts.trainer.global_step, "step")
+        print(f"fast_dev_run: {ran} ran and validated; nothing is kept")
+
+
+def claim_run(config: Train, out: Path, *, begun: bool) -> dict[str, list[Any]]:
+    """Claim a run's folder; return the settings that have changed since it was begun.
+
+    Raises:
+        ValueError: it holds a run of other settings, or a schedule that depends on ``max_steps``.
+    """
+    from sag_dit.output.claim import claim
+
+    settings = to_dict(config)
+    out.mkdir(parents=True, exist_ok=True)
+    check_schedule(settings, out)
+    changed = changes(settings, out)
+    remedy = f", or begin another run from it: resume_from={out}"
+    claim(out, identity(settings), settings, "a run", remedy * begun, changeable())
+    return changed
+
+
+def finished_report(out: Path, step: int, ended: str | None) -> str:
+    """Return that a run is finished, by what if it was ended early, and what can be done then."""
+    why, remedy = "", "a larger max_steps goes on"
+    if ended:
+        why, remedy = f" ({ended})", f"begin another run from it: resume_from={out}"
+    return f"finished at step {step}{why}: nothing is left to train; {remedy}"
+
+
+def beginning_report(
+    config: Train, parts: Parts, out: Path, step: int, adopts: Adopts | None
+) -> str:
+    """Return in lines what is trained, on what, for how long, and what is taken over."""
+    from sag_dit.training.start import start_report
+
+    data, module = parts.data, parts.module
+    images, epoch = data.batch_size, len(data.training_images)
+    lines = [
+        parts.adaptation,
+        data.report(),
+        start_report(module, parts.trainer, images, step, epoch),
+        module.groups_report(),
+        disk_report(config, module, parts.validates),
+    ]
+    if adopts is not None:
+        if config.resume_from is not None:
+            lines.append(told_differences(out, adopts.parent.folder, adopts.parent.step))
+        lines += [f"  {each}" for each in adopts.told]
+    return "\n".join(filter(None, lines))
 
 
 def disk_report(config: Train, module: DiffusionModule, validates: bool) -> str:
@@ -200,7 +253,6 @@ def disk_report(config: Train, module: DiffusionModule, validates: bool) -> str:
 def run_train(config: Train) -> None:
     """Train, and export the weights that are to be sampled with."""
     check_stated(config)
-    from sag_dit.output.claim import claim
     from sag_dit.training.resume import (
         FOLDER,
         ended_by,
@@ -208,7 +260,6 @@ def run_train(config: Train) -> None:
         newest_checkpoint,
         steps_of,
     )
-    from sag_dit.training.start import start_report
 
     # The folder follows from what determines the weights, a checkpoint's resolution included.
     base = None
@@ -217,66 +268,39 @@ def run_train(config: Train) -> None:
     out = run_folder(to_dict(config))
     config = placed(go_on_as_begun(config, out), out)
     parts = put_together(config, base, out)
-    data, module, trainer = parts.data, parts.module, parts.trainer
+    trainer = parts.trainer
     # What a new run takes over of another one has to fit before there is a folder.
     begun = bool(steps_of(out / FOLDER))
-    parent = None if begun else parent_of(config)
-    adoption = None if parent is None else taken_over(config, parent, parts, out)
+    adopts = None if begun else taken_over(config, parts, out)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        trainer.fit(module, datamodule=data)
-        if trainer.is_global_zero:
-            ran = f"{trainer.global_step} step{'s' * (trainer.global_step != 1)}"
-            print(f"fast_dev_run: {ran} ran and validated; nothing is kept")
+        try_out(parts)
         return
     # The folder is claimed, and a run that was begun there goes on.
-    settings = to_dict(config)
-    out.mkdir(parents=True, exist_ok=True)
-    check_schedule(settings, out)
-    changed = changes(settings, out)
-    remedy = f", or begin another run from it: resume_from={out}"
-    claim(out, identity(settings), settings, "a run", remedy * begun, changeable())
+    changed = claim_run(config, out, begun=begun)
     with alone_in(out):
         if trainer.is_global_zero:
-            claim_data(out, data.fingerprint(), on_purpose=config.changed_data)
-        checkpoint, step = newest_checkpoint(out, module)
+            claim_data(out, parts.data.fingerprint(), on_purpose=config.changed_data)
+        checkpoint, step = newest_checkpoint(out, parts.module)
         if trainer.is_global_zero:
             note_changes(out, changed, step)
         if checkpoint is None and begun:  # None of those that there are can be read.
-            parent = parent_of(config)
-            adoption = None if parent is None else taken_over(config, parent, parts, out)
-        if checkpoint is None and adoption is not None:
-            trainer.callbacks.insert(0, adoption[0])  # type: ignore[attr-defined]
-            checkpoint, step = adoption[0].file, adoption[0].step
-        # What there is to do, in words.
+            adopts = taken_over(config, parts, out)
+        if checkpoint is None and adopts is not None:
+            trainer.callbacks.insert(0, adopts)  # type: ignore[attr-defined]
+            checkpoint, step = adopts.file, adopts.step
+        # All that is left to do is told, and done.
         ended = None if checkpoint is None else ended_by(checkpoint)
         finished = (ended or step >= config.max_steps) and exported_step(out) == step
-        why, remedy = (
-            (f" ({ended})", f"begin another run from it: resume_from={out}")
-            if ended
-            else ("", "a larger max_steps goes on")
-        )
-        told = f"finished at step {step}{why}: nothing is left to train; {remedy}"
-        if trainer.is_global_zero and not finished:
-            images, epoch = data.batch_size, len(data.training_images)
-            lines = [
-                parts.adaptation,
-                data.report(),
-                start_report(module, trainer, images, step, epoch),
-                module.groups_report(),
-                disk_report(config, module, parts.validates),
-            ]
-            if parent is not None and adoption is not None:
-                if config.resume_from is not None:
-                    begin_from(out, parent.folder, parent.step)
-                    lines.append(told_differences(out, parent.folder, parent.step))
-                lines += [f"  {each}" for each in adoption[1]]
-            told = "\n".join(filter(None, lines))
-        if trainer.is_global_zero:
-            print(told)
+        if trainer.is_global_zero and finished:
+            print(finished_report(out, step, ended))
+        elif trainer.is_global_zero:
+            if adopts is not None and config.resume_from is not None:
+                begin_from(out, adopts.parent.folder, adopts.parent.step)
+            print(beginning_report(config, parts, out, step, adopts))
         if not finished:
             if ended:  # Before its weights were exported.
                 trainer.fit_loop.epoch_loop.max_steps = step
-            go_on_training(config, trainer, module, data, checkpoint, step)
+            train_on(config, parts, out, checkpoint, step)
     if trainer.is_global_zero:
         print(f"run: {out.resolve()}")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sag_dit.cli.app import fail
 from sag_dit.cli.composing import (
     arguments_of,
+    as_typed,
     check_target,
     config_folder,
     fitted,
@@ -30,9 +31,12 @@ def refuse_foreign_sizes(command: str, arguments: Sequence[str]) -> list[str]:
 
     What files fill in of these is left out by itself.
     """
-    typed = dict(each.lstrip("+").partition("=")[::2] for each in arguments)
+    typed = as_typed(arguments)
     target = typed.get(f"model.{TARGET}", "")
-    taken = _taken(target) if target else None
+    try:
+        taken = taken_by(target) if target else None
+    except Exception:  # What is wrong with its file is told when it is made.
+        taken = None
     if taken is not None:
         stated = {"patch_size": ["patch_size"]} if typed.get("patch_size", "null") != "null" else {}
         size = config_folder() / "size" / f"{typed.get('size')}.yaml"
@@ -45,14 +49,6 @@ def refuse_foreign_sizes(command: str, arguments: Sequence[str]) -> list[str]:
                     f"and set what it takes as model.NAME"
                 )
     return list(arguments)
-
-
-def _taken(target: str) -> Collection[str] | None:
-    """Return what a class takes by name, None of one that takes anything or cannot be imported."""
-    try:
-        return taken_by(target)
-    except Exception:  # What is wrong with its file is told when it is made.
-        return None
 
 
 def make_model(config: Train, data: StepData) -> Model:

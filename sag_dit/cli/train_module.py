@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sag_dit.cli.app import is_first_rank
 from sag_dit.cli.composing import config_folder, make
+from sag_dit.cli.first_rank import is_first_rank
 from sag_dit.cli.keys import Train
 from sag_dit.cli.values import as_callable, make_terms, why_not
 from sag_dit.untrusted import read_yaml

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sag_dit.cli.app import is_first_rank
 from sag_dit.cli.composing import check_target, make
+from sag_dit.cli.first_rank import is_first_rank
 from sag_dit.cli.keys import Train
 from sag_dit.cli.keys.key import to_dict
 from sag_dit.cli.values import make_terms
@@ -114,7 +114,7 @@ def own_callbacks(config: Train) -> list[Callback]:
     from sag_dit.training.callbacks import strange_hooks
 
     made: list[Callback] = []
-    for place, settings in enumerate(listed(config.trainer.get("callbacks"))):
+    for place, settings in enumerate(as_list(config.trainer.get("callbacks"))):
         where = f"trainer.callbacks[{place}]"
         each = make(settings, where, Callback)
         twins = [there for there in made if there.state_key == each.state_key]
@@ -153,7 +153,7 @@ def own_plugins(config: Train) -> list[Any]:
     from lightning.pytorch.plugins import CheckpointIO, Precision
 
     made = []
-    for place, settings in enumerate(listed(config.trainer.get("plugins"))):
+    for place, settings in enumerate(as_list(config.trainer.get("plugins"))):
         where = f"trainer.plugins[{place}]"
         each = make(settings, where) if isinstance(settings, Mapping) else settings
         name = type(each).__name__
@@ -171,7 +171,7 @@ def own_plugins(config: Train) -> list[Any]:
     return made
 
 
-def listed(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     """Return what may stand alone, or be left out, as a list."""
     if value is None:
         return []
@@ -180,32 +180,27 @@ def listed(value: Any) -> list[Any]:
 
 def loggers_of(config: Train) -> dict[str, Mapping[str, Any]]:
     """Return the settings of all loggers by the keys at which they stand."""
-    further = listed(config.trainer.get("logger"))
+    further = as_list(config.trainer.get("logger"))
     named = {f"trainer.logger[{place}]": each for place, each in enumerate(further)}
     return ({"logger": config.logger} if config.logger else {}) | named
 
 
 def make_loggers(config: Train, out: Path, step: int) -> dict[str, Logger]:
-    """Build the loggers, by their keys; at a step they go on with what the run has logged before.
-
-    Those that cannot are told.
-    """
+    """Build the loggers, by their keys; at a step they go on with the logs of the run so far."""
     from lightning.pytorch.loggers import Logger
 
-    from sag_dit.training.loggers import begins_anew, going_on
+    from sag_dit.training.loggers import going_on
 
     made = {}
     for where, settings in loggers_of(config).items():
         target = str(settings.get("_target_"))
         check_target(settings, where)
         made[where] = make({**going_on(target, where, out, step), **settings}, where, Logger)
-        if step and begins_anew(target) and is_first_rank():
-            print(f"{where}: {type(made[where]).__name__} begins another log at each start")
     return made
 
 
 def begin_loggers(config: Train, out: Path, step: int, made: Mapping[str, Logger]) -> None:
-    """Log the settings, and write down which logs a run goes on with."""
+    """Log the settings, write down which logs there are, and tell which are not gone on with."""
     from sag_dit.training.loggers import going_on, note_versions
 
     named = {}
@@ -216,7 +211,9 @@ def begin_loggers(config: Train, out: Path, step: int, made: Mapping[str, Logger
         if "run_id" not in going_on(target, where, out, step):
             made[where].log_hyperparams(to_dict(config))
     if is_first_rank():
-        note_versions(out, named)
+        others = note_versions(out, named)
+        for where in others if step else ():
+            print(f"{where}: {type(made[where]).__name__} begins another log at each start")
 
 
 def check_validated(config: Train, data: StepData, trainer: Trainer) -> bool:

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sag_dit.bounds import Natural, nearest
+from sag_dit.bounds import Natural
 from sag_dit.cli.app import alone_in, launch, quiet_lightning
 from sag_dit.cli.composing import changed, compose, make
 from sag_dit.cli.keys import BUDGET, Evaluate, Guides, Tune
@@ -34,6 +34,7 @@ from sag_dit.cli.tuned import unlike_defaults
 from sag_dit.cli.typed import MULTIRUN, check_arguments, keys_and_flags
 from sag_dit.cli.values import check_logger, make_terms
 from sag_dit.files import InUse, atomic
+from sag_dit.messages import nearest
 from sag_dit.methods import scales
 from sag_dit.untrusted import read_json_as
 

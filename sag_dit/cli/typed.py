@@ -14,7 +14,8 @@ import yaml
 from hydra._internal.utils import get_args_parser
 
 from sag_dit.bounds import parts
-from sag_dit.cli.composing import config_folder, own_targets, refuse_strangers, tell_once
+from sag_dit.cli.composing import config_folder, own_targets, refuse_strangers
+from sag_dit.cli.first_rank import tell_once
 from sag_dit.cli.keys import COMMANDS
 from sag_dit.cli.keys.key import (
     Key,
@@ -120,8 +121,8 @@ def _spread(command: str, argument: str) -> list[str]:
     Hydra would add them to the group as well.
     """
     key, _, value = argument.partition("=")
-    found = known(command, key)
-    members = _members(value) if found is not None and found is not ANYTHING else None
+    found = known(command, key.removeprefix("++"))
+    members = _pairs_in(value) if found is not None and found is not ANYTHING else None
     hint = found[0] if found is not None else None
     alone = all(
         kind is type(None) or is_dataclass(kind) or get_origin(kind) is dict for kind in parts(hint)
@@ -132,7 +133,7 @@ def _spread(command: str, argument: str) -> list[str]:
     return [one for each in spread for one in each]
 
 
-def _members(text: str) -> list[tuple[str, str]] | None:
+def _pairs_in(text: str) -> list[tuple[str, str]] | None:
     """Return the names and values of a mapping as they are written; None of what is none."""
     if not (text.startswith("{") and text.endswith("}")):
         return None
@@ -327,6 +328,12 @@ def did_you_mean(command: str, path: str) -> str:
     return f"\nDid you mean {' or '.join(meant)}?" if meant else ""
 
 
+def is_null(group: str) -> str:
+    """Return that nothing is chosen of a group of configurations, and what can be."""
+    full = [f"{group}={each}" for each in choices(group) if not is_empty(group, each)]
+    return f"{group} is null: choose {' or '.join(full)} as well"
+
+
 def check_added(command: str, config: Any, arguments: Sequence[str]) -> None:
     """Refuse keys that ``+`` adds to an open mapping whose target does not take them.
 
@@ -348,10 +355,7 @@ def check_added(command: str, config: Any, arguments: Sequence[str]) -> None:
         asked = found[1].asks() if found and "_target_" not in node else ()
         arguments_alone = found is not None and held_by(found[0]) is Any and "_target_" not in node
         if arguments_alone and parent in groups(command):
-            full = [f"{parent}={each}" for each in choices(parent) if not is_empty(parent, each)]
-            raise ValueError(
-                f"{argument.lstrip('+')}: {parent} is null: choose {' or '.join(full)} as well"
-            )
+            raise ValueError(f"{argument.lstrip('+')}: {is_null(parent)}")
         targets = [str(node["_target_"])] if "_target_" in node else asked
         try:
             refuse_strangers(parent, targets, [name])

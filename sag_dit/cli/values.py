@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sag_dit.cli.composing import check_target, config_folder, fitted, make
+from sag_dit.cli.first_rank import is_first_rank
 from sag_dit.cli.keys import Attention, Evaluate, Guides
 
 if TYPE_CHECKING:
@@ -55,8 +56,6 @@ def _check_login(mode: str) -> None:
     Raises:
         ValueError: there is no such mode, or no key, the server refuses it, or is not reached.
     """
-    from sag_dit.cli.app import is_first_rank
-
     if mode in ("offline", "dryrun", "disabled") or not is_first_rank():
         return
     import wandb

@@ -51,16 +51,13 @@ from sag_dit.data.labels import (
     sample_of,
 )
 from sag_dit.data.training_batches import (
-    SHOWN,
     Batch,
     Indices,
     NamedData,
     balanced,
-    counted,
     name_hash,
-    readable,
-    some,
 )
+from sag_dit.messages import SHOWN, counted, readable, some
 from sag_dit.untrusted import parse_json, read_text
 
 
@@ -412,6 +409,7 @@ def _marks_described(listed: _Listed, archive: Archives, key: str) -> dict[str, 
     Raises:
         ValueError: one cannot be read, lacks the key, or has no class there.
     """
+    # Each image, and what its description says.
     images = _beside(listed, {name.removesuffix(JSON) for name in archive.described}, JSON)
 
     def mark(image: str) -> Mark:
@@ -434,6 +432,7 @@ def _marks_described(listed: _Listed, archive: Archives, key: str) -> dict[str, 
             )
         return found
 
+    # Read side by side; texts may be numbers that were written as texts.
     with ThreadPoolExecutor(8) as pool:
         marks = [*pool.map(mark, images)]
     found = dict(zip(images, marks, strict=True))

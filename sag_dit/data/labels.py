@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sag_dit.data.training_batches import counted, readable
+from sag_dit.messages import counted, readable
 from sag_dit.untrusted import csv_rows, parse_json
 
 Mark = int | str
@@ -114,7 +114,7 @@ def _numbers_if_all(texts: Mapping[str, Mark], where: str) -> dict[str, Mark]:
         return {name: int(mark) for name, mark in texts.items()}
     # What is written as 3.0, -1 or nan would become the name of a class.
     rest = {name: f"{mark}" for name, mark in texts.items() if name not in counts}
-    if all(map(_is_number, rest.values())):
+    if all(map(_reads_as_number, rest.values())):
         name, mark = next(iter(rest.items()))
         raise ValueError(
             f"{where}: {readable(name)} is of class {mark}: expected a whole number, 0 or more, "
@@ -130,7 +130,7 @@ def _is_count(text: str) -> bool:
     return text.isascii() and text.isdecimal()
 
 
-def _is_number(text: str) -> bool:
+def _reads_as_number(text: str) -> bool:
     try:
         float(text)
     except ValueError:

@@ -32,11 +32,10 @@ from sag_dit.data.training_batches import (
     NamedData,
     as_it_is,
     balanced,
-    counted,
     name_hash,
-    some,
     validation_batches,
 )
+from sag_dit.messages import counted, some
 from sag_dit.noise import generator
 from sag_dit.tensors import Images, Labels
 
@@ -85,16 +84,18 @@ class Latents(Dataset[tuple[Moments, Labels, int]]):
 
     @property
     def buckets(self) -> list[tuple[int, int]]:
-        """The sizes (height, width) of the images, in pixels; none where all have one."""
+        """The sizes (height, width) of the images, in pixels; none where nothing states buckets."""
         return [(height, width) for height, width in self.index.config.get("buckets") or ()]
 
     @cached_property
-    def bucket_of(self) -> Indices:
-        """The bucket of each image.
+    def bucket_of(self) -> Indices | None:
+        """The bucket of each image, None where all have one size.
 
         Raises:
             ValueError: a shard's shape is that of none.
         """
+        if len(self.buckets) < 2:
+            return None
         (channels, height, _), shards = self.index.shape, self.index.shards
         factor = sides(self.index.config["size"])[0] // height
         shapes = [(channels, high // factor, wide // factor) for high, wide in self.buckets]
@@ -220,10 +221,6 @@ def _second(folder: Path, first: Index) -> Latents | NpyLatents:
     return second
 
 
-def _of_several_sizes(latents: Latents | NpyLatents) -> Latents | None:
-    return latents if isinstance(latents, Latents) and len(latents.buckets) > 1 else None
-
-
 class LatentData(NamedData):
     """Batches (x_0 (b, c, h, w) float32, labels) of latents that ``encode.py`` or EDM2 wrote.
 
@@ -320,7 +317,7 @@ class LatentData(NamedData):
         return self.dataset.named(index)
 
     @property
-    def others(self) -> int:
+    def other_images(self) -> int:
         """How many images the second folder has."""
         return 0 if self._validation is None else len(self._validation)
 
@@ -340,19 +337,14 @@ class LatentData(NamedData):
             return super().val_dataloader()
         world = self.trainer.world_size if self.trainer else 1
         there, size = np.arange(len(self._validation)), max(1, self.batch_size // world)
-        several = _of_several_sizes(self._validation)
-        buckets = None if several is None else several.bucket_of
+        buckets = self._validation.bucket_of
         batches: Any = validation_batches(there, size, self.rank, world, buckets)
         return DataLoader(self._validation, batch_sampler=batches, collate_fn=as_it_is)
 
     def buckets_of(self, images: Indices) -> Indices | None:
         """Return the bucket of each of some images, None where all have one size."""
-        return None if self._sizes is None else self._sizes.bucket_of[images]
-
-    @property
-    def _sizes(self) -> Latents | None:
-        """The latents, where they have several sizes."""
-        return _of_several_sizes(self.dataset)
+        bucket_of = self.dataset.bucket_of
+        return None if bucket_of is None else bucket_of[images]
 
     def listing_sha256(self) -> str:
         """Return the sha256 of the shards' names and contents, as the index says.
@@ -369,9 +361,9 @@ class LatentData(NamedData):
         skipped = [name for shard in self.index.shards for name in shard.skipped]
         text = f"  left out {len(skipped):,} (could not be decoded): {some(skipped)}"
         lines = [text] if skipped else []
-        if self._sizes is not None:
-            buckets, of = self._sizes.buckets, self._sizes.bucket_of[self.training_images]
-            counts = np.bincount(of, minlength=len(buckets)).tolist()
+        bucket_of, buckets = self.buckets_of(self.training_images), self.dataset.buckets
+        if bucket_of is not None:
+            counts = np.bincount(bucket_of, minlength=len(buckets)).tolist()
             lines.append(told_buckets(buckets, counts, self.batch_size))
         return lines
 
@@ -413,16 +405,15 @@ class LatentData(NamedData):
             )
         self.check_classes(model)
         # Every bucket has to be one that the network can be given.
-        if self._sizes is not None:
-            multiple = model.denoiser.size_multiple
-            if multiple is None:
+        if self.dataset.bucket_of is not None:
+            if model.denoiser.size_multiple is None:
                 raise ValueError(
                     f"data.root={self._folder} holds latents of several sizes, and "
                     f"{type(model.class_conditional.network).__name__} takes one: expected latents "
                     f"of encode.py without data.buckets, or a network that says any_size = True"
                 )
             factor, patch = model.codec.factor, model.class_conditional.network.patch_size
-            check_buckets(self._sizes.buckets, self._sizes.buckets, factor, patch)
+            check_buckets(self.dataset.buckets, self.dataset.buckets, factor, patch)
         if self._raw is not None:
             if not isinstance(model.codec, VAECodec):
                 raise ValueError(

@@ -39,13 +39,13 @@ from sag_dit.data.training_batches import (
     NamedData,
     StepData,
     balanced,
-    counted,
     name_hash,
     validation_batches,
-    with_labels,
+    with_checked_labels,
 )
-from sag_dit.models.network import raised_at
+from sag_dit.messages import counted
 from sag_dit.noise import generator
+from sag_dit.raised import failure, reason_of
 
 ITEM = 10
 """Purpose of the random streams of single items, see :func:`sag_dit.noise.generator`."""
@@ -171,10 +171,7 @@ class Items(Dataset[Any]):
         try:
             return self.dataset[index]
         except Exception as error:
-            what = f"{error}"
-            if not isinstance(error, (ValueError, OSError)):  # A mistake in code: where it is.
-                what = f"{type(error).__name__}: {what} ({raised_at(error)})"
-            raise ValueError(f"{self.name}: item {index}: {what}") from error
+            raise ValueError(f"{self.name}: item {index}: {reason_of(error)}") from error
 
     def _pair(self, found: Any, index: int) -> tuple[Any, int]:
         told = f"{self.name}: item {index} is"
@@ -196,6 +193,7 @@ class Items(Dataset[Any]):
         return image, int(number)
 
     def _tensor(self, image: Any, index: int) -> Tensor:
+        # An image of Pillow becomes pixels, channels first.
         if isinstance(image, Image.Image):
             mode = "L" if image.mode in GREY else "RGB"
             try:
@@ -203,6 +201,7 @@ class Items(Dataset[Any]):
             except UnreadableImageError as error:
                 raise ValueError(f"{self.name}: item {index} {error}") from None
             image = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy()
+        # Pixels stay as they are, other numbers become finite floats.
         array = isinstance(image, (Tensor, np.ndarray))
         if not array or len(image.shape) != 3 or not _pixels_or_floats(image):
             what = f"{image.dtype} {tuple(image.shape)}" if array else type(image).__name__
@@ -216,6 +215,7 @@ class Items(Dataset[Any]):
                     f"{self.name}: item {index} holds NaN or infinite values: expected finite "
                     f"ones; mend or leave out what it is read from"
                 )
+        # All are like the first.
         first = self.__dict__.get("first", image)
         if (image.shape, image.dtype) != (first.shape, first.dtype):
             sizes = image.shape[1:] != first.shape[1:]
@@ -276,8 +276,8 @@ def _length(dataset: Any, name: str) -> int:
         return len(dataset)
     except Exception as error:  # Whatever a data set of somebody's raises.
         raise ValueError(
-            f"{name}: its length fails with {type(error).__name__} ({error}): expected how many "
-            f"images there are, a whole number"
+            f"{name}: its length fails with {failure(error)}: expected how many images "
+            f"there are, a whole number"
         ) from error
 
 
@@ -368,7 +368,7 @@ class MapData(NamedData):
             )
         most = int(self.labels.max()) + 1
         self.class_names = tuple(map(str, range(most) if named is None else named))
-        beyond = self.beyond(len(self.class_names))
+        beyond = self.image_beyond(len(self.class_names))
         if beyond:
             names = counted(len(self.class_names), "class name")
             raise ValueError(f"{self._name} has {names}: expected one for each class{beyond}")
@@ -387,7 +387,7 @@ class MapData(NamedData):
         places = np.linspace(0, len(items) - 1, min(COMPARED, len(items))).round().astype(int)
         images = np.unique(places).tolist()
         _, labels, *_ = items.__getitems__(Batch(0, images, [False] * len(images)))
-        with_labels((images, labels), items.name, len(self.class_names))
+        with_checked_labels((images, labels), items.name, len(self.class_names))
 
     @classmethod
     def of(
@@ -498,7 +498,7 @@ class MapData(NamedData):
         return self._name
 
     @property
-    def others(self) -> int:
+    def other_images(self) -> int:
         """How many images the second data set has."""
         return 0 if self._validation is None else len(self._validation)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from sag_dit.data.archives import Archives
 from sag_dit.data.images import archives_of
 from sag_dit.data.labels import DATASET_JSON, LABELS_SIZE, Mark, numbered, read_labels
 from sag_dit.data.shards import INDEX, Index
-from sag_dit.data.training_batches import Batch, Indices, name_hash, readable
+from sag_dit.data.training_batches import Batch, Indices, name_hash
+from sag_dit.messages import readable
 from sag_dit.tensors import Labels
 from sag_dit.untrusted import TARGET, read_text
 
@@ -74,6 +75,10 @@ class NpyLatents(Dataset[Any]):
         latents = NpyLatents(Path("img512-sd.zip"))
         moments, label, step = latents[0]  # moments: (2, 4, 64, 64)
     """
+
+    buckets: Sequence[tuple[int, int]] = ()
+    bucket_of: Indices | None = None
+    """All have one size."""
 
     def __init__(self, root: Path) -> None:
         self.folder = root

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +18,7 @@ from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sag_dit.messages import SHOWN, counted, readable, some
 from sag_dit.noise import generator
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ VALIDATION = 2**62
 """The step of the first validation batch, out of reach of training."""
 
 MOST_WORKERS = 8
-SHOWN = 5
-"""So many names of a list are shown."""
 HASH_RANGE = 2**63
 
 Indices = NDArray[np.int64]
@@ -181,31 +180,6 @@ def validation_batches(
     ]
 
 
-def some(names: Sequence[str]) -> str:
-    """Return the first names of a list."""
-    return ", ".join(map(readable, names[:SHOWN])) + ", ..." * (len(names) > SHOWN)
-
-
-def counted(number: int, one: str, several: str | None = None) -> str:
-    """Return a number of things, as one says it.
-
-    Example:
-        >>> counted(1, "image"), counted(1_200, "class", "classes")
-        ('1 image', '1,200 classes')
-    """
-    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
-
-
-def readable(name: str) -> str:
-    r"""Return a file's name on one line of text that can be printed.
-
-    Example:
-        >>> print(readable("a\nb"))
-        a\nb
-    """
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in name)
-
-
 def name_hash(name: str) -> int:
     """Return 63 bits of a file's name relative to the data's root."""
     digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
@@ -252,14 +226,14 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
-def with_labels(batch: Any, whose: str, classes: int) -> Any:
+def with_checked_labels(batch: Any, whose: str, classes: int) -> Any:
     """Return a batch as it is, once its labels are looked at.
 
     Raises:
         ValueError: they are not one whole number for each image, from 0 to ``classes`` - 1.
 
     Example:
-        >>> with_labels((torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])), "Discs", 2)[1]
+        >>> with_checked_labels((torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])), "Discs", 2)[1]
         tensor([0, 1])
     """
     pair = isinstance(batch, (tuple, list)) and len(batch) > 1
@@ -424,10 +398,11 @@ class StepData(LightningDataModule, ABC):
         if found != expected:
             raise ValueError(
                 f"the data has {counted(found, 'class', 'classes')} and the model {expected}: "
-                f"expected as many; set the model's num_classes to {found}{self.beyond(expected)}"
+                f"expected as many; set the model's num_classes to {found}"
+                f"{self.image_beyond(expected)}"
             )
 
-    def beyond(self, classes: int) -> str:
+    def image_beyond(self, classes: int) -> str:
         """Return what names an image whose label is beyond so many classes, to end a sentence."""
         return ""
 
@@ -461,8 +436,8 @@ class StepData(LightningDataModule, ABC):
         count, epoch = there - held_out, len(self.training_images)
         classes = counted(len(self.class_names), "class", "classes")
         parts = f": {count:,} to train on, {held_out:,} held out" if held_out else ""
-        if self.others:
-            parts += f", and {counted(self.others, 'other')} to validate with"
+        if self.other_images:
+            parts += f", and {counted(self.other_images, 'other')} to validate with"
         lines = [f"data: {counted(there, 'image')} in {classes}{parts}"]
         if epoch != count:
             again = "those of small classes several times"
@@ -478,7 +453,7 @@ class StepData(LightningDataModule, ABC):
         return self.val_dataloader() not in (None, [])
 
     @property
-    def others(self) -> int:
+    def other_images(self) -> int:
         """How many images there are to validate with that are none of these."""
         return 0
 
@@ -561,7 +536,9 @@ class StepData(LightningDataModule, ABC):
         return kind(
             self.dataset if dataset is None else dataset,
             batch_sampler=batches,  # type: ignore[arg-type]
-            collate_fn=partial(with_labels, whose=self.called, classes=len(self.class_names)),
+            collate_fn=partial(
+                with_checked_labels, whose=self.called, classes=len(self.class_names)
+            ),
             num_workers=workers,
             worker_init_fn=outlive_signals,
             persistent_workers=workers > 0,
@@ -600,7 +577,7 @@ class NamedData(StepData):
         """Return what messages call an image."""
         return f"image {index}"
 
-    def beyond(self, classes: int) -> str:
+    def image_beyond(self, classes: int) -> str:
         """Return what names an image whose label is beyond so many classes, to end a sentence."""
         strange = np.flatnonzero(self.labels >= classes)[:1].tolist()
         told = [f"; {self.named(index)} is of class {self.labels[index]}" for index in strange]

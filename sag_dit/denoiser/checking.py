@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from sag_dit.attention import AttentionLayer, AttentionTap
 from sag_dit.attention.edits import Attend, AttentionEdit
 from sag_dit.denoiser.class_conditional import ClassConditional
-from sag_dit.models.network import raised_at
+from sag_dit.raised import failure
+from sag_dit.tensors import without_memory
 
 LARGE = 1e10
 """Parameters times positions from which on a network is asked without memory, where it can be."""
@@ -50,21 +51,13 @@ def check_network(denoiser: ClassConditional) -> None:
     height, width = network.input_size
     if parameters * height * width >= LARGE:
         try:
-            _ask(denoiser, _without_memory(network))
+            _ask(denoiser, without_memory(network))
             return
         except _NoRow:
             raise
         except Exception:  # Not every network can; one that gives the wrong answer is asked again.
             pass
     _ask(denoiser, network)
-
-
-def _without_memory(network: Any) -> Any:
-    """Return a copy on the device ``meta``, made without one of the weights."""
-    tensors = (*network.parameters(), *network.buffers())
-    # Leaves of their own, so that no gradient reaches the network itself.
-    bare = {id(e): e.detach().to("meta").requires_grad_(e.requires_grad) for e in tensors}
-    return deepcopy(network, bare)
 
 
 def _ask(denoiser: ClassConditional, network: Any) -> None:
@@ -80,7 +73,7 @@ def _ask(denoiser: ClassConditional, network: Any) -> None:
         except _NoRow:
             raise
         except Exception as error:  # Whatever a forward of one's own raises.
-            told = _failure(error)
+            told = failure(error)
             for label in (*([] if null is None else [null]), last):
                 if _fails_for(network, x_t, t, label) and not _fails_for(network, x_t, t, 0):
                     why = f"its forward fails with {told}"
@@ -142,7 +135,8 @@ def check_trainable(denoiser: ClassConditional) -> None:
     height, width = network.input_size
     large = sum(each.numel() for each in network.parameters()) * height * width >= LARGE
     try:
-        twin = (_without_memory(network) if large else deepcopy(network)).train()
+        twin: Any = without_memory(network) if large else deepcopy(network)
+        twin.train()
     except Exception:  # What a network of one's own may hold.
         return
     x_t, t = _question(denoiser, next(twin.parameters()), ROWS + 1)
@@ -159,7 +153,7 @@ def check_trainable(denoiser: ClassConditional) -> None:
                 return
             raise ValueError(
                 f"{_name(network)}: it fails in training, at its {step} step, with "
-                f"{_failure(error)}; it was given x_t {_told(x_t)}, t {_told(t)} and y {_told(y)}"
+                f"{failure(error)}; it was given x_t {_told(x_t)}, t {_told(t)} and y {_told(y)}"
             ) from error
     _check_output(denoiser, x_t, output, " in training")
     if not output.requires_grad and any(each.requires_grad for each in twin.parameters()):
@@ -176,11 +170,6 @@ def _question(denoiser: ClassConditional, like: Tensor, rows: int) -> tuple[Tens
     x_t = torch.zeros(rows, *denoiser.latent_shape, dtype=like.dtype, device=like.device)
     level = process.level(process.time_at(torch.linspace(0.25, 0.75, rows)))
     return x_t, level.times(torch.zeros(rows, 1, 1, 1)).to(like.device)
-
-
-def _failure(error: Exception) -> str:
-    said = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {said} ({raised_at(error)})"
 
 
 def _not_finite(output: Tensor) -> bool:
@@ -207,7 +196,7 @@ def _no_row(denoiser: ClassConditional, label: int, rows: str = "") -> str:
 
 
 def _fails_for(network: Any, x_t: Tensor, t: Tensor, label: int) -> bool:
-    """Whether a network fails for images of a label, on a device that outlives that."""
+    """Whether a network fails for images of a label; not on a GPU, where nothing goes on then."""
     if x_t.device.type == "cuda":
         return False
     try:
@@ -221,8 +210,8 @@ def _fails_for(network: Any, x_t: Tensor, t: Tensor, label: int) -> bool:
 def _rows_are_there(denoiser: ClassConditional, network: nn.Module, y: Tensor) -> Iterator[None]:
     """Refuse an embedding of labels that has no row for one of them, before it is looked up.
 
-    A lookup of its own would end in an error that names neither, on a GPU in one that nothing
-    outlives, and without memory in none.
+    The lookup's own error names neither. On a GPU no process goes on after it, and on the device
+    ``meta`` there is none.
     """
     null = denoiser.network.null_label
     labels = {denoiser.num_classes - 1, *([] if null is None else [null])}

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from sag_dit.bounds import fit, parts, wanted
 from sag_dit.identity import plain
-from sag_dit.models.network import Network, raised_at
+from sag_dit.models.network import Network
 from sag_dit.models.unfilled import unfilled
 from sag_dit.process import Process
+from sag_dit.raised import failure
 from sag_dit.untrusted import TARGET, own_class
 
 State = dict[str, Tensor]
@@ -392,8 +393,9 @@ class _Own(Family):
                 f"model.{TARGET}={_path(self.of)}: cannot be built ({error})"
             ) from error
         except Exception as error:  # Whatever a constructor of one's own raises.
-            told = f"{type(error).__name__}: {error} ({raised_at(error)})"
-            raise ValueError(f"model.{TARGET}={_path(self.of)}: cannot be built: {told}") from error
+            raise ValueError(
+                f"model.{TARGET}={_path(self.of)}: cannot be built: {failure(error)}"
+            ) from error
         recorded = {TARGET, FAMILY, *getattr(network, "arguments", model)}
         lost = [name for name in model if name not in recorded]
         if lost:

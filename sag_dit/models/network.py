@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter, signature
 from numbers import Integral
-from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -359,20 +357,3 @@ def check_members(network: Network) -> None:
             f"a label beyond its {classes} classes, such as num_classes, or None: class {null} "
             f"is one that it draws",
         )
-
-
-def raised_at(error: BaseException) -> str:
-    """Return the line of a user's code that failed: the last that is not torch's or this package's.
-
-    Example:
-        >>> try:
-        ...     {}["lost"]
-        ... except KeyError as error:
-        ...     print(raised_at(error).partition(", ")[2])
-        line 2
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    others = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-    own = [each for each in frames if not each.filename.startswith(others)]
-    last = (own or frames)[-1] if frames else None
-    return "no line is known" if last is None else f"{last.filename}, line {last.lineno}"

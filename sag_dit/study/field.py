@@ -358,6 +358,7 @@ class _FamilyStudy:
             ValueError: it cannot be drawn or measured.
             DeadlineReached: it was not measured before, and no time is left.
         """
+        # What is drawn, and how it is measured.
         subject = self._subject(row.training)
         settings = self._settings(row.training, terms, steps)
         settings.check(subject.model)
@@ -368,6 +369,7 @@ class _FamilyStudy:
         cost = settings.cost(subject.model.denoiser)
         images = ToDraw(subject.model, settings, requests, pixels, cost)
         each = measurement(Setting(row.method), images, self._setup(subject, split), REPEATS)
+        # As it was measured before, or now.
         record = read_record(self.folder / "records", each.identity)
         if record is None or each.lacking(record):
             self._check_time()

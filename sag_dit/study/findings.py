@@ -10,6 +10,7 @@ from statistics import fmean, median
 from typing import Any
 
 from sag_dit.evaluation.suite import metric_kind
+from sag_dit.messages import counted
 from sag_dit.output.folder import read_png
 from sag_dit.study.charts import Chart, Point, Series
 from sag_dit.study.field import SHOWN, Row
@@ -282,6 +283,7 @@ def write_page(found: Findings, study: Path, out: Path) -> Path:
     """
     out.mkdir(parents=True, exist_ok=True)
     metrics = {"price": Metric("passes a step", None), **found.metrics}
+    # For each method its numbers, its first images and what it was set to.
     results, images, remarks = [], [], []
     for name in found.methods:
         numbers = {key: overall(found.runs(name, key)) for key in found.metrics}
@@ -298,8 +300,9 @@ def write_page(found: Findings, study: Path, out: Path) -> Path:
         files = [shot(study / "records" / first.identity, place) for place in range(SHOWN)]
         images.append([read_png(file) for file in files if file.exists()])
         remarks.append([first.guidance, *_changes(found, name)])
+    # What all have in common, and the page.
     first = found.cells(UNGUIDED)[0]
-    trainings = len(found.trainings)
+    trainings = counted(len(found.trainings), "training")
     return write_curves(
         out,
         results,
@@ -310,7 +313,7 @@ def write_page(found: Findings, study: Path, out: Path) -> Path:
         title=f"{found.family}: which method at which price?",
         lead=(
             f"{first.images} images of each cell in {first.steps} steps of {first.sampler}, from "
-            f"the same noise; means over {trainings} training{'s' * (trainings > 1)}."
+            f"the same noise; means over {trainings}."
         ),
         spread="± is the standard error over trainings, or over seeds where there is one training.",
         notes=[*found.answers(), *(f"{k}: not measured: {v}" for k, v in found.missing.items())],

@@ -35,7 +35,9 @@ from sag_dit.checkpoints import Model, build
 from sag_dit.evaluation.suite import Suite, metric_kind
 from sag_dit.files import atomic
 from sag_dit.guidance import Term
+from sag_dit.messages import nearest
 from sag_dit.models import family_for
+from sag_dit.raised import is_ours
 from sag_dit.sampling import Request, Settings, draw_batch, drawn, labels_of
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.peaks import peak_flops
@@ -193,28 +195,23 @@ def check_monitors(callbacks: Sequence[Callback], no_validation: str | None) -> 
             )
         if monitor is None or monitor in known or others or monitor.startswith("train/"):
             continue
-        close = get_close_matches(monitor, known, 1)
         raise ValueError(
-            f"{told} monitors {monitor}, which nothing logs; "
-            + (f"did you mean {close[0]}?" if close else f"expected one of {_listed(known)}")
+            f"{told} monitors {monitor}, which nothing logs; expected one of "
+            f"{', '.join(sorted({'train/loss', *known}))}{nearest(monitor, known)}"
         )
 
 
 def _may_log(callback: Callback) -> bool:
     """Whether nothing is known of what a callback logs."""
     lightnings = type(callback).__module__.startswith("lightning.")
-    ours = type(callback).__module__.startswith("sag_dit.")
-    return isinstance(callback, LearningRateMonitor) or not (lightnings or ours)
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted({"train/loss", *names}))
+    known = lightnings or is_ours(type(callback))
+    return isinstance(callback, LearningRateMonitor) or not known
 
 
 class Monitored(Callback):
-    """Refuses in a sentence to watch a metric that nothing logs, when it is looked for first.
+    """Refuses a callback that monitors what nothing has logged, at the validation that needs it.
 
-    Where that never comes, it warns at the end of a run, whose weights are of use.
+    Of one that looks at other times it warns at the end of a run, whose weights are of use.
 
     Raises:
         ValueError: a callback monitors one at a validation; those that there are, are named.
@@ -307,6 +304,7 @@ class Speed(Callback):
     """
 
     logs = ("images/s", "mfu", "memory_gb")
+    """Names of what it logs, which others can monitor."""
 
     def __init__(self, every_n_steps: int = 50) -> None:
         self._every = every_n_steps
@@ -373,6 +371,7 @@ class LossByLevel(Callback):
         trainer = Trainer(callbacks=[LossByLevel(every_n_steps=50)])
     """
 
+    # Names of what it logs, which others can monitor.
     logs = tuple(f"loss_by_level/{part + 1}_of_{BINS}" for part in range(BINS))
 
     def __init__(self, every_n_steps: int = 50) -> None:

@@ -27,6 +27,8 @@ from sag_dit.bounds import shown
 from sag_dit.checkpoints import averages, files, trainers
 from sag_dit.files import atomic
 from sag_dit.identity import plain as plain_values
+from sag_dit.messages import counted
+from sag_dit.raised import is_ours
 from sag_dit.training.module import IMAGES, DiffusionModule
 from sag_dit.training.optimizers import Kept, kept_after_a_step, options_of
 from sag_dit.training.resume import ENDED, FOLDER, BestCheckpoints, step_checkpoint, steps_of
@@ -104,7 +106,8 @@ class Adopts(Callback):
 
         adopts = Adopts(parent, out, step=parent.step, past=parent.step)
         trainer = Trainer(callbacks=[adopts])
-        print(adopts.prepare(trainer, module, images_in_a_step=256))
+        adopts.prepare(trainer, module, images_in_a_step=256)
+        print(adopts.told)
         trainer.fit(module, data, ckpt_path=adopts.file)
     """
 
@@ -121,15 +124,14 @@ class Adopts(Callback):
         where: str = "resume_from",
     ) -> None:
         self._anew = {f"denoiser.network.{name}" for name in anew}
-        self._parent, self._out, self.step, self._past = parent, out, step, past
+        self.parent, self._out, self.step, self._past = parent, out, step, past
         self._weights, self._optimizer, self._where = weights, optimizer, where
         self._adopted: dict[str, Any] | None = None
+        self._counted, self.told = 1.0, list[str]()
         self.file = step_checkpoint(out, step)
 
-    def prepare(
-        self, trainer: Trainer, module: DiffusionModule, images_in_a_step: int
-    ) -> list[str]:
-        """Choose what is taken over, before anything is written, and return it in words.
+    def prepare(self, trainer: Trainer, module: DiffusionModule, images_in_a_step: int) -> None:
+        """Choose what is taken over, before anything is written; ``told`` says it in words.
 
         Raises:
             ValueError: the parent is of another network, or its optimiser's state does not fit.
@@ -137,8 +139,8 @@ class Adopts(Callback):
         # Weights and averages.
         lines, state, each = list[str](), dict(module.state_dict()), 1.0
         if self._weights:
-            lines, state = _adopted_weights(self._parent, module, self._where)
-            there = self._parent.state.get(IMAGES)
+            lines, state = _adopted_weights(self.parent, module, self._where)
+            there = self.parent.state.get(IMAGES)
             each = there / images_in_a_step if there else 1.0
             lines += _counted_in(each, state)
         # The optimiser's state, under the options that it has now.
@@ -152,24 +154,24 @@ class Adopts(Callback):
                 for _ in range(self._past):
                     schedule.step()
         held, told_of = _adopted_optimizer(
-            self._parent, module, optimizer, self._where, take=self._optimizer, anew=self._anew
+            self.parent, module, optimizer, self._where, take=self._optimizer, anew=self._anew
         )
         lines.append(told_of)
         # What callbacks keep.
         states: dict[str, Any] = {}
         if self._weights:
-            states, told = _adopted_callbacks(self._parent, trainer.callbacks)  # type: ignore[attr-defined]
+            states, told = _adopted_callbacks(self.parent, trainer.callbacks)  # type: ignore[attr-defined]
             lines += told
         self._counted = each
         self._adopted = {
             "global_step": self.step,
-            "pytorch-lightning_version": self._parent.state["pytorch-lightning_version"],
+            "pytorch-lightning_version": self.parent.state["pytorch-lightning_version"],
             "state_dict": dict(state),
             "callbacks": states,
             "optimizer_states": [held],
             "lr_schedulers": [] if schedule is None else [schedule.state_dict()],
         }
-        return lines
+        self.told = lines
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it before Lightning reads it."""
@@ -178,7 +180,7 @@ class Adopts(Callback):
             # Snapshots of its averages, then what Lightning would save.
             if self._weights:
                 kept = averages.averages_in(adopted["state_dict"])
-                _link_snapshots(self._parent, self._out, kept, self._counted)
+                _link_snapshots(self.parent, self._out, kept, self._counted)
             loops = _loops_at(trainer, self.step, bool(adopted["lr_schedulers"]))
             epoch = loops["fit_loop"]["epoch_progress"]["current"]["completed"]
             checkpoint = {"epoch": epoch, "loops": loops, **adopted}
@@ -304,12 +306,12 @@ def _adopted_callbacks(
             if isinstance(each, EarlyStopping):
                 # A setting, which its state holds too.
                 states[key] = {**there[key], "patience": each.patience}
-        if not _is_ours(each):
+        if not is_ours(type(each)):
             (fresh if begins else taken).append(name)
     here = {each.state_key for each in callbacks}
     ours = {
         BestCheckpoints.__name__,
-        *(type(each).__name__ for each in callbacks if _is_ours(each)),
+        *(type(each).__name__ for each in callbacks if is_ours(type(each))),
     }
     gone = [re.split(r"\W", key)[0] for key, state in there.items() if state and key not in here]
     left = [name for name in gone if name not in ours]
@@ -323,10 +325,6 @@ def _adopted_callbacks(
 
 def _has_state(callback: Callback) -> bool:
     return type(callback).state_dict is not Callback.state_dict
-
-
-def _is_ours(callback: Callback) -> bool:
-    return type(callback).__module__.startswith("sag_dit.")
 
 
 def _adopted_optimizer(
@@ -402,7 +400,7 @@ def _adopted_optimizer(
         former = {} if name is None else group_of[pairs[files.without_wrappers(name)]]
         group |= {key: value for key, value in former.items() if key not in told}
     fresh = len(trained) - len(taken)
-    rest = f", fresh for {fresh} other{'s' * (fresh > 1)}" if fresh else ""
+    rest = f", fresh for {counted(fresh, 'other')}" if fresh else ""
     line = f"optimiser: the state of {len(taken)} parameters taken over{rest}"
     # Of all parameters, since sharded ones are not loaded from less.
     state = {name: taken.get(name, {}) for name in trained}
@@ -482,8 +480,8 @@ def _loops_at(trainer: Trainer, step: int, scheduled: bool) -> dict[str, Any]:
         steps.append(fit["epoch_loop.scheduler_progress"])
     at_batch = fit["epoch_loop.batch_progress"]
     for which, before in over.items():
-        for counted in steps:
-            counted[which] |= dict.fromkeys(counted[which], step - before // each)
+        for progressed in steps:
+            progressed[which] |= dict.fromkeys(progressed[which], step - before // each)
         at_batch[which] |= dict.fromkeys(at_batch[which], batches - before)
         at_batch[which]["completed"] -= 1
         fit["epoch_progress"][which] |= {"ready": epochs + 1, "started": epochs + 1}

@@ -16,6 +16,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 from torchmetrics import Metric
@@ -57,7 +58,7 @@ class CSVLog(Logger):
 
     @property
     def version(self) -> str:
-        """None, since there is one log only; a ModelCheckpoint would make a folder of it."""
+        """Empty, since there is one log only; a ModelCheckpoint makes a folder of any other."""
         return ""
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any) -> None:
@@ -68,13 +69,13 @@ class CSVLog(Logger):
         """Add a row, and columns if there are new metrics.
 
         Raises:
-            ValueError: one of them is not one number.
+            ValueError: one of them is something else than one number.
         """
         for name, value in metrics.items():
-            check_number(name, value)
+            check_one_number(name, value)
         if self._columns is None:
             self._columns = self._begin()
-        row = {"step": step, **{name: _plain(value) for name, value in metrics.items()}}
+        row = {"step": step, **convert_tensors_to_scalars(metrics)}
         new = sorted(row.keys() - set(self._columns))
         if new:
             self._columns += new
@@ -123,18 +124,14 @@ class CSVLog(Logger):
             writer.writerows(rows)
 
 
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, torch.Tensor) else value
-
-
-def check_number(name: str, value: object) -> None:
+def check_one_number(name: str, value: object) -> None:
     """Refuse to log what is not one number, in a sentence.
 
     Raises:
         ValueError: the metric, and what its value is.
 
     Example:
-        >>> check_number("train/spread", 0.25)
+        >>> check_one_number("train/spread", 0.25)
     """
     if isinstance(value, torch.Tensor):
         single = value.numel() == 1 and not value.is_complex()
@@ -158,11 +155,8 @@ BY_VERSION: Mapping[str, str] = {
 }
 """Loggers that go on with the log that was theirs before, and the argument that names it."""
 
-ANEW = ("CSVLogger", "LitLogger")
-"""Loggers of Lightning's that begin anew at every start."""
-
 VERSIONS = "loggers.json"
-"""Which logs the loggers of a run have begun, in its folder."""
+"""Which logs the loggers of a run write into, in its folder."""
 
 
 def going_on(target: str, where: str, out: Path, step: int) -> dict[str, Any]:
@@ -186,21 +180,25 @@ def going_on(target: str, where: str, out: Path, step: int) -> dict[str, Any]:
     return found
 
 
-def begins_anew(target: str) -> bool:
-    """Whether a class of loggers is known to begin another log at every start."""
-    return any(each in _kinds(target) for each in ANEW)
+def note_versions(out: Path, made: Mapping[str, tuple[str, Logger]]) -> list[str]:
+    """Write down the logs that loggers write into, by their keys, for the starts to come.
 
-
-def note_versions(out: Path, made: Mapping[str, tuple[str, Logger]]) -> None:
-    """Write down the logs that loggers, by their keys, write into, for the starts to come."""
+    Returned are the keys of those that wrote into another log at the start before.
+    """
+    before = _versions(out)
     found = {
         where: {"logger": target, "version": logger.version}
         for where, (target, logger) in made.items()
-        if any(each in _kinds(target) for each in BY_VERSION) and logger.version != ""
+        if isinstance(logger.version, (int, str)) and logger.version != ""
     }
-    if found and found != _versions(out):
+    if found != before:
         with atomic(out / VERSIONS) as temporary:
             temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return [
+        where
+        for where, each in found.items()
+        if each != before.get(where) and each["logger"] == before.get(where, {}).get("logger")
+    ]
 
 
 def _kinds(target: str) -> set[str]:

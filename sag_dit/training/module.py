@@ -27,11 +27,12 @@ from sag_dit.codec import VAECodec
 from sag_dit.denoiser import ClassConditional, Denoiser
 from sag_dit.denoiser.checking import check_trainable
 from sag_dit.noise import generator
+from sag_dit.raised import is_ours
 from sag_dit.sampling import Drawn, Request, Settings, Watch, draw_batch
 from sag_dit.traces import Maps
 from sag_dit.training.averaging import Further, warming_average
 from sag_dit.training.fitting import out_of_memory, too_large
-from sag_dit.training.loggers import check_number
+from sag_dit.training.loggers import check_one_number
 from sag_dit.training.null_row import NullRow
 from sag_dit.training.objective import MSE, Losses, Objective
 from sag_dit.training.optimizers import (
@@ -245,8 +246,7 @@ class DiffusionModule(LightningModule):
                 f"{type(network).__name__}: none of its parameters is to be trained: expected some "
                 f"with requires_grad"
             )
-        own = type(network).__module__.partition(".")[0] != "sag_dit"
-        if own and isinstance(self.denoiser, ClassConditional):
+        if not is_ours(type(network)) and isinstance(self.denoiser, ClassConditional):
             check_trainable(self.denoiser)
 
     @staticmethod
@@ -383,9 +383,9 @@ class DiffusionModule(LightningModule):
         """Log one number, as Lightning's modules do.
 
         Raises:
-            ValueError: it is none; the message names it and its shape.
+            ValueError: it is something else; the message names it and its shape.
         """
-        check_number(name, value)
+        check_one_number(name, value)
         super().log(name, value, *args, **options)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:

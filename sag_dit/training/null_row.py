@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sag_dit.models import Network, family_for
+from sag_dit.raised import is_ours
 
 STEPS, IMAGES = 100, 1_000
 """So many steps, and images on each rank, are looked at."""
@@ -73,7 +74,7 @@ class NullRow:
 def _tables(network: Network) -> dict[str, tuple[Tensor, int]]:
     """Return the trained label tables with a row for 'no class', and the dimension of its rows."""
     null = network.null_label
-    if null is None or type(network).__module__.partition(".")[0] == "sag_dit":
+    if null is None or is_ours(type(network)):
         return {}
     try:
         found = family_for(network).label_tables(network)

@@ -5,7 +5,6 @@ Any class of torch, timm or a user's own is an optimiser here; this file holds w
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from sag_dit.bounds import nearest, shown
+from sag_dit.bounds import shown
+from sag_dit.messages import nearest
+from sag_dit.raised import unknown_argument
 from sag_dit.training.param_groups import Group, Trained
 
 MakeOptimizer: TypeAlias = Callable[[Iterable[Any]], Optimizer]
@@ -189,7 +190,7 @@ def stand_in(make: MakeOptimizer) -> Optimizer:
         made = make([Parameter(torch.zeros(2, 2))])
     except (ImportError, TypeError, ValueError, AssertionError) as error:
         told = str(error).removeprefix("optimizer: ")
-        raise ValueError(f"optimizer: {told}{_near(make, told)}") from error
+        raise ValueError(f"optimizer: {told}{_near(make, error)}") from error
     name = type(made).__name__
     if not isinstance(made, Optimizer):
         raise ValueError(f"optimizer: makes a {name}; expected a subclass of torch.optim.Optimizer")
@@ -208,9 +209,9 @@ def stand_in(make: MakeOptimizer) -> Optimizer:
     return made
 
 
-def _near(make: MakeOptimizer, told: str) -> str:
+def _near(make: MakeOptimizer, error: Exception) -> str:
     """Return a sentence that names what is close to an argument that an optimiser does not take."""
-    unknown = re.search(r"unexpected keyword argument '(\w+)'", told)
+    unknown = unknown_argument(error)
     if unknown is None:
         return ""
     kind: Any = getattr(make, "func", make)
@@ -218,7 +219,7 @@ def _near(make: MakeOptimizer, told: str) -> str:
         from timm.optim import get_optimizer_info
 
         kind = get_optimizer_info(_bare(getattr(make, "keywords", {})["opt"])).opt_class
-    return nearest(unknown[1], signature(kind).parameters) if callable(kind) else ""
+    return nearest(unknown, signature(kind).parameters) if callable(kind) else ""
 
 
 def _bare(name: str) -> str:

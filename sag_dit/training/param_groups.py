@@ -13,8 +13,10 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from sag_dit.bounds import nearest, raised, shown
+from sag_dit.bounds import shown
 from sag_dit.denoiser import Denoiser
+from sag_dit.messages import nearest
+from sag_dit.raised import failure
 from sag_dit.training.finetune import matching
 
 LR_SCALE = "lr_scale"
@@ -277,7 +279,7 @@ def _asked(rule: Rule, each: Trained, where: str) -> Mapping[str, Any] | None:
         if isinstance(rule, LayerDecay):
             raise
         raise ValueError(
-            f"{where}: {_told(rule)} {raised(error)} at the parameter {each.name}"
+            f"{where}: at the parameter {each.name} {_told(rule)} fails with {failure(error)}"
         ) from error
 
 

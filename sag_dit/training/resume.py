@@ -26,6 +26,7 @@ from sag_dit.checkpoints import build, write_safetensors
 from sag_dit.checkpoints.export import Own, check_finite, not_finite
 from sag_dit.checkpoints.formats import merged
 from sag_dit.files import atomic, writing
+from sag_dit.raised import reason_of
 from sag_dit.training.averaging import whole_weights
 from sag_dit.training.module import DiffusionModule
 from sag_dit.untrusted import read_json
@@ -269,7 +270,9 @@ class LastCheckpoints(Checkpoint):
         if not trainer.strategy.reduce_boolean_decision(own, all=False):
             return None
         # A failure comes first, which names what to mend, on whichever rank it is.
-        reasons: list[int | str] = [_told(failed) if failed else self._signal] * trainer.world_size
+        reasons: list[int | str] = [
+            reason_of(failed) if failed else self._signal
+        ] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(reasons, reasons[0])
         stopped = Stopped(
@@ -341,12 +344,6 @@ def check_readable(parts: Mapping[str, Any]) -> None:
                 f"{name} keeps in checkpoints what cannot be read again ({reason}): expected "
                 f"tensors, numbers, text, and lists and dicts of them"
             ) from None
-
-
-def _told(failure: Exception) -> str:
-    """Return what a loader says of its failure, and of a mistake in code its kind."""
-    misuse = isinstance(failure, (ValueError, OSError))
-    return f"{failure}" if misuse else f"{type(failure).__name__}: {failure}"
 
 
 def step_checkpoint(out: Path, step: int) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -17,7 +16,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from sag_dit.data.training_batches import counted
+from sag_dit.messages import counted
+from sag_dit.tensors import without_memory
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.sharding import FullyShardedStrategy
 
@@ -91,7 +91,7 @@ def estimate_memory(module: DiffusionModule, images: int, trainer: Trainer) -> M
     Activations are what the forward pass of ``images`` keeps for the backward pass. What is
     needed for a moment only is not counted, nor is an autoencoder.
     """
-    twin = _without_memory(module)
+    twin = without_memory(module, module.model.codec)
     half_weights, half = trainer.precision.endswith("16-true"), "16" in str(trainer.precision)
     shards = trainer.world_size if isinstance(trainer.strategy, FullyShardedStrategy) else 1
     own = list(twin.denoiser.state_dict(keep_vars=True).values())
@@ -114,16 +114,6 @@ def estimate_memory(module: DiffusionModule, images: int, trainer: Trainer) -> M
             else kept // (1 + half),
         }
     )
-
-
-def _without_memory(module: DiffusionModule) -> DiffusionModule:
-    """Return a copy of a module whose tensors are on ``meta``; its codec is the same."""
-    memo: dict[int, Any] = {id(module.model.codec): module.model.codec}
-    for tensor in (*module.parameters(), *module.buffers()):
-        memo[id(tensor)] = tensor.to("meta").requires_grad_(tensor.requires_grad)
-        if isinstance(tensor, nn.Parameter):
-            memo[id(tensor)] = nn.Parameter(memo[id(tensor)], tensor.requires_grad)
-    return deepcopy(module, memo)
 
 
 def _optimizer_state(twin: DiffusionModule, trained: Sequence[nn.Parameter]) -> list[Tensor] | None:

@@ -24,7 +24,7 @@ from sag_dit.cli import export as export_command
 from sag_dit.cli import sample as sample_command
 from sag_dit.cli import train as train_command
 from sag_dit.cli.app import launch
-from sag_dit.cli.composing import tell_once
+from sag_dit.cli.first_rank import tell_once
 from sag_dit.denoiser import ClassConditional
 from sag_dit.models import DiT
 from tests.small import filled

@@ -16,12 +16,13 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
 )
+from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 
 from sag_dit.data.digits import Digits
 from sag_dit.training.callbacks import LossByLevel, Monitored, Speed, check_monitors, strange_hooks
 from sag_dit.training.console import Lines
-from sag_dit.training.loggers import CSVLog, check_number
+from sag_dit.training.loggers import CSVLog, check_one_number, note_versions
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.resume import check_readable
 from tests.training.making import ADAM, assert_same, fresh_model, make_trainer
@@ -54,9 +55,9 @@ class Own(Callback):
 @pytest.mark.parametrize(
     ("callback", "why", "told"),
     [
-        (EarlyStopping("val_loss"), None, "which nothing logs; did you mean val/loss?"),
+        (EarlyStopping("val_loss"), None, "Did you mean val/loss?"),
         (EarlyStopping("metrics/fid"), None, "which nothing logs; expected one of images/s, "),
-        (ModelCheckpoint(monitor="val_loss"), None, "did you mean val/loss?"),
+        (ModelCheckpoint(monitor="val_loss"), None, "Did you mean val/loss?"),
         (ModelCheckpoint(monitor="loss", every_n_train_steps=2), None, "which nothing logs"),
         (EarlyStopping("val/loss"), NEVER, f"monitors val/loss at validations, but {NEVER}"),
         (EarlyStopping("train/loss"), NEVER, f"monitors train/loss at validations, but {NEVER}"),
@@ -106,7 +107,7 @@ def test_the_command_refuses_before_there_is_a_folder(
     name: str, in_process: Command, tmp_path: Path
 ) -> None:
     one = f"{{_target_: lightning.pytorch.callbacks.{name}, monitor: val_loss}}"
-    for validation, told in ((1, "did you mean val/loss?"), (9, "expected at most max_steps=5")):
+    for validation, told in ((1, "Did you mean val/loss?"), (9, "expected at most max_steps=5")):
         outcome = in_process(
             "train",
             *SMALL,
@@ -137,7 +138,7 @@ def test_a_run_that_early_stopping_ends_is_finished(in_process: Command, tmp_pat
         assert_same(load_file(tmp_path / "run" / "model.safetensors"), weights)
     # A run that goes on from it is not ended by what ended the first.
     begun = in_process("train", *SMALL, *STOPS, "out=next", "resume_from=run")
-    assert "at start with a fresh state: EarlyStopping" in begun.out
+    assert "callbacks that start with a fresh state: EarlyStopping" in begun.out
     assert (
         "finished" not in begun.out and (tmp_path / "next/checkpoints/step-00000006.ckpt").exists()
     )
@@ -193,6 +194,15 @@ def test_mlflow_goes_on_with_its_run(
         assert done.code == 0, done.err
     (losses,) = (tmp_path / "ml").glob("*/*/metrics/train/loss")
     assert [line.split()[2] for line in losses.read_text().splitlines()] == ["0", "1", "2"]
+
+
+def test_a_log_that_is_left_is_found(tmp_path: Path) -> None:
+    def noted(target: str, version: int | str) -> list[str]:
+        log = CSVLogger(tmp_path, version=version)
+        return note_versions(tmp_path, {"logger": (target, log), "own": ("a.B", CSVLog(tmp_path))})
+
+    assert noted("a.B", 1) == noted("a.B", 1) == noted("a.Other", "two") == []
+    assert noted("a.Other", 3) == ["logger"]
 
 
 def test_a_logger_that_begins_anew_is_told(in_process: Command) -> None:
@@ -273,9 +283,9 @@ def test_what_lightning_s_callbacks_log_themselves_is_no_line(
 @pytest.mark.parametrize("value", [torch.ones(3), "text", None, {"a": 1.0}, torch.ones(0), 1j])
 def test_one_number_is_logged_at_a_time(value: Any) -> None:
     with pytest.raises(ValueError, match=r"^logging my/metric: .*; expected one number"):
-        check_number("my/metric", value)
+        check_one_number("my/metric", value)
     for single in (1, 0.5, True, torch.ones(()), torch.ones(1, 1), torch.tensor(3)):
-        check_number("my/metric", single)
+        check_one_number("my/metric", single)
 
 
 @pytest.mark.parametrize("value", [Path("x"), lambda: 1, Own()])

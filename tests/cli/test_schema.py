@@ -19,7 +19,7 @@ from sag_dit.cli import typed
 from sag_dit.cli.app import launch, leaving_when_told
 from sag_dit.cli.composing import FOLDER, checked_config, config_folder
 from sag_dit.cli.keys import COMMANDS
-from sag_dit.cli.keys.key import keys_of, to_dict
+from sag_dit.cli.keys.key import HELD_OUT, keys_of, to_dict, walk
 from sag_dit.cli.presets import with_presets
 from sag_dit.methods import scales
 from tests.cli.conftest import ROOT
@@ -378,6 +378,14 @@ except SystemExit as stop:
     )
     assert json.loads(done.stdout) == [1, []]
     assert told in done.stderr
+
+
+def test_what_a_key_needs_is_declared() -> None:
+    """A key that is misspelt there would be missing always, and so what needs it refused."""
+    for schema in COMMANDS.values():
+        declared = {path for path, *_ in walk(schema)}
+        needed = {need for _, _, told in walk(schema) for need in told.needs} - {HELD_OUT}
+        assert {key for need in needed for key in need.split(" or ")} <= declared
 
 
 def test_a_finished_command_imports_nothing_heavy_but_torch(tmp_path: Path) -> None:

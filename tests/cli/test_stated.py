@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
-from sag_dit.bounds import nearest
-from sag_dit.cli import composing, run_identity
+from sag_dit.cli import first_rank, run_identity
 from sag_dit.cli.composing import compose, make, refuse_strangers
 from sag_dit.cli.keys.key import to_dict
 from sag_dit.cli.schema import refuse_idle
 from sag_dit.cli.typed import check_arguments
+from sag_dit.messages import nearest
 
 Command = Callable[..., Any]
 
@@ -74,7 +74,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_stated", raising=False)
-    composing.tell_once.cache_clear()
+    first_rank.tell_once.cache_clear()
     return tmp_path
 
 
@@ -115,6 +115,12 @@ def test_a_module_that_a_module_imports_is_not_the_one_that_is_misspelt(mine: Pa
         make({"_target_": "my_broken.Plain"}, "model")
 
 
+def test_a_module_that_fails_is_not_misspelt(mine: Path) -> None:
+    (mine / "my_failing.py").write_text("lost\n\n\nclass Plain: ...")
+    with pytest.raises(ValueError, match=r"_target_=my_failing.Plain: name 'lost' [^\n]*$"):
+        make({"_target_": "my_failing.Plain"}, "model")
+
+
 def test_an_argument_of_ones_own_class(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match=r"takes no um\nDid you mean mu\?"):
         make({"_target_": "my_stated.Momentum", "um": 0.8, "_partial_": True}, "optimizer")
@@ -129,7 +135,10 @@ def test_an_argument_of_ones_own_class(mine: Path, capsys: pytest.CaptureFixture
 
 
 def test_an_error_in_a_class_of_ones_own_names_it(mine: Path) -> None:
-    with pytest.raises(ValueError, match=r"^rule: my_stated.Picky raised KeyError: 'key'$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^rule: my_stated.Picky fails with KeyError: 'key' \(.*my_stated.py, line \d+\)$",
+    ):
         make({"_target_": "my_stated.Picky", "table": {}}, "rule")
 
 
@@ -205,7 +214,7 @@ def test_a_size_beside_a_checkpoint_is_refused(in_process: Command, mine: Path) 
 def test_the_last_of_a_key_counts_and_the_others_are_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    composing.tell_once.cache_clear()
+    first_rank.tell_once.cache_clear()
     stated = ["size=S", "seed=1", "size=B", "seed=2", "seed=2", "model={depth: 2}"]
     kept = check_arguments("train", [*stated, "model={num_heads: 2}"], [])
     assert kept == ["size=B", "seed=2", "++model.depth=2", "++model.num_heads=2"]
@@ -220,6 +229,7 @@ def test_the_last_of_a_key_counts_and_the_others_are_told(
     ("stated", "keys"),
     [
         ("model={depth: 2, num_heads: 3}", ["++model.depth=2", "++model.num_heads=3"]),
+        ("++model={depth: 2, num_heads: 3}", ["++model.depth=2", "++model.num_heads=3"]),
         (
             "preview={steps: 3, guidance: {sag: null}}",
             ["preview.steps=3", "preview.guidance.sag=null"],
@@ -279,7 +289,7 @@ def test_a_callback_alone_and_in_a_list_are_one_run(mine: Path, key: str) -> Non
     assert run_identity.identity(alone) == run_identity.identity(listed)
     assert run_identity.run_folder(alone) == run_identity.run_folder(listed)
     # A run that was begun when they were two is still found, by either.
-    former = run_identity._alone(run_identity.identity(listed))
+    former = run_identity._standing_alone(run_identity.identity(listed))
     assert former != run_identity.identity(listed)
     folder = run_identity._free_folder(listed, copy.deepcopy(former))
     new = run_identity.run_folder(listed)
@@ -349,7 +359,7 @@ def test_default_guidance_is_left_out_of_what_cannot_have_it(
         ("[{match: bias, weight_decay: 0.1}]", r"names that hold bias are matched by '\*bias\*'"),
         (
             "[{_target_: my_stated.broken}]",
-            r"param_groups\[0\]: broken raised AttributeError: .* at the parameter x_embedder",
+            r"param_groups\[0\]: at the parameter x_embedder\S* broken fails with AttributeError",
         ),
     ],
 )

@@ -174,7 +174,7 @@ def test_a_length_that_fails_is_told() -> None:
         def __len__(self) -> Any:
             return 2.5
 
-    with pytest.raises(ValueError, match=r"Endless: its length fails with TypeError \('float' obj"):
+    with pytest.raises(ValueError, match=r"Endless: its length fails with TypeError: 'float' obj"):
         MapData(Endless([0]), 1, workers=0)
 
 
