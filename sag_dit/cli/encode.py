@@ -196,8 +196,10 @@ def run_encode(config: Encode) -> None:
 
 def _encode(config: Encode, plan: EncodingPlan, fabric: Fabric) -> Index | None:
     """Encode on all ranks; return the index on the first one."""
+    import numpy as np
+
     from sag_dit.data.encoding import encode_share
-    from sag_dit.data.images import CHECKED_UP_FRONT, told_left_out
+    from sag_dit.data.images import CHECKED_UP_FRONT, told_buckets, told_left_out
     from sag_dit.data.training_batches import workers_per_process
     from sag_dit.output.ranks import RankReports
 
@@ -207,6 +209,9 @@ def _encode(config: Encode, plan: EncodingPlan, fabric: Fabric) -> Index | None:
         plan.check_room()
         for text in told_left_out(crops.files.left_out):
             log.warning("left out are %s", text)
+        if len(crops.buckets) > 1:
+            counts = np.bincount(crops.bucket_of, minlength=len(crops.buckets)).tolist()
+            print(told_buckets(crops.buckets, counts, batch_size=1))
         if crops.strict or len(crops.files) <= CHECKED_UP_FRONT:
             for text in crops.inspect().told(crops):
                 log.warning("%s", text)

@@ -209,6 +209,29 @@ def _told_lacking(need: str, values: Mapping[str, Any]) -> tuple[str, str]:
     return f"{key} is {shown(None if there == {} else there)}", f"set {need} too"
 
 
+def told_too_late(config: Closed, steps: int) -> list[str]:
+    """Return a line for each key that a user has stated and that acts after the end of a run.
+
+    It is no mistake, since a run of more steps goes on to where it acts.
+
+    Example:
+        >>> from sag_dit.cli.composing import compose
+        >>> told_too_late(compose("train", ["experiment=digits", "keep.best=3"]), steps=10)
+        ['note: keep.best acts every 1,000 steps (every_n_steps.validation), and the run has 10']
+    """
+    values, lines = to_dict(config), []
+    for path, _, told in walk(type(config)):
+        found = {each: selected(values, each) for each in told.every.split(" or ") if each}
+        key, every = next((each for each in found.items() if each[1] is not None), ("", 0))
+        stated = [each for each in config.typed if f"{each}.".startswith(f"{path}.")]
+        lines += [
+            f"note: {each} acts every {every:,} steps ({key}), and the run has {steps:,}"
+            for each in stated
+            if every > steps and each != key
+        ]
+    return lines
+
+
 def later_keys(command: str) -> dict[str, Any]:
     """Return the keys that runs were made without, with the values that mean what those did.
 

@@ -24,7 +24,7 @@ from sag_dit.cli.run_identity import (
     run_folder,
     told_differences,
 )
-from sag_dit.cli.schema import refuse_idle
+from sag_dit.cli.schema import refuse_idle, told_too_late
 from sag_dit.cli.train_model import adapt_model, load_base, make_model, refuse_foreign_sizes
 from sag_dit.cli.train_module import (
     check_objective,
@@ -223,6 +223,7 @@ def beginning_report(
         start_report(module, parts.trainer, images, step, epoch),
         module.groups_report(),
         disk_report(config, module, parts.validates),
+        *told_too_late(config, config.max_steps),
     ]
     if adopts is not None:
         if config.resume_from is not None:
@@ -239,7 +240,7 @@ def disk_report(config: Train, module: DiffusionModule, validates: bool) -> str:
     checkpoint = sum(sizes.values()) + 2 * sum(p.numel() * p.element_size() for p in trained)
     keep, widths = config.keep, config.ema.further.sigma_rel
     network = sum(p.numel() * p.element_size() for p in module.denoiser.parameters())
-    number = min(keep.snapshots, -(-config.max_steps // config.every_n_steps.snapshot))
+    number = min(keep.snapshots, config.max_steps // config.every_n_steps.snapshot)
     # While a checkpoint is written, the one that it replaces is there as well.
     best = keep.best * validates
     total = (keep.last + best + 1) * checkpoint + number * len(widths) * network

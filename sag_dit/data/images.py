@@ -909,8 +909,8 @@ def stated_buckets(buckets: int | Sequence[Sequence[int]], size: Side) -> list[t
             )
     if sides(size) not in found.values():
         raise ValueError(
-            f"data.buckets: {told_size(size)} is not among them: expected the resolution of the "
-            f"run too, at which previews and images are drawn"
+            f"data.buckets: {told_size(size)} is not among them: expected it too, the resolution "
+            f"of a run (data.size of encode.py), at which images are drawn"
         )
     return [*found.values()]
 
@@ -944,6 +944,9 @@ def told_buckets(sizes: Iterable[Side], counts: Sequence[int], batch_size: int) 
     """Return how many images to train on each bucket has, with those that are short of some."""
     named = [(told_size(size), n) for size, n in zip(sizes, counts, strict=True)]
     line = f"  buckets  {', '.join(f'{size} ({n:,})' for size, n in named)}"
+    empty = [size for size, n in named if not n]
+    if empty:
+        line += f"\n  note: {', '.join(empty)}: no image has its aspect ratio most nearly"
     few = [size for size, n in named if 0 < n < batch_size]
     if few:
         line += (

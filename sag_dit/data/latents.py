@@ -221,6 +221,24 @@ def _second(folder: Path, first: Index) -> Latents | NpyLatents:
     return second
 
 
+def _check_sizes(where: str, latents: Latents | NpyLatents, model: Model) -> None:
+    """Refuse latents of several sizes that a network cannot be given; ``where`` they are.
+
+    Raises:
+        ValueError: it takes one size, or patches that do not divide another one.
+    """
+    if latents.bucket_of is None:
+        return
+    network = model.class_conditional.network
+    if model.denoiser.size_multiple is None:
+        raise ValueError(
+            f"{where} holds latents of several sizes, and {type(network).__name__} takes one: "
+            f"expected latents of encode.py without data.buckets, or a network that says "
+            f"any_size = True"
+        )
+    check_buckets(latents.buckets, latents.buckets, model.codec.factor, network.patch_size)
+
+
 class LatentData(NamedData):
     """Batches (x_0 (b, c, h, w) float32, labels) of latents that ``encode.py`` or EDM2 wrote.
 
@@ -405,15 +423,9 @@ class LatentData(NamedData):
             )
         self.check_classes(model)
         # Every bucket has to be one that the network can be given.
-        if self.dataset.bucket_of is not None:
-            if model.denoiser.size_multiple is None:
-                raise ValueError(
-                    f"data.root={self._folder} holds latents of several sizes, and "
-                    f"{type(model.class_conditional.network).__name__} takes one: expected latents "
-                    f"of encode.py without data.buckets, or a network that says any_size = True"
-                )
-            factor, patch = model.codec.factor, model.class_conditional.network.patch_size
-            check_buckets(self.dataset.buckets, self.dataset.buckets, factor, patch)
+        _check_sizes(f"data.root={self._folder}", self.dataset, model)
+        if self._validation is not None:
+            _check_sizes(f"data.validation={self._validation.folder}", self._validation, model)
         if self._raw is not None:
             if not isinstance(model.codec, VAECodec):
                 raise ValueError(

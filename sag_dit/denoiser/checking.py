@@ -20,7 +20,7 @@ from sag_dit.tensors import without_memory
 
 LARGE = 1e10
 """Parameters times positions from which on a network is asked without memory, where it can be."""
-ROWS = 2
+ROWS, GROUPED = 2, 8
 SAME = 0.01
 """Share of the greatest value by which two answers to one question may differ, by rounding."""
 
@@ -112,12 +112,23 @@ def _ask(denoiser: ClassConditional, network: Any) -> None:
                 f"so that an image would depend on what was drawn before: expected an answer that "
                 f"follows from x_t, t and y; keep nothing between calls"
             )
+        # Twice with other random numbers, of noise, since nothing can be dropped of zeros.
+        x_t = torch.randn_like(x_t)
+        twice = network(x_t, t, y), network(x_t, t, y)
+        apart = (twice[0] - twice[1]).abs().max()
+        if x_t.device.type == "cpu" and apart > SAME * twice[0].abs().max():
+            raise ValueError(
+                f"{_name(network)}: its forward draws random numbers also when it is not training, "
+                f"so that an image would not follow from its seed: expected none then, as "
+                f"nn.Dropout or F.dropout(x, p, self.training) draws none"
+            )
 
 
 def check_trainable(denoiser: ClassConditional) -> None:
     """Ask a copy of a network for two steps as training does, with three images and gradients.
 
-    What cannot be copied, or is compiled, is not asked.
+    What cannot be copied, or is compiled, is not asked. Where three fail, it is asked with eight,
+    since a network may put its images into pairs or groups.
 
     Raises:
         ValueError: its ``forward`` fails in training mode, returns something else than it should,
@@ -139,22 +150,28 @@ def check_trainable(denoiser: ClassConditional) -> None:
         twin.train()
     except Exception:  # What a network of one's own may hold.
         return
-    x_t, t = _question(denoiser, next(twin.parameters()), ROWS + 1)
-    y = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
-    with torch.random.fork_rng([x_t.device] if x_t.device.type == "cuda" else []):
-        try:
-            # Twice, so that what is kept of the first step would be met at the second.
-            for step in ("first", "second"):  # noqa: B007, for the message
-                output = twin(x_t, t, y)
-                if isinstance(output, Tensor) and output.requires_grad:
-                    output.sum().backward()
-        except Exception as error:  # Whatever a forward of one's own raises.
-            if large:  # Not every network can be asked without memory.
-                return
-            raise ValueError(
-                f"{_name(network)}: it fails in training, at its {step} step, with "
-                f"{failure(error)}; it was given x_t {_told(x_t)}, t {_told(t)} and y {_told(y)}"
-            ) from error
+    device = next(twin.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for rows in (ROWS + 1, GROUPED):
+            x_t, t = _question(denoiser, next(twin.parameters()), rows)
+            y = torch.zeros(len(x_t), dtype=torch.long, device=device)
+            try:
+                # Twice, so that what is kept of the first step would be met at the second.
+                for step in ("first", "second"):  # noqa: B007, for the message
+                    output = twin(x_t, t, y)
+                    if isinstance(output, Tensor) and output.requires_grad:
+                        output.sum().backward()
+                break
+            except Exception as error:  # Whatever a forward of one's own raises.
+                if large:  # Not every network can be asked without memory.
+                    return
+                if rows != GROUPED:
+                    continue
+                raise ValueError(
+                    f"{_name(network)}: it fails in training, at its {step} step, with "
+                    f"{failure(error)}; it was given x_t {_told(x_t)}, t {_told(t)} and y "
+                    f"{_told(y)}"
+                ) from error
     _check_output(denoiser, x_t, output, " in training")
     if not output.requires_grad and any(each.requires_grad for each in twin.parameters()):
         raise ValueError(

@@ -238,7 +238,7 @@ def test_report_tells_the_buckets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("buckets", "told"),
     [
-        ([[6, 12], [12, 6]], "data.buckets: 8 is not among them: expected the resolution"),
+        ([[6, 12], [12, 6]], "data.buckets: 8 is not among them: expected it too, the resolution"),
         ([[8, 8], [16, 16]], "8 and 16 have one aspect ratio, by which"),
         ([[8, 8], [8]], r"\[8\]: expected \[height, width\]"),
         (0, "data.buckets=0: expected 1 or more pixels"),

@@ -32,7 +32,7 @@ class Plain(Backbone):
         self.layers = {layer: AttentionLayer(layer, (4, 4), tokens)}
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Any:
-        told = self.label(y)[:, None] + torch.rand(1, 1, 8, device=x.device)
+        told = self.label(y)[:, None] + self.training * torch.rand(1, 1, 8, device=x.device)
         tokens = self.attn(self.norm(torch.cat([told, self.first(x.flatten(2).mT)], dim=1)))
         return type(self).answer(self.last(tokens[:, 1:]).mT.unflatten(2, (4, 4)))
 
@@ -296,3 +296,30 @@ def test_it_is_asked_without_memory(how: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Plain, "forward", noted)
     asked(network)
     assert {*given} == {"meta" if how == "without memory" else "cpu"}
+
+
+class Dropping(Plain):
+    """Drops also when it is not training."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Any:
+        return super().forward(nn.functional.dropout(x, 0.5, True), t, y)
+
+
+def test_random_numbers_outside_of_training_are_refused(how: str) -> None:
+    if how == "without memory":
+        pytest.skip("nothing is drawn without memory")
+    with pytest.raises(ValueError, match=r"Dropping: its forward draws random numbers also when"):
+        asked(Dropping())
+
+
+class Pairs(Plain):
+    """Takes its images two by two while it trains."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Any:
+        if self.training:
+            x = x.unflatten(0, (-1, 2)).flatten(0, 1)
+        return super().forward(x, t, y)
+
+
+def test_a_network_may_put_its_images_into_groups() -> None:
+    checking.check_trainable(ClassConditional(Pairs(), DDPM()))

@@ -208,3 +208,25 @@ def test_terms_that_training_logs_itself_are_refused() -> None:
     for name in base.LOGGED:
         with pytest.raises(ValueError, match=f"training logs train/{name} itself"):
             Losses(torch.zeros(2), level, {name: torch.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (lambda error, level: Losses(error.mean(), level), r"per_image \(\) of 2 images"),
+        (lambda error, level: Losses(error, level), r"per_image \(2, 1, 8, 8\) of 2 images"),
+        (
+            lambda error, level: Losses(error.flatten(1).mean(1), level, {"far": error.max()}),
+            r"far \(\) of 2 images",
+        ),
+        (lambda error, level: error.mean(), r"losses returns Tensor: expected .*Losses"),
+    ],
+)
+def test_a_loss_that_is_not_of_each_image_is_told(made: Any, told: str) -> None:
+    class Mean(Objective):
+        def losses(self, denoiser: Any, x_0: Any, cond: Any, level: Any, eps: Any) -> Any:
+            return made((x_0 - eps).square(), level)
+
+    denoiser = fresh_model().class_conditional
+    with pytest.raises(ValueError, match=f"objective=Mean: its losses returns.*{told}|{told}"):
+        Mean()(denoiser, torch.zeros(2, 1, 8, 8), denoiser.conditions([0, 1]))

@@ -571,6 +571,7 @@ class FurtherAverages(Closed):
         least=0.001,
         below=0.2886,
         blank=True,
+        every="every_n_steps.snapshot",
     )
 
 
@@ -720,12 +721,14 @@ class Keep(Closed):
         least=0,
         most=10_000,
         words="save_top_k",
+        every="every_n_steps.validation",
         needs=(HELD_OUT,),
     )
     snapshots: int = key(
         "snapshots of each average over ema.further.sigma_rel that are kept",
         least=2,
         most=100_000,
+        every="every_n_steps.snapshot",
         needs=("ema.further.sigma_rel",),
     )
 
@@ -921,9 +924,13 @@ class Train(Closed):
     every_n_steps: Every = key("how often", determines="nothing")
     every_n_minutes: EveryMinutes = key("how often by the clock", determines="nothing")
     keep: Keep = key("what stays on the disk", determines="nothing")
-    preview: Preview = key("previews", determines="nothing")
+    preview: Preview = key("previews", determines="nothing", every="every_n_steps.preview")
     logger: Open | None = key("where numbers go", determines="nothing")
-    track: Track | None = key("metrics while training", determines="nothing")
+    track: Track | None = key(
+        "metrics while training",
+        determines="nothing",
+        every="track.every_n_steps or every_n_steps.preview",
+    )
 
 
 @dataclass(kw_only=True)

@@ -40,6 +40,8 @@ class Key(Bounds):
             another kind than expected, and the arguments that the target does not take.
         by_checkpoint: where a run starts from a checkpoint, the checkpoint decides it.
         published: published numbers are only compared with runs that agree in it.
+        every: the key that says every how many steps of training it acts, or "a or b" for the
+            first that is no null.
         needs: the keys without which it acts on nothing, such as "a or b", or :data:`HELD_OUT`.
 
     Example:
@@ -65,6 +67,7 @@ class Key(Bounds):
     around: str = ""
     by_checkpoint: bool = False
     published: bool = False
+    every: str = ""
     needs: tuple[str, ...] = ()
 
 

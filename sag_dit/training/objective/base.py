@@ -141,7 +141,8 @@ class Objective(ABC):
         """Draw times, then noise, and return the losses there.
 
         Raises:
-            ValueError: the objective sees pixels, and there are none.
+            ValueError: the objective sees pixels, and there are none, or it returns something else
+                than a loss for each image.
         """
         process = denoiser.process
         ask: Callable[..., Losses] = self.losses
@@ -150,7 +151,28 @@ class Objective(ABC):
                 raise no_pixels(self)
             ask = partial(ask, pixels=pixels)
         level = process.level(process.time_at(self.quantiles(x_0.shape[0], x_0.device)))
-        return ask(denoiser, x_0, cond, level, torch.randn_like(x_0))
+        found = ask(denoiser, x_0, cond, level, torch.randn_like(x_0))
+        self._check_losses(found, x_0)
+        return found
+
+    def _check_losses(self, found: Any, x_0: Images) -> None:
+        """Refuse what is no loss of each image.
+
+        Raises:
+            ValueError: what it is, with the objective's class.
+        """
+        told = f"objective={type(self).__name__}: its losses returns"
+        if not isinstance(found, Losses):
+            raise ValueError(
+                f"{told} {type(found).__name__}: expected sag_dit.training.objective.Losses"
+            )
+        for name, each in {"per_image": found.per_image, **found.terms}.items():
+            shape = tuple(getattr(each, "shape", ()))
+            if shape != (len(x_0),):
+                raise ValueError(
+                    f"{told} {name} {shape} of {len(x_0)} images: expected a tensor "
+                    f"{(len(x_0),)}, a loss for each image, as error.flatten(1).mean(dim=1) is"
+                )
 
 
 def no_pixels(objective: Objective) -> ValueError:

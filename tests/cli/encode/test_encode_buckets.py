@@ -48,6 +48,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_shard_is_of_one_bucket(command: Encode, photos: Path) -> None:
     result = command(ASKED, "dtype=float32", root=photos)
     assert result.code == 0 and result.encoded == sum(COUNTS), result.err
+    assert result.out.startswith("  buckets  [12,24] (6), 16 (5), [24,12] (3)\n")
     index = read_index(result.folder)
     assert index.shape == (4, 8, 8) and index.config["buckets"] == BUCKETS
     found = [(shard.rows, index.shape_of(shard)[1:]) for shard in index.shards]
@@ -138,4 +139,16 @@ def test_a_network_has_to_take_every_bucket(
         launch("train", train_command.run_train, given)
     told = capsys.readouterr().err
     assert "[18,12] are no multiples of 4 pixels" in told and "Traceback" not in told
+    assert not Path("refused").exists()
+
+
+def test_a_second_folder_s_sizes_are_checked_too(
+    command: Encode, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = command(root=photos, out="plain").folder
+    other = command("data.buckets=[[16,16],[18,12]]", root=photos, out="other").folder
+    given = (*SMALL, f"data.root={plain}", f"data.validation={other}", "max_steps=1", "out=refused")
+    with pytest.raises(SystemExit):
+        launch("train", train_command.run_train, given)
+    assert "[18,12] are no multiples of 4 pixels" in capsys.readouterr().err
     assert not Path("refused").exists()
