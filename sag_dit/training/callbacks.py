@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
+    DeviceStatsMonitor,
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
@@ -22,6 +23,7 @@ from lightning.pytorch.callbacks import (
     ModelPruning,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
+    ThroughputMonitor,
     Timer,
     WeightAveraging,
 )
@@ -106,10 +108,17 @@ OF_EPOCHS: Sequence[tuple[type[Callback], Callable[[Any], bool], str]] = (
 """Those whose settings make them wait for the end of an epoch, and the setting that acts."""
 
 
-def check_callbacks(callbacks: Iterable[Callback], *, epochs: bool = False) -> None:
+LOGGING = (DeviceStatsMonitor, LearningRateMonitor, ThroughputMonitor)
+"""Those that hand what they measure to loggers, and do nothing else."""
+
+
+def check_callbacks(
+    callbacks: Iterable[Callback], *, epochs: bool = False, logs: bool = True
+) -> None:
     """Refuse callbacks of Lightning's that would do nothing in a run, or take it over.
 
-    With ``epochs`` the Trainer ends some, as by ``limit_train_batches``.
+    With ``epochs`` the Trainer ends some, as by ``limit_train_batches``. ``logs`` says whether
+    there is a logger.
 
     Raises:
         ValueError: such a callback; the message says what to set instead.
@@ -128,6 +137,16 @@ def check_callbacks(callbacks: Iterable[Callback], *, epochs: bool = False) -> N
                     f"trainer.callbacks: {name} waits for the end of an epoch, and {NO_EPOCHS}; "
                     f"expected {remedy}"
                 )
+        if isinstance(each, LOGGING) and not logs:
+            raise ValueError(
+                f"trainer.callbacks: {name} hands what it measures to a logger, and there is none; "
+                f"expected one, such as logger=csv"
+            )
+        if isinstance(each, ModelCheckpoint) and each.save_top_k == 0 and not each.save_last:
+            raise ValueError(
+                f"trainer.callbacks: {name} writes nothing with save_top_k: 0; expected 1 or more, "
+                f"-1 for all, or save_last: true"
+            )
 
 
 def strange_hooks(callback: Callback) -> list[str]:
