@@ -154,6 +154,7 @@ def taken_over(config: Train, parts: Parts, out: Path) -> Adopts | None:
 def train_on(config: Train, parts: Parts, out: Path, checkpoint: Path | None, step: int) -> None:
     """Train from a checkpoint's step on, on all ranks, and export the weights."""
     from sag_dit.cli.stopping import ending_together, naming_lost_nodes, telling_what_is_kept
+    from sag_dit.training.callbacks import telling_what_is_not_logged
     from sag_dit.training.console import Lines
     from sag_dit.training.resume import export_run
 
@@ -164,7 +165,10 @@ def train_on(config: Train, parts: Parts, out: Path, checkpoint: Path | None, st
         trainer.loggers = [*trainer.loggers, Lines(trainer)]
     with ending_together(trainer), telling_what_is_kept(trainer), naming_lost_nodes(trainer):
         begin_loggers(config, out, step, loggers)
-        trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
+        with telling_what_is_not_logged(trainer):
+            trainer.fit(
+                parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True
+            )
         export_run(trainer, parts.module, out)
     if trainer.is_global_zero and trainer.global_step < config.max_steps:
         print(early_end_report(out, trainer.global_step, config.max_steps))

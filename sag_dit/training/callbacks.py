@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -250,21 +252,56 @@ class Monitored(Callback):
         there = trainer.callback_metrics
         for each in _watching(trainer):
             if waits_for_validation(each) and monitors(each) not in there:
-                raise ValueError(
-                    f"trainer.callbacks: {type(each).__name__} monitors {monitors(each)}, which "
-                    f"nothing has logged by step {trainer.global_step}; expected one of "
-                    f"{', '.join(sorted(there))}"
-                )
+                raise ValueError(_not_logged(each, trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell which of them have watched nothing."""
+        there = trainer.callback_metrics
         for each in _watching(trainer):
-            if monitors(each) not in trainer.callback_metrics and trainer.is_global_zero:
+            name = monitors(each)
+            if name is not None and name not in there and trainer.is_global_zero:
                 print(
-                    f"warning: trainer.callbacks: {type(each).__name__} monitors "
-                    f"{monitors(each)}, which nothing has logged: it has done nothing",
+                    f"warning: trainer.callbacks: {type(each).__name__} monitors {name}, which "
+                    f"nothing has logged: it has done nothing{nearest(name, there)}",
                     file=sys.stderr,
                 )
+
+
+@contextmanager
+def telling_what_is_not_logged(trainer: Trainer) -> Iterator[None]:
+    """Tell in a sentence, in place of Lightning's, that a callback monitors what nothing logs.
+
+    Raises:
+        ValueError: the callback, the names that there are, and those that are close.
+
+    Example::
+
+        with telling_what_is_not_logged(trainer):
+            trainer.fit(module, datamodule=data)
+    """
+    try:
+        yield
+    except (MisconfigurationException, RuntimeError) as error:
+        for each in _watching(trainer):
+            name = monitors(each)
+            # Of the two that monitor, each names itself there.
+            kinds = [
+                kind for kind in type(each).__mro__ if kind in (EarlyStopping, ModelCheckpoint)
+            ]
+            meant = f"{name}" in str(error) and any(kind.__name__ in str(error) for kind in kinds)
+            if meant and name not in trainer.callback_metrics:
+                raise ValueError(_not_logged(each, trainer)) from error
+        raise
+
+
+def _not_logged(callback: Callback, trainer: Trainer) -> str:
+    """Return that nothing has logged what a callback monitors, and what there is."""
+    name, there = str(monitors(callback)), trainer.callback_metrics
+    return (
+        f"trainer.callbacks: {type(callback).__name__} monitors {name}, which nothing has logged "
+        f"by step {trainer.global_step}; expected one of {', '.join(sorted(there))}"
+        f"{nearest(name, there)}"
+    )
 
 
 def _watching(trainer: Trainer) -> list[Callback]:

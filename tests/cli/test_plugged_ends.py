@@ -96,10 +96,12 @@ def test_what_may_be_logged_is_not_refused(callbacks: list[Callback]) -> None:
 def test_what_a_run_has_never_logged_is_told_at_its_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saves = ModelCheckpoint(tmp_path, monitor="my/metric", every_n_train_steps=1)
+    saves = ModelCheckpoint(tmp_path, monitor="train_loss", every_n_train_steps=1)
     module = DiffusionModule(fresh_model(), optimizer=ADAM)
     make_trainer(tmp_path, 2, [Monitored(), saves, Own()]).fit(module, datamodule=Digits(8))
-    assert "ModelCheckpoint monitors my/metric, which nothing has logged" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "ModelCheckpoint monitors train_loss, which nothing has logged" in told
+    assert "Did you mean train/loss?" in told
 
 
 @pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint"])

@@ -365,7 +365,32 @@ def test_a_metric_that_nothing_logs_is_told_at_the_first_validation(in_process: 
     )
     assert outcome.code == 1 and "Traceback" not in outcome.err
     assert "EarlyStopping monitors val_loss, which nothing has logged by step 1" in outcome.err
-    assert "val/loss" in outcome.err
+    assert "Did you mean val/loss?" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("callback", "ends"),
+    [
+        # The first looks at step 2, after a validation; the second when an "epoch" ends.
+        ("ModelCheckpoint, monitor: train_loss, every_n_train_steps: 2", 2),
+        ("EarlyStopping, monitor: train_loss, check_on_train_epoch_end: true", 1),
+    ],
+)
+def test_a_metric_that_nothing_logs_is_told_at_other_times(
+    callback: str, ends: int, in_process: Command
+) -> None:
+    """Where Lightning would tell it in its own words."""
+    mine = f"{{_target_: {__name__}.Tells, name: it}}"
+    outcome = in_process(
+        *("train", *SMALL, "every_n_steps.validation=1", "every_n_steps.checkpoint=1", "out=run"),
+        f"trainer.callbacks=[{{_target_: lightning.pytorch.callbacks.{callback}}},{mine}]",
+        "trainer.limit_train_batches=1",
+    )
+    name = callback.partition(",")[0]
+    told = f"{name} monitors train_loss, which nothing has logged by step {ends}; expected one of"
+    assert outcome.code == 1 and "Traceback" not in outcome.err
+    assert told in outcome.err and "Did you mean train/loss" in outcome.err
+    assert "could not find the monitored key" not in outcome.err.partition("error:")[2]
 
 
 OWN = """
