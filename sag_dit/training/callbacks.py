@@ -284,11 +284,9 @@ def telling_what_is_not_logged(trainer: Trainer) -> Iterator[None]:
     except (MisconfigurationException, RuntimeError) as error:
         for each in _watching(trainer):
             name = monitors(each)
-            # Of the two that monitor, each names itself there.
-            kinds = [
-                kind for kind in type(each).__mro__ if kind in (EarlyStopping, ModelCheckpoint)
-            ]
-            meant = f"{name}" in str(error) and any(kind.__name__ in str(error) for kind in kinds)
+            # Lightning's two classes that monitor name themselves there.
+            kind = EarlyStopping if isinstance(each, EarlyStopping) else ModelCheckpoint
+            meant = all(told in str(error) for told in (str(name), kind.__name__))
             if meant and name not in trainer.callback_metrics:
                 raise ValueError(_not_logged(each, trainer)) from error
         raise
