@@ -129,6 +129,14 @@ def test_a_run_goes_on_where_a_callback_ended_it(
     assert_alike("parts", "whole")
 
 
+def test_a_longer_run_goes_on_where_an_epoch_ended(train: Command) -> None:
+    settings = ("trainer.limit_train_batches=2", EPOCHS)
+    train(*settings, "max_steps=8", "out=whole")
+    for steps in (4, 8):
+        train(*settings, f"max_steps={steps}", "out=longer")
+    assert_alike("longer", "whole")
+
+
 @pytest.mark.parametrize(
     "length",
     [
