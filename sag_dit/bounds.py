@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -73,6 +73,16 @@ def parts(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if union else (hint,)
 
 
+def is_function(kind: Any) -> bool:
+    """Whether a type is that of functions.
+
+    Example:
+        >>> is_function(Callable[[int], int]), is_function(int)
+        (True, False)
+    """
+    return Callable in (kind, get_origin(kind))
+
+
 def shown(value: Any) -> str:
     """Return a value as a user would type it."""
     if isinstance(value, list):
@@ -122,6 +132,9 @@ def _fit(value: Any, kind: Any, told: Bounds) -> tuple[bool, Any]:
         found = {name: fit(each, inner[1], told) for name, each in value.items()}
         named = all(isinstance(name, str) for name in value)
         return named and all(fits for fits, _ in found.values()), value
+    if is_function(kind):
+        # A mapping may name one, which is told when it is made.
+        return callable(value) or isinstance(value, Mapping), value
     return told.lenient, value
 
 
@@ -188,6 +201,8 @@ def _wanted(kind: Any, told: Bounds) -> str:
         what = " or ".join(several.get(each, "mappings") for each in plain)
         within = _bounds(plain[0], told) if "number" in what else ""
         return f"a list of {count}{what or 'values'}{within}"
+    if is_function(kind):
+        return "a function, stated as {_target_: my_module.its_name, _partial_: true}"
     return "a mapping"
 
 

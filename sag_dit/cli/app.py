@@ -354,9 +354,14 @@ def launch(
                 raise
             told = sentence(error, config_name, keys)
             if told is not None:
-                # A loader's failure is told when the step before is saved.
+                # A loader's failure is told when the step before is saved; of the user's code it
+                # is shown.
                 cause = error.__cause__ if kept_of(error) else None
-                if isinstance(cause, Exception) and sentence(cause, config_name, keys) is None:
+                if (
+                    isinstance(cause, Exception)
+                    and own_frames(cause) is not None
+                    and sentence(cause, config_name, keys) is None
+                ):
                     show(cause)
                 fail(with_kept(told, error))
             if own_frames(error) is None:

@@ -23,7 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sag_dit.bounds import Bounds, fit, parts, shown, wanted
+from sag_dit.bounds import Bounds, fit, is_function, parts, shown, wanted
 from sag_dit.cli.first_rank import tell_once
 from sag_dit.cli.keys import COMMANDS
 from sag_dit.cli.keys.key import Closed, substituted, walk
@@ -284,6 +284,7 @@ def make(values: Mapping[str, Any], where: str, kind: type = object, **more: Any
     # What stands within is made first.
     thing, given = check_target(values, where)
     made = {name: _made(value, f"{where}.{name}") for name, value in given.items()}
+    check_functions(made, given, where, str(values["_target_"]))
     for name in made.keys() & more.keys():
         if not (isinstance(made[name], list) and isinstance(more[name], list)):
             raise ValueError(
@@ -304,6 +305,29 @@ def make(values: Mapping[str, Any], where: str, kind: type = object, **more: Any
             f"{kind.__module__}.{kind.__qualname__}"
         )
     return found
+
+
+def check_functions(
+    made: Mapping[str, Any], given: Mapping[str, Any], where: str, target: str
+) -> None:
+    """Refuse what was called, or cannot be called, where a target takes a function.
+
+    Raises:
+        ValueError: the argument, and how to state a function.
+    """
+    hints = hints_of(target) or {}
+    for name, value in given.items():
+        kinds = [each for each in parts(hints.get(name, Any)) if each is not type(None)]
+        takes = all(map(is_function, kinds)) and isinstance(value, Mapping)
+        if not takes or callable(made[name]):
+            continue
+        function = value.get("_target_")
+        called = f": this calls it, and passes on the {type(made[name]).__name__} that it returns"
+        stated = f"{{_target_: {function or 'my_module.its_name'}, _partial_: true}}"
+        raise ValueError(
+            f"{where}.{name}={shown(value)}: {target} takes a function here"
+            f"{called if function else ''}; expected {stated}"
+        )
 
 
 def _not_made(error: Exception, where: str, target: str, given: Collection[str]) -> str:

@@ -154,8 +154,9 @@ def taken_over(config: Train, parts: Parts, out: Path) -> Adopts | None:
 def train_on(config: Train, parts: Parts, out: Path, checkpoint: Path | None, step: int) -> None:
     """Train from a checkpoint's step on, on all ranks, and export the weights."""
     from sag_dit.cli.stopping import ending_together, naming_lost_nodes, telling_what_is_kept
+    from sag_dit.training.callbacks import telling_what_is_not_logged
     from sag_dit.training.console import Lines
-    from sag_dit.training.resume import FOLDER, ended_by, export_run, steps_of
+    from sag_dit.training.resume import export_run
 
     trainer = parts.trainer
     loggers = make_loggers(config, out, step)
@@ -164,16 +165,25 @@ def train_on(config: Train, parts: Parts, out: Path, checkpoint: Path | None, st
         trainer.loggers = [*trainer.loggers, Lines(trainer)]
     with ending_together(trainer), telling_what_is_kept(trainer), naming_lost_nodes(trainer):
         begin_loggers(config, out, step, loggers)
-        trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
+        with telling_what_is_not_logged(trainer):
+            trainer.fit(
+                parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True
+            )
         export_run(trainer, parts.module, out)
     if trainer.is_global_zero and trainer.global_step < config.max_steps:
-        why = ended_by(steps_of(out / FOLDER)[0])
-        at = f"step {trainer.global_step} of {config.max_steps}"
-        print(
-            f"finished at {at}: {why}"
-            if why
-            else f"saved at {at}, where the trainer was told to stop; repeat the command to go on"
-        )
+        print(early_end_report(out, trainer.global_step, config.max_steps))
+
+
+def early_end_report(out: Path, step: int, steps: int) -> str:
+    """Return why a run has ended before its last step, and whether it goes on."""
+    from sag_dit.training.resume import ended_by, step_checkpoint
+
+    checkpoint, at = step_checkpoint(out, step), f"step {step} of {steps}"
+    why = ended_by(checkpoint)
+    if why is not None:
+        return f"finished at {at}: {why}"
+    told = "saved at" if checkpoint.exists() else "ended unsaved at"
+    return f"{told} {at}, where the trainer was told to stop; repeat the command to go on"
 
 
 def try_out(parts: Parts) -> None:

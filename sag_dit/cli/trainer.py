@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from sag_dit.cli.composing import check_target, make
 from sag_dit.cli.first_rank import is_first_rank
 from sag_dit.cli.keys import Train
-from sag_dit.cli.keys.key import to_dict
+from sag_dit.cli.keys.key import substituted, to_dict
 from sag_dit.cli.values import make_terms
+from sag_dit.messages import counted
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
@@ -48,7 +51,7 @@ def make_trainer(config: Train, out: Path) -> Trainer:
     classes: Any = preview.classes or None
     own, flags = own_callbacks(config), config.trainer
     epochs = "limit_train_batches" in flags or bool(flags.get("overfit_batches"))
-    check_callbacks(own, epochs=epochs)
+    check_callbacks(own, epochs=epochs, logs=bool(loggers_of(config)))
     has_bar = any(isinstance(each, ProgressBar) for each in own)
     shows_bar = config.trainer.get("enable_progress_bar", True) and (has_bar or on_a_terminal())
     callbacks: list[Callback] = [
@@ -185,17 +188,34 @@ def loggers_of(config: Train) -> dict[str, Mapping[str, Any]]:
     return ({"logger": config.logger} if config.logger else {}) | named
 
 
+def names_of_loggers(config: Train, out: Path) -> dict[str, str]:
+    """Return names of the loggers by the keys at which they stand: what was stated of each.
+
+    So each goes on with its own log, wherever it stands at the next start. Of several of which the
+    same was stated, the later ones have a number.
+    """
+    names: dict[str, str] = {}
+    for where, settings in loggers_of(config).items():
+        # The same folder may be written in several ways.
+        stated = substituted(settings, str(out), "")
+        name = json.dumps(stated, sort_keys=True, default=str)
+        twins = sum(each.startswith(name) for each in names.values())
+        names[where] = f"{name} {twins + 1}" if twins else name
+    return names
+
+
 def make_loggers(config: Train, out: Path, step: int) -> dict[str, Logger]:
     """Build the loggers, by their keys; at a step they go on with the logs of the run so far."""
     from lightning.pytorch.loggers import Logger
 
     from sag_dit.training.loggers import going_on
 
-    made = {}
+    made, names = {}, names_of_loggers(config, out)
     for where, settings in loggers_of(config).items():
         target = str(settings.get("_target_"))
         check_target(settings, where)
-        made[where] = make({**going_on(target, where, out, step), **settings}, where, Logger)
+        goes_on = going_on(target, names[where], out, step)
+        made[where] = make({**goes_on, **settings}, where, Logger)
     return made
 
 
@@ -203,17 +223,17 @@ def begin_loggers(config: Train, out: Path, step: int, made: Mapping[str, Logger
     """Log the settings, write down which logs there are, and tell which are not gone on with."""
     from sag_dit.training.loggers import going_on, note_versions
 
-    named = {}
+    names = names_of_loggers(config, out)
     for where, settings in loggers_of(config).items():
         target = str(settings.get("_target_"))
-        named[where] = target, made[where]
         # MLflow refuses a setting that has changed since; the run's config.yaml has it.
-        if "run_id" not in going_on(target, where, out, step):
+        if "run_id" not in going_on(target, names[where], out, step):
             made[where].log_hyperparams(to_dict(config))
     if is_first_rank():
-        others = note_versions(out, named)
-        for where in others if step else ():
-            print(f"{where}: {type(made[where]).__name__} begins another log at each start")
+        others = note_versions(out, {names[where]: each for where, each in made.items()})
+        for where, each in made.items() if step else ():
+            if names[where] in others:
+                print(f"{where}: {type(each).__name__} begins another log at each start")
 
 
 def check_validated(config: Train, data: StepData, trainer: Trainer) -> bool:
@@ -221,7 +241,7 @@ def check_validated(config: Train, data: StepData, trainer: Trainer) -> bool:
 
     Raises:
         ValueError: a callback that monitors what nothing logs, or checkpoints by a loss on held-out
-            images, where there is none.
+            images, where there is none, or a share of the batches that is none.
     """
     from sag_dit.training.callbacks import check_monitors
 
@@ -239,7 +259,33 @@ def check_validated(config: Train, data: StepData, trainer: Trainer) -> bool:
     if validates and every > config.max_steps and not config.trainer.get("fast_dev_run"):
         why = f"every_n_steps.validation={every}: expected at most max_steps={config.max_steps}"
     check_monitors(trainer.callbacks, why)  # type: ignore[attr-defined]
+    if validates:
+        check_share(config.trainer.get("limit_val_batches"), data.val_dataloader())
     return validates
+
+
+def check_share(share: float | None, loaders: Any) -> None:
+    """Refuse a share of the validation batches that is not even one, or that cannot be counted.
+
+    Raises:
+        ValueError: the share, and the least that is a batch.
+    """
+    if not isinstance(share, float) or share == 1:
+        return
+    told = f"trainer.limit_val_batches={share}"
+    for each in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
+        try:
+            batches = len(each)
+        except TypeError as error:  # As of an IterableDataset.
+            raise ValueError(
+                f"{told}: a share of batches that nobody can count; expected a whole number"
+            ) from error
+        if int(batches * share) == 0:
+            least = math.ceil(10_000 / batches) / 10_000
+            raise ValueError(
+                f"{told}: the held-out images are {counted(batches, 'batch', 'batches')}, of which "
+                f"that is less than one; expected {least:g} or more, or a whole number of batches"
+            )
 
 
 def check_previews(config: Train, model: Model) -> None:

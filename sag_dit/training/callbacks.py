@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
+    DeviceStatsMonitor,
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
@@ -22,6 +25,7 @@ from lightning.pytorch.callbacks import (
     ModelPruning,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
+    ThroughputMonitor,
     Timer,
     WeightAveraging,
 )
@@ -106,10 +110,17 @@ OF_EPOCHS: Sequence[tuple[type[Callback], Callable[[Any], bool], str]] = (
 """Those whose settings make them wait for the end of an epoch, and the setting that acts."""
 
 
-def check_callbacks(callbacks: Iterable[Callback], *, epochs: bool = False) -> None:
+LOGGING = (DeviceStatsMonitor, LearningRateMonitor, ThroughputMonitor)
+"""Those that hand what they measure to loggers, and do nothing else."""
+
+
+def check_callbacks(
+    callbacks: Iterable[Callback], *, epochs: bool = False, logs: bool = True
+) -> None:
     """Refuse callbacks of Lightning's that would do nothing in a run, or take it over.
 
-    With ``epochs`` the Trainer ends some, as by ``limit_train_batches``.
+    With ``epochs`` the Trainer ends some, as by ``limit_train_batches``. ``logs`` says whether
+    there is a logger.
 
     Raises:
         ValueError: such a callback; the message says what to set instead.
@@ -128,6 +139,16 @@ def check_callbacks(callbacks: Iterable[Callback], *, epochs: bool = False) -> N
                     f"trainer.callbacks: {name} waits for the end of an epoch, and {NO_EPOCHS}; "
                     f"expected {remedy}"
                 )
+        if isinstance(each, LOGGING) and not logs:
+            raise ValueError(
+                f"trainer.callbacks: {name} hands what it measures to a logger, and there is none; "
+                f"expected one, such as logger=csv"
+            )
+        if isinstance(each, ModelCheckpoint) and each.save_top_k == 0 and not each.save_last:
+            raise ValueError(
+                f"trainer.callbacks: {name} writes nothing with save_top_k: 0; expected 1 or more, "
+                f"-1 for all, or save_last: true"
+            )
 
 
 def strange_hooks(callback: Callback) -> list[str]:
@@ -231,21 +252,54 @@ class Monitored(Callback):
         there = trainer.callback_metrics
         for each in _watching(trainer):
             if waits_for_validation(each) and monitors(each) not in there:
-                raise ValueError(
-                    f"trainer.callbacks: {type(each).__name__} monitors {monitors(each)}, which "
-                    f"nothing has logged by step {trainer.global_step}; expected one of "
-                    f"{', '.join(sorted(there))}"
-                )
+                raise ValueError(_not_logged(each, trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell which of them have watched nothing."""
+        there = trainer.callback_metrics
         for each in _watching(trainer):
-            if monitors(each) not in trainer.callback_metrics and trainer.is_global_zero:
+            name = monitors(each)
+            if name is not None and name not in there and trainer.is_global_zero:
                 print(
-                    f"warning: trainer.callbacks: {type(each).__name__} monitors "
-                    f"{monitors(each)}, which nothing has logged: it has done nothing",
+                    f"warning: trainer.callbacks: {type(each).__name__} monitors {name}, which "
+                    f"nothing has logged: it has done nothing{nearest(name, there)}",
                     file=sys.stderr,
                 )
+
+
+@contextmanager
+def telling_what_is_not_logged(trainer: Trainer) -> Iterator[None]:
+    """Tell in a sentence, in place of Lightning's, that a callback monitors what nothing logs.
+
+    Raises:
+        ValueError: the callback, the names that there are, and those that are close.
+
+    Example::
+
+        with telling_what_is_not_logged(trainer):
+            trainer.fit(module, datamodule=data)
+    """
+    try:
+        yield
+    except (MisconfigurationException, RuntimeError) as error:
+        for each in _watching(trainer):
+            name = monitors(each)
+            # Lightning's two classes that monitor name themselves there.
+            kind = EarlyStopping if isinstance(each, EarlyStopping) else ModelCheckpoint
+            meant = all(told in str(error) for told in (str(name), kind.__name__))
+            if meant and name not in trainer.callback_metrics:
+                raise ValueError(_not_logged(each, trainer)) from error
+        raise
+
+
+def _not_logged(callback: Callback, trainer: Trainer) -> str:
+    """Return that nothing has logged what a callback monitors, and what there is."""
+    name, there = str(monitors(callback)), trainer.callback_metrics
+    return (
+        f"trainer.callbacks: {type(callback).__name__} monitors {name}, which nothing has logged "
+        f"by step {trainer.global_step}; expected one of {', '.join(sorted(there))}"
+        f"{nearest(name, there)}"
+    )
 
 
 def _watching(trainer: Trainer) -> list[Callback]:

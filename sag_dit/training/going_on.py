@@ -31,7 +31,14 @@ from sag_dit.messages import counted
 from sag_dit.raised import is_ours
 from sag_dit.training.module import IMAGES, DiffusionModule
 from sag_dit.training.optimizers import Kept, kept_after_a_step, options_of
-from sag_dit.training.resume import ENDED, FOLDER, BestCheckpoints, step_checkpoint, steps_of
+from sag_dit.training.resume import (
+    ENDED,
+    FOLDER,
+    BestCheckpoints,
+    begin_next_epoch,
+    step_checkpoint,
+    steps_of,
+)
 from sag_dit.untrusted import TARGET
 
 SHOWN = 3
@@ -486,9 +493,10 @@ def _loops_at(trainer: Trainer, step: int, scheduled: bool) -> dict[str, Any]:
         at_batch[which]["completed"] -= 1
         fit["epoch_progress"][which] |= {"ready": epochs + 1, "started": epochs + 1}
         fit["epoch_progress"][which] |= {"processed": epochs, "completed": epochs}
-    at_batch["is_last_batch"] = ends and batches - over["current"] == length
     # Lightning counts this one up when it goes on.
     fit["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1
+    if ends and batches - over["current"] == length:
+        begin_next_epoch(fit, step)
     return loops
 
 

@@ -159,10 +159,11 @@ VERSIONS = "loggers.json"
 """Which logs the loggers of a run write into, in its folder."""
 
 
-def going_on(target: str, where: str, out: Path, step: int) -> dict[str, Any]:
+def going_on(target: str, name: str, out: Path, step: int) -> dict[str, Any]:
     """Return the arguments with which a class of loggers goes on with a run's log at a step.
 
-    ``where`` is the key at which it stands. Classes derived from those that are known go on too.
+    ``name`` is what tells it from the run's other loggers at every start. Classes derived from
+    those that are known go on too.
     """
     kinds = _kinds(target)
     if "WandbLogger" in kinds:
@@ -173,32 +174,30 @@ def going_on(target: str, where: str, out: Path, step: int) -> dict[str, Any]:
     if "TensorBoardLogger" in kinds:
         # TensorBoard hides what was logged from there on before.
         found["purge_step"] = step
-    before = _versions(out).get(where, {})
+    before = _versions(out).get(name)
     for kind, argument in BY_VERSION.items():
-        if kind in kinds and step > 0 and before.get("logger") == target:
-            found[argument] = before["version"]
+        if kind in kinds and step > 0 and before is not None:
+            found[argument] = before
     return found
 
 
-def note_versions(out: Path, made: Mapping[str, tuple[str, Logger]]) -> list[str]:
-    """Write down the logs that loggers write into, by their keys, for the starts to come.
+def note_versions(out: Path, made: Mapping[str, Logger]) -> list[str]:
+    """Write down the logs that loggers write into, by their names, for the starts to come.
 
-    Returned are the keys of those that wrote into another log at the start before.
+    Those of loggers that this start does without are kept. Returned are the names of those that
+    wrote into another log at the start before.
     """
     before = _versions(out)
     found = {
-        where: {"logger": target, "version": logger.version}
-        for where, (target, logger) in made.items()
+        name: logger.version
+        for name, logger in made.items()
         if isinstance(logger.version, (int, str)) and logger.version != ""
     }
-    if found != before:
+    now = {**before, **found}
+    if now != before:
         with atomic(out / VERSIONS) as temporary:
-            temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    return [
-        where
-        for where, each in found.items()
-        if each != before.get(where) and each["logger"] == before.get(where, {}).get("logger")
-    ]
+            temporary.write_text(json.dumps(now, indent=1), encoding="utf-8")
+    return [name for name, each in found.items() if each != before.get(name, each)]
 
 
 def _kinds(target: str) -> set[str]:
@@ -207,13 +206,13 @@ def _kinds(target: str) -> set[str]:
     return {each.__name__ for each in thing.__mro__} if isinstance(thing, type) else {target}
 
 
-def _versions(out: Path) -> dict[str, Any]:
+def _versions(out: Path) -> dict[str, int | str]:
     """Return what was written down, nothing where that cannot be read."""
     try:
         found = read_json(out / VERSIONS)
     except ValueError:
         return {}
-    return {where: each for where, each in found.items() if isinstance(each, dict)}
+    return {name: each for name, each in found.items() if isinstance(each, (int, str))}
 
 
 def wandb_id(out: Path) -> str | None:

@@ -126,13 +126,14 @@ class LastCheckpoints(Checkpoint):
     ``every_n_minutes`` one is also saved when so much time has passed since the last, by the clock
     of rank 0. A checkpoint stands at the end of a step, never between accumulated gradients. If the
     step is followed by validation, the checkpoint is written after that, since a run that goes on
-    from it does not validate again.
+    from it does not validate again. If it ends what Lightning calls an epoch, it is written after
+    the other callbacks' ``on_train_epoch_end``, and a run that goes on begins the next epoch.
 
-    Orderly ends are the last step, a Trainer that is told to stop, as by ``max_time``, a loader
-    that fails, Ctrl-C and SIGTERM. On a signal the handler only sets a flag, because the step may
-    be half finished. At the end of the step all ranks save, and at the start of the next one they
-    exit with 130 or 143, so that the metrics of the step are still logged. A second Ctrl-C ends at
-    once.
+    Orderly ends are the last step, a Trainer that is told to stop, as by ``max_time`` or at the end
+    of an epoch, a loader that fails, Ctrl-C and SIGTERM. On a signal the handler only sets a flag,
+    because the step may be half finished. At the end of the step all ranks save, and at the start
+    of the next one they exit with 130 or 143, so that the metrics of the step are still logged. A
+    second Ctrl-C ends at once.
 
     Raises:
         ValueError: there is no room for a checkpoint, or a loader has failed.
@@ -152,7 +153,7 @@ class LastCheckpoints(Checkpoint):
         self._folder, self._every, self._keep = out / FOLDER, every_n_steps, keep
         self._minutes, self._saved_at = every_n_minutes, time.monotonic()
         self._signal = 0
-        self._ending = self._due = self._tells = False
+        self._ending = self._due = self._tells = self._epoch_ends = False
         self._stop: BaseException | None = None
         self._previous: dict[int, Any] = {}
 
@@ -221,6 +222,8 @@ class LastCheckpoints(Checkpoint):
             if told is not None:
                 reason = told.partition(" Signaling Trainer")[0].rstrip(".")
                 checkpoint[ENDED] = f"EarlyStopping: {reason}"
+        if self._epoch_ends:
+            begin_next_epoch(checkpoint["loops"]["fit_loop"], trainer.global_step)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -252,9 +255,9 @@ class LastCheckpoints(Checkpoint):
         is_last = trainer.should_stop or 0 < trainer.max_steps <= step
         self._due = self._stop is not None or is_last or step % self._every == 0
         self._due = self._due or self._is_time(trainer)
-        if trainer.fit_loop._data_fetcher is None or not loop._should_check_val_fx(
-            trainer.fit_loop._data_fetcher
-        ):
+        fetcher = trainer.fit_loop._data_fetcher
+        validates = fetcher is not None and loop._should_check_val_fx(fetcher)
+        if not validates and not loop._num_ready_batches_reached():
             self._save(trainer)
 
     def _is_time(self, trainer: Trainer) -> bool:
@@ -287,9 +290,21 @@ class LastCheckpoints(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save now if the step was due, or if it became the last one by what was found."""
-        ends = trainer.should_stop and trainer.fit_loop._can_stop_early
-        self._due = self._due or ends
+        self._due = self._due or (trainer.should_stop and trainer.fit_loop._can_stop_early)
+        if not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if the step was due, or if a callback ends the run here, on whichever rank."""
+        if not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            return  # The run ends within an epoch, and is saved.
+        trainer.should_stop = trainer.strategy.reduce_boolean_decision(
+            trainer.should_stop, all=False
+        )
+        self._due = self._due or (trainer.should_stop and trainer.fit_loop._can_stop_early)
+        self._epoch_ends = True
         self._save(trainer)
+        self._epoch_ends = False
 
     def _save(self, trainer: Trainer) -> None:
         if not self._due or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -311,6 +326,28 @@ class LastCheckpoints(Checkpoint):
         """Give the signals back to their former handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+def begin_next_epoch(fit: dict[str, Any], step: int) -> None:
+    """Let the progress saved at the end of an epoch's last step be that at the next one's start.
+
+    ``fit`` is the state of Lightning's fit loop. Going on from it, no hook of the epoch that ended
+    is called again, and all of the next one's are.
+
+    Example::
+
+        begin_next_epoch(checkpoint["loops"]["fit_loop"], checkpoint["global_step"])
+    """
+    for epoch in fit["epoch_progress"].values():
+        ended = epoch["ready"]
+        epoch |= {"ready": ended + 1, "started": ended, "processed": ended, "completed": ended}
+    batches = fit["epoch_loop.batch_progress"]
+    batches["is_last_batch"] = False
+    batches["current"] |= dict.fromkeys(batches["current"], 0)
+    # Lightning counts both up when it goes on, as after any other step.
+    for each in (batches["current"], batches["total"]):
+        each["completed"] = each["ready"] - 1
+    fit["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1
 
 
 def _state_at_start(callback: Callback) -> dict[str, Any]:

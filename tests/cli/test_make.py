@@ -102,3 +102,39 @@ def test_what_the_command_sets_is_refused_and_lists_are_joined() -> None:
 
 def test_texts_that_look_like_interpolations_stay() -> None:
     assert part(names=["${HOME}"]).names == ["${HOME}"]
+
+
+LAMBDA = "lightning.pytorch.callbacks.LambdaCallback"
+
+
+def returns_nothing(*_: Any) -> None:
+    """Stands for a hook of a user's."""
+
+
+HOOK = f"{__name__}.returns_nothing"
+STATED = f"{{_target_: {HOOK}, _partial_: true}}"
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (HOOK, f"={HOOK}: expected a function, stated as {{_target_: my_module.its_name, _partial"),
+        (3, "=3: expected a function, stated as "),
+        (["a"], "=[a]: expected a function, stated as "),
+        ({"_target_": HOOK}, "takes a function here: this calls it, and passes on the NoneType"),
+        ({"_target_": HOOK}, f"that it returns; expected {STATED}"),
+        ({"name": HOOK}, f": {LAMBDA} takes a function here; expected {{_target_: my_module."),
+    ],
+)
+def test_what_is_no_function_is_refused_where_one_is_taken(value: Any, told: str) -> None:
+    with pytest.raises(ValueError) as error:
+        make({"_target_": LAMBDA, "on_train_end": value}, "mine")
+    assert str(error.value).startswith("mine.on_train_end=") and told in str(error.value)
+
+
+def test_a_function_is_taken_where_one_is() -> None:
+    hook = {"_target_": HOOK, "_partial_": True}
+    made = make({"_target_": LAMBDA, "on_train_end": hook, "on_fit_end": None}, "mine")
+    assert made.on_train_end.func is returns_nothing
+    of_class = make({"_target_": LAMBDA, "on_train_end": {"_target_": "torch.nn.ReLU"}}, "mine")
+    assert callable(of_class.on_train_end)

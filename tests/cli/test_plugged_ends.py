@@ -96,10 +96,12 @@ def test_what_may_be_logged_is_not_refused(callbacks: list[Callback]) -> None:
 def test_what_a_run_has_never_logged_is_told_at_its_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saves = ModelCheckpoint(tmp_path, monitor="my/metric", every_n_train_steps=1)
+    saves = ModelCheckpoint(tmp_path, monitor="train_loss", every_n_train_steps=1)
     module = DiffusionModule(fresh_model(), optimizer=ADAM)
     make_trainer(tmp_path, 2, [Monitored(), saves, Own()]).fit(module, datamodule=Digits(8))
-    assert "ModelCheckpoint monitors my/metric, which nothing has logged" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "ModelCheckpoint monitors train_loss, which nothing has logged" in told
+    assert "Did you mean train/loss?" in told
 
 
 @pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint"])
@@ -197,12 +199,31 @@ def test_mlflow_goes_on_with_its_run(
 
 
 def test_a_log_that_is_left_is_found(tmp_path: Path) -> None:
-    def noted(target: str, version: int | str) -> list[str]:
+    def noted(name: str, version: int | str) -> list[str]:
         log = CSVLogger(tmp_path, version=version)
-        return note_versions(tmp_path, {"logger": (target, log), "own": ("a.B", CSVLog(tmp_path))})
+        return note_versions(tmp_path, {name: log, "own": CSVLog(tmp_path)})
 
     assert noted("a.B", 1) == noted("a.B", 1) == noted("a.Other", "two") == []
-    assert noted("a.Other", 3) == ["logger"]
+    assert noted("a.Other", 3) == ["a.Other"] and noted("a.B", 1) == []
+
+
+def test_loggers_go_on_with_their_own_logs_in_another_order(
+    in_process: Command, tmp_path: Path
+) -> None:
+    """Two of the same settings count as one after the other."""
+    pytest.importorskip("tensorboard")
+    kind = "_target_: lightning.pytorch.loggers.TensorBoardLogger"
+    one, other = (f"{{{kind}, save_dir: {name}}}" for name in ("one", "other"))
+    (tmp_path / "one" / "lightning_logs" / "version_4").mkdir(parents=True)
+    for steps, listed in ((2, (one, other, other)), (3, (other, one, other))):
+        mine = f"trainer.logger=[{','.join(listed)}]"
+        done = in_process("train", *SMALL, "out=run", f"max_steps={steps}", mine)
+        assert done.code == 0, done.err
+        assert "begins another log" not in done.out
+    logs = {each.parent for each in tmp_path.glob("o*/lightning_logs/*/events*")}
+    found = sorted(f"{each.relative_to(tmp_path)}" for each in logs)
+    twins = [f"other/lightning_logs/version_{number}" for number in (0, 1)]
+    assert found == ["one/lightning_logs/version_5", *twins]
 
 
 def test_a_logger_that_begins_anew_is_told(in_process: Command) -> None:

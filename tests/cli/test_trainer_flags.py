@@ -15,6 +15,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sag_dit.cli.composing import compose
+from sag_dit.cli.trainer import check_share
 from sag_dit.cli.trainer_flags import DRAWS, OF_DRAWING, OF_TRAINING, check_drawing, check_training
 from sag_dit.data.digits import Digits
 from sag_dit.training.module import DiffusionModule
@@ -292,6 +293,7 @@ UNFIT = {
     "EarlyStopping, monitor: val/loss, check_on_train_epoch_end: true": "_epoch_end=false",
     "LearningRateMonitor, logging_interval: epoch": "logging_interval=step",
     "Timer, duration: '00:00:00:09', interval: epoch": "interval=step",
+    "ModelCheckpoint, save_top_k: 0": "expected 1 or more, -1 for all, or save_last: true",
 }
 
 
@@ -307,6 +309,52 @@ def test_callbacks_that_cannot_work_in_a_run_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "which", ["LearningRateMonitor", "DeviceStatsMonitor", "ThroughputMonitor, of sizes"]
+)
+def test_callbacks_that_only_log_are_refused_without_a_logger(
+    which: str, in_process: Command, tmp_path: Path
+) -> None:
+    name, _, rest = which.partition(",")
+    takes = f", batch_size_fn: {{_target_: {__name__}.size_of, _partial_: true}}" if rest else ""
+    mine = f"trainer.callbacks={{_target_: lightning.pytorch.callbacks.{name}{takes}}}"
+    outcome = in_process("train", *SMALL, mine, "logger=none", "out=run")
+    assert outcome.code == 1 and not (tmp_path / "run").exists()
+    assert f"trainer.callbacks: {name} hands what it measures to a logger, and" in outcome.err
+    assert "logger=csv" in outcome.err and "Traceback" not in outcome.err
+
+
+def size_of(batch: Any) -> int:
+    return len(batch[0])
+
+
+def test_checkpoints_that_only_keep_the_last_are_written(in_process: Command) -> None:
+    target = "_target_: lightning.pytorch.callbacks.ModelCheckpoint"
+    mine = f"trainer.callbacks={{{target}, dirpath: mine, save_top_k: 0, save_last: true}}"
+    outcome = in_process("train", *SMALL, mine, "every_n_steps.validation=1", "out=run")
+    assert outcome.code == 0, outcome.err
+    assert Path("mine", "last.ckpt").exists()
+
+
+def test_a_share_of_batches_that_is_none_is_refused(in_process: Command, tmp_path: Path) -> None:
+    outcome = in_process("train", *SMALL, "trainer.limit_val_batches=0.001", "out=run")
+    assert outcome.code == 1 and not (tmp_path / "run").exists()
+    assert "trainer.limit_val_batches=0.001: the held-out images are " in outcome.err
+    assert "or a whole number of batches" in outcome.err and "Traceback" not in outcome.err
+
+
+def test_the_least_share_that_is_told_is_a_batch() -> None:
+    for length in range(1, 3000):
+        with pytest.raises(ValueError) as refused:
+            check_share(0.5 / length, [range(length)])
+        found = re.search(r"expected ([\d.]+) or more", str(refused.value))
+        assert found is not None
+        check_share(float(found[1]), [range(length)])
+    with pytest.raises(ValueError, match="nobody can count; expected a whole number"):
+        check_share(0.5, iter(()))
+    check_share(None, iter(()))
+
+
 def test_a_metric_that_nothing_logs_is_told_at_the_first_validation(in_process: Command) -> None:
     """Where a callback of the user's might have logged it."""
     stops = "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val_loss}"
@@ -317,7 +365,32 @@ def test_a_metric_that_nothing_logs_is_told_at_the_first_validation(in_process: 
     )
     assert outcome.code == 1 and "Traceback" not in outcome.err
     assert "EarlyStopping monitors val_loss, which nothing has logged by step 1" in outcome.err
-    assert "val/loss" in outcome.err
+    assert "Did you mean val/loss?" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("callback", "ends"),
+    [
+        # The first looks at step 2, after a validation; the second when an "epoch" ends.
+        ("ModelCheckpoint, monitor: train_loss, every_n_train_steps: 2", 2),
+        ("EarlyStopping, monitor: train_loss, check_on_train_epoch_end: true", 1),
+    ],
+)
+def test_a_metric_that_nothing_logs_is_told_at_other_times(
+    callback: str, ends: int, in_process: Command
+) -> None:
+    """Where Lightning would tell it in its own words."""
+    mine = f"{{_target_: {__name__}.Tells, name: it}}"
+    outcome = in_process(
+        *("train", *SMALL, "every_n_steps.validation=1", "every_n_steps.checkpoint=1", "out=run"),
+        f"trainer.callbacks=[{{_target_: lightning.pytorch.callbacks.{callback}}},{mine}]",
+        "trainer.limit_train_batches=1",
+    )
+    name = callback.partition(",")[0]
+    told = f"{name} monitors train_loss, which nothing has logged by step {ends}; expected one of"
+    assert outcome.code == 1 and "Traceback" not in outcome.err
+    assert told in outcome.err and "Did you mean train/loss" in outcome.err
+    assert "could not find the monitored key" not in outcome.err.partition("error:")[2]
 
 
 OWN = """
