@@ -246,7 +246,8 @@ def check_validated(config: Train, data: StepData, trainer: Trainer) -> bool:
     from sag_dit.training.callbacks import check_monitors
 
     why, every = None, config.every_n_steps.validation
-    if config.trainer.get("limit_val_batches") == 0:
+    limit = config.trainer.get("limit_val_batches")
+    if limit == 0:
         why = "trainer.limit_val_batches is 0: expected another"
     elif not data.validates:
         why = "no image is held out: expected held-out images, such as data.held_out=0.1"
@@ -259,19 +260,18 @@ def check_validated(config: Train, data: StepData, trainer: Trainer) -> bool:
     if validates and every > config.max_steps and not config.trainer.get("fast_dev_run"):
         why = f"every_n_steps.validation={every}: expected at most max_steps={config.max_steps}"
     check_monitors(trainer.callbacks, why)  # type: ignore[attr-defined]
-    if validates:
-        check_share(config.trainer.get("limit_val_batches"), data.val_dataloader())
+    # Lightning takes a whole number for a number of batches, and 1.0 for all.
+    if validates and isinstance(limit, float) and limit != 1:
+        check_share(limit, data.val_dataloader())
     return validates
 
 
-def check_share(share: float | None, loaders: Any) -> None:
+def check_share(share: float, loaders: Any) -> None:
     """Refuse a share of the validation batches that is not even one, or that cannot be counted.
 
     Raises:
         ValueError: the share, and the least that is a batch.
     """
-    if not isinstance(share, float) or share == 1:
-        return
     told = f"trainer.limit_val_batches={share}"
     for each in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
         try:
