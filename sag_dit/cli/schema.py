@@ -225,9 +225,10 @@ def told_too_late(config: Closed, steps: int) -> list[str]:
         key, every = next((each for each in found.items() if each[1] is not None), ("", 0))
         stated = [each for each in config.typed if f"{each}.".startswith(f"{path}.")]
         lines += [
-            f"note: {each} acts every {every:,} steps ({key}), and the run has {steps:,}"
+            f"note: {each} acts every {every:,} steps{f' ({key})' * (each != key)}, and the run "
+            f"has {steps:,}"
             for each in stated
-            if every > steps and each != key
+            if every > steps
         ]
     return lines
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from sag_dit.bounds import shown
 from sag_dit.cli.app import fail
 from sag_dit.cli.composing import (
     arguments_of,
@@ -130,6 +131,13 @@ def network_settings(
     stated = {name: value for name, value in model.items() if value is not None}
     if TARGET in stated:
         _, given = check_target(stated, "model")
+        for name, value in given.items():
+            if isinstance(value, Mapping) and TARGET in value:
+                raise ValueError(
+                    f"model.{name}={shown(value)}: the arguments of a network are plain values, "
+                    f"since they stand in every checkpoint: expected one, such as a name that "
+                    f"{stated[TARGET]} looks up itself"
+                )
         takes: Collection[str] | None = arguments_of(stated[TARGET])
         if takes is None:
             takes = named_by(stated[TARGET]) or None

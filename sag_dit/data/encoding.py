@@ -98,7 +98,7 @@ class LatentFolder:
                 raise ValueError(
                     f"out={self.path} holds latents of other settings:\n  "
                     + "\n  ".join(differences)
-                    + "\nChoose another out, leave out unset, or repeat the former settings"
+                    + "\nChoose another out, state no out, or repeat the former settings"
                 )
         elif held:
             raise ValueError(f"out={self.path} holds other files; choose an empty or a new folder")

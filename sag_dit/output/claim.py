@@ -59,7 +59,7 @@ def claim(
             raise ValueError(
                 f"out={folder} holds {what} of other settings:\n  "
                 + "\n  ".join(differences)
-                + f"\nChoose another out, leave out unset, or repeat the former settings{remedy}"
+                + f"\nChoose another out, state no out, or repeat the former settings{remedy}"
             )
         if not os.access(folder, os.W_OK):
             return

@@ -57,6 +57,13 @@ def test_its_commands_run(commands: list[str], files: Path) -> None:
         run([*arguments, *cpu], files)
 
 
+def test_its_arguments_are_plain_values(in_process: Command, files: Path) -> None:
+    made = "model.width={_target_: torch.nn.SiLU}"
+    refused = in_process("train", *NET[:2], made, *SHORT, "out=refused")
+    assert refused.code == 1 and "the arguments of a network are plain values" in refused.err
+    assert not Path("refused").exists()
+
+
 @pytest.mark.filterwarnings("ignore:kernel_size")
 def test_a_network_named_by_its_class(
     in_process: Command, files: Path, monkeypatch: pytest.MonkeyPatch

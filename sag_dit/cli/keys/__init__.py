@@ -693,10 +693,13 @@ class Every(Closed):
     snapshot: int = key(
         "steps between snapshots of ema.further.sigma_rel's averages",
         least=1,
+        every="every_n_steps.snapshot",
         needs=("ema.further.sigma_rel",),
     )
-    validation: int = key("steps between validations", least=1, needs=(HELD_OUT,))
-    preview: int = key("steps between previews", least=1)
+    validation: int = key(
+        "steps between validations", least=1, every="every_n_steps.validation", needs=(HELD_OUT,)
+    )
+    preview: int = key("steps between previews", least=1, every="every_n_steps.preview")
     log: int = key("steps between log entries", least=1)
 
 
