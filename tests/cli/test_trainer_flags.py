@@ -352,7 +352,6 @@ def test_the_least_share_that_is_told_is_a_batch() -> None:
         check_share(float(found[1]), [range(length)])
     with pytest.raises(ValueError, match="nobody can count; expected a whole number"):
         check_share(0.5, iter(()))
-    check_share(None, iter(()))
 
 
 def test_a_metric_that_nothing_logs_is_told_at_the_first_validation(in_process: Command) -> None:
