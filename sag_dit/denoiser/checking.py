@@ -35,8 +35,9 @@ def check_network(denoiser: ClassConditional) -> None:
     Raises:
         ValueError: its ``forward`` fails, returns no tensor, or one of another shape or type than
             it should; it has no row for a class or for ``null_label``; it changes what it is given
-            or answers otherwise the second time; or one of its ``layers`` does not exist, does not
-            attend, or attends to other tokens than it says. The class is named.
+            or answers otherwise the second time, or draws random numbers; or one of its ``layers``
+            does not exist, does not attend, or attends to other tokens than it says. The class is
+            named.
 
     Example:
         >>> from sag_dit.models import DiT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -32,6 +33,18 @@ from tests.small import filled
 ROOT = Path(__file__).resolve().parents[2]
 NUM_HEADS = 3
 
+TINY = (
+    "experiment=digits",
+    "model.hidden_size=24",
+    "model.depth=1",
+    "model.num_heads=2",
+    "data.batch_size=8",
+    "every_n_steps.log=1",
+)
+"""A run of seconds on the digits that logs every step."""
+TIMES = {"images/s", "memory_gb"}
+"""Columns of the log that a clock or a machine decides."""
+
 
 def random_dit(seed: int = 0, **options: object) -> DiT:
     """A pixel DiT of 8x8 images in 4x4 tokens, none of whose weights is zero."""
@@ -48,6 +61,13 @@ def random_dit(seed: int = 0, **options: object) -> DiT:
 
 
 SaveOfficial = Callable[..., Path]
+
+
+def rows(out: str) -> list[dict[str, str]]:
+    """What a run has logged, without what its clock says and columns that are empty."""
+    with Path(out, "logs", "metrics.csv").open(newline="") as stream:
+        found = [*csv.DictReader(stream)]
+    return [{k: v for k, v in row.items() if v and k not in TIMES} for row in found]
 
 
 @pytest.fixture(scope="session")

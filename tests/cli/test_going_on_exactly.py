@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.cli.conftest import rows
 
 Command = Callable[..., Any]
 
@@ -26,7 +27,6 @@ SMALL = (
     "keep.last=10",
     "keep.best=0",
 )
-TIMES = {"images/s", "memory_gb"}
 
 OWN = """
 import torch
@@ -84,13 +84,6 @@ def train(in_process: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return outcome
 
     return run
-
-
-def rows(out: str) -> list[dict[str, str]]:
-    """What a run has logged, without what its clock says and columns that are empty."""
-    with Path(out, "logs", "metrics.csv").open(newline="") as stream:
-        found = [*csv.DictReader(stream)]
-    return [{k: v for k, v in row.items() if v and k not in TIMES} for row in found]
 
 
 def groups_of(state: dict[str, Any]) -> list[dict[str, Any]]:

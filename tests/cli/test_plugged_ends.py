@@ -25,17 +25,13 @@ from sag_dit.training.console import Lines
 from sag_dit.training.loggers import CSVLog, check_one_number, note_versions
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.resume import check_readable
+from tests.cli.conftest import TINY
 from tests.training.making import ADAM, assert_same, fresh_model, make_trainer
 
 Command = Callable[..., Any]
 
 SMALL = (
-    "experiment=digits",
-    "model.hidden_size=24",
-    "model.depth=1",
-    "model.num_heads=2",
-    "data.batch_size=8",
-    "every_n_steps.log=1",
+    *TINY,
     "every_n_steps.checkpoint=2",
     "trainer.accelerator=cpu",
 )

@@ -10,17 +10,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from tests.cli.conftest import TINY
 from tests.training.making import assert_same
 
 Command = Callable[..., Any]
 
 SMALL = (
-    "experiment=digits",
-    "model.hidden_size=24",
-    "model.depth=1",
-    "model.num_heads=2",
-    "data.batch_size=8",
-    "every_n_steps.log=1",
+    *TINY,
     "every_n_steps.checkpoint=2",
     "max_steps=5",
     "trainer.accelerator=cpu",

@@ -20,17 +20,13 @@ from sag_dit.cli.trainer_flags import DRAWS, OF_DRAWING, OF_TRAINING, check_draw
 from sag_dit.data.digits import Digits
 from sag_dit.training.module import DiffusionModule
 from sag_dit.training.resume import LastCheckpoints, newest_checkpoint
+from tests.cli.conftest import TINY
 from tests.training.making import ADAM, assert_same, fresh_model, make_trainer, state
 
 Command = Callable[..., Any]
 
 SMALL = (
-    "experiment=digits",
-    "model.hidden_size=24",
-    "model.depth=1",
-    "model.num_heads=2",
-    "data.batch_size=8",
-    "every_n_steps.log=1",
+    *TINY,
     "max_steps=2",
 )
 

@@ -11,18 +11,14 @@ from typing import Any
 
 import pytest
 
+from tests.cli.conftest import TINY
 from tests.pages import ROOT, Page, run
 
 Command = Callable[..., Any]
 
 SECTION = Page.of("training.md").section("Watching")
 SMALL = (
-    "experiment=digits",
-    "model.hidden_size=24",
-    "model.depth=1",
-    "model.num_heads=2",
-    "data.batch_size=8",
-    "every_n_steps.log=1",
+    *TINY,
     "every_n_steps.validation=2",
     "every_n_steps.preview=2",
     "preview.classes=[3]",
